@@ -1,0 +1,41 @@
+"""Outputs appear under their name only when they are complete."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it on success, remove it on error.
+
+    The caller writes a file or makes a folder at the temporary path. The name depends on `path` alone, so that what a
+    killed process left behind is removed by the next try and never accumulates.
+
+    Parameters
+    ----------
+    path
+        Final name. An existing file is replaced in one step; an existing folder is removed just before the rename.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.incomplete")
+    remove(temporary)
+    try:
+        yield temporary
+        if final.is_dir():
+            remove(final)
+        os.replace(temporary, final)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds; nothing happens when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The model: backbone, deformable attention, decoders, and imports of weights."""

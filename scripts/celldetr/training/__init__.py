@@ -1,0 +1,1 @@
+"""Training: matching, losses, augmentation, stages and the loop."""
