@@ -1,0 +1,1 @@
+"""Turning raw data (PanNuke archives, spatial transcriptomics, slides) into patch stores."""

@@ -1,0 +1,56 @@
+"""Percentile intervals of the scores by resampling the images of a fold."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from celldetr.evaluation.metrics import scores
+
+_DRAWS_AT_ONCE = 1 << 22
+
+
+def intervals(
+    counts: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> NDArray[np.float64]:
+    """Bootstrap percentile intervals of P, R and F.
+
+    Images are drawn with replacement and their counts summed; nuclei of one image stay together, because
+    their errors are not independent. The draws depend on the seed and the number of images alone, so that two
+    systems scored on the same fold are compared on the same resamples. Resamples without truth of a class say
+    nothing about it and are left out of its interval.
+
+    Parameters
+    ----------
+    counts
+        Per-image counts (N, R, len(COUNTS)) of `celldetr.evaluation.metrics.count_images`.
+    resamples
+        Number of resamples; 0 gives no intervals.
+    seed
+        Seed of the draws.
+    level
+        Coverage.
+
+    Returns
+    -------
+    NDArray
+        Lower and upper ends (2, R, 3); NaN where the score is not defined, without images, or without
+        resamples.
+    """
+    n_images, n_rows, n_counts = counts.shape
+    if n_images == 0 or resamples == 0:
+        return np.full((2, n_rows, 3), np.nan)
+    rng = np.random.default_rng(seed)
+    flat = counts.reshape(n_images, -1).astype(np.float64)
+    sums = np.empty((resamples, flat.shape[1]))
+    step = max(1, _DRAWS_AT_ONCE // n_images)
+    for start in range(0, resamples, step):
+        some = min(step, resamples - start)
+        draws = rng.integers(n_images, size=(some, n_images)) + n_images * np.arange(some)[:, None]
+        weights = np.bincount(draws.ravel(), minlength=some * n_images).reshape(some, n_images)
+        sums[start : start + some] = weights.astype(np.float64) @ flat
+    values = scores(sums.reshape(resamples, n_rows, n_counts))
+    ends = np.full((2, n_rows, 3), np.nan)
+    defined = ~np.isnan(values[..., 0])
+    for row in np.flatnonzero(defined.any(axis=0)):
+        tail = 50 * (1 - level)
+        ends[:, row] = np.percentile(values[defined[:, row], row], [tail, 100 - tail], axis=0)
+    return ends
