@@ -1,19 +1,18 @@
 """Settings: what may stand in a configuration, with types, ranges, units and defaults (those of the paper).
 
-`Config` is a whole configuration file, `Experiment` what one training run is told. Both are frozen. The JSON schema in
-workflow/schemas is generated from these classes (`python -m celldetr.config`), so the two cannot disagree.
+`Config` is a whole configuration file, `Experiment` what one training run is told. Both are frozen. The JSON
+schema in workflow/schemas is made from these classes (`python -m celldetr.config FILE`); a test compares them.
 """
 
-import difflib
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from celldetr.errors import ConfigError
+from celldetr.settings import Settings, merge, partial
 
 PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic", "epithelial")
 
@@ -22,76 +21,6 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[NotNegative, NotNegative], Field(description="smallest and largest value")]
-
-
-class Settings(BaseModel):
-    """A frozen block of settings; unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
-        """Check and build settings from JSON-like values.
-
-        Parameters
-        ----------
-        values
-            What the YAML or JSON file holds.
-        where
-            Dotted path of this block in its file, for messages.
-
-        Raises
-        ------
-        ConfigError
-            Unknown keys, missing keys, wrong types and values out of range; all of them, a line each.
-        """
-        try:
-            return cls.model_validate_json(json.dumps(values, default=_not_json), strict=True)
-        except ValidationError as error:
-            lines = [_explain(cls, dict(problem), where) for problem in error.errors()]
-            raise ConfigError("\n".join(dict.fromkeys(lines))) from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-like values that `from_dict` turns into equal settings."""
-        return self.model_dump(mode="json")
-
-
-def _not_json(value: object) -> str:
-    raise ConfigError(f"config: got {value!r}, which is no number, text, list or mapping; quote it")
-
-
-def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
-    path = [
-        str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple["))
-    ]
-    key = ".".join([part for part in (where, *path) if part]) or "config"
-    kind, got = problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], sorted(_keys(cls)), n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if kind == "missing":
-        return f"{key}: missing; every configuration needs it"
-    if kind == "value_error":
-        return f"{key}: {problem['ctx']['error']}"
-    hint = ""
-    if isinstance(got, str) and kind in ("float_type", "int_type"):
-        hint = (
-            "; YAML reads 1e-4 as text: write 1.0e-4" if "e" in got.lower() else "; write it without quotes"
-        )
-    expected = problem["msg"].removeprefix("Input should be ")
-    return f"{key}: got {got!r}, expected {expected}{hint}"
-
-
-def _keys(cls: type[BaseModel], seen: set[type] | None = None) -> set[str]:
-    """All keys of a block and of the blocks inside it."""
-    seen = seen or set()
-    found = set(cls.model_fields)
-    for item in cls.model_fields.values():
-        for kind in [item.annotation, *getattr(item.annotation, "__args__", ())]:
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen:
-                seen.add(kind)
-                found |= _keys(kind, seen)
-    return found
 
 
 class BackboneSettings(Settings):
@@ -107,7 +36,7 @@ class BackboneSettings(Settings):
     )
     extra_levels: Annotated[int, Field(ge=0, le=2)] = Field(
         0,
-        description="further levels by 3x3 convolutions of stride 2 on the last stage (COCO Deformable DETR: 1)",
+        description="levels by further 3x3 convolutions of stride 2 (COCO Deformable DETR: 1)",
     )
     norm: Literal["frozen_batch", "group"] = Field(
         "frozen_batch",
@@ -127,7 +56,7 @@ class RepresentationSettings(Settings):
     layers: Count = Field(3, description="layers; the first has no self-attention")
     self_attention: Literal["after_first", "none"] = Field(
         "after_first",
-        description="after_first: from the second layer on; none: an embedding depends on its box and image alone",
+        description="after_first: from layer 2 on; none: an embedding depends on its box and image alone",
     )
     offset_init: Literal["authors", "spread"] = Field(
         "authors", description="authors: saturated through tanh; spread: points at 1/8 to 7/8 of the half box"
@@ -279,19 +208,6 @@ class Experiment(Settings):
     training: TrainingSettings = TrainingSettings()
 
 
-def _partial(cls: type[Settings]) -> type[Settings]:
-    """Derive the block in which every key may be left out, for settings that differ from the shared ones."""
-    fields: dict[str, Any] = {}
-    for name, item in cls.model_fields.items():
-        kind: Any = item.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            kind = _partial(kind)
-        elif item.metadata:
-            kind = Annotated[(kind, *item.metadata)]
-        fields[name] = (kind, Field(None, description=item.description))
-    return create_model(f"Partial{cls.__name__}", __base__=Settings, **fields)
-
-
 class Source(Settings):
     """A raw file: where it can be had, and how to know that it is whole."""
 
@@ -359,10 +275,10 @@ class ExperimentConfig(Settings):
     mode: Mode
     initial: str = Field(
         "imagenet",
-        description="none, imagenet (backbone), or the path of a model file (.pt), e.g. an imported checkpoint",
+        description="none, imagenet (backbone), or a model file (.pt), e.g. an imported checkpoint",
     )
-    model: _partial(ModelConfig) = Field(default_factory=_partial(ModelConfig))  # type: ignore[valid-type]
-    training: _partial(TrainingConfig) = Field(default_factory=_partial(TrainingConfig))  # type: ignore[valid-type]
+    model: partial(ModelConfig) = Field(default_factory=partial(ModelConfig))  # type: ignore[valid-type]
+    training: partial(TrainingConfig) = Field(default_factory=partial(TrainingConfig))  # type: ignore[valid-type]
 
 
 class TableConfig(Settings):
@@ -419,7 +335,7 @@ class Config(Settings):
             named["figure3.experiments"] = self.figure3.experiments
             if self.figure3.split not in self.pannuke.splits:
                 raise ValueError(
-                    f"figure3.split: got {self.figure3.split}, expected one of pannuke.splits {list(self.pannuke.splits)}"
+                    f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}"
                 )
         for key, names in named.items():
             unknown = [name for name in names if name not in self.experiments]
@@ -447,7 +363,7 @@ class Config(Settings):
             BackboneSettings(norm="frozen_batch").to_dict() | {"stages": 0, "extra_levels": 0}
         ):
             raise ConfigError(
-                f"{where}.initial: got 'imagenet', expected 'none': the weights are those of a plain ResNet-50"
+                f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50"
             )
         return Experiment(
             name=name,
@@ -463,15 +379,6 @@ def _given(block: BaseModel) -> dict[str, Any]:
     """Only what a file says, none of the defaults."""
     values: dict[str, Any] = block.model_dump(mode="json", exclude_unset=True)
     return values
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay settings over others, block by block; lists and values are replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
 
 
 def json_schema() -> str:
