@@ -22,8 +22,8 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' envs/lock.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP := -m pip --disable-pip-version-check install --quiet
-PYTHON_FILES := scripts tests
 SNAKE_FILES := workflow/Snakefile workflow/rules
+SCHEMA := workflow/schemas/config.schema.json
 # The tools run as programs of the environment, whatever is active in the shell.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -58,12 +58,13 @@ lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)
 	codespell
 	snakemake --lint
 
-format: $(STAMP) ## bring Python and Snakemake files into form
+format: $(STAMP) ## bring Python and Snakemake files into form, write the schema of the configuration
+	python -m celldetr.config $(SCHEMA)
 	ruff check --fix .
 	ruff format .
 	snakefmt $(SNAKE_FILES)
 
-lock: ## write envs/lock.txt anew: KEEP=1 (default) changes only what pyproject.toml asks for, KEEP= takes the newest
+lock: ## write envs/lock.txt and the conda files anew: KEEP=1 (default) changes only what pyproject.toml asks for, KEEP= takes the newest
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python $(PIP) $(TORCH_FROM) $(TORCH)
 	.venv-lock/bin/python $(PIP) $(if $(KEEP),--constraint envs/lock.txt) --editable '.[workflow,dev]'
@@ -71,7 +72,7 @@ lock: ## write envs/lock.txt anew: KEEP=1 (default) changes only what pyproject.
 	.venv-lock/bin/python -m pip --disable-pip-version-check freeze --all --exclude-editable \
 	  | grep --invert-match --ignore-case --extended-regexp '^(pip|wheel|celldetr|triton|nvidia-[^=]*|cuda-[^=]*)(=| @)' \
 	  | sed 's/+[a-z0-9.]*$$//' >> .venv-lock/lock.txt
-	mv .venv-lock/lock.txt envs/lock.txt && rm -rf .venv-lock
+	mv .venv-lock/lock.txt envs/lock.txt && .venv-lock/bin/python envs/pin.py && rm -rf .venv-lock
 KEEP ?= 1
 
 clean: ## remove the environment, the caches and the example's results (never results/)

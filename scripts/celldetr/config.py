@@ -1,7 +1,7 @@
 """Settings: what may stand in a configuration, with types, ranges, units and defaults (those of the paper).
 
 `Config` is a whole configuration file, `Experiment` what one training run is told. Both are frozen. The JSON
-schema in workflow/schemas is made from these classes (`python -m celldetr.config FILE`); a test compares them.
+schema in workflow/schemas is written from these classes by `python -m celldetr.config FILE` (a test compares).
 """
 
 import json

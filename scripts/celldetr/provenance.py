@@ -1,5 +1,6 @@
 """Where a result came from: versions, settings, inputs, and the hash of the code that a rule depends on."""
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -33,44 +34,75 @@ def sha256(path: str | os.PathLike[str], block: int = 1 << 22) -> str:
     return digest.hexdigest()
 
 
-def source_hash(*modules: str) -> str:
-    """Hash of the sources of modules and packages of this library, without importing them.
+def source_hash(script: str | os.PathLike[str]) -> str:
+    """Hash of a script and of all modules of this library that it imports, directly or through others.
 
-    Rules carry it as a parameter, so that editing the library reruns the rules that use it (and only those).
+    Rules carry it as a parameter, so that editing the library reruns the rules that use what was edited, and only
+    those. Comments, docstrings and layout do not count: they cannot change a result.
 
     Parameters
     ----------
-    modules
-        Names such as ``"celldetr.model"`` (a package: all its files) or ``"celldetr.boxes"``.
+    script
+        Python file; it is read, not run.
 
     Returns
     -------
     str
         Sixteen hex digits.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        A name has no source file in this library.
     """
     root = Path(celldetr.__file__).parent.parent
     digest = hashlib.sha256()
-    for module in sorted(set(modules)):
-        base = root.joinpath(*module.split("."))
-        files = sorted(base.rglob("*.py")) if base.is_dir() else [base.with_suffix(".py")]
-        if not all(file.is_file() for file in files):
-            raise ModuleNotFoundError(f"no source for {module} below {root}")
-        for file in files:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    waiting, seen = [Path(script)], set[Path]()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        waiting += _imported(ast.parse(file.read_bytes()), root)
+    for file in sorted(seen):
+        digest.update(file.name.encode() + b"\0" + _code(file).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
+def _imported(tree: ast.AST, root: Path) -> list[Path]:
+    """Files of this library that a module imports; importing a module imports the packages around it."""
+    names = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    files = set[Path]()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != celldetr.__name__:
+            continue
+        for depth in range(1, len(parts) + 1):
+            base = root.joinpath(*parts[:depth])
+            files |= {file for file in (base / "__init__.py", base.with_suffix(".py")) if file.is_file()}
+    return sorted(files)
+
+
+def _code(file: Path) -> str:
+    """Text of a module's syntax tree without docstrings."""
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                del body[0]
+    return ast.dump(tree)
+
+
 def git_revision() -> str:
-    """Revision of the checkout this library was imported from, with '+' when it was edited; 'unknown' outside of one."""
+    """Revision of the checkout that this library is in, with '+' when it was edited; 'unknown' outside of one."""
     here = Path(celldetr.__file__).parent
     try:
         run = [
-            subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10).stdout
+            subprocess.run(
+                ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
+            ).stdout
             for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
     except (OSError, subprocess.SubprocessError):

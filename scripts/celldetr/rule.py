@@ -1,4 +1,4 @@
-"""How a rule's script runs: its output goes to the rule's log as well, and a user's error is printed without a traceback."""
+"""How a rule's script runs: output goes to the rule's log as well; a user's error is printed without a traceback."""
 
 import sys
 import traceback
@@ -51,7 +51,7 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as log:
         terminal = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(terminal[0], log), _Tee(terminal[1], log)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Tee(terminal[0], log), _Tee(terminal[1], log)
         try:
             _run(main, snakemake)
         finally:

@@ -1,0 +1,65 @@
+"""Write the conda files of this folder: their direct packages with all that these need, at the versions of lock.txt.
+
+Usage: python envs/pin.py, in the environment that lock.txt was made from (`make lock` does it).
+"""
+
+import importlib.metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HERE = Path(__file__).parent
+PYTHON = "3.11"
+# What the scripts of the rules import, and what the file is for.
+SHARED = ["matplotlib", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "scipy", "zarr"]
+ENVIRONMENTS = {
+    "data": ("Downloads, archives, patch stores, splits.", [*SHARED, "jinja2", "requests", "tqdm"]),
+    "report": ("Scores, tables, figures.", [*SHARED, "jinja2"]),
+    "training": (
+        "Training and predicting; on Linux, pip's own torch is the CUDA build.",
+        [*SHARED, "kornia", "lightning", "tensorboard", "torch", "tqdm"],
+    ),
+}
+
+
+def locked() -> dict[str, str]:
+    """Return lines of lock.txt by canonical name."""
+    lines = (HERE / "lock.txt").read_text(encoding="utf-8").splitlines()
+    return {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line and line[0] != "#"}
+
+
+def closure(roots: list[str], pins: dict[str, str]) -> list[str]:
+    """Return the pins of packages and of all they need on Linux; CUDA libraries are torch's own business."""
+    waiting, found = [(root, frozenset[str]()) for root in roots], dict[str, set[str]]()
+    while waiting:
+        name, extras = waiting.pop()
+        name = canonicalize_name(name)
+        if name not in pins or (name in found and extras <= found[name]):
+            continue
+        found.setdefault(name, set()).update(extras)
+        for text in importlib.metadata.requires(name) or []:
+            need = Requirement(text)
+            markers = [{"extra": extra, "python_version": PYTHON, "sys_platform": "linux"} for extra in (*extras, "")]
+            if need.marker is None or any(need.marker.evaluate(marker) for marker in markers):
+                waiting.append((need.name, frozenset(need.extras)))
+    return sorted(pins[name] for name in found)
+
+
+def text(name: str) -> str:
+    """Return the content of one conda file."""
+    purpose, roots = ENVIRONMENTS[name]
+    lines = [
+        f"# {purpose} Written by envs/pin.py from lock.txt; do not edit.",
+        "channels: [conda-forge, nodefaults]",
+        "dependencies:",
+        f"  - python={PYTHON}",
+        "  - pip",
+        "  - pip:",
+    ]
+    return "\n".join([*lines, *(f"      - {pin}" for pin in closure(roots, locked()))]) + "\n"
+
+
+if __name__ == "__main__":
+    for environment in ENVIRONMENTS:
+        (HERE / f"{environment}.yaml").write_text(text(environment), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""Hashes of code, provenance files, and the frame around rule scripts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import celldetr
+from celldetr import provenance
+from celldetr.errors import InputError
+from celldetr.files import atomic
+from celldetr.rule import run_rule
+
+SCRIPTS = Path(celldetr.__file__).parents[1]
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """Make a copy of the scripts whose sources a test may edit."""
+    root = tmp_path / "scripts"
+    shutil.copytree(SCRIPTS, root, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    monkeypatch.setattr(celldetr, "__file__", str(root / "celldetr" / "__init__.py"))
+    return root
+
+
+def append(path, text):
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def test_hash_follows_imports_and_nothing_else(copy):
+    before = {name: provenance.source_hash(copy / f"{name}.py") for name in ("train", "score", "convert_pannuke")}
+    append(copy / "celldetr" / "training" / "losses.py", "\nEXTRA = 1\n")
+    after = {name: provenance.source_hash(copy / f"{name}.py") for name in before}
+    assert before["train"] != after["train"]
+    assert before["score"] == after["score"]
+    assert before["convert_pannuke"] == after["convert_pannuke"]
+    append(copy / "celldetr" / "errors.py", "\nEXTRA = 1\n")
+    assert all(provenance.source_hash(copy / f"{name}.py") != after[name] for name in before)
+
+
+def test_comments_docstrings_and_layout_do_not_count(copy):
+    before = provenance.source_hash(copy / "train.py")
+    path = copy / "celldetr" / "errors.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text("# a comment\n" + text.replace("An error whose", "Some error whose"), encoding="utf-8")
+    assert provenance.source_hash(copy / "train.py") == before
+
+
+def test_data_rules_never_import_torch():
+    """Nor does anything they import: their environments do not hold it."""
+    root = SCRIPTS
+    for name in (
+        "download",
+        "convert_pannuke",
+        "split_pannuke",
+        "make_example",
+        "score",
+        "table",
+        "figure3",
+        "overlays",
+    ):
+        waiting, seen = [root / f"{name}.py"], set()
+        while waiting:
+            file = waiting.pop()
+            if file not in seen:
+                seen.add(file)
+                text = file.read_text(encoding="utf-8")
+                assert "import torch" not in text, f"{name}.py reaches {file}"
+                waiting += provenance._imported(provenance.ast.parse(text), root)
+
+
+def test_provenance_file_says_where_a_result_came_from(tmp_path):
+    source = tmp_path / "input.txt"
+    source.write_text("abc")
+    provenance.write_provenance(tmp_path / "p.json", settings={"lr": 0.1}, inputs=[source], seed=3)
+    record = json.loads((tmp_path / "p.json").read_text())
+    assert record["inputs"][str(source)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert record["settings"] == {"lr": 0.1}
+    assert record["seed"] == 3
+    assert record["versions"]["python"] == sys.version.split()[0]
+    assert len(record["git_revision"]) >= 7
+
+
+def test_folder_checksum_sees_names_and_contents(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a").write_text("1")
+    first = provenance.sha256(tmp_path / "d")
+    (tmp_path / "d" / "a").rename(tmp_path / "d" / "b")
+    second = provenance.sha256(tmp_path / "d")
+    (tmp_path / "d" / "b").write_text("2")
+    assert len({first, second, provenance.sha256(tmp_path / "d")}) == 3
+
+
+def test_output_appears_only_when_complete(tmp_path):
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+
+    def fail():
+        with atomic(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    target = tmp_path / "folder"
+    with atomic(target) as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("1")
+    with atomic(target) as temporary:
+        assert not temporary.exists()
+        temporary.mkdir()
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "shown", "hidden"),
+    [(InputError("say"), "error: say", "Traceback"), (KeyError("k"), "Traceback", "error: ")],
+)
+def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, shown, hidden):
+    def main(snakemake):
+        raise error
+
+    log = tmp_path / "logs" / "rule.log"
+    with pytest.raises(SystemExit) as stop:
+        run_rule(main, SimpleNamespace(log=[str(log)]))
+    assert stop.value.code == 1
+    assert shown in log.read_text()
+    assert hidden not in log.read_text()
+    assert shown in capsys.readouterr().err
+
+
+def test_revision_is_that_of_the_checkout():
+    top = Path(celldetr.__file__).parents[2]
+    head = subprocess.run(
+        ["git", "-C", str(top), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout
+    assert provenance.git_revision().rstrip("+") == head.strip()

@@ -1,0 +1,207 @@
+"""Predictions on the test folds, scores, tables and figures."""
+
+PUBLISHED = {name: str(ROOT / table.published) for name, table in CONFIG.tables.items()}
+
+
+rule predict:
+    input:
+        model="results/models/{experiment}/split{split}/model.pt",
+        store=test_store,
+    output:
+        "results/predictions/{experiment}/split{split}.parquet",
+    log:
+        "results/logs/predict/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/predict/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/training.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        nucleus_threshold=CONFIG.inference.nucleus_threshold,
+        batch_size=CONFIG.inference.batch_size,
+        code=code("predict"),
+    message:
+        "Predicting the test fold of split {wildcards.split} with {wildcards.experiment}"
+    script:
+        "../../scripts/predict.py"
+
+
+rule score:
+    input:
+        predictions="results/predictions/{experiment}/split{split}.parquet",
+        store=test_store,
+    output:
+        "results/scores/{experiment}/split{split}.tsv",
+    log:
+        "results/logs/score/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/score/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        score=CONFIG.evaluation.score,
+        nucleus_threshold=CONFIG.inference.nucleus_threshold,
+        class_threshold=CONFIG.evaluation.class_threshold,
+        radius=CONFIG.evaluation.radius,
+        centres=CONFIG.evaluation.centres,
+        resamples=CONFIG.evaluation.resamples,
+        seed=CONFIG.seed,
+        code=code("score"),
+    message:
+        "Scoring {wildcards.experiment} on split {wildcards.split}"
+    script:
+        "../../scripts/score.py"
+
+
+rule table:
+    input:
+        scores=lambda wildcards: expand(
+            "results/scores/{experiment}/split{split}.tsv",
+            experiment=CONFIG.tables[wildcards.table].experiments,
+            split=CONFIG.pannuke.splits,
+        ),
+        published=lambda wildcards: PUBLISHED[wildcards.table],
+    output:
+        tsv="results/{table}.tsv",
+        splits="results/{table}_splits.tsv",
+        md="results/{table}.md",
+        html=report(
+            "results/{table}.html",
+            category="Tables",
+            caption="../report/table.rst",
+            labels={"table": "{table}"},
+        ),
+        provenance="results/{table}.provenance.json",
+    log:
+        "results/logs/{table}.log",
+    benchmark:
+        "results/benchmarks/{table}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        systems=lambda wildcards: [
+            {"experiment": name, "title": CONFIG.experiments[name].title}
+            for name in CONFIG.tables[wildcards.table].experiments
+        ],
+        splits=CONFIG.pannuke.splits,
+        metric=CONFIG.evaluation.metric,
+        protocol=CONFIG.pannuke.protocol,
+        synthetic=CONFIG.example is not None,
+        code=code("table"),
+    message:
+        "Writing {wildcards.table}"
+    script:
+        "../../scripts/table.py"
+
+
+rule attention:
+    input:
+        model="results/models/{experiment}/split{split}/model.pt",
+        store=test_store,
+    output:
+        points="results/attention/{experiment}/split{split}.npz",
+        share="results/attention/{experiment}/split{split}.json",
+    log:
+        "results/logs/attention/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/attention/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/training.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        nuclei=CONFIG.figure3.nuclei if CONFIG.figure3 is not None else 4,
+        nucleus_threshold=CONFIG.inference.nucleus_threshold,
+        batch_size=CONFIG.inference.batch_size,
+        radius=CONFIG.evaluation.radius,
+        seed=CONFIG.seed,
+        code=code("attention"),
+    message:
+        "Measuring where {wildcards.experiment} looks on split {wildcards.split}"
+    script:
+        "../../scripts/attention.py"
+
+
+if CONFIG.figure3 is not None:
+
+    rule figure3:
+        input:
+            points=expand(
+                "results/attention/{experiment}/split{split}.npz",
+                experiment=CONFIG.figure3.experiments,
+                split=CONFIG.figure3.split,
+            ),
+            shares=expand(
+                "results/attention/{experiment}/split{split}.json",
+                experiment=CONFIG.figure3.experiments,
+                split=CONFIG.figure3.split,
+            ),
+        output:
+            png=report(
+                "results/figures/figure3.png",
+                category="Figures",
+                caption="../report/figure3.rst",
+                labels={"figure": "3"},
+            ),
+            svg="results/figures/figure3.svg",
+        log:
+            "results/logs/figure3.log",
+        benchmark:
+            "results/benchmarks/figure3.tsv"
+        conda:
+            "../../envs/report.yaml"
+        resources:
+            mem_mb=2000,
+            runtime=10,
+        params:
+            titles=[
+                CONFIG.experiments[name].title for name in CONFIG.figure3.experiments
+            ],
+            code=code("figure3"),
+        message:
+            "Drawing figure 3"
+        script:
+            "../../scripts/figure3.py"
+
+
+rule overlays:
+    input:
+        predictions="results/predictions/{experiment}/split{split}.parquet",
+        store=test_store,
+    output:
+        report(
+            "results/figures/overlays_{experiment}_split{split}.png",
+            category="Figures",
+            caption="../report/overlays.rst",
+            labels={"experiment": "{experiment}", "split": "{split}"},
+        ),
+    log:
+        "results/logs/overlays/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/overlays/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        patches=CONFIG.overlays.patches,
+        seed=CONFIG.seed,
+        code=code("overlays"),
+    message:
+        "Drawing predictions of {wildcards.experiment} beside the truth"
+    script:
+        "../../scripts/overlays.py"

@@ -1,0 +1,70 @@
+"""Initial weights and the training runs."""
+
+
+def initial_weights(wildcards, kind: str) -> list[str]:
+    """Weights that an experiment starts from: of the backbone alone, or of a whole model."""
+    initial = CONFIG.experiments[wildcards.experiment].initial
+    if kind == "backbone":
+        return ["results/raw/weights/resnet50.pth"] if initial == "imagenet" else []
+    return [] if initial in ("none", "imagenet") else [initial]
+
+
+rule download_imagenet:
+    input:
+        local_files(CONFIG.imagenet),
+    output:
+        "results/raw/weights/resnet50.pth",
+    log:
+        "results/logs/download_imagenet.log",
+    benchmark:
+        "results/benchmarks/download_imagenet.tsv"
+    conda:
+        "../../envs/data.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        source=CONFIG.imagenet.to_dict(),
+    message:
+        "Getting the ImageNet weights of the backbone"
+    script:
+        "../../scripts/download.py"
+
+
+rule train:
+    input:
+        stores=lambda wildcards: [
+            fold_store(fold) for fold in folds_of(wildcards.split, "train", "val")
+        ],
+        split="results/pannuke/split{split}.tsv",
+        backbone=lambda wildcards: initial_weights(wildcards, "backbone"),
+        initial=lambda wildcards: initial_weights(wildcards, "model"),
+    output:
+        model="results/models/{experiment}/split{split}/model.pt",
+        log="results/models/{experiment}/split{split}/log.jsonl",
+        curves=report(
+            "results/models/{experiment}/split{split}/curves.png",
+            category="Training",
+            caption="../report/curves.rst",
+            labels={"experiment": "{experiment}", "split": "{split}"},
+        ),
+        provenance="results/models/{experiment}/split{split}/provenance.json",
+    log:
+        "results/logs/train/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/train/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/training.yaml"
+    threads: 8
+    resources:
+        gpu=lambda wildcards: CONFIG.experiment(wildcards.experiment).training.gpus,
+        mem_mb=32000,
+        runtime=2880,
+    params:
+        experiment=lambda wildcards: CONFIG.experiment(wildcards.experiment).to_dict(),
+        nucleus_threshold=CONFIG.inference.nucleus_threshold,
+        code=code("train"),
+    message:
+        "Training {wildcards.experiment} on split {wildcards.split}"
+    script:
+        "../../scripts/train.py"
