@@ -1,0 +1,71 @@
+"""Per-rule environments: each holds what its rules import, at the versions of the lock, and nothing it should not."""
+
+import ast
+import re
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, run
+
+from celldetr import provenance
+
+PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml"}
+RULES = {}
+for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
+    for block in re.split(r"\n\s*rule ", file.read_text(encoding="utf-8"))[1:]:
+        environment = re.search(r"envs/(\w+)\.yaml", block)
+        script = re.search(r"scripts/(\w+)\.py", block)
+        RULES[block.split(":")[0]] = (environment[1], script[1])
+
+
+def pins(environment):
+    """Return canonical name -> pin of a conda file."""
+    content = yaml.safe_load((ROOT / "envs" / f"{environment}.yaml").read_text(encoding="utf-8"))
+    lines = next(item["pip"] for item in content["dependencies"] if isinstance(item, dict))
+    return {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line for line in lines}
+
+
+def imported(script):
+    """Return the top-level packages that a script and the library below it import."""
+    root = ROOT / "scripts"
+    waiting, seen, names = [root / f"{script}.py"], set(), set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        waiting += provenance._imported(tree, root)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"celldetr", "deformops"}  # deformops is optional
+
+
+def test_every_rule_is_seen():
+    assert {"download_pannuke", "convert_pannuke", "train", "predict", "score", "table", "figure3"} <= set(RULES)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_environment_holds_what_the_rule_imports(rule):
+    environment, script = RULES[rule]
+    needed = {PACKAGE_OF.get(name, name).lower() for name in imported(script)}
+    assert needed
+    assert needed <= set(pins(environment)), f"envs/{environment}.yaml lacks packages; see envs/pin.py"
+
+
+@pytest.mark.parametrize("environment", ["data", "report"])
+def test_no_torch_where_nothing_needs_it(environment):
+    assert not {"torch", "lightning", "kornia"} & set(pins(environment))
+
+
+@pytest.mark.parametrize("environment", ["data", "report", "training"])
+def test_pins_are_those_of_the_lock(environment):
+    lock = set((ROOT / "envs" / "lock.txt").read_text(encoding="utf-8").splitlines())
+    assert set(pins(environment).values()) <= lock
+    text = (ROOT / "envs" / f"{environment}.yaml").read_text(encoding="utf-8")
+    done = run(sys.executable, "-c", f"import pin; print(pin.text({environment!r}), end='')", cwd=ROOT / "envs")
+    assert done.stdout == text, "run `python envs/pin.py`"
