@@ -1,4 +1,4 @@
-"""One-to-one matching of true and predicted nuclei by the distance of their centres (METHOD section 8)."""
+"""One-to-one matching of true and predicted nuclei by the distance of their centres (paper, 4.2)."""
 
 from dataclasses import dataclass
 

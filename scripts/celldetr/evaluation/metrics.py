@@ -1,4 +1,4 @@
-"""Detection and class scores of PanNuke in the manner of HoVer-Net (METHOD section 8).
+"""Detection and class scores of PanNuke in the manner of HoVer-Net (paper, 4.2).
 
 Everything is counted per image, so that a fold, a resample of its images, or an average needs only sums of
 counts. A row is "Detection" (index 0) or a class (index 1 + label). With the counts of a row
@@ -120,9 +120,7 @@ class _Tally:
     def detection(self, field: str, image: NDArray[np.int64], amount: int = 1) -> None:
         self.counts[:, 0, _COLUMN[field]] += amount * np.bincount(image, minlength=len(self.counts))
 
-    def by_class(
-        self, field: str, image: NDArray[np.int64], label: NDArray[np.int64], amount: int = 1
-    ) -> None:
+    def by_class(self, field: str, image: NDArray[np.int64], label: NDArray[np.int64], amount: int = 1) -> None:
         n_images, n_rows = self.counts.shape[:2]
         known = label >= 0
         cell = image[known] * (n_rows - 1) + label[known]

@@ -94,7 +94,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """Which detections count (METHOD section 7).
+    """Which detections count: how nucleus score and class scores decide together.
 
     ``both_thresholds``: nucleus score >= `nucleus_threshold` and largest class score >= `class_threshold`.
     ``class``: largest class score >= `class_threshold`.
@@ -113,9 +113,7 @@ class ScoreRule:
 
     def __post_init__(self) -> None:
         if self.rule not in SCORE_RULES:
-            raise ConfigError(
-                f"evaluation.score: got {self.rule!r}, expected one of {', '.join(SCORE_RULES)}"
-            )
+            raise ConfigError(f"evaluation.score: got {self.rule!r}, expected one of {', '.join(SCORE_RULES)}")
         for key in ("nucleus_threshold", "class_threshold"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"{key}: got {getattr(self, key)}, expected a score in [0, 1]")
@@ -195,9 +193,7 @@ class PredictionsWriter:
 
     def __enter__(self) -> Self:
         temporary = self._stack.enter_context(atomic(self.path))
-        self._writer = self._stack.enter_context(
-            pq.ParquetWriter(temporary, self._schema, compression="zstd")
-        )
+        self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, self._schema, compression="zstd"))
         return self
 
     def __exit__(
@@ -286,9 +282,7 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
         if got != str(want.type):
             raise InputError(f"{path}: column {want.name!r}: got {got}, expected {want.type}")
         if table.column(index).null_count:
-            raise InputError(
-                f"{path}: column {want.name!r}: got {table.column(index).null_count} empty values"
-            )
+            raise InputError(f"{path}: column {want.name!r}: got {table.column(index).null_count} empty values")
     column = {name: table.column(name).to_numpy() for name in table.column_names}
     scores = np.empty((len(table), len(classes)), dtype=np.float32)
     for index, name in enumerate(classes):
@@ -310,15 +304,11 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
 
 def _metadata(path: str | os.PathLike[str], raw: Mapping[bytes, bytes]) -> dict[str, Any]:
     if METADATA_KEY not in raw:
-        raise InputError(
-            f"{path}: the schema metadata has no key 'celldetr'; expected a file of the predict rule"
-        )
+        raise InputError(f"{path}: the schema metadata has no key 'celldetr'; expected a file of the predict rule")
     try:
         metadata = json.loads(raw[METADATA_KEY])
     except ValueError as error:
-        raise InputError(
-            f"{path}: metadata 'celldetr' is not JSON ({error}); predict this split again"
-        ) from error
+        raise InputError(f"{path}: metadata 'celldetr' is not JSON ({error}); predict this split again") from error
     kinds = {
         "classes": (list, "a list of names"),
         "n_patches": (int, "a count"),

@@ -1,5 +1,6 @@
 """Scores of one experiment on one split: predictions and truth in, one long table out."""
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +12,10 @@ from celldetr.evaluation import bootstrap
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, row_names, scores
 from celldetr.evaluation.predictions import Predictions, ScoreRule
+from celldetr.files import atomic
 
 CENTRES = ("box", "mask")
+MISSING = "NA"
 VALUES = ("precision", "recall", "f1")
 
 
@@ -122,9 +125,7 @@ def score_fold(
     """
     rule = rule or ScoreRule()
     if predictions.classes != tuple(store.classes):
-        raise InputError(
-            f"predictions have classes {predictions.classes}, the test store {tuple(store.classes)}"
-        )
+        raise InputError(f"predictions have classes {predictions.classes}, the test store {tuple(store.classes)}")
     if predictions.n_patches != store.n_patches:
         raise InputError(
             f"predictions are for {predictions.n_patches} patches, the test store has {store.n_patches}: "
@@ -165,3 +166,16 @@ def _frame(
         columns[f"{name}_lo"], columns[f"{name}_hi"] = ends[:, :, index]
     columns |= {name: counts[:, index] for index, name in enumerate(COUNTS)}
     return pd.DataFrame(columns | settings)
+
+
+def write_scores(
+    path: str | os.PathLike[str], scores: pd.DataFrame, *, experiment: str, split: int, test_store: str
+) -> None:
+    """Write the scores of an experiment on a split as TSV; undefined values are NA."""
+    frame = scores.copy()
+    for position, (name, value) in enumerate(
+        {"experiment": experiment, "split": split, "test_store": test_store}.items()
+    ):
+        frame.insert(position, name, value)
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, sep="\t", index=False, na_rep=MISSING, float_format="%.6g")

@@ -1,0 +1,21 @@
+"""Draw figure 3: where models look at the same nuclei.
+
+Input: ``points`` (NPZ files of the attention rule, one per model), ``shares`` (their JSON files, same order).
+Output: ``png``, ``svg``.
+"""
+
+from celldetr.evaluation.attention import read_drawn, read_share
+from celldetr.evaluation.figures import SystemShare, figure3, save
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    titles = snakemake.params.titles
+    shares = [SystemShare(title, *read_share(path)) for path, title in zip(snakemake.input.shares, titles, strict=True)]
+    figure = figure3([read_drawn(path) for path in snakemake.input.points], shares)
+    save(figure, snakemake.output.png)
+    save(figure, snakemake.output.svg)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

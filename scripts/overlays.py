@@ -1,0 +1,30 @@
+"""Draw predictions beside the truth on some patches of a test fold.
+
+Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold).
+Output: PNG, patches twice: true boxes and predicted boxes, coloured by class.
+"""
+
+from pathlib import Path
+
+from celldetr.evaluation.figures import choose_patches, overlays, save
+from celldetr.evaluation.predictions import read_predictions
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+
+def main(snakemake):
+    store = open_store(snakemake.input.store)
+    patches = choose_patches(store.box_ptr, snakemake.params.patches, snakemake.params.seed)
+    figure = overlays(
+        store.images(patches),
+        patches,
+        [store.boxes_of(int(patch)) for patch in patches],
+        read_predictions(snakemake.input.predictions),
+        title=f"{snakemake.wildcards.experiment}, split {snakemake.wildcards.split}: "
+        f"test patches of {Path(snakemake.input.store).stem}",
+    )
+    save(figure, snakemake.output[0])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

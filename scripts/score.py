@@ -1,0 +1,48 @@
+"""Score the predictions of a test fold.
+
+Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold).
+Output: TSV, a row per metric and class: precision, recall, F1 with 95 % intervals, counts, settings.
+"""
+
+import logging
+from pathlib import Path
+
+from celldetr.errors import InputError
+from celldetr.evaluation.predictions import ScoreRule, read_predictions
+from celldetr.evaluation.scoring import score_fold, write_scores
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+log = logging.getLogger("score")
+
+
+def main(snakemake):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    params = snakemake.params
+    predictions = read_predictions(snakemake.input.predictions)
+    origin = {key: predictions.metadata.get(key) for key in ("experiment", "split", "test_store")}
+    expected = {
+        "experiment": snakemake.wildcards.experiment,
+        "split": int(snakemake.wildcards.split),
+        "test_store": Path(snakemake.input.store).stem,
+    }
+    if origin != expected:
+        raise InputError(
+            f"{snakemake.input.predictions}: got predictions of {origin}, expected {expected}; predict this split again"
+        )
+    scores = score_fold(
+        predictions,
+        open_store(snakemake.input.store),
+        rule=ScoreRule(params.score, params.nucleus_threshold, params.class_threshold),
+        radius=params.radius,
+        centres=params.centres,
+        resamples=params.resamples,
+        seed=params.seed,
+    )
+    write_scores(snakemake.output[0], scores, **expected)
+    found = scores[scores["class"] == "Detection"].set_index("metric")
+    log.info("detection\n%s", found[["precision", "recall", "f1", "n_truth", "n_predicted"]].to_string())
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
