@@ -197,7 +197,7 @@ def _draw_attention(
     (x0, x1, y0, y1), (x, y) = view, points.T
     unseen = float(weights[(x < x0) | (x > x1) | (y < y0) | (y > y1)].sum() / weights.sum())
     text = f"{100 * share:.0f} % in box"
-    axis.set_xlabel(f"{text}, {100 * unseen:.0f} % beyond view" if unseen >= 0.005 else text, fontsize=8, labelpad=2)
+    axis.set_xlabel(f"{text}, {100 * unseen:.0f} % off view" if unseen >= 0.005 else text, fontsize=8, labelpad=2)
 
 
 def _area(weights: NDArray[np.floating], largest: float) -> NDArray[np.float64]:

@@ -47,13 +47,15 @@ def caption(table: Table) -> str:
     """Say what the values are: metric, protocol, splits, score rule."""
     settings = scored_with(table.splits)
     folds = table.splits.drop_duplicates("split").sort_values("split")
-    tested = ", ".join(f"{split} ({store})" for split, store in zip(folds["split"], folds["test_store"], strict=True))
+    tested = ", ".join(
+        f"{store} (split {split})" for split, store in zip(folds["split"], folds["test_store"], strict=True)
+    )
     rule = _RULE_WORDS[str(settings["score_rule"])].format(**settings)
     n_splits = len(folds)
     return (
         f"Precision (P), recall (R) and F1 (F) of detection and per class. Measured rows: "
-        f"{f'mean over {n_splits} splits' if n_splits > 1 else 'one split'} of protocol {table.protocol}, split "
-        f"(tested on) {tested}; metric {_METRIC_WORDS[table.metric]}; a detection counts with {rule}; centres "
+        f"{f'mean over {n_splits} splits' if n_splits > 1 else 'one split'} of protocol {table.protocol}, tested on "
+        f"{tested}; metric {_METRIC_WORDS[table.metric]}; a detection counts with {rule}; centres "
         f"({settings['centres']}) pair up to {settings['radius']:g} px apart. Best measured value in bold. "
         f"Published rows as printed in their source. {DASH}: no value, or no truth of the class. "
         f"Every split with 95 % bootstrap intervals and counts, for both metrics: {table.name}_splits.tsv."
@@ -68,7 +70,7 @@ def _sections(table: Table) -> tuple[list[_Section], list[str]]:
     for index, row in table.rows.iterrows():
         in_paper = row["source"] == PAPER and row["group"]
         title = titles[row["source"]] + (f": {row['group']}" if in_paper else "")
-        note = ". ".join(text for text in (f"From {row['citation']}" if row["citation"] else "", row["note"]) if text)
+        note = "; ".join(text for text in (f"From {row['citation']}" if row["citation"] else "", row["note"]) if text)
         if note and note not in notes:
             notes.append(note)
         mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
@@ -156,10 +158,11 @@ th, td { padding: .28em .5em; text-align: right; }
 tr > :first-child { text-align: left; padding-right: 1.2em; font-weight: normal; }
 thead th { text-align: center; }
 thead tr:last-child th { font-weight: normal; border-bottom: 1px solid #1a1a1a; text-align: right; }
+thead tr:last-child th:first-child { text-align: left; }
 .first { border-left: 1px solid #ccc; }
 tbody th.section { text-align: left; font-weight: bold; border-top: 1px solid #999; padding-top: .6em; }
 tr.measured { background: #e8f1fa; }
-sup { color: #555; padding-left: .15em; }
+sup { line-height: 0; color: #555; padding-left: .15em; }
 p, li { line-height: 1.45; }
 .caption { font-size: .9em; max-width: 75em; }
 ul { list-style: none; padding: 0; font-size: .82em; color: #444; }

@@ -172,10 +172,7 @@ def write_scores(
     path: str | os.PathLike[str], scores: pd.DataFrame, *, experiment: str, split: int, test_store: str
 ) -> None:
     """Write the scores of an experiment on a split as TSV; undefined values are NA."""
-    frame = scores.copy()
-    for position, (name, value) in enumerate(
-        {"experiment": experiment, "split": split, "test_store": test_store}.items()
-    ):
-        frame.insert(position, name, value)
+    origin: dict[str, Any] = {"experiment": experiment, "split": split, "test_store": test_store}
+    frame = scores.assign(**origin)[[*origin, *scores.columns]]
     with atomic(path) as temporary:
         frame.to_csv(temporary, sep="\t", index=False, na_rep=MISSING, float_format="%.6g")

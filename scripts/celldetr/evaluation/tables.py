@@ -164,7 +164,10 @@ def read_scores(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     """
     frames = []
     for path in paths:
-        frame = pd.read_csv(path, sep="\t", keep_default_na=False, na_values=[MISSING])
+        try:
+            frame = pd.read_csv(path, sep="\t", keep_default_na=False, na_values=[MISSING])
+        except ValueError as error:
+            raise InputError(f"{path}: got {error}, expected a TSV file of the score rule") from error
         missing = [name for name in _SCORE_COLUMNS if name not in frame.columns]
         if missing or frame.empty:
             raise InputError(
@@ -173,9 +176,9 @@ def read_scores(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
             )
         frames.append(frame.loc[:, list(_SCORE_COLUMNS)])
         for key in _SCORED_WITH:
-            first, here = frames[0][key].iloc[0], frame[key].unique()
-            if list(here) != [first]:
-                raise InputError(f"{path}: {key}: got {list(here)}, but the first file has {first}; score all again")
+            first, here = frames[0][key].tolist()[0], frame[key].unique().tolist()
+            if here != [first]:
+                raise InputError(f"{path}: {key}: got {here}, but the first file has {first}; score all again")
     if not frames:
         raise InputError("got no score files, expected one per experiment and split")
     return pd.concat(frames, ignore_index=True)
