@@ -159,7 +159,8 @@ _BENIGN_GLANDS = Glands("epithelial", radius=(20.0, 34.0), cell_height=14.0, spa
 ARCHITECTURES: Mapping[str, Architecture] = {
     "tumour nest": Architecture(
         density=34, composition={"neoplastic": 0.90, "inflammatory": 0.05, "connective": 0.03, "necrotic": 0.02},
-        separation=0.90, clumping=0.35, eosin=0.42, basophilia=0.16, fibre=0.05, granule=0.12, cleft=0.02, membranes=0.4,
+        separation=0.90, clumping=0.35, eosin=0.42, basophilia=0.16, fibre=0.05, granule=0.12, cleft=0.02,
+        membranes=0.4,
     ),
     "tumour glands": Architecture(
         density=22, composition={"connective": 0.62, "inflammatory": 0.33, "neoplastic": 0.03, "necrotic": 0.02},

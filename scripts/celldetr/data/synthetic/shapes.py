@@ -116,7 +116,10 @@ def rasterise(polygon: Array, mpp: float, origin: tuple[float, float], shape: tu
 
 
 def reach(half: Array, angle: Array, direction: Array) -> Array:
-    """Distance in um from the centre of an ellipse to its rim in a direction (radians); shapes broadcast, `half` ends in 2."""
+    """Distance in um from the centre of an ellipse to its rim in a direction (radians).
+
+    Shapes broadcast; the last dimension of `half` has size 2.
+    """
     turned = direction - angle
     a, b = half[..., 0], half[..., 1]
     return a * b / np.hypot(b * np.cos(turned), a * np.sin(turned))

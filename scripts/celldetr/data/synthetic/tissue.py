@@ -1,4 +1,7 @@
-"""Growing a tissue scene: regions of different architecture with glands, fat, fibres and nuclei. Lengths in um, y downwards."""
+"""Growing a tissue scene: regions of different architecture with glands, fat, fibres and nuclei.
+
+Lengths in um, y downwards.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,6 +23,13 @@ MIXTURE: Mapping[str, float] = {
     "necrosis": 0.05,
     "fat": 0.04,
 }  # shares of the area that give about PanNuke's class balance
+BALANCED: Mapping[str, float] = {
+    "tumour nest": 0.12,
+    "benign glands": 0.30,
+    "fibrous stroma": 0.12,
+    "inflamed stroma": 0.12,
+    "necrosis": 0.34,
+}  # shares that give each class about as many nuclei
 _TRIES = 8  # places tried for a nucleus before it is given up
 _CELL = 20.0  # um; longer than any nucleus, so that touching ones lie in neighbouring cells of the grid
 
@@ -162,22 +172,21 @@ def grow_scene(
     shares = np.array(list(mixture.values()), dtype=float)
     kinds = rng.choice(len(shares), size=count, p=shares / shares.sum())
     names = list(mixture)
-    scene = Scene(
-        width, height, (), (), (), sites, tuple(names[k] for k in kinds), _flow(rng)
-    )
+    scene = Scene(width, height, (), (), (), sites, tuple(names[k] for k in kinds), _flow(rng))
     grower = _Grower(rng, scene, density)
     grower.place_glands()
     grower.place_vacuoles()
     grower.line_glands()
     grower.scatter()
     return replace(
-        scene, nuclei=tuple(grower.nuclei), glands=tuple(grower.glands), vacuoles=tuple(v for *_, v in grower.vacuoles)
+        scene,
+        nuclei=tuple(grower.nuclei),
+        glands=tuple(grower.glands),
+        vacuoles=tuple(v for *_, v in grower.vacuoles),
     )
 
 
-def draw_nucleus(
-    rng: np.random.Generator, look: str, centre: Array, angle: float, *, size: float = 1.0
-) -> Nucleus:
+def draw_nucleus(rng: np.random.Generator, look: str, centre: Array, angle: float, *, size: float = 1.0) -> Nucleus:
     """Draw one nucleus of a kind at a place, with its long axis in a direction; `size` scales its length."""
     kind: Look = LOOKS[look]
     length = size * kind.length * float(np.exp(kind.length_sd * np.clip(rng.standard_normal(), -2.2, 2.2)))
@@ -268,7 +277,9 @@ class _Grower:
             centre = gland.centre + (ring + jitter[0]) * np.array([np.cos(theta), 0.95 * np.sin(theta)])
             centre = centre + jitter[1] * np.array([-np.sin(theta), np.cos(theta)])
             if self._inside(centre):
-                nucleus = draw_nucleus(self.rng, kind.look, centre, theta + jitter[2] / 12, size=0.92 if kind.rows > 1 else 1)
+                nucleus = draw_nucleus(
+                    self.rng, kind.look, centre, theta + jitter[2] / 12, size=0.92 if kind.rows > 1 else 1
+                )
                 self._try(nucleus, 0.80)
 
     def scatter(self) -> None:
