@@ -1,0 +1,155 @@
+"""Multi-scale deformable attention with point, box and box-constrained references (paper, eqs. 1 to 4)."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from celldetr.model.sampling import Shapes, sampler
+
+OffsetInit = Literal["authors", "spread"]
+
+
+class SamplingPoints(NamedTuple):
+    """Where each query looked and how much.
+
+    Attributes
+    ----------
+    locations
+        Points (B, Q, H, L, P, 2), x then y in [0, 1] of the patch.
+    weights
+        Attention (B, Q, H, L, P); its sum over L and P is 1.
+    """
+
+    locations: Tensor
+    weights: Tensor
+
+
+class DeformableAttention(nn.Module):
+    """Cross-attention of queries to a few sampled points of feature maps.
+
+    Parameters
+    ----------
+    d_model
+        Channels C.
+    heads, levels, points
+        Heads H, feature levels L, points P per head and level.
+    constrained
+        Keep every point inside the query's box (eq. 4). Otherwise a box reference only scales the offsets (eq. 3).
+    offset_init
+        Distances of the points at the start: ``authors`` 1 to P (through tanh nearly all on the border of the box),
+        ``spread`` at 1/(2P), 3/(2P), ... of the half box. Of constrained attention only.
+    sampling
+        Name of the sampling form, see `celldetr.model.sampling.sampler`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        levels: int,
+        points: int,
+        *,
+        constrained: bool = False,
+        offset_init: OffsetInit = "authors",
+        sampling: str = "fast",
+    ) -> None:
+        super().__init__()
+        if d_model % heads:
+            raise ValueError(f"d_model: got {d_model}, expected a multiple of heads ({heads})")
+        self.heads, self.levels, self.points = heads, levels, points
+        self.constrained = constrained
+        self.sample = sampler(sampling)
+        self.sampling_offsets = nn.Linear(d_model, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(d_model, heads * levels * points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self._initialise(offset_init if constrained else "authors")
+
+    def _initialise(self, offset_init: OffsetInit) -> None:
+        """Head m looks along angle 2 pi m / H; attention starts uniform."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        distance = direction[:, None] * steps[None, :, None]  # (H, P, 2)
+        if offset_init == "spread":
+            distance = torch.atanh(direction[:, None] * ((2 * steps - 1) / (2 * self.points))[None, :, None])
+        bias = distance[:, None].expand(-1, self.levels, -1, -1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        *,
+        return_points: bool = False,
+    ) -> tuple[Tensor, SamplingPoints | None]:
+        """Attend.
+
+        Parameters
+        ----------
+        query
+            Queries (B, Q, C).
+        reference
+            Points (B, Q, 2) x, y or boxes (B, Q, 4) cxcywh, in [0, 1].
+        memory
+            Tokens (B, T, C) of all levels.
+        shapes
+            Height and width of each level.
+        return_points
+            Return where was sampled as well (second element, otherwise None).
+
+        Returns
+        -------
+        tuple
+            (B, Q, C) and the sampling points.
+
+        Raises
+        ------
+        ValueError
+            The reference has another size, or is a point where a box is needed.
+        """
+        batch, queries, channels = query.shape
+        grid = (batch, queries, self.heads, self.levels, self.points)
+        value = self.value_proj(memory).view(batch, -1, self.heads, channels // self.heads)
+        offsets, logits = self._offsets_and_logits(query)
+        weights = logits.view(*grid[:3], -1).softmax(dim=-1).view(grid)
+        locations = self._locations(reference.to(offsets.dtype), offsets.view(*grid, 2), shapes)
+        sampled = self.sample(value, shapes, locations, weights)
+        points = SamplingPoints(locations, weights) if return_points else None
+        return self.output_proj(sampled), points
+
+    def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Both projections at once, never in half precision: a point is worth more than its 8 bits."""
+        with torch.autocast(query.device.type, enabled=False):
+            weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
+            bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
+            joint = F.linear(query.to(weight.dtype), weight, bias)
+        sizes = [len(self.sampling_offsets.bias), len(self.attention_weights.bias)]
+        offsets, logits = joint.split(sizes, dim=-1)
+        return offsets, logits
+
+    def _locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
+        reference = reference[:, :, None, None, None]
+        if reference.shape[-1] == 4:
+            centre, half = reference[..., :2], 0.5 * reference[..., 2:]
+            if self.constrained:
+                return centre + offsets.tanh() * half
+            return centre + offsets * (half / self.points)
+        if reference.shape[-1] != 2 or self.constrained:
+            wanted = "4 (box)" if self.constrained else "2 (point) or 4 (box)"
+            raise ValueError(f"reference: got {reference.shape[-1]} numbers per query, expected {wanted}")
+        size = offsets.new_tensor([[width, height] for height, width in shapes])
+        return reference + offsets / size[:, None]
