@@ -95,7 +95,7 @@ class DeformableAttention(nn.Module):
         shapes: Shapes,
         *,
         return_points: bool = False,
-    ) -> tuple[Tensor, SamplingPoints | None]:
+    ) -> Tensor | tuple[Tensor, SamplingPoints]:
         """Attend.
 
         Parameters
@@ -109,12 +109,12 @@ class DeformableAttention(nn.Module):
         shapes
             Height and width of each level.
         return_points
-            Return where was sampled as well (second element, otherwise None).
+            Return the sampling points as well.
 
         Returns
         -------
-        tuple
-            (B, Q, C) and the sampling points.
+        Tensor or tuple
+            (B, Q, C), and the sampling points when asked for.
 
         Raises
         ------
@@ -127,9 +127,8 @@ class DeformableAttention(nn.Module):
         offsets, logits = self._offsets_and_logits(query)
         weights = logits.view(*grid[:3], -1).softmax(dim=-1).view(grid)
         locations = self._locations(reference.to(offsets.dtype), offsets.view(*grid, 2), shapes)
-        sampled = self.sample(value, shapes, locations, weights)
-        points = SamplingPoints(locations, weights) if return_points else None
-        return self.output_proj(sampled), points
+        result: Tensor = self.output_proj(self.sample(value, shapes, locations, weights))
+        return (result, SamplingPoints(locations, weights)) if return_points else result
 
     def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Both projections at once, never in half precision: a point is worth more than its 8 bits."""

@@ -1,11 +1,10 @@
 """Multi-scale deformable sampling (paper, eqs. 1 and 2) in two forms that compute the same.
 
-`sample_reference` says what is computed: `grid_sample` per level, then a weighted sum. `sample_fast`, the default, sees the
-sampled sum of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P points,
-with attention times bilinear weight as the row's weight. The table gets a border of zeros around each level, so that a point
-outside of the map needs no case of its own.
-
-On CUDA, the kernels of the optional package `deformops` are used when it is installed.
+`sample_reference` says what is computed: `grid_sample` per level, then a weighted sum. `sample_fast`, the default, sees
+the sampled sum of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P
+points, with attention times bilinear weight as the row's weight. The table gets a border of zeros around each level, so
+that a point outside of the map needs no case of its own. On CUDA, the kernels of the optional package `deformops` are
+used when it is installed.
 
 Shapes, with B images, T tokens, H heads, D channels per head, Q queries, L levels, P points:
 value (B, T, H, D), levels one after another, row by row; shapes, (height, width) of the L levels;
@@ -28,7 +27,7 @@ Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
 
 
 def sampler(name: str, *, compiled: bool = False) -> Sampler:
-    """Sampling function by its name in the settings: ``fast`` or ``reference``.
+    """Find a sampling function by its name in the settings: ``fast`` or ``reference``.
 
     Parameters
     ----------
@@ -69,8 +68,8 @@ def sample_fast(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     table = _bordered(value.to(exact), shapes)
     rows, row_weights = _corners(locations.to(exact), weights.to(exact), shapes, table.shape[1])
-    bags = batch * queries * heads
-    summed = _weighted_rows(table.view(-1, channels), rows.view(bags, -1), row_weights.view(bags, -1))
+    bags = batch * queries * heads, 4 * weights.shape[3] * weights.shape[4]
+    summed = _weighted_rows(table.view(-1, channels), rows.view(bags), row_weights.view(bags))
     return summed.view(batch, queries, heads * channels).to(value.dtype)
 
 
@@ -98,14 +97,15 @@ def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _geometry(shapes: Shapes, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sizes (L, 1, 2) x then y; row stride (L, 1); first row (H, L, 1) of pixel (0, 0); corner offsets (4, L, 1)."""
-    size = torch.tensor([[width, height] for height, width in shapes], device=device).view(-1, 1, 2)
-    stride = torch.tensor([width + 2 for _, width in shapes], dtype=torch.int32, device=device)
-    cells = [(height + 2) * (width + 2) for height, width in shapes]
-    origin = [sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)]
-    first = torch.tensor(origin, dtype=torch.int32, device=device).view(1, -1, 1) * heads
-    first = first + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1)
-    corners = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
-    return size, stride.view(-1, 1), first, corners.view(4, -1, 1)
+    with torch.inference_mode(False):  # what is cached may be needed with gradients later
+        size = torch.tensor([[width, height] for height, width in shapes], device=device).view(-1, 1, 2)
+        stride = torch.tensor([width + 2 for _, width in shapes], dtype=torch.int32, device=device)
+        cells = [(height + 2) * (width + 2) for height, width in shapes]
+        origin = [sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)]
+        first = torch.tensor(origin, dtype=torch.int32, device=device).view(1, -1, 1) * heads
+        first = first + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1)
+        corners = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
+        return size, stride.view(-1, 1), first, corners.view(4, -1, 1)
 
 
 def _corners(locations: Tensor, weights: Tensor, shapes: Shapes, cells: int) -> tuple[Tensor, Tensor]:
