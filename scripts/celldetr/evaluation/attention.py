@@ -15,6 +15,7 @@ from celldetr.evaluation.scoring import TruthStore
 from celldetr.files import atomic
 
 MARGIN = 0.125  # of the patch: nuclei to draw keep this distance from its edge where there are enough of them
+EDGE = 1e-3  # px; points of the box-constrained attention may lie exactly on the edge, up to rounding
 SIZES = (25.0, 90.0)  # percentiles of box area of a class between which nuclei to draw are taken
 
 
@@ -128,23 +129,24 @@ def _candidates(
 def share_inside(
     points: NDArray[np.floating], weights: NDArray[np.floating], boxes: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Share of the attention weight that falls on points inside a box, edges included.
+    """Share of the attention weight that falls on points inside a box, edges included (to `EDGE` px).
 
     Parameters
     ----------
     points
-        Sampling points (D, T, 2), x then y.
+        Sampling points (D, T, 2), x then y, px.
     weights
         Attention weights (D, T).
     boxes
-        One box per row (D, 4), xyxy in the unit of the points.
+        One box per row (D, 4), xyxy px.
 
     Returns
     -------
     NDArray
         Shares (D,) in [0, 1].
     """
-    inside = (points >= boxes[:, None, :2]).all(axis=-1) & (points <= boxes[:, None, 2:]).all(axis=-1)
+    low, high = boxes[:, None, :2] - EDGE, boxes[:, None, 2:] + EDGE
+    inside = ((points >= low) & (points <= high)).all(axis=-1)
     values = np.asarray(weights, dtype=np.float64)
     return np.asarray((values * inside).sum(axis=1) / values.sum(axis=1))
 

@@ -25,8 +25,8 @@ from celldetr.files import atomic
 
 # From the palettes of Okabe and Ito and of Tol (for colour-blind readers too); bright, as tissue is dark and pink.
 CLASS_COLOURS = (
-    *("#E69F00", "#56B4E9", "#00C08B", "#F0E442", "#0057C2"),
-    *("#FFFFFF", "#D55E00", "#44AA99", "#999933", "#BBBBBB"),
+    *("#FF9A1F", "#4FC8FF", "#19DDA0", "#F7EC3C", "#FFFFFF"),
+    *("#D55E00", "#0057C2", "#F4A6D0", "#999933", "#AAAAAA"),
 )
 UNLABELLED_COLOUR = "#000000"
 TRUTH_COLOUR = "#D55E00"
@@ -306,11 +306,11 @@ def overlays(
     columns = min(columns, len(images))
     n_rows = -(-len(images) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.3 * columns + 0.1, 2.4 * n_rows + 0.75))
+        figure = Figure(figsize=(4.3 * columns + 0.1, 2.4 * n_rows + 0.65))
         FigureCanvasAgg(figure)
         height = figure.get_size_inches()[1]
         grid = figure.add_gridspec(
-            n_rows, columns, left=0.01, right=0.99, top=1 - 0.6 / height, bottom=0.36 / height, wspace=0.05, hspace=0.12
+            n_rows, columns, left=0.01, right=0.99, top=1 - 0.5 / height, bottom=0.36 / height, wspace=0.05, hspace=0.12
         )
         for index, patch in enumerate(patches):
             pair = grid[index // columns, index % columns].subgridspec(1, 2, wspace=0.02)
@@ -336,7 +336,7 @@ def colour_of(label: int) -> str:
 def _draw_boxes(axis: Axes, boxes: NDArray[np.floating], labels: NDArray[np.integer]) -> None:
     for box, label in zip(boxes, labels, strict=True):
         x0, y0, x1, y1 = map(float, box)
-        for colour, width in (("#1A1A1A", 2.1), (colour_of(int(label)), 1.1)):
+        for colour, width in (("#1A1A1A", 1.7), (colour_of(int(label)), 1.0)):
             axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=width))
 
 
