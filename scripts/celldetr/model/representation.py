@@ -1,0 +1,125 @@
+"""Representation decoder: boxes in, one embedding per nucleus out (paper, 3.2 and eq. 4).
+
+Size and location of a box enter through different projections; every sampling point stays inside its box; and the first
+layer (with ``self_attention: none`` every layer) has no attention among nuclei.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from celldetr.config import ModelSettings
+from celldetr.model.deformable_attention import SamplingPoints
+from celldetr.model.position import Shape
+from celldetr.model.transformer import DecoderLayer, full_precision
+
+FULL_IMAGE = (0.5, 0.5, 1.0, 1.0)
+
+
+class RepresentationDecoder(nn.Module):
+    """Turn given boxes into embeddings.
+
+    Where no layer attends among nuclei the location of a box is used by nothing but its sampling points, and global
+    tokens reach no nucleus: neither exists then.
+
+    Parameters
+    ----------
+    settings
+        Sizes of the model and options of this decoder.
+    levels
+        Feature levels.
+    """
+
+    def __init__(self, settings: ModelSettings, levels: int) -> None:
+        super().__init__()
+        options, channels = settings.representation, settings.d_model
+        attends = [options.self_attention == "after_first" and index > 0 for index in range(options.layers)]
+        self.size_project = nn.Linear(2, channels)
+        self.location_project = nn.Linear(2, channels) if any(attends) else None
+        self.global_tokens = options.global_tokens if any(attends) and settings.mode == "parallel" else 0
+        self.layers = nn.ModuleList(
+            DecoderLayer(settings, levels, self_attention=attend, constrained=True, offset_init=options.offset_init)
+            for attend in attends
+        )
+        self.register_buffer("full_image", torch.tensor(FULL_IMAGE), persistent=False)
+        self.full_image: Tensor
+
+    def forward(
+        self,
+        memory: Tensor,
+        shapes: tuple[Shape, ...],
+        boxes: Tensor,
+        valid: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        positions: bool = True,
+    ) -> tuple[Tensor, SamplingPoints]:
+        """Represent nuclei.
+
+        Parameters
+        ----------
+        memory, shapes
+            Encoded tokens (B, T, C), and height and width of the levels.
+        boxes
+            Boxes (B, R, 4), cxcywh in [0, 1]; R = 0 is legal. No gradient flows into them.
+        valid
+            False at padding (B, R); none: every box is a nucleus. What padding holds has no influence.
+        mask
+            Which box (last dimension) a box may attend to, bool (R, R) or (B, R, R); none: every one. Global tokens then
+            attend to all and are attended by all, unless the mask has their rows and columns too, after those of the
+            boxes: (R + tokens, R + tokens). Padding is never attended to, and everything attends to itself.
+        positions
+            Whether self-attention knows locations. Without, the projection of locations gets no gradient.
+
+        Returns
+        -------
+        Tensor, SamplingPoints
+            Embeddings (B, R, C), zero at padding, and where the last layer looked, for the R boxes.
+        """
+        count = boxes.shape[1]
+        slots, real = self._slots(boxes.detach(), valid)
+        allowed = self._allowed(slots, real, mask)
+        with full_precision(memory):
+            slots = slots.to(self.size_project.weight.dtype)
+            x = self.size_project(slots[..., 2:])
+            location = None
+            if self.location_project is not None and positions:
+                location = self.location_project(slots[..., :2])
+        for layer in self.layers:
+            x, points = layer(x, slots, memory, shapes, self_position=location, mask=allowed)
+        x = x[:, :count]
+        if valid is not None:
+            x = x.masked_fill(~valid[..., None], 0)
+        return x, SamplingPoints(points.locations[:, :count], points.weights[:, :count])
+
+    def _slots(self, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Boxes and tokens (B, S, 4), and which of them count (B, S), none = all.
+
+        Without boxes and tokens there is one slot that does not count, so that parameters get (zero) gradients from a
+        batch of images without nuclei as well: devices that share a batch must agree on what has a gradient.
+        """
+        batch, count = boxes.shape[:2]
+        if valid is not None:
+            boxes = torch.where(valid[..., None], boxes, self.full_image.to(boxes.dtype))
+        extra = self.global_tokens or (count == 0)
+        if not extra:
+            return boxes, valid
+        tokens = self.full_image.to(boxes.dtype).expand(batch, extra, 4)
+        if valid is not None:
+            valid = F.pad(valid, (0, extra), value=bool(self.global_tokens))
+        return torch.cat((boxes, tokens), dim=1), valid
+
+    def _allowed(self, slots: Tensor, real: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Which slot may attend to which, (B or 1, 1, S, S), none = all to all."""
+        if mask is None and real is None:
+            return None
+        batch, count = slots.shape[:2]
+        allowed = torch.ones(1, count, count, dtype=torch.bool, device=slots.device)
+        if mask is not None:
+            missing = count - mask.shape[-1]
+            mask = mask if mask.dim() == 3 else mask[None]
+            allowed = allowed & F.pad(mask, (0, missing, 0, missing), value=True)
+        if real is not None:
+            allowed = allowed & real[:, None]
+        itself = torch.eye(count, dtype=torch.bool, device=slots.device)
+        return (allowed | itself)[:, None]

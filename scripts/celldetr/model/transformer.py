@@ -1,0 +1,289 @@
+"""Encoder and detection decoder of Deformable DETR with iterative box refinement (paper, 3.1, eqs. 1-3)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from celldetr.config import ModelSettings
+from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
+from celldetr.model.position import Shape, reference_grid
+
+PRIOR = 0.01
+"""Score that every class starts with, so that the many queries without a nucleus do not swamp the focal loss."""
+
+_EPS = 1e-5
+_FIRST_SIZE = -2.0
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context in which nothing is computed in half precision, whatever autocast is on."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Logit of values in [0, 1], which are kept 1e-5 away from both ends."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=_EPS) / (1 - x).clamp(min=_EPS))
+
+
+def deformable_attention(
+    settings: ModelSettings, levels: int, *, constrained: bool = False, offset_init: str = "authors"
+) -> DeformableAttention:
+    """Deformable attention with the sizes of a model."""
+    return DeformableAttention(
+        settings.d_model,
+        settings.heads,
+        levels,
+        settings.points,
+        constrained=constrained,
+        offset_init="spread" if offset_init == "spread" else "authors",
+        sampling=settings.sampling,
+    )
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among queries; a position is added to queries and keys, not to values."""
+
+    def __init__(self, channels: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj = nn.Linear(channels, 3 * channels)
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.xavier_uniform_(self.in_proj.weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, position: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        x
+            Queries (B, Q, C).
+        position
+            Added to queries and keys (B, Q, C) or (Q, C).
+        mask
+            Which key (last dimension) a query may attend to, bool (B, 1, Q, Q); none: every one.
+        """
+        channels = x.shape[-1]
+        moved = x if position is None else x + position
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        query, key = F.linear(moved, weight[: 2 * channels], bias[: 2 * channels]).chunk(2, dim=-1)
+        value = F.linear(x, weight[2 * channels :], bias[2 * channels :])
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with ReLU beside a shortcut, then layer norm."""
+
+    def __init__(self, channels: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        self.norm = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., C)."""
+        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        out: Tensor = self.norm(x + self.dropout(y))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    """Deformable attention of tokens among each other, then the feed-forward layer."""
+
+    def __init__(self, settings: ModelSettings, levels: int) -> None:
+        super().__init__()
+        self.attention = deformable_attention(settings, levels)
+        self.norm = nn.LayerNorm(settings.d_model)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.ffn = FeedForward(settings.d_model, settings.ffn, settings.dropout)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+        """Transform tokens (B, T, C) with position (T, C) and centres (B, T, 2)."""
+        attended = self.attention(tokens + position, reference, tokens, shapes)
+        out: Tensor = self.ffn(self.norm(tokens + self.dropout(attended)))
+        return out
+
+
+class Encoder(nn.Module):
+    """Encoder layers; every token refers to its own place on all levels."""
+
+    def __init__(self, settings: ModelSettings, levels: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(settings, levels) for _ in range(settings.encoder_layers))
+
+    def forward(self, tokens: Tensor, position: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+        """Transform tokens (B, T, C) with position (T, C) into the memory (B, T, C)."""
+        grid = reference_grid(shapes, tokens.device).to(tokens.dtype)
+        reference = grid.expand(len(tokens), -1, -1)
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference, shapes)
+        return tokens
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention (unless left out), deformable attention to the memory, feed-forward layer.
+
+    Parameters
+    ----------
+    settings
+        Sizes of the model.
+    levels
+        Feature levels.
+    self_attention
+        Whether queries attend to each other.
+    constrained
+        Whether sampling points stay inside the query's box (paper, eq. 4).
+    offset_init
+        How the sampling offsets start.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        levels: int,
+        *,
+        self_attention: bool = True,
+        constrained: bool = False,
+        offset_init: str = "authors",
+    ) -> None:
+        super().__init__()
+        if self_attention:
+            self.self_attention = SelfAttention(settings.d_model, settings.heads, settings.dropout)
+            self.norm_self = nn.LayerNorm(settings.d_model)
+        self.has_self_attention = self_attention
+        self.cross_attention = deformable_attention(settings, levels, constrained=constrained, offset_init=offset_init)
+        self.norm_cross = nn.LayerNorm(settings.d_model)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.ffn = FeedForward(settings.d_model, settings.ffn, settings.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: tuple[Shape, ...],
+        *,
+        self_position: Tensor | None = None,
+        cross_position: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, SamplingPoints]:
+        """Transform queries.
+
+        Parameters
+        ----------
+        x
+            Queries (B, Q, C).
+        reference
+            Points (B, Q, 2) or boxes (B, Q, 4) cxcywh in [0, 1].
+        memory, shapes
+            Encoded tokens (B, T, C), and height and width of the levels.
+        self_position, cross_position
+            Added to the queries of either attention, (B, Q, C) or (Q, C).
+        mask
+            See `SelfAttention`.
+
+        Returns
+        -------
+        Tensor, SamplingPoints
+            Queries (B, Q, C), and where the deformable attention looked.
+        """
+        if self.has_self_attention:
+            x = self.norm_self(x + self.dropout(self.self_attention(x, self_position, mask)))
+        query = x if cross_position is None else x + cross_position
+        attended, points = self.cross_attention(query, reference, memory, shapes, return_points=True)
+        assert points is not None
+        x = self.norm_cross(x + self.dropout(attended))
+        return self.ffn(x), points
+
+
+class BoxHead(nn.Module):
+    """Three linear layers with ReLU: how a box moves, in logits (..., 4). It starts by moving nothing."""
+
+    def __init__(self, channels: int, first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(channels, size) for size in (channels, channels, 4))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+        if first:  # before it there is a point without a size
+            nn.init.constant_(self.layers[-1].bias[2:], _FIRST_SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., C) into (..., 4)."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
+        return out
+
+
+class DetectionDecoder(nn.Module):
+    """Learned queries that become boxes: each layer refines the detached box of the layer before it.
+
+    Parameters
+    ----------
+    settings
+        Sizes of the model.
+    levels
+        Feature levels.
+    classes
+        Logits of a query: 1 ("nucleus"), or the classes of the baseline.
+    """
+
+    def __init__(self, settings: ModelSettings, levels: int, classes: int) -> None:
+        super().__init__()
+        channels, layers = settings.d_model, range(settings.decoder_layers)
+        self.query_embed = nn.Embedding(settings.queries, 2 * channels)
+        self.reference_points = nn.Linear(channels, 2)
+        self.layers = nn.ModuleList(DecoderLayer(settings, levels) for _ in layers)
+        self.class_embed = nn.ModuleList(class_head(channels, classes) for _ in layers)
+        self.bbox_embed = nn.ModuleList(BoxHead(channels, first=index == 0) for index in layers)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, memory: Tensor, shapes: tuple[Shape, ...]) -> tuple[Tensor, Tensor, SamplingPoints]:
+        """Detect.
+
+        Parameters
+        ----------
+        memory, shapes
+            Encoded tokens (B, T, C), and height and width of the levels.
+
+        Returns
+        -------
+        Tensor, Tensor, SamplingPoints
+            Logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and where the last layer looked.
+        """
+        position, content = self.query_embed.weight.chunk(2, dim=-1)
+        x = content.expand(len(memory), -1, -1)
+        with full_precision(memory):
+            reference = self.reference_points(position).sigmoid().expand(len(memory), -1, -1)
+        logits, boxes = [], []
+        for layer, classify, move in zip(self.layers, self.class_embed, self.bbox_embed, strict=True):
+            x, points = layer(x, reference, memory, shapes, self_position=position, cross_position=position)
+            with full_precision(memory):
+                exact = x.to(position.dtype)
+                moved, before = move(exact), inverse_sigmoid(reference)
+                before = F.pad(before, (0, 4 - before.shape[-1]))
+                boxes.append((moved + before).sigmoid())
+                logits.append(classify(exact))
+            reference = boxes[-1].detach()
+        return torch.stack(logits), torch.stack(boxes), points
+
+
+def class_head(channels: int, classes: int) -> nn.Linear:
+    """Linear layer to sigmoid logits that start at the prior."""
+    layer = nn.Linear(channels, classes)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.constant_(layer.bias, -math.log(1 / PRIOR - 1))
+    return layer
