@@ -6,6 +6,8 @@ Stain is in units of optical density of the hematoxylin or eosin vector (natural
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from celldetr.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Look:
@@ -62,8 +64,8 @@ LOOKS: Mapping[str, Look] = {
     ),
     # small, round, dark, clumped
     "inflammatory": Look(
-        length=6.0, length_sd=0.09, aspect=0.90, aspect_sd=0.05, irregular=0.03, hematoxylin=1.40, hematoxylin_sd=0.12,
-        chromatin=0.22, coarse=0.9, rim=0.12, eosin=0.10, cytoplasm=-0.10,
+        length=6.0, length_sd=0.11, aspect=0.90, aspect_sd=0.05, irregular=0.05, hematoxylin=1.40, hematoxylin_sd=0.12,
+        chromatin=0.28, coarse=0.9, rim=0.12, eosin=0.10, cytoplasm=-0.10,
     ),
     # thin spindles along the fibres
     "connective": Look(
@@ -158,31 +160,31 @@ _BENIGN_GLANDS = Glands("epithelial", radius=(20.0, 34.0), cell_height=14.0, spa
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "tumour nest": Architecture(
-        density=34, composition={"neoplastic": 0.90, "inflammatory": 0.05, "connective": 0.03, "necrotic": 0.02},
-        separation=0.90, clumping=0.35, eosin=0.42, basophilia=0.16, fibre=0.05, granule=0.12, cleft=0.02,
+        density=26, composition={"neoplastic": 0.90, "inflammatory": 0.05, "connective": 0.04, "necrotic": 0.01},
+        separation=0.90, clumping=0.35, eosin=0.42, basophilia=0.13, fibre=0.05, granule=0.12, cleft=0.02,
         membranes=0.4,
     ),
     "tumour glands": Architecture(
-        density=22, composition={"connective": 0.62, "inflammatory": 0.33, "neoplastic": 0.03, "necrotic": 0.02},
+        density=15, composition={"connective": 0.62, "inflammatory": 0.33, "neoplastic": 0.045, "necrotic": 0.005},
         separation=0.98, clumping=0.15, eosin=0.48, basophilia=0.04, fibre=0.30, granule=0.05, cleft=0.10,
         glands=_TUMOUR_GLANDS,
     ),
     "benign glands": Architecture(
-        density=22, composition={"connective": 0.60, "inflammatory": 0.40},
+        density=14, composition={"connective": 0.60, "inflammatory": 0.40},
         separation=1.0, clumping=0.15, eosin=0.45, basophilia=0.03, fibre=0.28, granule=0.05, cleft=0.12,
         glands=_BENIGN_GLANDS,
     ),
     "fibrous stroma": Architecture(
-        density=24, composition={"connective": 0.88, "inflammatory": 0.12},
+        density=17, composition={"connective": 0.88, "inflammatory": 0.12},
         separation=1.02, clumping=0.10, eosin=0.62, basophilia=0.03, fibre=0.38, granule=0.03, cleft=0.10,
     ),
     "inflamed stroma": Architecture(
-        density=46, composition={"inflammatory": 0.80, "connective": 0.20},
+        density=36, composition={"inflammatory": 0.80, "connective": 0.20},
         separation=0.94, clumping=0.40, eosin=0.40, basophilia=0.05, fibre=0.25, granule=0.06, cleft=0.18,
     ),
     "necrosis": Architecture(
-        density=24, composition={"necrotic": 0.80, "inflammatory": 0.14, "neoplastic": 0.06},
-        separation=1.0, clumping=0.15, eosin=0.62, basophilia=0.05, fibre=0.06, granule=0.42, cleft=0.05,
+        density=20, composition={"necrotic": 0.80, "inflammatory": 0.14, "neoplastic": 0.06},
+        separation=1.0, clumping=0.15, eosin=0.62, basophilia=0.05, fibre=0.06, granule=0.34, cleft=0.05,
     ),
     "fat": Architecture(
         density=5, composition={"connective": 0.85, "inflammatory": 0.15},
@@ -190,3 +192,45 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         vacuole=(14.0, 30.0),
     ),
 }  # fmt: skip
+
+MIXTURE: Mapping[str, float] = {
+    "tumour nest": 0.33,
+    "tumour glands": 0.17,
+    "benign glands": 0.15,
+    "fibrous stroma": 0.22,
+    "inflamed stroma": 0.055,
+    "necrosis": 0.020,
+    "fat": 0.055,
+}  # shares of the area that give about PanNuke's class balance
+BALANCED: Mapping[str, float] = {
+    "tumour nest": 0.12,
+    "benign glands": 0.30,
+    "fibrous stroma": 0.12,
+    "inflamed stroma": 0.12,
+    "necrosis": 0.34,
+}  # shares that give each class about as many nuclei
+MIXTURES: Mapping[str, Mapping[str, float]] = {
+    "pannuke": MIXTURE,
+    "balanced": BALANCED,
+    "example": {name: (MIXTURE.get(name, 0.0) + BALANCED.get(name, 0.0)) / 2 for name in MIXTURE},
+}  # "example": uneven as PanNuke, yet every class frequent enough to be learnt from a few hundred images
+
+
+def mixture_named(mixture: str | Mapping[str, float]) -> Mapping[str, float]:
+    """Look up a mixture of regions by its name, or check a given one.
+
+    Raises
+    ------
+    ConfigError
+        Unknown names, or shares that are not positive numbers.
+    """
+    if isinstance(mixture, str):
+        if mixture not in MIXTURES:
+            raise ConfigError(f"mixture: got {mixture!r}, expected one of {sorted(MIXTURES)} or region -> share")
+        return MIXTURES[mixture]
+    unknown = sorted(set(mixture) - set(ARCHITECTURES))
+    if unknown or not mixture or min(mixture.values()) < 0 or sum(mixture.values()) <= 0:
+        raise ConfigError(
+            f"mixture: got {dict(mixture)}, expected shares >= 0, not all 0, of the regions {sorted(ARCHITECTURES)}"
+        )
+    return mixture

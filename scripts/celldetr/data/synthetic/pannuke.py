@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from celldetr.data.synthetic.defects import Defects, Spoiler, pieces
+from celldetr.data.synthetic.looks import MIXTURE
 from celldetr.data.synthetic.render import Renderer, Stain, draw_stain
-from celldetr.data.synthetic.tissue import MIXTURE, Scene, grow_scene
+from celldetr.data.synthetic.tissue import Scene, grow_scene
 from celldetr.errors import ConfigError
 from celldetr.files import atomic
 
@@ -183,7 +184,7 @@ def write_fold(
     density
         Factor on the number of nuclei.
     mixture
-        Architecture -> share of the area, see `tissue.MIXTURE` (PanNuke's class balance) and `tissue.BALANCED`.
+        Architecture -> share of the area, see `looks.MIXTURES`: PanNuke's class balance is the default.
     variation, contrast
         Differences between the stains of scenes; strength of the hematoxylin. See `render.draw_stain`.
     defects

@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from celldetr.data.synthetic import textures
-from celldetr.data.synthetic.looks import ARCHITECTURES, LOOKS, Architecture
+from celldetr.data.synthetic.looks import ARCHITECTURES, LOOKS
 from celldetr.data.synthetic.shapes import Array, Window, rasterise
 from celldetr.data.synthetic.textures import Axis, Floats
 from celldetr.data.synthetic.tissue import Gland, Nucleus, Scene
@@ -20,6 +20,7 @@ from celldetr.data.synthetic.tissue import Gland, Nucleus, Scene
 _STEP = 2.0  # um; lattice on which slowly changing fields are computed
 _COAT = 1.6  # um; reach of a nucleus' coat of cytoplasm
 _FIELDS = ("eosin", "basophilia", "fibre", "granule", "cleft", "membranes")
+_PIXEL = 0.4  # blur of a pixel's own extent, as a share of it: softens the edges of masks
 _SPOTS = 8  # most nucleoli or globules of a nucleus
 
 
@@ -59,8 +60,8 @@ def draw_stain(rng: np.random.Generator, *, variation: float = 1.0, contrast: fl
         Factor on the hematoxylin: above 1, nuclei stand out more.
     """
     spread = variation * rng.standard_normal(11)
-    hematoxylin = np.array([0.74, 0.78, 0.36]) * (1 + 0.05 * spread[0:3]) * np.exp(0.10 * spread[3]) * contrast
-    eosin = np.array([0.17, 0.78, 0.36]) * (1 + 0.07 * spread[4:7]) * np.exp(0.14 * spread[7])
+    hematoxylin = np.array([0.72, 0.88, 0.34]) * (1 + 0.05 * spread[0:3]) * np.exp(0.10 * spread[3]) * contrast
+    eosin = np.array([0.14, 0.78, 0.38]) * (1 + 0.07 * spread[4:7]) * np.exp(0.14 * spread[7])
     light = np.clip(np.array([0.955, 0.945, 0.955]) + 0.010 * spread[8:11], 0.0, 1.0)
     return Stain(hematoxylin, eosin, light)
 
@@ -124,7 +125,7 @@ class Renderer:
         shape
             Rows and columns of the window.
         """
-        sigma = self.stain.blur / mpp
+        sigma = float(np.hypot(self.stain.blur, _PIXEL * mpp)) / mpp
         margin = max(1, int(np.ceil(3.0 * sigma)))
         canvas = _Canvas(mpp, (origin[0] - margin, origin[1] - margin), (shape[0] + 2 * margin, shape[1] + 2 * margin))
         self._paint_ground(canvas)
@@ -152,7 +153,8 @@ class Renderer:
             textures.interpolate(values.astype(np.float32), rows, columns)
             for values in self.scene.flow.coordinates(x, y)
         )
-        canvas.granules = textures.noise(self._seeds[2], canvas.y, canvas.x, 1.1)
+        canvas.granules = 0.6 * textures.noise(self._seeds[2], canvas.y, canvas.x, 1.3)
+        canvas.granules += 0.7 * textures.noise(self._seeds[7], canvas.y, canvas.x, 3.1)
         strands = textures.noise_along(self._seeds[3], along, across, (22.0, 1.7))
         bundles = textures.noise_along(self._seeds[4], along, across, (40.0, 6.0))
         clouds = textures.noise(self._seeds[5], canvas.y, canvas.x, 17.0)
@@ -168,8 +170,7 @@ class Renderer:
         if outer is None:
             return
         inner = canvas.rasterise(gland.centre + (gland.outline - gland.centre) * (1 - 0.9 / gland.radius))
-        kind = self._architecture(gland)
-        benign = kind.glands is not None and kind.glands.look == "epithelial"
+        benign = gland.kind.look == "epithelial"
         at, mask = outer.index, outer.mask
         texture = 1 + 0.14 * canvas.granules[at][mask]
         canvas.eosin[at][mask] = (0.34 if benign else 0.42) * texture
@@ -215,12 +216,12 @@ class Renderer:
     def _paint_nucleus(self, canvas: "_Canvas", index: int) -> None:
         nucleus = self.scene.nuclei[index]
         look = LOOKS[nucleus.look]
-        local = canvas.local(nucleus.outline, _COAT)
+        local = canvas.local(nucleus.outline, _COAT if look.cytoplasm else 0.0)
         if local is None:
             return
         at, mask, outside = local.at, local.mask, local.outside
-        coat = ~mask & (outside < _COAT) & (canvas.nucleus[at] == 0)
         if look.cytoplasm:
+            coat = ~mask & (outside < _COAT) & (canvas.nucleus[at] == 0)
             added = look.cytoplasm * (1 - outside[coat] * (1 / _COAT))
             canvas.eosin[at][coat] = np.maximum(canvas.eosin[at][coat] + added, 0.03)
         if not mask.any():
@@ -240,7 +241,7 @@ class Renderer:
         depth = local.inside[mask]
         texture = look.coarse * canvas.clumps[local.at][mask] + (1 - look.coarse) * canvas.grain[local.at][mask]
         middle = textures.step(depth, 0.3, 0.8 * nucleus.half[1])
-        stain = dark * (1 - look.clearing * middle) * (1 + 1.3 * look.chromatin * texture)
+        stain = dark * (1 - look.clearing * middle) * (1 + 1.6 * look.chromatin * texture)
         stain += look.rim * np.exp(-((depth * (1 / 0.55)) ** 2))
         spots = self._spots[index, : self._nucleoli[index]]
         return stain + 0.75 * _discs(nucleus, spots, (0.55, 0.95), y, x)
@@ -260,10 +261,6 @@ class Renderer:
             light += np.float32(self.stain.noise) * textures.white(self._seeds[8 + channel], rows, columns)
             image[..., channel] = np.clip(light + np.float32(0.5), 0, 255)
         return image
-
-    def _architecture(self, gland: Gland) -> Architecture:
-        x, y = (np.asarray(v) for v in gland.centre)
-        return ARCHITECTURES[self.scene.architectures[int(self.scene.region(x, y))]]
 
 
 def render(
@@ -310,7 +307,10 @@ class _Canvas:
         return full
 
     def local(self, polygon: Array, reach: float) -> _Local | None:
-        """Whole mask of a nucleus and its distances, cut to the canvas; None when it is smaller than a pixel."""
+        """Whole mask of a nucleus and its distances, cut to the canvas; None when it is smaller than a pixel.
+
+        Distances outside of the nucleus are wanted up to `reach`; 0 leaves them out.
+        """
         low = np.floor((polygon.min(axis=0) - reach) / self.mpp).astype(int)
         high = np.ceil((polygon.max(axis=0) + reach) / self.mpp).astype(int) + 1
         size = int(high[1] - low[1]), int(high[0] - low[0])
@@ -322,7 +322,8 @@ class _Canvas:
         mask = np.zeros(size, dtype=bool)
         mask[window.index] = window.mask
         cut = slice(r0 - low[1], r1 - low[1]), slice(c0 - low[0], c1 - low[0])
-        inside, outside = (ndimage.distance_transform_edt(m)[cut] * self.mpp for m in (mask, ~mask))
+        inside = ndimage.distance_transform_edt(mask)[cut] * self.mpp
+        outside = ndimage.distance_transform_edt(~mask)[cut] * self.mpp if reach else np.zeros(inside.shape)
         at = slice(r0 - self.origin[0], r1 - self.origin[0]), slice(c0 - self.origin[1], c1 - self.origin[1])
         y, x = np.broadcast_arrays(self.y[at[0], None], self.x[at[1]])
         return _Local(at, mask[cut], inside.astype(np.float32), outside.astype(np.float32), y, x)

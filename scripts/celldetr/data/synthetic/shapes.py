@@ -1,5 +1,6 @@
 """Outlines of nuclei and glands in um, and their masks on a pixel grid."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,11 +116,7 @@ def rasterise(polygon: Array, mpp: float, origin: tuple[float, float], shape: tu
     return Window(slice(int(low[1]), int(high[1])), slice(int(low[0]), int(high[0])), mask)
 
 
-def reach(half: Array, angle: Array, direction: Array) -> Array:
-    """Distance in um from the centre of an ellipse to its rim in a direction (radians).
-
-    Shapes broadcast; the last dimension of `half` has size 2.
-    """
+def reach(half: tuple[float, float], angle: float, direction: float) -> float:
+    """Distance in um from the centre of an ellipse to its rim in a direction (radians)."""
     turned = direction - angle
-    a, b = half[..., 0], half[..., 1]
-    return a * b / np.hypot(b * np.cos(turned), a * np.sin(turned))
+    return half[0] * half[1] / math.hypot(half[1] * math.cos(turned), half[0] * math.sin(turned))

@@ -3,6 +3,9 @@
 Lengths in um, y downwards.
 """
 
+import bisect
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,26 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from celldetr.data.synthetic.looks import ARCHITECTURES, LOOKS, Architecture, Glands, Look
+from celldetr.data.synthetic.looks import ARCHITECTURES, LOOKS, MIXTURE, Architecture, Glands
 from celldetr.data.synthetic.shapes import Array, outline, reach
 
 FIELD_AREA = 64.0**2  # um^2 of a PanNuke image: what densities refer to
-MIXTURE: Mapping[str, float] = {
-    "tumour nest": 0.30,
-    "tumour glands": 0.15,
-    "benign glands": 0.21,
-    "fibrous stroma": 0.17,
-    "inflamed stroma": 0.08,
-    "necrosis": 0.05,
-    "fat": 0.04,
-}  # shares of the area that give about PanNuke's class balance
-BALANCED: Mapping[str, float] = {
-    "tumour nest": 0.12,
-    "benign glands": 0.30,
-    "fibrous stroma": 0.12,
-    "inflamed stroma": 0.12,
-    "necrosis": 0.34,
-}  # shares that give each class about as many nuclei
 _TRIES = 8  # places tried for a nucleus before it is given up
 _CELL = 20.0  # um; longer than any nucleus, so that touching ones lie in neighbouring cells of the grid
 
@@ -61,10 +48,11 @@ class Nucleus:
 
 @dataclass(frozen=True)
 class Gland:
-    """One gland: a ring of cells with a lumen (None when the cells meet in the middle)."""
+    """One gland: a ring of cells of a kind with a lumen (None when the cells meet in the middle)."""
 
     centre: Array
     radius: float
+    kind: Glands
     outline: Array
     lumen: Array | None
 
@@ -86,23 +74,21 @@ class Flow:
     direction: float
     waves: Array
 
-    def _phase(self, x: Array, y: Array) -> list[tuple[float, float, float, Array]]:
-        return [(a, kx, ky, kx * x + ky * y + p) for a, kx, ky, p in self.waves]
-
     def coordinates(self, x: Array, y: Array) -> tuple[Array, Array]:
         """Position along and across the fibres in um, of any shape."""
         c, s = np.cos(self.direction), np.sin(self.direction)
         across = -s * x + c * y
-        for amplitude, _, _, phase in self._phase(x, y):
-            across = across + amplitude * np.sin(phase)
+        for amplitude, kx, ky, phase in self.waves:
+            across = across + amplitude * np.sin(kx * x + ky * y + phase)
         return c * x + s * y, across
 
     def angle(self, x: float, y: float) -> float:
         """Direction of the fibre through a point, in radians."""
-        gx, gy = -np.sin(self.direction), np.cos(self.direction)
-        for amplitude, kx, ky, phase in self._phase(np.asarray(x), np.asarray(y)):
-            gx, gy = gx + amplitude * kx * np.cos(phase), gy + amplitude * ky * np.cos(phase)
-        return float(np.arctan2(-gx, gy))
+        gx, gy = -math.sin(self.direction), math.cos(self.direction)
+        for amplitude, kx, ky, phase in self.waves.tolist():
+            slope = amplitude * math.cos(kx * x + ky * y + phase)
+            gx, gy = gx + slope * kx, gy + slope * ky
+        return math.atan2(-gx, gy)
 
 
 @dataclass(frozen=True)
@@ -142,6 +128,10 @@ class Scene:
             best = np.minimum(distance, best)
         return nearest
 
+    def architecture(self, points: Array) -> list[Architecture]:
+        """Kind of tissue at each of (N, 2) points x, y."""
+        return [ARCHITECTURES[self.architectures[k]] for k in self.region(points[:, 0], points[:, 1])]
+
 
 def grow_scene(
     rng: np.random.Generator,
@@ -180,21 +170,39 @@ def grow_scene(
     grower.scatter()
     return replace(
         scene,
-        nuclei=tuple(grower.nuclei),
+        nuclei=grower.nuclei(),
         glands=tuple(grower.glands),
         vacuoles=tuple(v for *_, v in grower.vacuoles),
     )
 
 
-def draw_nucleus(rng: np.random.Generator, look: str, centre: Array, angle: float, *, size: float = 1.0) -> Nucleus:
-    """Draw one nucleus of a kind at a place, with its long axis in a direction; `size` scales its length."""
-    kind: Look = LOOKS[look]
-    length = size * kind.length * float(np.exp(kind.length_sd * np.clip(rng.standard_normal(), -2.2, 2.2)))
-    aspect = float(np.clip(kind.aspect + kind.aspect_sd * rng.standard_normal(), 0.12, 1.0))
-    half = length / 2, length * aspect / 2
-    bend = kind.bend * float(rng.standard_normal())
-    shape = outline(rng, centre, half, angle, irregular=kind.irregular, bend=bend, taper=kind.taper)
-    return Nucleus(look, np.asarray(centre, dtype=float), half, angle, shape)
+@dataclass
+class _Candidate:
+    """A nucleus that has no outline yet: kind, centre, half axes, direction, bend."""
+
+    look: str
+    x: float
+    y: float
+    half: tuple[float, float]
+    angle: float
+    bend: float
+
+    def nucleus(self, rng: np.random.Generator) -> Nucleus:
+        """Draw its outline."""
+        kind, centre = LOOKS[self.look], np.array([self.x, self.y])
+        shape = outline(rng, centre, self.half, self.angle, irregular=kind.irregular, bend=self.bend, taper=kind.taper)
+        return Nucleus(self.look, centre, self.half, self.angle, shape)
+
+
+def _candidate(
+    rng: np.random.Generator, look: str, centre: tuple[float, float], angle: float, *, size: float = 1.0
+) -> _Candidate:
+    """Draw the size of a nucleus of a kind at a place, with its long axis in a direction; `size` scales its length."""
+    kind = LOOKS[look]
+    spread = rng.standard_normal(3).tolist()
+    length = size * kind.length * math.exp(kind.length_sd * min(max(spread[0], -2.2), 2.2))
+    aspect = min(max(kind.aspect + kind.aspect_sd * spread[1], 0.12), 1.0)
+    return _Candidate(look, *centre, (length / 2, length * aspect / 2), angle, kind.bend * spread[2])
 
 
 def _flow(rng: np.random.Generator) -> Flow:
@@ -211,41 +219,43 @@ class _Grower:
 
     def __init__(self, rng: np.random.Generator, scene: Scene, density: float) -> None:
         self.rng, self.scene, self.density = rng, scene, density
-        self.nuclei: list[Nucleus] = []
+        self.placed: list[_Candidate] = []
         self.glands: list[Gland] = []
         self.vacuoles: list[tuple[Array, float, Array]] = []
-        self._grid: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self._grid: dict[tuple[int, int], list[_Candidate]] = defaultdict(list)
+        self._rounds = np.zeros((0, 3))
 
-    def architecture(self, centre: Array) -> Architecture:
-        """Architecture of the region at a point."""
-        index = int(self.scene.region(np.asarray(centre[0]), np.asarray(centre[1])))
-        return ARCHITECTURES[self.scene.architectures[index]]
+    def nuclei(self) -> tuple[Nucleus, ...]:
+        """Draw the nuclei that have found a place."""
+        return tuple(candidate.nucleus(self.rng) for candidate in self.placed)
 
-    def _darts(self, spacing: float, margin: float) -> Array:
+    def _darts(self, spacing: float, margin: float) -> list[tuple[Array, Architecture]]:
         size = np.array([self.scene.width, self.scene.height])
         count = int(np.ceil(6 * np.prod(size + 2 * margin) / spacing**2))
-        return self.rng.uniform(-margin, size + margin, (count, 2))
+        places = self.rng.uniform(-margin, size + margin, (count, 2))
+        return list(zip(places, self.scene.architecture(places), strict=True))
 
     def place_glands(self) -> None:
         """Throw glands into the glandular regions; they do not overlap."""
-        for centre in self._darts(60.0, 40.0):
-            kind = self.architecture(centre).glands
+        for centre, here in self._darts(60.0, 40.0):
+            kind = here.glands
             if kind is None:
                 continue
             radius = float(self.rng.uniform(*kind.radius))
             if any(np.hypot(*(centre - g.centre)) < radius + g.radius + 3.0 for g in self.glands):
                 continue
-            seed = self.rng.spawn(1)[0]
-            outer = outline(seed, centre, (radius, 0.93 * radius), 0.0, irregular=0.04, vertices=60)
+            outer = outline(self.rng, centre, (radius, 0.93 * radius), 0.0, irregular=0.04, vertices=60)
             free = radius - kind.cell_height
-            lumen = outline(seed, centre, (free, 0.9 * free), 0.0, irregular=0.12, vertices=60) if free > 2.0 else None
-            self.glands.append(Gland(centre, radius, outer, lumen))
+            lumen = None
+            if free > 2.0:
+                lumen = outline(self.rng, centre, (free, 0.9 * free), 0.0, irregular=0.12, vertices=60)
+            self.glands.append(Gland(centre, radius, kind, outer, lumen))
 
     def place_vacuoles(self) -> None:
         """Pack fat vacuoles into the fatty regions: large ones first, thin septa between them."""
         for round_ in range(2):
-            for centre in self._darts(24.0, 25.0):
-                sizes = self.architecture(centre).vacuole
+            for centre, here in self._darts(24.0, 25.0):
+                sizes = here.vacuole
                 if sizes is None:
                     continue
                 gaps = [np.hypot(*(centre - c)) - r for c, r, _ in self.vacuoles]
@@ -258,97 +268,95 @@ class _Grower:
     def line_glands(self) -> None:
         """Line each gland with its rows of nuclei, long axes towards the lumen."""
         for gland in self.glands:
-            kind = self.architecture(gland.centre).glands
-            assert kind is not None
-            for row in range(kind.rows):
-                self._line(gland, kind, row)
+            for row in range(gland.kind.rows):
+                self._line(gland, row)
 
-    def _line(self, gland: Gland, kind: Glands, row: int) -> None:
-        base = 0.5 * LOOKS[kind.look].length + 1.0
-        ring = gland.radius - base - row * 0.5 * LOOKS[kind.look].length
+    def _line(self, gland: Gland, row: int) -> None:
+        kind = gland.kind
+        length = LOOKS[kind.look].length
+        ring = gland.radius - (0.5 * length + 1.0) - row * 0.5 * length
         count = int(2 * np.pi * ring / kind.spacing)
         if count < 3:
             return
-        for step in range(count):
-            if self.rng.random() > self.density:
-                continue
-            theta = 2 * np.pi * (step + 0.5 * row) / count
-            jitter = kind.disorder * self.rng.standard_normal(3)
-            centre = gland.centre + (ring + jitter[0]) * np.array([np.cos(theta), 0.95 * np.sin(theta)])
-            centre = centre + jitter[1] * np.array([-np.sin(theta), np.cos(theta)])
-            if self._inside(centre):
-                nucleus = draw_nucleus(
-                    self.rng, kind.look, centre, theta + jitter[2] / 12, size=0.92 if kind.rows > 1 else 1
-                )
-                self._try(nucleus, 0.80)
+        chance = self.rng.random(count) <= self.density
+        for step, jitter in enumerate(kind.disorder * self.rng.standard_normal((count, 3))):
+            theta = 2 * math.pi * (step + 0.5 * row) / count
+            c, s = math.cos(theta), math.sin(theta)
+            x = float(gland.centre[0] + (ring + jitter[0]) * c - jitter[1] * s)
+            y = float(gland.centre[1] + (ring + jitter[0]) * 0.95 * s + jitter[1] * c)
+            if chance[step] and self._inside(x, y):
+                size = 0.92 if kind.rows > 1 else 1.0
+                self._try(_candidate(self.rng, kind.look, (x, y), theta + float(jitter[2]) / 12, size=size), 0.80)
 
     def scatter(self) -> None:
         """Scatter the nuclei between the glands."""
-        present = {self.scene.architectures[int(k)] for k in range(len(self.scene.sites))}
-        densest = max(ARCHITECTURES[name].density for name in present)
-        area = self.scene.width * self.scene.height
-        for _ in range(self.rng.poisson(self.density * densest * area / FIELD_AREA)):
-            centre = self.rng.uniform(0.0, (self.scene.width, self.scene.height))
-            here = self.architecture(centre)
+        rounds = [(*g.centre, g.radius) for g in self.glands] + [(*c, r) for c, r, _ in self.vacuoles]
+        self._rounds = np.array(rounds, dtype=float).reshape(-1, 3)
+        densest = max(ARCHITECTURES[name].density for name in self.scene.architectures)
+        size = self.scene.width, self.scene.height
+        count = self.rng.poisson(self.density * densest * size[0] * size[1] / FIELD_AREA)
+        places = self.rng.uniform(0.0, size, (count, 2))
+        for place, here in zip(places.tolist(), self.scene.architecture(places), strict=True):
             if self.rng.random() < here.density / densest:
-                self._scatter_one(centre, here)
+                self._scatter_one(place[0], place[1], here)
 
-    def _scatter_one(self, centre: Array, here: Architecture) -> None:
-        shares = np.array(list(here.composition.values()))
-        look = list(here.composition)[int(self.rng.choice(len(shares), p=shares / shares.sum()))]
-        clumped = bool(self.rng.random() < here.clumping)
+    def _scatter_one(self, x: float, y: float, here: Architecture) -> None:
+        limits = list(itertools.accumulate(here.composition.values()))
+        look = list(here.composition)[bisect.bisect_left(limits, self.rng.random() * limits[-1])]
+        clumped = self.rng.random() < here.clumping
         for _ in range(_TRIES):
             if look == "connective":
-                angle = self.scene.flow.angle(*centre) + 0.15 * float(self.rng.standard_normal())
+                angle = self.scene.flow.angle(x, y) + 0.15 * self.rng.standard_normal()
             else:
-                angle = float(self.rng.uniform(0.0, np.pi))
-            nucleus = draw_nucleus(self.rng, look, centre, angle)
+                angle = math.pi * self.rng.random()
+            nucleus = _candidate(self.rng, look, (x, y), angle)
             if clumped:
-                nucleus = self._beside_another(nucleus)
-            if self._inside(nucleus.centre) and self._is_ground(nucleus) and self._try(nucleus, here.separation):
+                self._move_beside_another(nucleus)
+            if self._inside(nucleus.x, nucleus.y) and self._is_ground(nucleus) and self._try(nucleus, here.separation):
                 return
-            centre = centre + 6.0 * self.rng.standard_normal(2)
+            x, y = x + 6.0 * self.rng.standard_normal(), y + 6.0 * self.rng.standard_normal()
 
-    def _inside(self, centre: Array) -> bool:
-        return bool(0 <= centre[0] < self.scene.width and 0 <= centre[1] < self.scene.height)
+    def _inside(self, x: float, y: float) -> bool:
+        return 0 <= x < self.scene.width and 0 <= y < self.scene.height
 
-    def _is_ground(self, nucleus: Nucleus) -> bool:
-        """Whether a nucleus lies outside of glands and vacuoles."""
+    def _is_ground(self, nucleus: _Candidate) -> bool:
+        """Whether a nucleus lies outside of glands and vacuoles: its middle and the ends of its long axis."""
+        if not self._rounds.size:
+            return True
         tips = np.array([-1.0, 0.0, 1.0])[:, None] * nucleus.half[0]
-        points = nucleus.centre + tips * np.array([np.cos(nucleus.angle), np.sin(nucleus.angle)])
-        rounds = [(g.centre, g.radius) for g in self.glands] + [(c, r) for c, r, _ in self.vacuoles]
-        return all(np.hypot(*(points - c).T).min() > r for c, r in rounds)
+        dx = nucleus.x + tips * math.cos(nucleus.angle) - self._rounds[:, 0]
+        dy = nucleus.y + tips * math.sin(nucleus.angle) - self._rounds[:, 1]
+        return bool(np.all(dx * dx + dy * dy > self._rounds[:, 2] ** 2))
 
-    def _neighbours(self, centre: Array) -> list[Nucleus]:
-        column, row = (int(v // _CELL) for v in centre)
+    def _neighbours(self, x: float, y: float) -> list[_Candidate]:
+        column, row = int(x // _CELL), int(y // _CELL)
         cells = [(column + i, row + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        return [self.nuclei[k] for cell in cells for k in self._grid.get(cell, ())]
+        return [candidate for cell in cells if cell in self._grid for candidate in self._grid[cell]]
 
-    def _beside_another(self, nucleus: Nucleus) -> Nucleus:
+    def _move_beside_another(self, nucleus: _Candidate) -> None:
         """Move a nucleus so that it touches one nearby."""
-        near = self._neighbours(nucleus.centre)
-        if not near:
-            return nucleus
-        other = near[int(self.rng.integers(len(near)))]
-        direction = self.rng.uniform(0.0, 2 * np.pi)
-        distance = _touching([other], nucleus, np.array([direction]))[0]
-        centre = other.centre + distance * np.array([np.cos(direction), np.sin(direction)])
-        return replace(nucleus, centre=centre, outline=nucleus.outline + (centre - nucleus.centre))
-
-    def _try(self, nucleus: Nucleus, separation: float) -> bool:
-        """Keep a nucleus unless it overlaps others too much."""
-        near = self._neighbours(nucleus.centre)
+        near = self._neighbours(nucleus.x, nucleus.y)
         if near:
-            between = nucleus.centre - np.array([n.centre for n in near])
-            direction = np.arctan2(between[:, 1], between[:, 0])
-            if np.any(np.hypot(*between.T) < separation * _touching(near, nucleus, direction)):
+            other = near[int(self.rng.integers(len(near)))]
+            direction = 2 * math.pi * self.rng.random()
+            distance = _touching(other, nucleus, direction)
+            nucleus.x = other.x + distance * math.cos(direction)
+            nucleus.y = other.y + distance * math.sin(direction)
+
+    def _try(self, nucleus: _Candidate, separation: float) -> bool:
+        """Keep a nucleus unless it overlaps others too much."""
+        for other in self._neighbours(nucleus.x, nucleus.y):
+            dx, dy = nucleus.x - other.x, nucleus.y - other.y
+            distance = math.hypot(dx, dy)
+            if distance < separation * (nucleus.half[0] + other.half[0]) and distance < separation * _touching(
+                other, nucleus, math.atan2(dy, dx)
+            ):
                 return False
-        self._grid[int(nucleus.centre[0] // _CELL), int(nucleus.centre[1] // _CELL)].append(len(self.nuclei))
-        self.nuclei.append(nucleus)
+        self._grid[int(nucleus.x // _CELL), int(nucleus.y // _CELL)].append(nucleus)
+        self.placed.append(nucleus)
         return True
 
 
-def _touching(others: list[Nucleus], nucleus: Nucleus, direction: Array) -> Array:
-    """Centre distance at which `nucleus` touches each of `others` in a direction (both as ellipses)."""
-    half, angle = np.array([n.half for n in others]), np.array([n.angle for n in others])
-    return reach(half, angle, direction) + reach(np.array(nucleus.half), np.array(nucleus.angle), direction)
+def _touching(one: _Candidate, other: _Candidate, direction: float) -> float:
+    """Centre distance at which two nuclei touch, as ellipses, in a direction."""
+    return reach(one.half, one.angle, direction) + reach(other.half, other.angle, direction)
