@@ -1,5 +1,6 @@
 """How a rule's script runs: output goes to the rule's log as well; a user's error is printed without a traceback."""
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -59,6 +60,9 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
 
 
 def _run(main: Callable[[Any], None], snakemake: Any) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     try:
         main(snakemake)
     except CellDETRError as error:

@@ -193,7 +193,7 @@ def check(store: PatchStore) -> None:
 def _check_entries(store: PatchStore) -> None:
     boxes, centroids = store.boxes, store.centroids
     with np.errstate(invalid="ignore"):
-        rules: dict[str, NDArray[np.bool_]] = {
+        rules: dict[str, Any] = {
             "boxes must be finite": np.isfinite(boxes).all(axis=1),
             f"boxes must lie in 0 to {store.patch_size} px": (boxes >= 0).all(axis=1)
             & (boxes <= store.patch_size).all(axis=1),

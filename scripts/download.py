@@ -1,0 +1,16 @@
+"""Get one raw file: from URLs with mirrors or from local paths, resumed and verified.
+
+Params: source with urls, bytes and sha256 (either may be null). Output: the file.
+"""
+
+from celldetr.download import fetch
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    source = snakemake.params.source
+    fetch(source["urls"], snakemake.output[0], size=source["bytes"], sha256=source["sha256"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

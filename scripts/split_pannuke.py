@@ -1,0 +1,25 @@
+"""Choose the patches that train, validate and test in a split of PanNuke.
+
+Inputs: the three patch stores. Output: a TSV with a row per patch: store, patch (index), part (train, val, test).
+"""
+
+from pathlib import Path
+
+from celldetr.data.splits import pannuke_split
+from celldetr.files import atomic
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+
+def main(snakemake):
+    params = snakemake.params
+    sizes = {Path(path).stem: open_store(path).n_patches for path in snakemake.input.stores}
+    table = pannuke_split(
+        sizes, params.split, protocol=params.protocol, train_share=params.train_share, seed=params.seed
+    )
+    with atomic(snakemake.output[0]) as temporary:
+        table.to_csv(temporary, sep="\t", index=False)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
