@@ -66,7 +66,8 @@ class Spoiler:
         self._rng = rng
         shares = asdict(defects)
         order = rng.permutation(n_images)
-        n_empty = _number(shares.pop("empty"), n_images) if n_images > 1 else 0
+        n_empty = _number(shares.pop("empty"), n_images)
+        n_empty = n_empty if n_images > 1 else 0  # a single image shows nuclei
         self.empty = frozenset(int(i) for i in order[:n_empty])
         rest = order[n_empty:]
         self._planned = {

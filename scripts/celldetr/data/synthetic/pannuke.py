@@ -190,7 +190,7 @@ def write_fold(
     defects
         How much of the images is spoilt.
     dtype
-        Type of images and masks: PanNuke uses float64.
+        Type of images and masks, at least two bytes wide to hold the ids: PanNuke uses float64.
     patches_per_scene
         A square number: images cut out of each scene.
 
@@ -199,6 +199,8 @@ def write_fold(
     ConfigError
         A number is out of range.
     """
+    if np.dtype(dtype).kind not in "fiu" or np.dtype(dtype).itemsize < 2:
+        raise ConfigError(f"synthetic fold: got dtype {dtype}, expected a number type of at least two bytes")
     side = _check(n_images, patch_size, mpp, patches_per_scene)
     extent = side * patch_size * mpp + 2 * _MARGIN
     spoiler = Spoiler(np.random.default_rng([seed, fold, 0]), n_images, defects)
