@@ -256,7 +256,7 @@ class CellDETR(nn.Module):
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, afterwards what it was."""
+    """Switch to evaluation mode inside the block, afterwards to what it was."""
     training = model.training
     model.eval()
     try:

@@ -65,9 +65,9 @@ class RepresentationDecoder(nn.Module):
         valid
             False at padding (B, R); none: every box is a nucleus. What padding holds has no influence.
         mask
-            Which box (last dimension) a box may attend to, bool (R, R) or (B, R, R); none: every one. Global tokens then
-            attend to all and are attended by all, unless the mask has their rows and columns too, after those of the
-            boxes: (R + tokens, R + tokens). Padding is never attended to, and everything attends to itself.
+            Which box (last dimension) a box may attend to, bool (R, R) or (B, R, R); none: every one. Global tokens
+            then attend to all and are attended by all, unless the mask has their rows and columns too, after those of
+            the boxes: (R + tokens, R + tokens). Padding is never attended to, and everything attends to itself.
         positions
             Whether self-attention knows locations. Without, the projection of locations gets no gradient.
 

@@ -213,11 +213,12 @@ class BoxHead(nn.Module):
 
     def __init__(self, channels: int, first: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(channels, size) for size in (channels, channels, 4))
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        last = nn.Linear(channels, 4)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         if first:  # before it there is a point without a size
-            nn.init.constant_(self.layers[-1].bias[2:], _FIRST_SIZE)
+            nn.init.constant_(last.bias[2:], _FIRST_SIZE)
+        self.layers = nn.ModuleList([nn.Linear(channels, channels), nn.Linear(channels, channels), last])
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., C) into (..., 4)."""

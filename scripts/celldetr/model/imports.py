@@ -1,0 +1,292 @@
+"""Checkpoints of other codes as our models: the authors' CellDETR, and Deformable DETR trained on COCO.
+
+Both contain Deformable DETR under the same names (the authors' behind ``detr.``). Every tensor of a file is used or
+listed with the reason why not; every tensor of the model comes from the file or is listed as new; and the imported
+model computes what the original does. Sizes are inferred from shapes.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from celldetr.config import PANNUKE_CLASSES, BackboneSettings, Mode, ModelSettings, RepresentationSettings
+from celldetr.errors import ConfigError, InputError
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.checkpoints import load_exactly, read_checkpoint
+
+Source = Literal["authors", "coco"]
+Weights = Mapping[str, Tensor]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUTHORS_TOKENS = 50
+"""Full-image boxes that the authors' parallel mode appends."""
+
+_RENAMED = [
+    (r"^detr\.", ""),
+    (r"^transformer\.", ""),
+    (r"^decouple_class_embed\.", "class_head."),
+    (r"^wh_project\.", "representation.size_project."),
+    (r"^xy_project\.", "representation.location_project."),
+    (r"^decouple_decoder\.inital_layer\.", "representation.layers.0."),
+    (r"^backbone\.0\.body\.", "backbone."),
+    (r"^input_proj\.", "input_projection.levels."),
+    (r"^(reference_points|query_embed|class_embed|bbox_embed)\.", r"decoder.\1."),
+    (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention."),
+    (r"^(encoder\.layers\.\d+)\.norm1\.", r"\1.norm."),
+    (r"^(encoder\.layers\.\d+)\.norm2\.", r"\1.ffn.norm."),
+    (r"^((?:decoder|representation)\.layers\.\d+)\.self_attn\.in_proj_", r"\1.self_attention.in_proj."),
+    (r"^((?:decoder|representation)\.layers\.\d+)\.self_attn\.", r"\1.self_attention."),
+    (r"^((?:decoder|representation)\.layers\.\d+)\.cross_attn\.", r"\1.cross_attention."),
+    (r"^((?:decoder|representation)\.layers\.\d+)\.norm1\.", r"\1.norm_cross."),
+    (r"^((?:decoder|representation)\.layers\.\d+)\.norm2\.", r"\1.norm_self."),
+    (r"^((?:decoder|representation)\.layers\.\d+)\.norm3\.", r"\1.ffn.norm."),
+    (r"^((?:encoder|decoder|representation)\.layers\.\d+)\.(linear[12])\.", r"\1.ffn.\2."),
+]
+_UNUSED = [
+    (r"transformer\.decoder\.bbox_embed\.", "the same tensor as bbox_embed under a second name"),
+    (r"inital_layer\.(self_attn|norm2)\.", "the first representation layer has no self-attention"),
+    (r"^contrastive_project\.", "head of the contrastive loss, not part of this model"),
+    (r"\.num_batches_tracked$", "frozen batch norm counts no batches"),
+]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model from another code's checkpoint, and where each tensor went.
+
+    Attributes
+    ----------
+    model
+        In evaluation mode.
+    used
+        Name in the file -> name in the model.
+    unused
+        Name in the file -> why the model does not have it.
+    fresh
+        Name in the model -> why it did not come from the file.
+    """
+
+    model: CellDETR
+    used: dict[str, str]
+    unused: dict[str, str]
+    fresh: dict[str, str]
+
+
+def import_checkpoint(
+    path: str | os.PathLike[str],
+    source: Source,
+    mode: Mode,
+    *,
+    classes: Sequence[str] | None = None,
+    global_tokens: int | None = None,
+    heads: int = 8,
+) -> Imported:
+    """Build our model from a checkpoint of another code.
+
+    Parameters
+    ----------
+    path
+        ``authors``: {"model_state_dict": ...} of the CellDETR repository. ``coco``: {"model": ...} of the Deformable
+        DETR repository, ResNet-50, four levels, with iterative box refinement.
+    source
+        Which of the two.
+    mode
+        Mode of the model. The authors' sequential and parallel checkpoints look alike: say which it is. From ``coco``,
+        ``baseline`` is the whole detector; the other modes take all but its class layers, and what they have beyond it
+        starts afresh.
+    classes
+        Class names in the order of the logits; none: PanNuke's for five, else ``class_0``, ``class_1``, ...
+    global_tokens
+        Context tokens of the parallel mode, which no tensor tells; none: 50 for ``authors``, 0 for ``coco``.
+    heads
+        Attention heads, which no shape tells.
+
+    Raises
+    ------
+    InputError
+        Another architecture, a tensor without a place, or one missing; names them.
+    ConfigError
+        A number of classes or heads that does not fit the file.
+    """
+    weights = _weights(path, source)
+    core = {name.removeprefix("detr."): tensor for name, tensor in weights.items()}
+    _refuse_other_architectures(core, path)
+    settings = _settings(core, source, mode, path, classes, global_tokens, heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CellDETR(settings)
+    if source == "coco":
+        model.image_mean.copy_(torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        model.image_std.copy_(torch.tensor(IMAGENET_STD).view(3, 1, 1))
+    unused = {name: reason for name in weights if (reason := _unused(name, source, mode))}
+    used = {name: _renamed(name) for name in weights if name not in unused}
+    own = model.state_dict()
+    fresh = {name: reason for name in own if (reason := _fresh(name, source, mode))}
+    load_exactly(
+        model, {new: weights[old].float() for old, new in used.items()} | {name: own[name] for name in fresh}, path
+    )
+    return Imported(model.eval(), used, unused, fresh)
+
+
+def _weights(path: str | os.PathLike[str], source: Source) -> dict[str, Tensor]:
+    content = read_checkpoint(path)
+    key = "model_state_dict" if source == "authors" else "model"
+    weights = content.get(key)
+    if not isinstance(weights, Mapping):
+        raise InputError(
+            f"{path}: got keys {sorted(map(str, content))[:8]}, expected {key!r} with the weights; "
+            f"is this a checkpoint of source {source!r}?"
+        )
+    strange = [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
+    if strange:
+        raise InputError(f"{path}: {strange[:4]} in {key!r} are no tensors; expected weights alone")
+    return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _unused(name: str, source: Source, mode: Mode) -> str | None:
+    """Why a tensor of a file is not in the model; none: it is."""
+    if source == "coco" and mode != "baseline" and name.startswith("class_embed."):
+        return "logits of COCO's classes; this mode has one logit, nucleus"
+    return next((reason for pattern, reason in _UNUSED if re.search(pattern, name)), None)
+
+
+def _fresh(name: str, source: Source, mode: Mode) -> str | None:
+    """Why a tensor of the model does not come from a file; none: it does."""
+    if name in ("image_mean", "image_std"):
+        return "constants that the original normalises images with outside of its model"
+    if source == "coco" and mode != "baseline" and name.startswith(("representation.", "class_head.")):
+        return "Deformable DETR has no representation decoder: random values"
+    if source == "coco" and mode != "baseline" and name.startswith("decoder.class_embed."):
+        return "COCO's classes are not nuclei: random values"
+    return None
+
+
+def _refuse_other_architectures(core: Weights, path: str | os.PathLike[str]) -> None:
+    """Refuse the variants of Deformable DETR that compute something else than our model."""
+    if any(name.startswith("transformer.enc_output") for name in core):
+        raise InputError(
+            f"{path}: a two-stage Deformable DETR, whose queries are no parameters; "
+            "use the checkpoint of the variant with iterative box refinement alone"
+        )
+    if "transformer.level_embed" not in core:
+        raise InputError(
+            f"{path}: got names such as {sorted(core)[:4]} without transformer.level_embed, expected a Deformable "
+            "DETR or CellDETR; weights of a ResNet need no import, and a DETR cannot be imported"
+        )
+    if len(core["transformer.level_embed"]) == 1:
+        raise InputError(
+            f"{path}: a single-scale Deformable DETR, whose stride and dilation no tensor tells; "
+            "use a checkpoint with several feature levels"
+        )
+    alias = "transformer.decoder.bbox_embed."
+    refined = [name for name in core if name.startswith(alias)]
+    if not refined:
+        raise InputError(
+            f"{path}: no names begin with {alias}, so its layers do not refine each other's boxes; "
+            "expected the variant with iterative box refinement (with_box_refine)"
+        )
+    for name in refined:
+        twin = core.get(name.removeprefix("transformer.decoder."))
+        if twin is None or not torch.equal(twin, core[name]):
+            raise InputError(
+                f"{path}: {name} is not equal to {name.removeprefix('transformer.decoder.')}, as it must be"
+            )
+
+
+def _settings(
+    core: Weights,
+    source: Source,
+    mode: Mode,
+    path: str | os.PathLike[str],
+    classes: Sequence[str] | None,
+    global_tokens: int | None,
+    heads: int,
+) -> ModelSettings:
+    """Infer the settings of the model from the shapes in a file."""
+
+    def size(name: str, dimension: int = 0) -> int:
+        if name not in core or core[name].dim() <= dimension:
+            raise InputError(
+                f"{path}: no tensor {name!r} of the right kind; expected a checkpoint of source {source!r}"
+            )
+        return int(core[name].shape[dimension])
+
+    levels, channels = size("transformer.level_embed"), size("transformer.level_embed", 1)
+    logits = size("transformer.encoder.layers.0.self_attn.attention_weights.weight")
+    if heads < 1 or channels % heads or logits % (heads * levels):
+        raise ConfigError(
+            f"heads: got {heads}, which does not divide {channels} channels and {logits // levels} points"
+        )
+    decoupled = any(name.startswith("decouple_decoder.") for name in core)
+    if source == "authors" and decoupled == (mode == "baseline"):
+        raise InputError(
+            f"{path}: {'a' if decoupled else 'no'} representation decoder (decouple_decoder.*), which does not go with "
+            f"mode {mode!r}; expected {'sequential or parallel' if decoupled else 'baseline'}"
+        )
+    head = "decouple_class_embed.weight" if decoupled else "class_embed.0.weight"
+    known = source == "authors" or mode == "baseline"
+    tokens = (AUTHORS_TOKENS if source == "authors" else 0) if global_tokens is None else global_tokens
+    return ModelSettings(
+        mode=mode,
+        classes=_class_names(classes, size(head) if known else None),
+        d_model=channels,
+        heads=heads,
+        points=logits // (heads * levels),
+        ffn=size("transformer.encoder.layers.0.linear1.weight"),
+        encoder_layers=_count(core, r"^transformer\.encoder\.layers\.(\d+)\."),
+        decoder_layers=_count(core, r"^transformer\.decoder\.layers\.(\d+)\."),
+        queries=size("query_embed.weight"),
+        position_offset=0.5 if source == "coco" else 0.0,
+        backbone=_backbone(core, levels, path),
+        representation=RepresentationSettings(
+            layers=1 + _count(core, r"^decouple_decoder\.layers\.(\d+)\.") if decoupled else 3,
+            global_tokens=tokens if mode == "parallel" else 0,
+        ),
+    )
+
+
+def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
+    """Names of classes; `count` is that of the file's logits, none where the class head starts afresh."""
+    if names is None:
+        count = len(PANNUKE_CLASSES) if count is None else count
+        return PANNUKE_CLASSES if count == len(PANNUKE_CLASSES) else tuple(f"class_{i}" for i in range(count))
+    if count not in (None, len(names)):
+        raise ConfigError(f"classes: got {len(names)} names, expected {count}, one for each class logit of the file")
+    return tuple(names)
+
+
+def _count(core: Weights, pattern: str) -> int:
+    """How many numbers the pattern's group takes among the names of a file."""
+    return len({found[1] for name in core if (found := re.match(pattern, name))})
+
+
+def _backbone(core: Weights, levels: int, path: str | os.PathLike[str]) -> BackboneSettings:
+    """Blocks of the residual network, and which of its stages feed the levels."""
+    body = r"^backbone\.0\.body\.layer{}\.(\d+)\."
+    blocks = [_count(core, body.format(stage)) for stage in (1, 2, 3, 4)]
+    kernels = [core[name].shape[-1] for name in (f"input_proj.{i}.0.weight" for i in range(levels)) if name in core]
+    used = kernels.count(1)
+    if 0 in blocks or len(kernels) != levels or not 1 <= used <= 4:
+        raise InputError(
+            f"{path}: got {blocks} blocks in the stages of the backbone and input projections with kernels {kernels}, "
+            f"expected a ResNet of four stages and {levels} projections"
+        )
+    return BackboneSettings(
+        block="bottleneck" if "backbone.0.body.layer1.0.conv3.weight" in core else "basic",
+        layers=(blocks[0], blocks[1], blocks[2], blocks[3]),
+        width=int(core["backbone.0.body.conv1.weight"].shape[0]),
+        stages=tuple(range(5 - used, 5)),
+        extra_levels=levels - used,
+        norm="frozen_batch",
+    )
