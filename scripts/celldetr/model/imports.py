@@ -7,7 +7,7 @@ model computes what the original does. Sizes are inferred from shapes.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,13 +26,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUTHORS_TOKENS = 50
 """Full-image boxes that the authors' parallel mode appends."""
 
-_RENAMED = [
+_RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^detr\.", ""),
     (r"^transformer\.", ""),
     (r"^decouple_class_embed\.", "class_head."),
     (r"^wh_project\.", "representation.size_project."),
     (r"^xy_project\.", "representation.location_project."),
     (r"^decouple_decoder\.inital_layer\.", "representation.layers.0."),
+    (r"^decouple_decoder\.layers\.(\d+)\.", lambda found: f"representation.layers.{int(found[1]) + 1}."),
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^input_proj\.", "input_projection.levels."),
     (r"^(reference_points|query_embed|class_embed|bbox_embed)\.", r"decoder.\1."),

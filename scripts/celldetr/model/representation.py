@@ -1,7 +1,8 @@
 """Representation decoder: boxes in, one embedding per nucleus out (paper, 3.2 and eq. 4).
 
-Size and location of a box enter through different projections; every sampling point stays inside its box; and the first
-layer (with ``self_attention: none`` every layer) has no attention among nuclei.
+Size and location of a box enter through different projections, the size as the first content of a query, the location as
+its position; every sampling point stays inside its box; and the first layer (with ``self_attention: none`` every layer)
+has no attention among nuclei.
 """
 
 import torch
@@ -19,8 +20,7 @@ FULL_IMAGE = (0.5, 0.5, 1.0, 1.0)
 class RepresentationDecoder(nn.Module):
     """Turn given boxes into embeddings.
 
-    Where no layer attends among nuclei the location of a box is used by nothing but its sampling points, and global
-    tokens reach no nucleus: neither exists then.
+    Where no layer attends among nuclei, global tokens reach no nucleus and are left out.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class RepresentationDecoder(nn.Module):
         options, channels = settings.representation, settings.d_model
         attends = [options.self_attention == "after_first" and index > 0 for index in range(options.layers)]
         self.size_project = nn.Linear(2, channels)
-        self.location_project = nn.Linear(2, channels) if any(attends) else None
+        self.location_project = nn.Linear(2, channels)
         self.global_tokens = options.global_tokens if any(attends) and settings.mode == "parallel" else 0
         self.layers = nn.ModuleList(
             DecoderLayer(settings, levels, self_attention=attend, constrained=True, offset_init=options.offset_init)
@@ -69,7 +69,8 @@ class RepresentationDecoder(nn.Module):
             then attend to all and are attended by all, unless the mask has their rows and columns too, after those of
             the boxes: (R + tokens, R + tokens). Padding is never attended to, and everything attends to itself.
         positions
-            Whether self-attention knows locations. Without, the projection of locations gets no gradient.
+            Whether self-attention knows locations; the deformable attention always does. Without, nuclei cannot be told
+            apart by where they are (contrastive pretraining; paper, 3.3).
 
         Returns
         -------
@@ -82,11 +83,17 @@ class RepresentationDecoder(nn.Module):
         with full_precision(memory):
             slots = slots.to(self.size_project.weight.dtype)
             x = self.size_project(slots[..., 2:])
-            location = None
-            if self.location_project is not None and positions:
-                location = self.location_project(slots[..., :2])
+            location = self.location_project(slots[..., :2])
         for layer in self.layers:
-            x, points = layer(x, slots, memory, shapes, self_position=location, mask=allowed)
+            x, points = layer(
+                x,
+                slots,
+                memory,
+                shapes,
+                self_position=location if positions else None,
+                cross_position=location,
+                mask=allowed,
+            )
         x = x[:, :count]
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)

@@ -175,8 +175,8 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         shapes: tuple[Shape, ...],
         *,
-        self_position: Tensor | None = None,
-        cross_position: Tensor | None = None,
+        self_position: Tensor | None,
+        cross_position: Tensor,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, SamplingPoints]:
         """Transform queries.
@@ -190,7 +190,7 @@ class DecoderLayer(nn.Module):
         memory, shapes
             Encoded tokens (B, T, C), and height and width of the levels.
         self_position, cross_position
-            Added to the queries of either attention, (B, Q, C) or (Q, C).
+            Added to queries (and keys) of self-attention, and to queries of the deformable attention, (B, Q, C) or (Q, C).
         mask
             See `SelfAttention`.
 
@@ -201,8 +201,7 @@ class DecoderLayer(nn.Module):
         """
         if self.has_self_attention:
             x = self.norm_self(x + self.dropout(self.self_attention(x, self_position, mask)))
-        query = x if cross_position is None else x + cross_position
-        attended, points = self.cross_attention(query, reference, memory, shapes, return_points=True)
+        attended, points = self.cross_attention(x + cross_position, reference, memory, shapes, return_points=True)
         assert points is not None
         x = self.norm_cross(x + self.dropout(attended))
         return self.ffn(x), points
