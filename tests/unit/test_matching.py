@@ -67,9 +67,7 @@ def test_pairs_are_one_to_one_and_symmetric():
     predicted = nuclei(*(rng.uniform(0, 256, (n, 2)) for n in (90, 7, 3)))
     pairs, back = pair_nuclei(truth, predicted, 12), pair_nuclei(predicted, truth, 12)
     assert len(set(pairs.truth)) == len(pairs.truth) == len(set(pairs.predicted))
-    assert set(zip(pairs.truth, pairs.predicted, strict=True)) == set(
-        zip(back.predicted, back.truth, strict=True)
-    )
+    assert set(zip(pairs.truth, pairs.predicted, strict=True)) == set(zip(back.predicted, back.truth, strict=True))
 
 
 def test_no_images_and_no_nuclei_are_legal():

@@ -68,9 +68,7 @@ def brute_force(true_images, predicted_images, metric):
         if not exists:
             return [np.nan] * 3
         bottoms = (tp + 2 * fp + fpd, tp + 2 * fn + fnd, 2 * tp + 2 * fp + 2 * fn + fpd + fnd)
-        return [
-            top / bottom if bottom else 0.0 for top, bottom in zip((tp, tp, 2 * tp), bottoms, strict=True)
-        ]
+        return [top / bottom if bottom else 0.0 for top, bottom in zip((tp, tp, 2 * tp), bottoms, strict=True)]
 
     rows = [prf(len(paired), 0, 0, len(lone_predicted), len(lone_true), any(true_images))]
     for c in range(K):

@@ -1,5 +1,6 @@
 """Tables: published rows as printed, means over splits, what is missing, and what people are shown."""
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from celldetr.evaluation.tables import (
     published_classes,
     read_published,
     read_scores,
+    scored_with,
     slips,
     write_tsv,
 )
@@ -279,6 +281,7 @@ def test_caption_says_how_it_was_measured(tmp_path):
         "table1_splits.tsv",
     ):
         assert word in text
+    assert json.loads(json.dumps(scored_with(table.splits)))["radius"] == 12
     assert text in markdown(table)
     assert text in "".join(Page(html(table)).text)
 

@@ -303,8 +303,8 @@ def _measured_row(system: System, scores: pd.DataFrame, classes: Sequence[str]) 
 
 
 def scored_with(splits: pd.DataFrame) -> Mapping[str, object]:
-    """Return the settings that all splits were scored with."""
-    return {key: splits[key].iloc[0] for key in _SCORED_WITH}
+    """Return the settings that all splits were scored with, as JSON values."""
+    return {key: splits[key].tolist()[0] for key in _SCORED_WITH}
 
 
 def write_tsv(path: str | os.PathLike[str], frame: pd.DataFrame) -> None:

@@ -1,0 +1,50 @@
+"""Measure where a model looks on its test fold.
+
+Input: ``model``, ``store`` (patch store of the test fold).
+Output: ``points`` (NPZ: sampling points in px, weights and patches of the nuclei to draw), ``share`` (JSON: mean share
+of attention weight inside the true and the predicted box over all detected nuclei of the fold).
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from celldetr.evaluation.attention import choose_nuclei, write_drawn, write_share
+from celldetr.inference import best_device, measure_attention
+from celldetr.model.checkpoints import load_model
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+log = logging.getLogger("attention")
+
+
+def main(snakemake):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(snakemake.threads)
+    params, device = snakemake.params, best_device()
+    store = open_store(snakemake.input.store)
+    drawn, share = measure_attention(
+        load_model(snakemake.input.model, device),
+        store,
+        nuclei=choose_nuclei(store, store.patch_size, params.nuclei, params.seed),
+        nucleus_threshold=params.nucleus_threshold,
+        batch_size=params.batch_size,
+        radius=params.radius,
+        device=device,
+        progress=True,
+    )
+    write_drawn(snakemake.output.points, drawn)
+    origin = {
+        "experiment": snakemake.wildcards.experiment,
+        "split": int(snakemake.wildcards.split),
+        "test_store": Path(snakemake.input.store).stem,
+        "nucleus_threshold": params.nucleus_threshold,
+        "radius": params.radius,
+    }
+    write_share(snakemake.output.share, {**share, **origin})
+    log.info("share of attention inside the true box: %s over %d nuclei", share["share_true_box"], share["nuclei"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

@@ -1,0 +1,49 @@
+"""Predict the test fold of a split.
+
+Input: ``model`` (weights of the experiment), ``store`` (patch store of the test fold).
+Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from celldetr.inference import best_device, predict_fold
+from celldetr.model.checkpoints import load_model
+from celldetr.provenance import git_revision, sha256, versions
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+log = logging.getLogger("predict")
+
+
+def main(snakemake):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(snakemake.threads)
+    device = best_device()
+    store = open_store(snakemake.input.store)
+    metadata = {
+        "experiment": snakemake.wildcards.experiment,
+        "split": int(snakemake.wildcards.split),
+        "test_store": Path(snakemake.input.store).stem,
+        "model_sha256": sha256(snakemake.input.model),
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    count = predict_fold(
+        load_model(snakemake.input.model, device),
+        store,
+        snakemake.output[0],
+        nucleus_threshold=snakemake.params.nucleus_threshold,
+        batch_size=snakemake.params.batch_size,
+        device=device,
+        metadata=metadata,
+        progress=True,
+    )
+    log.info("%d detections in %d patches on %s", count, store.n_patches, metadata["device"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
