@@ -96,7 +96,7 @@ def read_split(path: str | os.PathLike[str]) -> pd.DataFrame:
         Not a split file, an unknown part, or a patch that occurs twice.
     """
     try:
-        table = pd.read_csv(path, sep="\t", dtype={"store": str, "patch": "int64", "part": str})
+        table = pd.read_csv(path, sep="\t", dtype={"store": "str", "patch": "int64", "part": "str"})
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a split ({error}); make it again") from error
     if tuple(table.columns) != COLUMNS:
@@ -106,6 +106,6 @@ def read_split(path: str | os.PathLike[str]) -> pd.DataFrame:
         raise InputError(f"{path}: column part: got {sorted(map(str, unknown))}, expected {', '.join(PARTS)}")
     twice = table.duplicated(["store", "patch"])
     if twice.any():
-        store, patch = table.loc[twice.idxmax(), ["store", "patch"]]
-        raise InputError(f"{path}: patch {patch} of {store} occurs twice; a patch has one part")
+        row = table[twice].iloc[0]
+        raise InputError(f"{path}: patch {row['patch']} of {row['store']} occurs twice; a patch has one part")
     return table

@@ -1,0 +1,30 @@
+"""Convert the archive of a PanNuke fold to a patch store.
+
+Input: the zip as published. Outputs: the store (boxes in px, half-open), and what was found in it as TSV and as HTML
+with pictures. Params: fold, patch_size (px), mpp (um per px).
+"""
+
+from celldetr.data.pannuke import convert_fold
+from celldetr.data.pannuke_summary import write_html, write_tsv
+from celldetr.provenance import sha256
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+
+def main(snakemake):
+    params, output = snakemake.params, snakemake.output
+    archive = snakemake.input.archive
+    summary = convert_fold(
+        archive,
+        output.store,
+        fold=params.fold,
+        patch_size=params.patch_size,
+        mpp=params.mpp,
+        sha256=sha256(archive),
+    )
+    write_tsv(output.summary_tsv, summary)
+    write_html(output.summary_html, summary, open_store(output.store), f"PanNuke fold {params.fold}")
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
