@@ -33,11 +33,13 @@ figure { display: inline-block; margin: 0 .6rem .8rem 0; font-size: 12px; color:
 {% for name, count in nuclei %}<tr><td>{{ name }}</td><td class="n">{{ count }}</td></tr>{% endfor %}</table>
 <h2>What is odd</h2>
 <table><tr><th>what</th><th>count</th><th>images</th></tr>
-{% for name, count, images in odd %}<tr><td>{{ name }}</td><td class="n">{{ count }}</td><td class="n">{{ images }}</td></tr>
+{% for name, count, images in odd %}
+<tr><td>{{ name }}</td><td class="n">{{ count }}</td><td class="n">{{ images }}</td></tr>
 {% endfor %}</table>
 <h2>Tissues</h2><p>{% for name, count in tissues %}{{ name }} {{ count }}{{ ", " if not loop.last }}{% endfor %}</p>
 <h2>Pictures</h2>
-<p class="key">Boxes:{% for name, colour in key %}<span style="background:{{ colour }}"></span>{{ name }}{% endfor %}</p>
+<p class="key">Boxes:{% for name, colour in key %}
+<span style="background:{{ colour }}"></span>{{ name }}{% endfor %}</p>
 {% for title, pictures in groups %}<h3>{{ title }}</h3>
 {% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
 src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endfor %}
