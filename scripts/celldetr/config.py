@@ -80,9 +80,7 @@ class ModelConfig(Settings):
     position_offset: Share = Field(
         0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
     )
-    sampling: Literal["fast", "reference"] = Field(
-        "fast", description="form of the deformable sampling; same result"
-    )
+    sampling: Literal["fast", "reference"] = Field("fast", description="form of the deformable sampling; same result")
     backbone: BackboneSettings = BackboneSettings()
     representation: RepresentationSettings = RepresentationSettings()
 
@@ -101,9 +99,7 @@ Mode = Literal["baseline", "sequential", "parallel"]
 class ModelSettings(ModelConfig):
     """One model: sizes, how boxes reach the representation decoder (paper, A.1), and its classes."""
 
-    mode: Mode = Field(
-        description="baseline: no representation decoder; sequential: CellDETR-S; parallel: CellDETR-P"
-    )
+    mode: Mode = Field(description="baseline: no representation decoder; sequential: CellDETR-S; parallel: CellDETR-P")
     classes: tuple[str, ...] = Field(min_length=1, description="class names in the order of the logits")
 
 
@@ -163,18 +159,12 @@ class TrainingConfig(Settings):
     batch_size: Count = Field(16, description="patches per step over all devices")
     lr: Positive = 8e-5
     backbone_lr: NotNegative = 8e-6
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        600, description="linear from warmup_from to 1, then cosine to 0"
-    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(600, description="linear from warmup_from to 1, then cosine to 0")
     warmup_from: Share = 0.1
     weight_decay: NotNegative = 1e-4
     gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0 = no limit")
-    select: Literal["best_val", "last"] = Field(
-        "best_val", description="which epoch's weights become the model"
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on GPUs that have it, else fp32"
-    )
+    select: Literal["best_val", "last"] = Field("best_val", description="which epoch's weights become the model")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that have it, else fp32")
     cache: Literal["gpu", "ram", "none"] = Field(
         "gpu",
         description="where the patches are kept; gpu falls back to ram when they do not fit, none streams",
@@ -230,9 +220,7 @@ class PatchConfig(Settings):
 class PanNukeConfig(Settings):
     """PanNuke archives and how they are split."""
 
-    protocol: Literal["celldetr", "official"] = Field(
-        "celldetr", description="which folds train, validate and test"
-    )
+    protocol: Literal["celldetr", "official"] = Field("celldetr", description="which folds train, validate and test")
     splits: tuple[Annotated[int, Field(ge=1, le=3)], ...] = Field((1, 2, 3), min_length=1)
     train_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.8, description="share of the two other folds that trains (celldetr protocol)"
@@ -320,9 +308,7 @@ class Config(Settings):
     training: TrainingConfig = TrainingConfig()
     inference: InferenceConfig = InferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentConfig] = Field(
-        min_length=1
-    )
+    experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentConfig] = Field(min_length=1)
     tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableConfig] = Field(default_factory=dict)
     figure3: Figure3Config | None = None
     overlays: OverlayConfig = OverlayConfig()
@@ -340,9 +326,7 @@ class Config(Settings):
         for key, names in named.items():
             unknown = [name for name in names if name not in self.experiments]
             if unknown:
-                raise ValueError(
-                    f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}"
-                )
+                raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
         for name in self.experiments:
             self.experiment(name)
         return self
@@ -362,15 +346,11 @@ class Config(Settings):
         if block.initial == "imagenet" and model["backbone"] | {"stages": 0, "extra_levels": 0} != (
             BackboneSettings(norm="frozen_batch").to_dict() | {"stages": 0, "extra_levels": 0}
         ):
-            raise ConfigError(
-                f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50"
-            )
+            raise ConfigError(f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50")
         return Experiment(
             name=name,
             stage=block.stage,
-            model=ModelSettings.from_dict(
-                {**model, "mode": block.mode, "classes": PANNUKE_CLASSES}, f"{where}.model"
-            ),
+            model=ModelSettings.from_dict({**model, "mode": block.mode, "classes": PANNUKE_CLASSES}, f"{where}.model"),
             training=TrainingSettings.from_dict({**training, "seed": self.seed}, f"{where}.training"),
         )
 

@@ -47,9 +47,7 @@ def _not_json(value: object) -> str:
 
 
 def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
-    path = [
-        str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple["))
-    ]
+    path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple["))]
     key = ".".join([part for part in (where, *path) if part]) or "config"
     kind, got = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
@@ -61,9 +59,7 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
         return f"{key}: {problem['ctx']['error']}"
     hint = ""
     if isinstance(got, str) and kind in ("float_type", "int_type"):
-        hint = (
-            "; YAML reads 1e-4 as text: write 1.0e-4" if "e" in got.lower() else "; write it without quotes"
-        )
+        hint = "; YAML reads 1e-4 as text: write 1.0e-4" if "e" in got.lower() else "; write it without quotes"
     expected = problem["msg"].removeprefix("Input should be ")
     return f"{key}: got {got!r}, expected {expected}{hint}"
 
