@@ -20,7 +20,6 @@ log = logging.getLogger("attention")
 
 
 def main(snakemake):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(snakemake.threads)
     params, device = snakemake.params, best_device()
     store = open_store(snakemake.input.store)

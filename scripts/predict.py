@@ -19,7 +19,6 @@ log = logging.getLogger("predict")
 
 
 def main(snakemake):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(snakemake.threads)
     device = best_device()
     store = open_store(snakemake.input.store)

@@ -17,7 +17,6 @@ log = logging.getLogger("score")
 
 
 def main(snakemake):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     params = snakemake.params
     predictions = read_predictions(snakemake.input.predictions)
     origin = {key: predictions.metadata.get(key) for key in ("experiment", "split", "test_store")}
