@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import requests
+import urllib3
 
 from celldetr.errors import InputError
 
@@ -142,6 +143,7 @@ def _transfer(url: str, part: Path, size: int | None, *, resume: bool) -> None:
         headers["Range"] = f"bytes={start}-"
         if known.get("url") == url and known.get("validator"):
             headers["If-Range"] = known["validator"]
+    total: int | None = size
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             start, total = _check_response(response, start)
@@ -150,7 +152,12 @@ def _transfer(url: str, part: Path, size: int | None, *, resume: bool) -> None:
             usable = None if validator is None or validator.startswith("W/") else validator
             _state(part).write_text(json.dumps({"url": url, "validator": usable}), encoding="utf-8")
             _receive(response, part, start, total)
-    except requests.RequestException as error:
+    except urllib3.exceptions.ProtocolError as error:
+        arrived = part.stat().st_size
+        raise _Failed(
+            f"the transfer ended after {arrived} of {total or 'an unknown number of'} bytes", again=True
+        ) from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise _Failed(f"the connection failed ({error.__class__.__name__}: {error})", again=True) from error
     arrived = part.stat().st_size
     if total is not None and arrived < total:
@@ -190,7 +197,9 @@ def _receive(response: requests.Response, part: Path, start: int, total: int | N
 
 
 def _pieces(response: requests.Response) -> Iterator[bytes]:
-    yield from response.iter_content(BLOCK)
+    """Yield data as it arrives: when the connection breaks, nothing that has arrived is lost in a buffer."""
+    while piece := response.raw.read1(BLOCK):
+        yield piece
 
 
 def _verify(part: Path, size: int | None, sha256: str | None) -> None:
