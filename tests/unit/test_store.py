@@ -84,9 +84,7 @@ def test_a_store_is_a_few_files(tmp_path):
 def test_nothing_is_left_of_a_store_that_fails(tmp_path):
     def fail():
         with StoreWriter(tmp_path / "x.zarr", patch_size=SIZE, classes=CLASSES, mpp=1) as writer:
-            writer.append(
-                np.zeros((1, SIZE, SIZE, 3), np.uint8), [[]], [[]], patches=dict.fromkeys(COLUMNS, [0])
-            )
+            writer.append(np.zeros((1, SIZE, SIZE, 3), np.uint8), [[]], [[]], patches=dict.fromkeys(COLUMNS, [0]))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
