@@ -14,6 +14,7 @@ weights (B, Q, H, L, P); result (B, Q, H * D).
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
+
+# Only the pattern's values are used; PyTorch warns about everything else that such tensors cannot do yet.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 Shapes = Sequence[tuple[int, int]]
 Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
