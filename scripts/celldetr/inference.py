@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.attention import DrawnNuclei, share_inside

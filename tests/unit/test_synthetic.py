@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from celldetr.config import PANNUKE_CLASSES
 from celldetr.data.synthetic.defects import NO_DEFECTS, Defects, pieces
 from celldetr.data.synthetic.looks import LOOKS, MIXTURES, mixture_named
-from celldetr.data.synthetic.pannuke import CLASSES, TISSUES, write_fold
+from celldetr.data.synthetic.pannuke import TISSUES, write_fold
 from celldetr.data.synthetic.render import Renderer, draw_stain, render
 from celldetr.data.synthetic.tissue import grow_scene
 from celldetr.errors import ConfigError
@@ -194,22 +195,22 @@ def features(drawn):
 def test_classes_differ_as_they_do_for_a_pathologist(drawn):
     rows, names = features(drawn)
     area, aspect, dark, red = (
-        {c: np.median(rows[names == c, k]) for c in CLASSES} for k in range(4)
+        {c: np.median(rows[names == c, k]) for c in PANNUKE_CLASSES} for k in range(4)
     )  # fmt: skip
     assert area["neoplastic"] > 1.4 * area["epithelial"] > 1.4 * area["inflammatory"]
     assert aspect["connective"] < 0.5 < aspect["epithelial"] < aspect["inflammatory"]
     assert dark["inflammatory"] > 1.2 * max(dark["neoplastic"], dark["epithelial"])
-    assert red["necrotic"] > 1.3 * max(red[c] for c in CLASSES if c != "necrotic")
+    assert red["necrotic"] > 1.3 * max(red[c] for c in PANNUKE_CLASSES if c != "necrotic")
 
 
 def test_classes_can_be_told_apart(drawn):
     rows, names = features(drawn)
     rows[:, 0] = np.log(rows[:, 0])
-    centres = np.array([rows[names == c].mean(axis=0) for c in CLASSES])
-    spread = np.array([rows[names == c].std(axis=0) for c in CLASSES])
+    centres = np.array([rows[names == c].mean(axis=0) for c in PANNUKE_CLASSES])
+    spread = np.array([rows[names == c].std(axis=0) for c in PANNUKE_CLASSES])
     distance = (((rows[:, None] - centres) / spread) ** 2 + 2 * np.log(spread)).sum(axis=2)
-    right = np.array(CLASSES)[distance.argmin(axis=1)] == names
-    assert min(right[names == c].mean() for c in CLASSES) > 0.6
+    right = np.array(PANNUKE_CLASSES)[distance.argmin(axis=1)] == names
+    assert min(right[names == c].mean() for c in PANNUKE_CLASSES) > 0.6
     assert right.mean() < 1.0  # no class is given away by a single look
 
 
@@ -224,7 +225,7 @@ def composition(mixture, scenes):
     for index in range(scenes):
         scene = grow_scene(np.random.default_rng([2, index]), 140, 140, mixture=MIXTURES[mixture])
         counts.update(nucleus.look for nucleus in scene.nuclei)
-    return {name: counts[name] / counts.total() for name in CLASSES}, counts.total() / scenes
+    return {name: counts[name] / counts.total() for name in PANNUKE_CLASSES}, counts.total() / scenes
 
 
 def test_classes_are_as_frequent_as_in_pannuke():
@@ -238,7 +239,7 @@ def test_classes_are_as_frequent_as_in_pannuke():
 @pytest.mark.parametrize("mixture", ["balanced", "example"])
 def test_every_class_can_be_made_frequent(mixture):
     assert min(composition(mixture, 30)[0].values()) > 0.08
-    assert set(LOOKS) == set(CLASSES)
+    assert set(LOOKS) == set(PANNUKE_CLASSES)
 
 
 def test_density_scales_the_number_of_nuclei():

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from celldetr.config import PANNUKE_CLASSES
 from celldetr.data.synthetic.defects import Defects, Spoiler, pieces
 from celldetr.data.synthetic.looks import MIXTURE
 from celldetr.data.synthetic.render import Renderer, Stain, draw_stain
@@ -23,7 +24,6 @@ from celldetr.data.synthetic.tissue import Scene, grow_scene
 from celldetr.errors import ConfigError
 from celldetr.files import atomic
 
-CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic", "epithelial")  # channels of the masks, in order
 TISSUES: Mapping[str, int] = {
     "Breast": 2351,
     "Colon": 1440,
@@ -146,7 +146,7 @@ class FoldTruth:
     def counts(self) -> dict[str, int]:
         """Nuclei per class."""
         labels = np.concatenate([np.zeros(0, dtype=np.int8), *(image.labels for image in self.images)])
-        return {name: int((labels == index).sum()) for index, name in enumerate(CLASSES)}
+        return {name: int((labels == index).sum()) for index, name in enumerate(PANNUKE_CLASSES)}
 
 
 def write_fold(
@@ -229,7 +229,7 @@ class _Cutter:
         self._scene, self._mpp, self._size, self._side = scene, mpp, patch_size, side
         self._filled = Renderer(scene, stain, seed)
         self._bare = Renderer(replace(scene, nuclei=(), glands=()), stain, seed)
-        self._channel = np.array([-1] + [CLASSES.index(n.look) for n in scene.nuclei])
+        self._channel = np.array([-1] + [PANNUKE_CLASSES.index(n.look) for n in scene.nuclei])
 
     def cut(self, place: int, rng: np.random.Generator, *, empty: bool) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         """Image (S, S, 3) and masks (S, S, 5) of a patch; ids ascend with gaps, like those of the real data."""
@@ -242,7 +242,7 @@ class _Cutter:
         ids = np.cumsum(rng.integers(1, 4, present.size)).astype(np.int32)
         ids[present == 0] = 0
         channel = self._channel[present]
-        masks = np.where(channel[:, None] == np.arange(len(CLASSES)), ids[:, None], 0).astype(np.int32)
+        masks = np.where(channel[:, None] == np.arange(len(PANNUKE_CLASSES)), ids[:, None], 0).astype(np.int32)
         return drawn.image, masks[local]
 
 

@@ -1,0 +1,225 @@
+"""The whole workflow at smoke size: from archives to table 1, reruns, and what a user sees when something is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ENVIRONMENT, ROOT, run
+
+from celldetr.settings import merge
+from celldetr.store import open_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SMALL = {
+    "patch": {"size": 64, "mpp": 0.5},
+    "model": {"d_model": 32, "ffn": 32, "decoder_layers": 2, "queries": 20},
+    "training": {"epochs": 2, "warmup_steps": 2},
+    "evaluation": {"resamples": 20},
+    "overlays": {"patches": 2},
+    "figure3": {"nuclei": 2},
+    "example": {"images": [24, 12, 24]},
+}
+
+
+def smoke():
+    """Return the example's configuration, as small as it can be."""
+    text = (ROOT / "config" / "example" / "config.yaml").read_text(encoding="utf-8")
+    return merge(yaml.safe_load(text), SMALL)
+
+
+class Workflow:
+    """One working folder with its configuration."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.config = smoke()
+
+    def command(self, *arguments):
+        path = self.folder / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.config), encoding="utf-8")
+        return [
+            *("snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile"), "--configfile", str(path)),
+            *("--directory", str(self.folder), "--cores", "2", *map(str, arguments)),
+        ]
+
+    def __call__(self, *arguments):
+        return run(*self.command(*arguments))
+
+    def planned(self, *targets, changes=None):
+        """Rules that would run, with some settings changed."""
+        kept, self.config = self.config, merge(self.config, changes or {})
+        done = self(*(targets or ["all"]), "--dry-run", "--quiet", "rules")
+        reasons = self(*(targets or ["all"]), "--dry-run")
+        self.config = kept
+        assert done.returncode == 0, reasons.stdout
+        return set(re.findall(r"^(?:local)?rule (\w+):", reasons.stdout, re.M)) - {"all"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Run everything once."""
+    workflow = Workflow(tmp_path_factory.mktemp("finished"))
+    done = workflow("all")
+    assert done.returncode == 0, done.stdout[-6000:]
+    return workflow
+
+
+def test_table_holds_published_and_measured_rows(finished):
+    table = pd.read_csv(finished.folder / "results" / "table1.tsv", sep="\t", keep_default_na=True)
+    assert {"paper", "measured"} <= set(table["source"])
+    measured = table[table["source"] == "measured"]
+    assert list(measured["system"]) == ["Deformable DETR", "CellDETR-S", "CellDETR-P"]
+    assert {"Neoplastic_P", "Necrotic_F", "Detection_F"} <= set(table.columns)
+
+
+def test_provenance_stands_beside_models_and_tables(finished):
+    results = finished.folder / "results"
+    for path in (results / "table1.provenance.json", results / "models" / "celldetr_s" / "split1" / "provenance.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert {"settings", "versions", "git_revision", "inputs", "wall_seconds"} <= set(record)
+
+
+def test_every_rule_wrote_its_log_and_benchmark(finished):
+    results = finished.folder / "results"
+    for folder in ("logs", "benchmarks"):
+        names = {path.relative_to(results / folder).parts[0].split(".")[0] for path in (results / folder).rglob("*.*")}
+        assert {
+            "convert_pannuke",
+            "download_pannuke",
+            "train",
+            "predict",
+            "score",
+            "attention",
+            "figure3",
+            "table1",
+        } <= names
+
+
+def test_stores_are_valid_and_the_test_fold_is_held_out(finished):
+    split = pd.read_csv(finished.folder / "results" / "pannuke" / "split1.tsv", sep="\t")
+    assert set(split.loc[split["part"] == "test", "store"]) == {"fold2"}
+    assert set(split.loc[split["part"] != "test", "store"]) == {"fold1", "fold3"}
+    for fold, count in zip((1, 2, 3), SMALL["example"]["images"], strict=True):
+        store = open_store(finished.folder / "results" / "pannuke" / f"fold{fold}.zarr")
+        assert store.n_patches == count
+        assert (split["store"] == f"fold{fold}").sum() == count
+
+
+def test_nothing_reruns_when_nothing_changed(finished):
+    assert finished.planned() == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules"),
+    [
+        ({"evaluation": {"radius": 5.0}}, {"score", "attention", "table", "figure3"}),
+        ({"evaluation": {"resamples": 30}}, {"score", "table"}),
+        ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
+        ({"overlays": {"patches": 3}}, {"overlays"}),
+        ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
+        ({"inference": {"batch_size": 4}}, {"predict", "score", "table", "overlays", "attention", "figure3"}),
+        (
+            {"experiments": {"celldetr_s": {"training": {"lr": 5.0e-4}}}},
+            {"train", "predict", "score", "table", "overlays", "attention", "figure3"},
+        ),
+    ],
+)
+def test_a_setting_reruns_what_depends_on_it(finished, changes, rules):
+    assert finished.planned(changes=changes) == rules
+
+
+def test_an_experiments_setting_leaves_the_others_alone(finished):
+    changes = {"experiments": {"celldetr_s": {"training": {"lr": 5.0e-4}}}}
+    target = "results/predictions/celldetr_p/split1.parquet"
+    assert finished.planned(target, changes=changes) == set()
+
+
+def test_a_single_target_builds_only_its_ancestors(tmp_path):
+    workflow = Workflow(tmp_path)
+    planned = workflow.planned("results/pannuke/split1.tsv")
+    assert planned == {"make_example", "download_pannuke", "convert_pannuke", "split_pannuke"}
+
+
+def test_report_is_one_file(finished):
+    done = finished("--report", finished.folder / "report.html")
+    assert done.returncode == 0, done.stdout
+    assert (finished.folder / "report.html").stat().st_size > 100_000
+
+
+def test_driver_and_training_killed_and_started_again(finished, tmp_path):
+    """After SIGKILL of everything in the middle of training, the next run ends with the same model."""
+    workflow = Workflow(tmp_path)
+    shutil.copytree(finished.folder / "example-input", tmp_path / "example-input")
+    workflow.config["training"]["epochs"] = 12
+    target = "results/models/celldetr_p/split1/model.pt"
+    log = open(tmp_path / "first.log", "w")  # noqa: SIM115 - the process writes to it
+    process = subprocess.Popen(
+        workflow.command(target), env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
+    )
+    checkpoint = tmp_path / "results" / "models" / "celldetr_p" / "split1" / "checkpoints" / "last.ckpt"
+    try:
+        until = time.monotonic() + 300
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+    assert checkpoint.exists(), (tmp_path / "first.log").read_text()
+    assert not (tmp_path / target).exists()
+    assert workflow("--unlock").returncode == 0
+    done = workflow(target)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"[Rr]esum|continu", done.stdout), "the run did not continue from its checkpoint"
+    lines = [
+        json.loads(line) for line in (tmp_path / target).with_name("log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    epochs = [line["epoch"] for line in lines if "epoch" in line]
+    assert sorted(set(epochs)) == list(range(min(epochs), min(epochs) + 12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"epocs": 2}}, "training.epocs: unknown key; did you mean 'epochs'?"),
+        ({"figure3": {"split": 2}}, "figure3.split: got 2, expected one of"),
+    ],
+)
+def test_a_wrong_configuration_stops_before_anything_runs(tmp_path, changes, message):
+    workflow = Workflow(tmp_path)
+    workflow.config = merge(workflow.config, changes)
+    done = workflow("all")
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_missing_archive_is_named(tmp_path):
+    workflow = Workflow(tmp_path)
+    workflow.config["example"] = None
+    done = workflow("results/pannuke/split1.tsv")
+    assert done.returncode != 0
+    assert "example-input/fold_1.zip" in done.stdout
+
+
+def test_slurm_profile_plans_the_paper_from_a_clone_as_typed():
+    done = run("snakemake", "--profile", "slurm", "-n", "all", cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    jobs = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout, re.M))
+    assert jobs["train"] == "9"
+    assert jobs["download_pannuke"] == "3"
+
+
+def test_example_profile_plans_from_a_clone_as_typed(tmp_path):
+    done = run("snakemake", "--profile", "example", "--directory", tmp_path, "-n", "all", cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "make_example" in done.stdout
