@@ -121,7 +121,7 @@ def noise(boxes: Tensor, uniforms: Tensor, *, low: float, high: float, enlarge: 
 
 
 def _wide(boxes: Tensor) -> Tensor:
-    """Boxes in float32, or float64 if they are."""
+    """Widen to float32; float64 stays."""
     return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
 
 
