@@ -1,8 +1,8 @@
 """Representation decoder: boxes in, one embedding per nucleus out (paper, 3.2 and eq. 4).
 
-Size and location of a box enter through different projections, the size as the first content of a query, the location as
-its position; every sampling point stays inside its box; and the first layer (with ``self_attention: none`` every layer)
-has no attention among nuclei.
+Size and location of a box enter through different projections, the size as the first content of a query, the location
+as its position; every sampling point stays inside its box; and the first layer (with ``self_attention: none`` every
+layer) has no attention among nuclei.
 """
 
 import torch

@@ -190,7 +190,7 @@ class DecoderLayer(nn.Module):
         memory, shapes
             Encoded tokens (B, T, C), and height and width of the levels.
         self_position, cross_position
-            Added to queries (and keys) of self-attention, and to queries of the deformable attention, (B, Q, C) or (Q, C).
+            Added to queries and keys of self-attention, to queries of the deformable attention; (B, Q, C) or (Q, C).
         mask
             See `SelfAttention`.
 

@@ -1,0 +1,203 @@
+"""Augmentation in batches on the device; boxes follow the image.
+
+All random numbers of a step are drawn for the global batch from its own stream, and each process takes its share: any
+number of processes sees the same images. Order: elastic deformation, flips, blur, colour jitter, stain jitter.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from kornia import enhance, filters
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from celldetr.boxes import xyxy_to_cxcywh
+from celldetr.config import AugmentationSettings
+from celldetr.training.data import AUGMENTATION, Targets, random_stream
+
+ELASTIC_NODES = 7
+"""Nodes per side of the grid of displacements; those on the border do not move, so that nothing leaves the image."""
+ELASTIC_SHIFT = 0.02
+"""Largest displacement of a node, as a share of the image's side; folds need more than 0.1."""
+_ELLIPSE_POINTS = 16
+_INVERSE_STEPS = 6
+
+# Optical densities of hematoxylin, eosin and a residual: rows of unit length (Ruifrok and Johnston 2001).
+_STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of one step; the first dimension of each array is the image.
+
+    Attributes
+    ----------
+    elastic, flip_x, flip_y, blur, jitter, hed
+        Whether the image gets it (B,) bool.
+    displacement
+        Displacement of the grid's nodes, x then y, as a share of the side (B, 2, 7, 7).
+    sigma
+        Standard deviation of the blur, px (B,).
+    colour
+        Factors of brightness, contrast and saturation, and the shift of the hue in turns (B, 4).
+    stain
+        Factors, then shifts, of hematoxylin and eosin (B, 2, 2).
+    """
+
+    elastic: NDArray[np.bool_]
+    flip_x: NDArray[np.bool_]
+    flip_y: NDArray[np.bool_]
+    blur: NDArray[np.bool_]
+    jitter: NDArray[np.bool_]
+    hed: NDArray[np.bool_]
+    displacement: NDArray[np.float32]
+    sigma: NDArray[np.float32]
+    colour: NDArray[np.float32]
+    stain: NDArray[np.float32]
+
+    def share(self, part: slice) -> "Draws":
+        """Numbers of some of the images."""
+        return Draws(**{item.name: getattr(self, item.name)[part] for item in fields(self)})
+
+
+def draw(settings: AugmentationSettings, seed: int, step: int, batch_size: int) -> Draws:
+    """Draw the random numbers of a step for the whole global batch."""
+    random = random_stream(seed, step, AUGMENTATION)
+    chosen = random.random((6, batch_size))
+    inner = random.uniform(-ELASTIC_SHIFT, ELASTIC_SHIFT, (batch_size, 2, ELASTIC_NODES - 2, ELASTIC_NODES - 2))
+    spread = np.array([settings.brightness, settings.contrast, settings.saturation, settings.hue])
+    low, high = settings.blur_sigma
+    stain = np.array([settings.hed_alpha, settings.hed_beta])[:, None]
+    return Draws(
+        elastic=chosen[0] < settings.elastic,
+        flip_x=chosen[1] < settings.flip,
+        flip_y=chosen[2] < settings.flip,
+        blur=chosen[3] < settings.blur,
+        jitter=chosen[4] < settings.jitter,
+        hed=chosen[5] < settings.hed,
+        displacement=np.pad(inner, ((0, 0), (0, 0), (1, 1), (1, 1))).astype(np.float32),
+        sigma=random.uniform(low, high, batch_size).astype(np.float32),
+        colour=(random.uniform(-1, 1, (batch_size, 4)) * spread + [1, 1, 1, 0]).astype(np.float32),
+        stain=(random.uniform(-1, 1, (batch_size, 2, 2)) * stain + [[1], [0]]).astype(np.float32),
+    )
+
+
+def augment(images: Tensor, targets: Targets, draws: Draws, settings: AugmentationSettings) -> tuple[Tensor, Targets]:
+    """Change images and boxes as drawn.
+
+    Parameters
+    ----------
+    images
+        (B, 3, S, S) float in [0, 1].
+    targets
+        Their nuclei.
+    draws
+        Random numbers of these B images.
+    settings
+        Of these only the size of the blur's kernel.
+
+    Returns
+    -------
+    Tensor, Targets
+        Images in [0, 1] and their nuclei; none is dropped.
+    """
+    boxes = targets.boxes
+    images, boxes = _elastic(images, boxes, draws)
+    images, boxes = _flip(images, boxes, draws)
+    for chosen, change in ((draws.blur, _blur), (draws.jitter, _jitter), (draws.hed, _stain_jitter)):
+        index = np.flatnonzero(chosen)
+        if len(index):
+            rows = torch.from_numpy(index).to(images.device)
+            images = images.index_copy(0, rows, change(images[rows], draws, index, settings))
+    return images, Targets(boxes, targets.labels, targets.counts)
+
+
+def _device(values: NDArray[np.generic], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)
+
+
+def _flip(images: Tensor, boxes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    for flipped, dimension, coordinate in ((draws.flip_x, -1, 0), (draws.flip_y, -2, 1)):
+        if flipped.any():
+            chosen = _device(flipped, images)
+            images = torch.where(chosen[:, None, None, None], images.flip(dimension), images)
+            centre = boxes[..., coordinate]
+            boxes = boxes.clone()
+            boxes[..., coordinate] = torch.where(chosen[:, None], 1 - centre, centre)
+    return images, boxes
+
+
+def _elastic(images: Tensor, boxes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    index = np.flatnonzero(draws.elastic)
+    if not len(index):
+        return images, boxes
+    rows = _device(index, images)
+    nodes = _device(draws.displacement[index], images)
+    size = images.shape[-1]
+    centres = (torch.arange(size, device=images.device) + 0.5) / size
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    pixels = torch.stack([x, y], dim=-1).reshape(1, -1, 2).expand(len(index), -1, -1)
+    source = pixels + _displacement(nodes, pixels)
+    warped = functional.grid_sample(
+        images[rows],
+        source.view(-1, size, size, 2) * 2 - 1,
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return images.index_copy(0, rows, warped), boxes.index_copy(0, rows, _warp_boxes(boxes[rows], nodes))
+
+
+def _displacement(nodes: Tensor, points: Tensor) -> Tensor:
+    """Displacement (B, n, 2) at points (B, n, 2) in [0, 1] of the image, by bicubic interpolation of the nodes."""
+    field = functional.grid_sample(
+        nodes, points.unsqueeze(1) * 2 - 1, mode="bicubic", padding_mode="border", align_corners=True
+    )
+    return field[:, :, 0].transpose(1, 2)
+
+
+def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:
+    """Boxes (B, R, 4) in the deformed image.
+
+    A nucleus is taken for the ellipse in its box: the new box holds 16 points of it, each moved by the inverse of the
+    displacement, found by fixed-point iteration. What an image without deformation gives is the box itself.
+    """
+    angle = torch.arange(_ELLIPSE_POINTS, device=boxes.device) * (2 * torch.pi / _ELLIPSE_POINTS)
+    circle = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    start = (boxes[:, :, None, :2] + 0.5 * boxes[:, :, None, 2:] * circle).flatten(1, 2)
+    points = start
+    for _ in range(_INVERSE_STEPS):
+        points = start - _displacement(nodes, points)
+    points = points.clamp(0, 1).unflatten(1, (boxes.shape[1], _ELLIPSE_POINTS))
+    corners = torch.cat([points.amin(dim=2), points.amax(dim=2)], dim=-1)
+    warped = xyxy_to_cxcywh(corners)
+    least = torch.minimum(boxes[..., 2:], warped.new_tensor(1e-4))
+    return torch.cat([warped[..., :2], torch.maximum(warped[..., 2:], least)], dim=-1)
+
+
+def _blur(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
+    sigma = _device(draws.sigma[index], images)
+    kernel = (settings.blur_kernel, settings.blur_kernel)
+    blurred: Tensor = filters.gaussian_blur2d(images, kernel, sigma[:, None].expand(-1, 2))
+    return blurred
+
+
+def _jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
+    brightness, contrast, saturation, hue = _device(draws.colour[index], images).T
+    images = enhance.adjust_brightness_accumulative(images, brightness)
+    images = enhance.adjust_contrast_with_mean_subtraction(images, contrast)
+    images = enhance.adjust_saturation_with_gray_subtraction(images, saturation)
+    images = enhance.adjust_hue(images, hue * (2 * torch.pi))
+    return images.clamp(0, 1)
+
+
+def _stain_jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
+    stains = functional.normalize(images.new_tensor(_STAINS), dim=1)
+    density = -torch.log10(images.clamp(min=1 / 255))
+    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))
+    factor, shift = _device(draws.stain[index], images).unbind(dim=1)
+    changed = amounts[:, :2] * factor[..., None, None] + shift[..., None, None]
+    amounts = torch.cat([changed, amounts[:, 2:]], dim=1)
+    return torch.pow(10, -torch.einsum("bshw,sc->bchw", amounts, stains)).clamp(0, 1)

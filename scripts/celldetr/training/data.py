@@ -1,0 +1,308 @@
+"""Patches for training and validation: which ones make a batch, and their nuclei as padded tensors.
+
+The order of an epoch depends on the seed and the epoch alone, and a batch on its step alone, so that a run can go on
+at any step and on any number of processes. Every epoch has ceil(N / batch size) full batches: the last one is filled
+up with the first patches of the epoch's order.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from celldetr.boxes import xyxy_to_cxcywh
+from celldetr.errors import ConfigError, InputError
+from celldetr.store import NO_LABEL, PatchStore
+
+ORDER, AUGMENTATION, NOISE, DROPOUT = range(4)
+"""Purposes of random numbers: each has its own stream for a seed and a step."""
+
+log = logging.getLogger(__name__)
+
+
+def random_stream(seed: int, step: int, purpose: int) -> np.random.Generator:
+    """Random numbers that depend on the seed, the step (or epoch) and the purpose alone."""
+    return np.random.default_rng([seed, step, purpose])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The nuclei of B images, padded to the same number of slots R.
+
+    Attributes
+    ----------
+    boxes
+        (B, R, 4) float32, cxcywh in [0, 1]; the whole image at padding, so that no size is 0.
+    labels
+        (B, R) int64; -1 at padding and at nuclei without a label.
+    counts
+        Nuclei of each image (B,) int64, on the CPU.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    counts: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, R) bool, False at padding."""
+        return (
+            torch.arange(self.labels.shape[1], device=self.labels.device) < self.counts.to(self.labels.device)[:, None]
+        )
+
+
+class Batch:
+    """One process' share of a batch.
+
+    Attributes
+    ----------
+    images
+        (B, S, S, 3) uint8.
+    targets
+        Their nuclei.
+    patches
+        Index of each image in the data (B,).
+    step
+        Step of the run, or -1 in validation.
+    share
+        Slots of the images in the global batch.
+    boxes_before
+        Nuclei in the images of the global batch before these.
+    boxes_global
+        Nuclei in the global batch.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Targets,
+        patches: NDArray[np.int64],
+        *,
+        step: int,
+        share: slice,
+        boxes_before: int,
+        boxes_global: int,
+    ) -> None:
+        self.images = images
+        self.targets = targets
+        self.patches = patches
+        self.step = step
+        self.share = share
+        self.boxes_before = boxes_before
+        self.boxes_global = boxes_global
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move images and nuclei to a device, in place."""
+        self.images = self.images.to(device, non_blocking=True)
+        self.targets = Targets(
+            self.targets.boxes.to(device, non_blocking=True),
+            self.targets.labels.to(device, non_blocking=True),
+            self.targets.counts,
+        )
+        return self
+
+
+class PatchData:
+    """The patches of one part of a split, from all stores.
+
+    Parameters
+    ----------
+    stores
+        Patch stores; `split` names them by the stem of their folder.
+    split
+        Table with columns ``store``, ``patch``, ``part``.
+    part
+        ``train`` or ``val``.
+    cache
+        ``gpu`` and ``ram`` read all images once, ``none`` reads them batch by batch.
+    device
+        Where images are kept with ``gpu``; when they would fill more than half of its free memory they stay in RAM.
+
+    Raises
+    ------
+    InputError
+        The split names a store or a patch that there is none of, or patches have different sizes.
+    """
+
+    def __init__(
+        self, stores: Sequence[PatchStore], split: pd.DataFrame, part: str, *, cache: str = "ram", device: str = "cpu"
+    ) -> None:
+        self.stores = list(stores)
+        self.names = [store.path.stem for store in stores]
+        rows = split[split["part"] == part]
+        unknown = sorted(set(rows["store"]) - set(self.names))
+        if unknown:
+            raise InputError(f"split: part {part} names stores {unknown}, expected some of {self.names}")
+        sizes = {store.path.stem: store.patch_size for store in stores if store.n_patches}
+        if len(set(sizes.values())) > 1:
+            raise InputError(
+                f"stores: got patch sizes {sizes}, expected one size; convert all with the same patch.size"
+            )
+        self.patch_size = next(iter(sizes.values()), 0)
+        self.store_of = np.array([self.names.index(name) for name in rows["store"]], dtype=np.int64)
+        self.patch_of = rows["patch"].to_numpy(np.int64)
+        for index, store in enumerate(stores):
+            wanted = self.patch_of[self.store_of == index]
+            if wanted.size and (wanted.min() < 0 or wanted.max() >= store.n_patches):
+                raise InputError(
+                    f"split: part {part} names patches {wanted.min()} to {wanted.max()} of {store.path}, which has "
+                    f"{store.n_patches}; make the split again"
+                )
+        self._collect_nuclei()
+        self._images = None if cache == "none" else self._load(cache, device)
+
+    def __len__(self) -> int:
+        return len(self.patch_of)
+
+    def _collect_nuclei(self) -> None:
+        found = [self.stores[store].boxes_of(patch) for store, patch in zip(self.store_of, self.patch_of, strict=True)]
+        counts = [len(labels) for _, labels in found]
+        self.ptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+        self.boxes = np.concatenate([np.empty((0, 4), np.float32), *(boxes for boxes, _ in found)])
+        self.labels = np.concatenate([np.empty(0, np.int8), *(labels for _, labels in found)])
+
+    def _load(self, cache: str, device: str) -> Tensor:
+        images = torch.empty((len(self), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
+        for index, store in enumerate(self.stores):
+            slots = np.flatnonzero(self.store_of == index)
+            slots = slots[np.argsort(self.patch_of[slots], kind="stable")]
+            for start in range(0, len(slots), 512):
+                chunk = slots[start : start + 512]
+                images[torch.from_numpy(chunk)] = torch.from_numpy(store.images(self.patch_of[chunk]))
+        if cache == "gpu" and device.startswith("cuda"):
+            free = torch.cuda.mem_get_info(device)[0]
+            if images.nbytes <= free / 2:
+                return images.to(device)
+            log.info(
+                "the patches (%.1f GB) stay in RAM: %.1f GB are free on %s", images.nbytes / 1e9, free / 1e9, device
+            )
+        return images
+
+    def read(self, patches: NDArray[np.int64]) -> Tensor:
+        """Images (B, S, S, 3) uint8 of patches (B,)."""
+        if self._images is not None:
+            return self._images[torch.from_numpy(patches).to(self._images.device)]
+        images = torch.empty((len(patches), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
+        for store in np.unique(self.store_of[patches]):
+            slots = np.flatnonzero(self.store_of[patches] == store)
+            pixels = self.stores[store].images(self.patch_of[patches[slots]])
+            images[torch.from_numpy(slots)] = torch.from_numpy(pixels)
+        return images
+
+    def targets(self, patches: NDArray[np.int64]) -> Targets:
+        """Nuclei of patches (B,); at least one slot each, so that no tensor is empty."""
+        counts = self.ptr[patches + 1] - self.ptr[patches]
+        slots = max(1, int(counts.max(initial=0)))
+        boxes = np.tile(np.array([0, 0, self.patch_size, self.patch_size], np.float32), (len(patches), slots, 1))
+        labels = np.full((len(patches), slots), NO_LABEL, dtype=np.int64)
+        for row, (start, count) in enumerate(zip(self.ptr[patches], counts, strict=True)):
+            boxes[row, :count] = self.boxes[start : start + count]
+            labels[row, :count] = self.labels[start : start + count]
+        return Targets(
+            xyxy_to_cxcywh(torch.from_numpy(boxes) / max(self.patch_size, 1)),
+            torch.from_numpy(labels),
+            torch.from_numpy(counts.astype(np.int64)),
+        )
+
+    def name(self, patch: int) -> str:
+        """Store and index of a patch, for messages."""
+        return f"{self.names[self.store_of[patch]]}:{self.patch_of[patch]}"
+
+    def fingerprint(self) -> str:
+        """Hash of which patches these are and of their nuclei."""
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for values in (self.store_of, self.patch_of, self.ptr, self.boxes, self.labels):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()[:16]
+
+
+class TrainingBatches(Dataset[Batch]):
+    """Batches of a run by their step, as seen by one process.
+
+    Parameters
+    ----------
+    data
+        Training patches; at least one.
+    batch_size
+        Images of the global batch, a multiple of `world`.
+    seed
+        Seed of the order.
+    rank, world
+        This process and the number of processes.
+
+    Raises
+    ------
+    ConfigError
+        The batch cannot be shared equally.
+    InputError
+        There are no patches.
+    """
+
+    def __init__(self, data: PatchData, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if batch_size % world:
+            raise ConfigError(f"training.batch_size: got {batch_size}, expected a multiple of {world} processes")
+        if not len(data):
+            raise InputError("split: no patch has part 'train'; there is nothing to train on")
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        size = batch_size // world
+        self.share = slice(rank * size, (rank + 1) * size)
+        self.steps_per_epoch = math.ceil(len(data) / batch_size)
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Patches of an epoch in their order, filled up to full batches."""
+        if self._order is None or self._order[0] != epoch:
+            order = random_stream(self.seed, epoch, ORDER).permutation(len(self.data))
+            self._order = epoch, np.resize(order, self.steps_per_epoch * self.batch_size)
+        return self._order[1]
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        everyone = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        counts = self.data.ptr[everyone + 1] - self.data.ptr[everyone]
+        mine = everyone[self.share]
+        return Batch(
+            self.data.read(mine),
+            self.data.targets(mine),
+            mine,
+            step=step,
+            share=self.share,
+            boxes_before=int(counts[: self.share.start].sum()),
+            boxes_global=int(counts.sum()),
+        )
+
+
+class ValidationBatches(Dataset[Batch]):
+    """All patches in order, in batches; of several processes each takes every world-th patch."""
+
+    def __init__(self, data: PatchData, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.data = data
+        mine = np.arange(rank, len(data), world)
+        self.batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        patches = self.batches[index]
+        targets = self.data.targets(patches)
+        boxes = int(targets.counts.sum())
+        return Batch(
+            self.data.read(patches),
+            targets,
+            patches,
+            step=-1,
+            share=slice(0, len(patches)),
+            boxes_before=0,
+            boxes_global=boxes,
+        )

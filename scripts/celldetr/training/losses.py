@@ -1,0 +1,113 @@
+"""Losses of supervised training (paper, 3.1, 3.2 and A.1).
+
+All are computed in float32 and divided by the number of nuclei in the global batch, at least 1.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from celldetr.boxes import cxcywh_to_xyxy, giou
+from celldetr.config import LossSettings
+from celldetr.training.data import Targets
+from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
+
+
+def focal(logits: Tensor, positive: Tensor) -> Tensor:
+    """Sigmoid focal loss of each logit (...), without reduction.
+
+    Parameters
+    ----------
+    logits
+        Logits (...).
+    positive
+        1 where the answer is yes, else 0 (...).
+    """
+    logits = logits.float()
+    probability = logits.sigmoid()
+    entropy = functional.binary_cross_entropy_with_logits(logits, positive, reduction="none")
+    missed = probability + positive - 2 * probability * positive
+    alpha = (1 - FOCAL_ALPHA) + (2 * FOCAL_ALPHA - 1) * positive
+    return alpha * missed**FOCAL_GAMMA * entropy
+
+
+def detection_losses(
+    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, n_boxes: float
+) -> dict[str, Tensor]:
+    """Losses of the detection decoder, layer by layer.
+
+    Parameters
+    ----------
+    logits
+        (L, B, Q, C); C = 1 is the nucleus logit, else one logit per class. A query that is matched to a nucleus
+        without a label is left out of the focal loss when there are classes.
+    boxes
+        (L, B, Q, 4), cxcywh in [0, 1].
+    targets, matches
+        Nuclei, and the queries matched to them.
+    n_boxes
+        Divisor of all losses.
+
+    Returns
+    -------
+    dict
+        ``nucleus`` (focal loss summed over queries), ``l1`` and ``giou`` (of matched queries), each (L,), unweighted.
+    """
+    layers, classes = logits.shape[0], logits.shape[-1]
+    layer, image, query, box = matches
+    positive = torch.zeros_like(logits, dtype=torch.float32)
+    ignored = None
+    if classes == 1:
+        positive[layer, image, query] = 1
+    else:
+        label = targets.labels[image, box]
+        positive[layer, image, query, label.clamp(min=0)] = (label >= 0).float()
+        ignored = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        ignored[layer, image, query] = label < 0
+    by_query = focal(logits, positive).sum(dim=-1)
+    if ignored is not None:
+        by_query = by_query.masked_fill(ignored, 0)
+
+    predicted, true = boxes[layer, image, query].float(), targets.boxes[image, box]
+    l1 = (predicted - true).abs().sum(dim=-1)
+    apart = 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true))
+    empty = torch.zeros(layers, device=logits.device)
+    return {
+        "nucleus": by_query.sum(dim=(1, 2)) / n_boxes,
+        "l1": empty.index_add(0, layer, l1) / n_boxes,
+        "giou": empty.index_add(0, layer, apart) / n_boxes,
+    }
+
+
+def class_loss(logits: Tensor, labels: Tensor, n_boxes: float) -> Tensor:
+    """Focal loss of the class head: mean over classes, summed over nuclei with a label.
+
+    Parameters
+    ----------
+    logits
+        (..., K).
+    labels
+        (...), -1 where there is no label or no nucleus.
+    n_boxes
+        Divisor.
+    """
+    known = labels >= 0
+    positive = functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()
+    by_nucleus = focal(logits, positive).mean(dim=-1)
+    return torch.where(known, by_nucleus, 0).sum() / n_boxes
+
+
+def weighted(losses: dict[str, Tensor], weights: LossSettings) -> Tensor:
+    """Sum of all losses with their weights, over all layers.
+
+    Parameters
+    ----------
+    losses
+        Of `detection_losses`, with ``classes`` where there is a class loss.
+    weights
+        Weight of each.
+    """
+    total = (weights.nucleus * losses["nucleus"] + weights.l1 * losses["l1"] + weights.giou * losses["giou"]).sum()
+    if "classes" in losses:
+        total = total + weights.classes * weights.class_scale * losses["classes"]
+    return total
