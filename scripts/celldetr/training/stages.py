@@ -83,6 +83,7 @@ class SupervisedStage(pl.LightningModule):
         first_step: int = 0,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation patches than processes
         self.model = model
         self.settings = experiment.training
         self.mode = experiment.model.mode
@@ -115,11 +116,12 @@ class SupervisedStage(pl.LightningModule):
 
     def _loader(self, batches: TrainingBatches | ValidationBatches, order: range) -> DataLoader[Batch]:
         workers = self.settings.workers if self.settings.cache == "none" else 0
-        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=_same)
+        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=_same)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for the backbone."""
-        backbone, rest = [], []
+        backbone: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (backbone if name.startswith("backbone.") else rest).append(parameter)
@@ -285,7 +287,7 @@ class SupervisedStage(pl.LightningModule):
         return image, centres, self.model.classify(chosen).argmax(dim=-1)
 
     def _count(self, targets: Targets, found: tuple[Tensor, Tensor, Tensor]) -> NDArray[np.int64]:
-        """Counts of `celldetr.evaluation.metrics`, summed over the images."""
+        """Count as `celldetr.evaluation.metrics` does, summed over the images."""
         image, centres, labels = (values.cpu() for values in found)
         size = self.val_data.patch_size
         valid = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
@@ -308,7 +310,7 @@ class SupervisedStage(pl.LightningModule):
     def train_means(self) -> dict[str, float]:
         """Losses of the epoch so far, averaged over its steps (and processes)."""
         steps = (self.step - 1) % self.steps_per_epoch + 1
-        sums = self._reduced(self.train_sums)
+        sums = self.reduced(self.train_sums)
         return {name: value / steps / self.trainer.world_size for name, value in sums.items()}
 
     def val_summary(self) -> dict[str, Any]:
@@ -318,9 +320,9 @@ class SupervisedStage(pl.LightningModule):
         without true nuclei.
         """
         names = [*LOSSES[self.mode], "boxes"]
-        sums = self._reduced({name: self.val_sums.get(name, 0.0) for name in names})
+        sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in names})
         boxes = max(1.0, sums.pop("boxes"))
-        flat = self._reduced({str(k): float(value) for k, value in enumerate(self._counts.ravel())})
+        flat = self.reduced({str(k): float(value) for k, value in enumerate(self._counts.ravel())})
         counts = np.array(list(flat.values())).reshape(self._counts.shape)
         table = scores(counts)
         by_class = table[1:, 2]
@@ -334,7 +336,7 @@ class SupervisedStage(pl.LightningModule):
             "score": _number((detection[2] + mean) / 2 if math.isfinite(mean) else detection[2]),
         }
 
-    def _reduced(self, values: Mapping[str, float]) -> dict[str, float]:
+    def reduced(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sum over the processes."""
         if self.trainer.world_size == 1:
             return dict(values)
@@ -366,5 +368,5 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     return batch

@@ -1,0 +1,293 @@
+"""One training run: data in, model file out; goes on where it was interrupted."""
+
+import contextlib
+import logging
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from celldetr.config import Experiment
+from celldetr.errors import ConfigError, InputError
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.checkpoints import initial_weights, load_exactly, read_checkpoint, save_model
+from celldetr.model.deformable_attention import DeformableAttention
+from celldetr.model.sampling import sampler
+from celldetr.provenance import write_provenance
+from celldetr.store import PatchStore
+from celldetr.training.checkpoint import read_state
+from celldetr.training.curves import draw_curves
+from celldetr.training.data import PatchData
+from celldetr.training.keeper import RunKeeper, last_path, write_log
+from celldetr.training.processes import launch
+from celldetr.training.stages import SupervisedStage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a process needs to know of its run (see `train`)."""
+
+    experiment: Experiment
+    stores: Sequence[PatchStore]
+    split: pd.DataFrame
+    run_dir: Path
+    initial: Path | None
+    backbone: Path | None
+    nucleus_threshold: float
+    radius: float
+    threads: int
+    accelerator: str
+    rank: int = 0
+
+
+def train(
+    experiment: Experiment,
+    stores: Sequence[PatchStore],
+    split: pd.DataFrame,
+    run_dir: Path,
+    *,
+    initial: Path | None = None,
+    backbone: Path | None = None,
+    nucleus_threshold: float = 0.4,
+    radius: float = 12.0,
+    threads: int = 1,
+    accelerator: str = "auto",
+) -> Path:
+    """Train a model, or go on with it where the run was interrupted.
+
+    A run that is killed or told to stop (SIGTERM, SIGUSR1) leaves ``checkpoints/last.ckpt``; started again with the
+    same arguments it goes on from there, on a CPU to the very same weights. A finished run removes that file.
+
+    Parameters
+    ----------
+    experiment
+        Model and recipe.
+    stores
+        Patch stores that `split` names.
+    split
+        Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used, others are not read.
+    run_dir
+        Folder for model.pt, log.jsonl, curves.png, provenance.json, checkpoints/ and tensorboard/.
+    initial
+        Model file to start from. Parts that do not exist in it for another mode or other classes start afresh.
+    backbone
+        Weights of a torchvision ResNet for the backbone.
+    nucleus_threshold, radius
+        Smallest nucleus score, and largest distance (px) of a pair, in validation.
+    threads
+        CPU threads of all processes together.
+    accelerator
+        ``cuda``, ``cpu``, or ``auto``: the GPU if there is one.
+
+    Returns
+    -------
+    Path
+        The model file.
+
+    Raises
+    ------
+    InputError
+        Stores, split, weights or the checkpoint do not fit the experiment.
+    ConfigError
+        Settings that this machine cannot follow.
+    NonFinite
+        A loss is not finite.
+    Interrupted
+        The run was stopped by a signal; its state is written.
+    """
+    run = Run(
+        experiment,
+        stores,
+        split,
+        Path(run_dir),
+        initial,
+        backbone,
+        nucleus_threshold,
+        radius,
+        threads,
+        ("cuda" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator,
+    )
+    _check(run)
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    if experiment.training.gpus > 1:
+        launch(run)
+    else:
+        run_process(run)
+    return run.run_dir / "model.pt"
+
+
+def _check(run: Run) -> None:
+    settings, classes = run.experiment.training, run.experiment.model.classes
+    for store in run.stores:
+        if tuple(store.classes) != tuple(classes):
+            raise InputError(
+                f"{store.path}: got classes {list(store.classes)}, expected those of experiment {run.experiment.name}: "
+                f"{list(classes)}; give it stores with these classes in this order"
+            )
+    if run.accelerator == "cuda" and torch.cuda.device_count() < settings.gpus:
+        raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
+    if run.accelerator == "cpu" and settings.gpus > 1:
+        log.warning("training.gpus: %d, without a GPU: as many processes share the CPU", settings.gpus)
+    if settings.compile and run.accelerator == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
+    if settings.select == "best_val" and not (run.split["part"] == "val").any():
+        raise InputError(
+            "split: no patch has part 'val', and training.select is best_val; give it validation patches or set "
+            "training.select: last"
+        )
+
+
+def run_process(run: Run) -> None:
+    """Do the work of one process of a run; the first one writes the results."""
+    settings = run.experiment.training
+    torch.set_num_threads(max(1, run.threads // settings.gpus))
+    torch.set_float32_matmul_precision("high")
+    device = f"cuda:{run.rank}" if run.accelerator == "cuda" else "cpu"
+    train_data, val_data = (
+        PatchData(run.stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
+    )
+    if not len(train_data):
+        raise InputError("split: no patch has part 'train'; there is nothing to train on")
+    fingerprint = f"{train_data.fingerprint()}-{val_data.fingerprint()}"
+    state = read_state(last_path(run.run_dir), run.experiment, fingerprint)
+    stage = SupervisedStage(
+        run.experiment,
+        _model(run, state),
+        train_data,
+        val_data,
+        nucleus_threshold=run.nucleus_threshold,
+        radius=run.radius,
+        first_step=state["step"] if state else 0,
+    )
+    keeper = RunKeeper(run.run_dir, run.experiment, fingerprint, state)
+    if stage.step < stage.total_steps:
+        with _quiet():
+            _trainer(run, stage, keeper).fit(stage)
+    if run.rank == 0:
+        _finish(run, stage, keeper, device)
+
+
+def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
+    """Build the model with the weights that the run starts or goes on with."""
+    settings = run.experiment.model
+    torch.manual_seed(run.experiment.training.seed)
+    model = CellDETR(settings)
+    if state is not None:
+        load_exactly(model, state["model"], last_path(run.run_dir))
+    else:
+        if run.backbone is not None:
+            initial_weights(model, run.backbone)
+        if run.initial is not None:
+            kept = initial_weights(model, run.initial, fresh=_fresh(run))
+            if kept:
+                log.info("%d tensors start afresh, %s has none for them: %s", len(kept), run.initial, ", ".join(kept))
+    if run.experiment.training.compile:
+        function = sampler(settings.sampling, compiled=True)
+        for module in model.modules():
+            if isinstance(module, DeformableAttention):
+                module.sample = function
+    return model
+
+
+def _fresh(run: Run) -> tuple[str, ...]:
+    """Parts that the initial model cannot have: other classes, or another kind of model."""
+    assert run.initial is not None
+    settings = run.experiment.model
+    theirs = read_checkpoint(run.initial).get("settings", {})
+    if (theirs.get("mode", settings.mode) == "baseline") != (settings.mode == "baseline"):
+        return ("class_head", "representation", "decoder.class_embed")
+    if list(theirs.get("classes", settings.classes)) != list(settings.classes):
+        return ("decoder.class_embed",) if settings.mode == "baseline" else ("class_head",)
+    return ()
+
+
+def _trainer(run: Run, stage: SupervisedStage, keeper: RunKeeper) -> pl.Trainer:
+    settings = run.experiment.training
+    strategy: str | DDPStrategy = "auto"
+    if settings.gpus > 1:
+        backend = "nccl" if run.accelerator == "cuda" else "gloo"
+        strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
+    bf16 = settings.precision == "bf16" or (
+        settings.precision == "auto"
+        and run.accelerator == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return pl.Trainer(
+        accelerator=run.accelerator,
+        devices=settings.gpus,
+        strategy=strategy,
+        plugins=[LightningEnvironment()],  # processes are ours, also inside a Slurm job
+        precision="bf16-mixed" if bf16 else "32-true",
+        max_epochs=settings.epochs - stage.step // stage.steps_per_epoch,
+        gradient_clip_val=settings.gradient_clip or None,
+        logger=TensorBoardLogger(run.run_dir, name="tensorboard", version="", purge_step=stage.step + 1),
+        callbacks=[keeper],
+        limit_val_batches=1.0 if len(stage.val_data) else 0,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=run.rank == 0 and sys.stderr.isatty(),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=run.run_dir,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says about choices that are made here on purpose."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _finish(run: Run, stage: SupervisedStage, keeper: RunKeeper, device: str) -> None:
+    """Write the results; the state that the run could go on from is removed last."""
+    settings, history = run.experiment.training, keeper.history
+    chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
+    if history and history[-1]["val"]:
+        chosen["score"] = history[-1]["val"]["score"]
+    if settings.select == "best_val" and keeper.best is not None:
+        content = read_checkpoint(keeper.best_path)
+        load_exactly(stage.model, content["state"], keeper.best_path)
+        chosen = dict(content["extra"])
+    extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
+    save_model(run.run_dir / "model.pt", stage.model, run.experiment.model, extra)
+    write_log(run.run_dir / "log.jsonl", history)
+    draw_curves(run.run_dir / "curves.png", history, chosen["epoch"])
+    write_provenance(
+        run.run_dir / "provenance.json",
+        settings=run.experiment.to_dict(),
+        inputs=[path for path in (*(store.path for store in run.stores), run.initial, run.backbone) if path],
+        seed=settings.seed,
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        processes=settings.gpus,
+        patches={"train": len(stage.train_data), "val": len(stage.val_data)},
+        data=keeper.data,
+        chosen=chosen,
+        training_seconds=round(math.fsum(line["seconds"] for line in history), 1),
+    )
+    last_path(run.run_dir).unlink(missing_ok=True)
+    log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])
