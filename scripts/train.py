@@ -4,30 +4,30 @@ Inputs: patch stores of the training and validation patches, the split, and opti
 Outputs: model.pt, log.jsonl (a line per epoch), curves.png, provenance.json; checkpoints/ lies beside them.
 """
 
+import logging
 from pathlib import Path
-
-import torch
 
 from celldetr.config import Experiment
 from celldetr.data.splits import read_split
 from celldetr.rule import run_rule
-from celldetr.training.loop import Run, train
+from celldetr.store import open_store
+from celldetr.training.loop import train
 
 
 def main(snakemake):
-    torch.set_num_threads(snakemake.threads)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     given, params = snakemake.input, snakemake.params
-    run = Run(
-        experiment=Experiment.from_dict(params.experiment),
-        stores=tuple(map(Path, given.stores)),
-        split=read_split(given.split),
-        folder=Path(snakemake.output.model).parent,
+    train(
+        Experiment.from_dict(params.experiment),
+        [open_store(path) for path in given.stores],
+        read_split(given.split),
+        Path(snakemake.output.model).parent,
         initial=_optional(given.initial),
         backbone=_optional(given.backbone),
         nucleus_threshold=params.nucleus_threshold,
-        code=params.code,
+        radius=params.get("radius", 12.0),
+        threads=snakemake.threads,
     )
-    train(run)
 
 
 def _optional(files):
