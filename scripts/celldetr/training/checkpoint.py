@@ -97,8 +97,8 @@ def read_state(path: Path, experiment: Experiment, data: str) -> Mapping[str, An
         )
     if state["data"] != data:
         raise InputError(
-            f"{path}: was written with other patches, nuclei or another split than those given. {afresh}, or give it the data "
-            "it was written with"
+            f"{path}: was written with other patches or nuclei, or with another split. {afresh}, or give it the "
+            "data it was written with"
         )
     log.info("going on from %s at step %d", path, state["step"])
     return state

@@ -20,10 +20,13 @@ from torch.utils.data import Dataset
 
 from celldetr.boxes import xyxy_to_cxcywh
 from celldetr.errors import ConfigError, InputError
-from celldetr.store import NO_LABEL, PatchStore
+from celldetr.store import PatchStore
 
 ORDER, AUGMENTATION, NOISE, DROPOUT = range(4)
 """Purposes of random numbers: each has its own stream for a seed and a step."""
+
+UNLABELLED = -1
+"""Label of a nucleus without a label, and of padding."""
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +205,7 @@ class PatchData:
         counts = self.ptr[patches + 1] - self.ptr[patches]
         slots = max(1, int(counts.max(initial=0)))
         boxes = np.tile(np.array([0, 0, self.patch_size, self.patch_size], np.float32), (len(patches), slots, 1))
-        labels = np.full((len(patches), slots), NO_LABEL, dtype=np.int64)
+        labels = np.full((len(patches), slots), UNLABELLED, dtype=np.int64)
         for row, (start, count) in enumerate(zip(self.ptr[patches], counts, strict=True)):
             boxes[row, :count] = self.boxes[start : start + count]
             labels[row, :count] = self.labels[start : start + count]

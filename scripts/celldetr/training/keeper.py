@@ -116,7 +116,8 @@ class RunKeeper(pl.Callback):
         self.history.append(line)
         stage.train_sums = {}
         score = line["val"]["score"] if line["val"] else None
-        better = score is not None and (self.best is None or score > self.best["score"])
+        # of equal scores the later one: early on all are 0
+        better = score is not None and (self.best is None or score >= self.best["score"])
         if better:
             self.best = {"epoch": line["epoch"], "score": score}
         if trainer.is_global_zero:

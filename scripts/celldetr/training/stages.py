@@ -96,7 +96,7 @@ class SupervisedStage(pl.LightningModule):
         self.train_sums: dict[str, float] = {}
         self.val_sums: dict[str, float] = {}
         self._counts = np.zeros((1 + len(self.classes), len(COUNTS)), dtype=np.int64)
-        self._last_losses: dict[str, float] = {}
+        self.last_losses: dict[str, float] = {}
 
     # What Lightning asks for
 
@@ -116,7 +116,7 @@ class SupervisedStage(pl.LightningModule):
 
     def _loader(self, batches: TrainingBatches | ValidationBatches, order: range) -> DataLoader[Batch]:
         workers = self.settings.workers if self.settings.cache == "none" else 0
-        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=_same)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=_same)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW with a learning rate of its own for the backbone."""
@@ -152,8 +152,8 @@ class SupervisedStage(pl.LightningModule):
             n_boxes = max(1, batch.boxes_global) / self.trainer.world_size
             losses, _, _, _ = self.losses(images, targets, given, n_boxes)
             total = weighted(losses, self.settings.losses)
-            self._last_losses = _checked(losses, total)
-        for name, value in self._last_losses.items():
+            self.last_losses = _checked(losses, total)
+        for name, value in self.last_losses.items():
             self.train_sums[name] = self.train_sums.get(name, 0.0) + value
         return total
 
@@ -161,7 +161,7 @@ class SupervisedStage(pl.LightningModule):
         """Count the step and log it."""
         self.step += 1
         if self.logger is not None and (self.step % LOG_STEPS == 0 or self.step == 1):
-            values = {f"train/{name}": value for name, value in self._last_losses.items()}
+            values = {f"train/{name}": value for name, value in self.last_losses.items()}
             values["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.logger.log_metrics(values, step=self.step)
 
@@ -310,8 +310,7 @@ class SupervisedStage(pl.LightningModule):
     def train_means(self) -> dict[str, float]:
         """Losses of the epoch so far, averaged over its steps (and processes)."""
         steps = (self.step - 1) % self.steps_per_epoch + 1
-        sums = self.reduced(self.train_sums)
-        return {name: value / steps / self.trainer.world_size for name, value in sums.items()}
+        return {name: value / steps for name, value in self.reduced(self.train_sums, mean=True).items()}
 
     def val_summary(self) -> dict[str, Any]:
         """Losses per nucleus, and P, R, F of detection and F of the classes, over all validation patches.
@@ -336,13 +335,14 @@ class SupervisedStage(pl.LightningModule):
             "score": _number((detection[2] + mean) / 2 if math.isfinite(mean) else detection[2]),
         }
 
-    def reduced(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum over the processes."""
-        if self.trainer.world_size == 1:
+    def reduced(self, values: Mapping[str, float], *, mean: bool = False) -> dict[str, float]:
+        """Sum, or mean, over the processes."""
+        world = self.trainer.world_size
+        if world == 1:
             return dict(values)
         summed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
-        return dict(zip(values, summed.tolist(), strict=True))
+        return dict(zip(values, (summed / (world if mean else 1)).tolist(), strict=True))
 
 
 LOSSES = {

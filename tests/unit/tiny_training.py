@@ -1,0 +1,77 @@
+"""A tiny store and a tiny experiment, shared by the tests of training."""
+
+import numpy as np
+import pandas as pd
+
+from celldetr.config import Experiment
+from celldetr.store import StoreWriter, open_store
+
+CLASSES = ("round", "long")
+SIZE = 32
+
+
+def draw_patch(rng, n):
+    """Dark (class 0) and reddish (class 1) ellipses on a light background."""
+    image = np.full((SIZE, SIZE, 3), 225, dtype=np.uint8)
+    boxes, labels = [], []
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    for _ in range(n):
+        label = int(rng.integers(2))
+        half = rng.uniform(3, 5, 2)
+        centre = rng.uniform(half, SIZE - half)
+        inside = ((x - centre[0]) / half[0]) ** 2 + ((y - centre[1]) / half[1]) ** 2 <= 1
+        image[inside] = (60, 30, 120) if label == 0 else (200, 60, 60)
+        boxes.append([*(centre - half), *(centre + half)])
+        labels.append(label)
+    return image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int8)
+
+
+def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False):
+    """Write a store; every fifth patch is without nuclei."""
+    rng = np.random.default_rng(seed)
+    drawn = [draw_patch(rng, 0 if i % 5 == 4 else int(rng.integers(1, 4))) for i in range(n_patches)]
+    if unlabelled:
+        drawn = [(image, boxes, np.full_like(labels, -1)) for image, boxes, labels in drawn]
+    columns = {name: ["s"] * n_patches for name in ("source", "group", "tissue")}
+    columns |= {name: np.arange(n_patches) for name in ("x", "y")}
+    with StoreWriter(path, patch_size=SIZE, classes=classes, mpp=0.5) as writer:
+        images, boxes, labels = (list(column) for column in zip(*drawn, strict=True))
+        writer.append(np.stack(images), boxes, labels, None, columns)
+    return open_store(path)
+
+
+def make_split(store, train, val):
+    """First patches train, the next ones validate."""
+    parts = ["train"] * train + ["val"] * val
+    return pd.DataFrame({"store": store.path.stem, "patch": np.arange(train + val), "part": parts})
+
+
+def make_experiment(mode="sequential", model=None, **training):
+    """Smallest model that learns; settings of training as given."""
+    sizes = {
+        "mode": mode,
+        "classes": list(CLASSES),
+        "d_model": 16,
+        "heads": 2,
+        "points": 2,
+        "ffn": 16,
+        "dropout": 0.1,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "queries": 6,
+        "backbone": {"block": "basic", "layers": [1, 1, 1, 1], "width": 8, "stages": [1, 2], "norm": "group"},
+        "representation": {"layers": 1, "offset_init": "spread"},
+    }
+    recipe = {
+        "epochs": 3,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "backbone_lr": 1e-3,
+        "warmup_steps": 2,
+        "gradient_clip": 1.0,
+        "precision": "fp32",
+        "augmentation": {"elastic": 0.5, "blur": 0.5, "jitter": 0.5, "hed": 0.5},
+    }
+    return Experiment.from_dict(
+        {"name": "tiny", "model": {**sizes, **(model or {})}, "training": {**recipe, **training}}
+    )
