@@ -1,6 +1,7 @@
 """The patch store: what goes in comes out, and damage is named."""
 
 import json
+import multiprocessing
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from celldetr.store.writer import PATCHES_PER_SHARD
 
 CLASSES = ("a", "b")
 SIZE = 8
+INDEX_BYTES = 16 * PATCHES_PER_SHARD + 4  # at the end of a shard
 
 
 def make(path, counts, seed=0, classes=CLASSES, mpp=0.5, size=SIZE, step=7):
@@ -151,15 +153,80 @@ def test_damage_is_named(tmp_path, name):
     assert str(path) in str(error.value)
 
 
-def test_damaged_pixels_are_named(tmp_path):
+def shard_of(path):
+    return next(file for file in (path / "images" / "c").rglob("*") if file.is_file())
+
+
+def test_one_changed_bit_of_an_image_is_noticed_and_named(tmp_path):
     path = tmp_path / "x.zarr"
     make(path, [1] * 4)
-    shard = next(file for file in (path / "images" / "c").rglob("*") if file.is_file())
-    data = bytearray(shard.read_bytes())
-    data[: len(data) // 2] = bytes(len(data) // 2)
-    shard.write_bytes(data)
-    with pytest.raises(InputError, match="images: patches"):
-        validate(path)
+    shard = shard_of(path)
+    whole = shard.read_bytes()
+    (start, length), *_ = open_store(path)._images._places[2:3].astype(int)
+    for at in (start, start + length // 2, start + length - 1):
+        data = bytearray(whole)
+        data[at] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(InputError, match="images: patch 2 cannot be read"):
+            validate(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shard: shard.unlink(), "No such file"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "damaged or ends early"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:10]), "damaged or ends early"),
+        # the entry of patch 1 in the index says that it was never written
+        (
+            lambda shard: shard.write_bytes(
+                shard.read_bytes()[: 16 - INDEX_BYTES] + b"\xff" * 16 + shard.read_bytes()[32 - INDEX_BYTES :]
+            ),
+            "patch 1 and 0 others are not in their shard",
+        ),
+    ],
+    ids=["no file", "cut", "stub", "not written"],
+)
+def test_missing_images_are_an_error_and_not_black(tmp_path, change, message):
+    path = tmp_path / "x.zarr"
+    make(path, [1] * 4)
+    change(shard_of(path))
+    with pytest.raises(InputError, match=message) as error:
+        open_store(path)
+    assert str(path) in str(error.value)
+
+
+def test_black_patches_and_zero_values_are_kept(tmp_path):
+    images = np.zeros((3, SIZE, SIZE, 3), np.uint8)
+    with StoreWriter(tmp_path / "x.zarr", patch_size=SIZE, classes=CLASSES, mpp=1) as writer:
+        writer.append(images, [[[0, 0, 1, 1]]] * 3, [[0]] * 3, patches=dict.fromkeys(COLUMNS, [0] * 3))
+    validate(tmp_path / "x.zarr")
+    assert not open_store(tmp_path / "x.zarr").all_images().any()
+
+
+def test_zarr_reads_what_we_read(tmp_path):
+    path = tmp_path / "x.zarr"
+    images, *_ = make(path, [1] * (PATCHES_PER_SHARD + 5), size=4)
+    assert np.array_equal(zarr.open_group(path, mode="r")["images"][:], images)
+    order = np.random.default_rng(0).permutation(len(images))
+    assert np.array_equal(open_store(path).images(order), images[order])
+
+
+def test_a_store_goes_to_other_processes(tmp_path):
+    images, *_ = make(tmp_path / "x.zarr", [1] * 6)
+    store = open_store(tmp_path / "x.zarr")
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            assert np.array_equal(pool.apply(store.images, ([5, 1],)), images[[5, 1]])
+
+
+def test_an_image_array_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "x.zarr"
+    make(path, [1] * 4)
+    shutil.rmtree(path / "images")
+    zarr.open_group(path, mode="r+").create_array("images", data=np.zeros((4, SIZE, SIZE, 3), np.uint8))
+    with pytest.raises(InputError, match="images: got an array without shards"):
+        open_store(path)
 
 
 def test_missing_attribute_is_named(tmp_path):

@@ -13,6 +13,7 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from celldetr.errors import InputError
+from celldetr.store.shards import ShardedImages
 
 FORMAT = 1
 TEXT_COLUMNS = ("source", "group", "tissue")
@@ -60,7 +61,8 @@ class PatchStore:
         self.attrs: dict[str, Any] = dict(group.attrs)
         self.classes: tuple[str, ...] = tuple(self.attrs["classes"])
         self.mpp = float(self.attrs["mpp"])
-        self._images = _array(self.path, group, "images")
+        _array(self.path, group, "images")
+        self._images = ShardedImages(self.path / "images")
         self.boxes: NDArray[np.float32] = _read(self.path, group, "boxes")
         self.labels: NDArray[np.int8] = _read(self.path, group, "labels")
         self.centroids: NDArray[np.float32] = _read(self.path, group, "centroids")
@@ -106,23 +108,14 @@ class PatchStore:
         Raises
         ------
         InputError
-            A chunk cannot be read; names the store and the patches.
+            An image is damaged; names the store and the patch.
+        IndexError
+            There is no such patch.
         """
         wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size == 0:
-            return np.empty((0, *self._images.shape[1:]), np.uint8)
-        if wanted.min() < 0 or wanted.max() >= self.n_patches:
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= self.n_patches):
             raise IndexError(f"{self.path}: patches {wanted.min()} to {wanted.max()}, there are {self.n_patches}")
-        try:
-            if (np.diff(wanted) == 1).all():
-                return np.asarray(self._images[int(wanted[0]) : int(wanted[-1]) + 1])
-            unique, back = np.unique(wanted, return_inverse=True)
-            return np.asarray(self._images.oindex[unique])[back]
-        except Exception as error:  # each codec has its own kind of error for damaged bytes
-            raise InputError(
-                f"{self.path}: images: patches {wanted.min()} to {wanted.max()} cannot be read ({error}); "
-                "the store is damaged: delete it and make it again"
-            ) from error
+        return self._images.read(wanted)
 
     def all_images(self) -> NDArray[np.uint8]:
         """Read all images (N, S, S, 3)."""

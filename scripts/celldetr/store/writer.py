@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
-from zarr.codecs import BloscCodec
+from zarr.codecs import ZstdCodec
 
 import celldetr
 from celldetr.errors import InputError
@@ -18,6 +18,8 @@ from celldetr.files import atomic
 from celldetr.store.reader import FORMAT, NUMBER_COLUMNS, TEXT_COLUMNS, class_counts, open_store
 
 PATCHES_PER_SHARD = 256
+_WRITE_ALL: Any = {"write_empty_chunks": True}  # what is not there is then known to be missing
+_COMPRESSION = ZstdCodec(level=1, checksum=True)  # a changed bit is an error, not another picture
 
 
 class StoreWriter:
@@ -71,7 +73,8 @@ class StoreWriter:
             chunks=(1, self.patch_size, self.patch_size, 3),
             shards=(PATCHES_PER_SHARD, self.patch_size, self.patch_size, 3),
             dtype="uint8",
-            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle"),
+            compressors=_COMPRESSION,
+            config=_WRITE_ALL,
         )
         return self
 
@@ -149,10 +152,12 @@ class StoreWriter:
         for name in NUMBER_COLUMNS:
             arrays[f"patches/{name}"] = np.asarray(self._columns[name], dtype=np.int64)
         for name, array in arrays.items():
-            self._group.create_array(name, data=array)
+            self._group.create_array(name, data=array, compressors=_COMPRESSION, config=_WRITE_ALL)
         for name in TEXT_COLUMNS:
             text = np.asarray([str(value) for value in self._columns[name]], dtype=np.dtypes.StringDType())
-            self._group.create_array(f"patches/{name}", shape=text.shape, dtype="string")[...] = text
+            self._group.create_array(
+                f"patches/{name}", shape=text.shape, dtype="string", compressors=_COMPRESSION, config=_WRITE_ALL
+            )[...] = text
         own: dict[str, Any] = {
             "format": FORMAT,
             "classes": list(self.classes),
