@@ -36,7 +36,7 @@ def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False):
     columns |= {name: np.arange(n_patches) for name in ("x", "y")}
     with StoreWriter(path, patch_size=SIZE, classes=classes, mpp=0.5) as writer:
         images, boxes, labels = (list(column) for column in zip(*drawn, strict=True))
-        writer.append(np.stack(images), boxes, labels, None, columns)
+        writer.append(np.stack(images), boxes, labels, centroids=None, patches=columns)
     return open_store(path)
 
 

@@ -45,7 +45,7 @@ def draw_curves(path: str | os.PathLike[str], history: Sequence[dict[str, Any]],
         axes.grid(alpha=0.3)
         if best is not None:
             axes.axvline(best, color="0.7", linestyle="--", linewidth=1)
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     found.set_ylim(0, 1)
     with atomic(path) as temporary:

@@ -1,11 +1,12 @@
 """What keeps a run safe and visible: checkpoints, stopping on a signal, the log, and progress."""
 
+import contextlib
 import json
 import logging
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ class RunKeeper(pl.Callback):
         self.best: dict[str, Any] | None = dict(state["best"]) if state and state["best"] else None
         self.last, self.best_path = last_path(run_dir), run_dir / "checkpoints" / "best.ckpt"
         self._stop: signal.Signals | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
         self._epoch_started = self._shown = time.monotonic()
         self._epoch_step = self._shown_step = 0
 
@@ -64,7 +64,8 @@ class RunKeeper(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the stop signals (Lightning has installed its own by now)."""
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._receive)
         self._shown, self._shown_step = time.monotonic(), _stage(pl_module).step
 
     def _receive(self, number: int, frame: object) -> None:
@@ -163,11 +164,17 @@ class RunKeeper(pl.Callback):
             )
         self._shown, self._shown_step = time.monotonic(), stage.step
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+
+@contextlib.contextmanager
+def signals_restored() -> Iterator[None]:
+    """Give the stop signals back at the end to who had them."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def last_path(run_dir: Path) -> Path:

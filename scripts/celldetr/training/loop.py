@@ -29,7 +29,7 @@ from celldetr.store import PatchStore
 from celldetr.training.checkpoint import read_state
 from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
-from celldetr.training.keeper import RunKeeper, last_path, write_log
+from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
 from celldetr.training.processes import launch
 from celldetr.training.stages import SupervisedStage
 
@@ -174,7 +174,7 @@ def run_process(run: Run) -> None:
     )
     keeper = RunKeeper(run.run_dir, run.experiment, fingerprint, state)
     if stage.step < stage.total_steps:
-        with _quiet():
+        with _quiet(), signals_restored():
             _trainer(run, stage, keeper).fit(stage)
     if run.rank == 0:
         _finish(run, stage, keeper, device)
@@ -232,7 +232,6 @@ def _trainer(run: Run, stage: SupervisedStage, keeper: RunKeeper) -> pl.Trainer:
         plugins=[LightningEnvironment()],  # processes are ours, also inside a Slurm job
         precision="bf16-mixed" if bf16 else "32-true",
         max_epochs=settings.epochs - stage.step // stage.steps_per_epoch,
-        gradient_clip_val=settings.gradient_clip or None,
         logger=TensorBoardLogger(run.run_dir, name="tensorboard", version="", purge_step=stage.step + 1),
         callbacks=[keeper],
         limit_val_batches=1.0 if len(stage.val_data) else 0,
@@ -257,6 +256,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
+            warnings.filterwarnings("ignore", message="Grad strides do not match")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

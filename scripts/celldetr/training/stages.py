@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from celldetr import boxes as box_ops
@@ -118,7 +119,7 @@ class SupervisedStage(pl.LightningModule):
         workers = self.settings.workers if self.settings.cache == "none" else 0
         return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=_same)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Optimizer:
         """AdamW with a learning rate of its own for the backbone."""
         backbone: list[torch.nn.Parameter] = []
         rest: list[torch.nn.Parameter] = []
@@ -130,6 +131,16 @@ class SupervisedStage(pl.LightningModule):
             {"params": backbone, "lr": self.settings.backbone_lr, "base_lr": self.settings.backbone_lr},
         ]
         return torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Limit the norm of the gradient (Lightning's own way refuses fused optimisers)."""
+        if self.settings.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one step.
