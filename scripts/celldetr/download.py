@@ -44,7 +44,8 @@ def fetch(
     """Get a file from the first source that has it, whole and verified.
 
     What has arrived is kept in ``.{name}.part`` beside the destination, so that the next call continues a broken
-    transfer, also from another mirror when a checksum is there to catch a mix of different files.
+    transfer: from any mirror when a checksum is there to catch a mix of different files, else only from the same URL
+    and while its ETag or date says that the file is the same.
 
     Parameters
     ----------
@@ -82,8 +83,9 @@ def fetch(
             continue
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                needed = _mib(size) if size else "space"
                 raise InputError(
-                    f"{final}: the disk is full ({part.parent}); free {_mib(size or 0)} and start again: "
+                    f"{final}: the disk is full ({part.parent}); free {needed} and start again: "
                     "what has arrived is kept and continued"
                 ) from error
             raise
@@ -100,9 +102,10 @@ def fetch(
 def _download(url: str, part: Path, *, size: int | None, sha256: str | None, tries: int, pause: float) -> Path:
     """Receive and verify a file in several tries; return where it is."""
     for attempt in range(1, tries + 1):
+        continued = part.exists()
         try:
-            _transfer(url, part, size, resume=sha256 is not None)
-            _verify(part, size, sha256)
+            _transfer(url, part, size, checked=sha256 is not None)
+            _verify(part, size, sha256, again=continued)
             break
         except _Failed as failure:
             if not failure.again or attempt == tries:
@@ -123,17 +126,22 @@ def _copy(url: str, copy: Path, *, size: int | None, sha256: str | None) -> Path
         os.link(source.resolve(), copy)
     except OSError:
         _need_space(copy, source.stat().st_size)
-        shutil.copyfile(source, copy)
-    _verify(copy, size, sha256)
+        try:
+            shutil.copyfile(source, copy)
+        except OSError:
+            copy.unlink(missing_ok=True)
+            raise
+    _verify(copy, size, sha256, again=False)
     return copy
 
 
-def _transfer(url: str, part: Path, size: int | None, *, resume: bool) -> None:
+def _transfer(url: str, part: Path, size: int | None, *, checked: bool) -> None:
     """Receive what is missing of a file; raises `_Failed` when the transfer ends early."""
     start = part.stat().st_size if part.exists() else 0
     known = _read_state(part)
-    if start and not resume and known.get("url") != url:
-        start = 0  # without a checksum, nothing would notice a mix of two mirrors
+    validator = known.get("validator") if known.get("url") == url else None
+    if validator is None and not checked:
+        start = 0  # nothing would notice a mix of two files
     if size is not None and start > size:
         start = 0
     if size is not None and start == size:
@@ -141,16 +149,19 @@ def _transfer(url: str, part: Path, size: int | None, *, resume: bool) -> None:
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-        if known.get("url") == url and known.get("validator"):
-            headers["If-Range"] = known["validator"]
+        if validator:
+            headers["If-Range"] = validator
     total: int | None = size
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code == 416:
+                _check_end(response, part, start)
+                return
             start, total = _check_response(response, start)
+            if size is not None and total not in (None, size):
+                raise _Failed(f"got {total} bytes, expected {size}: another file or version", again=False)
             _need_space(part, (total or size or start) - start)
-            validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
-            usable = None if validator is None or validator.startswith("W/") else validator
-            _state(part).write_text(json.dumps({"url": url, "validator": usable}), encoding="utf-8")
+            _state(part).write_text(json.dumps({"url": url, "validator": _validator(response)}), encoding="utf-8")
             _receive(response, part, start, total)
     except urllib3.exceptions.ProtocolError as error:
         arrived = part.stat().st_size
@@ -164,10 +175,21 @@ def _transfer(url: str, part: Path, size: int | None, *, resume: bool) -> None:
         raise _Failed(f"the transfer ended after {arrived} of {total} bytes", again=True)
 
 
+def _check_end(response: requests.Response, part: Path, start: int) -> None:
+    """Nothing is left to send: either all has arrived, or what has arrived is of another file and goes."""
+    if response.headers.get("Content-Range") != f"bytes */{start}":
+        _forget(part)
+        raise _Failed("what has arrived is of another version of the file", again=True)
+
+
+def _validator(response: requests.Response) -> str | None:
+    """ETag (if strong) or date: tells whether the file is still the same when it is asked for again."""
+    tag = response.headers.get("ETag")
+    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
+
+
 def _check_response(response: requests.Response, start: int) -> tuple[int, int | None]:
     """Where the body continues (0 when the server sends all of it again), and the size of the whole file."""
-    if response.status_code == 416:
-        raise _Failed("the server has less of the file than has arrived already", again=False)
     if response.status_code >= 400:
         reason = f"HTTP {response.status_code} {response.reason}"
         raise _Failed(reason, again=response.status_code in _TRANSIENT)
@@ -202,12 +224,12 @@ def _pieces(response: requests.Response) -> Iterator[bytes]:
         yield piece
 
 
-def _verify(part: Path, size: int | None, sha256: str | None) -> None:
+def _verify(part: Path, size: int | None, sha256: str | None, *, again: bool) -> None:
     """Compare size and checksum; a wrong file is removed, so that the next try starts afresh."""
     got = part.stat().st_size
     if size is not None and got != size:
         _forget(part)
-        raise _Failed(f"got {got} bytes, expected {size}: another file or version", again=False)
+        raise _Failed(f"got {got} bytes, expected {size}: another file or version", again=again)
     if sha256 is None:
         return
     digest = hashlib.sha256()
@@ -218,7 +240,7 @@ def _verify(part: Path, size: int | None, sha256: str | None) -> None:
         _forget(part)
         raise _Failed(
             f"checksum: got sha256 {digest.hexdigest()}, expected {sha256}; the file is damaged or another version",
-            again=False,
+            again=again,
         )
 
 
@@ -232,9 +254,9 @@ def _state(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _read_state(part: Path) -> dict[str, str]:
+def _read_state(part: Path) -> dict[str, str | None]:
     try:
-        found: dict[str, str] = json.loads(_state(part).read_text(encoding="utf-8"))
+        found: dict[str, str | None] = json.loads(_state(part).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found

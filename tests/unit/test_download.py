@@ -41,14 +41,17 @@ class Server(BaseHTTPRequestHandler):
         if span and want["ranges"] and unchanged:
             start = int(span.removeprefix("bytes=").rstrip("-"))
             if start >= len(data):
-                self.send_error(416)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+                self.end_headers()
                 return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(data) - start))
-        self.send_header("ETag", want["etag"])
+        if want["etag"]:
+            self.send_header("ETag", want["etag"])
         self.end_headers()
         stop = want["cuts"].pop(0) if want["cuts"] else len(data)
         self.wfile.write(data[start:stop])
@@ -60,7 +63,7 @@ def server():
     """Serve files on this machine; yields (url, behaviour)."""
     behaviour = {"data": DATA, "ranges": True, "etag": '"1"', "cuts": [], "statuses": [], "requests": []}
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, behaviour))
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{httpd.server_port}/fold_1.zip", behaviour
     httpd.shutdown()
@@ -116,6 +119,34 @@ def test_a_file_that_changed_meanwhile_is_not_spliced(server, get):
         get(url, tries=1)
     behaviour.update(data=DATA, etag='"2"')
     only(get(url))
+
+
+@pytest.mark.parametrize("etag", [None, 'W/"1"'])
+@pytest.mark.parametrize("sha256", [SHA, None])
+def test_a_change_that_no_validator_shows_is_not_spliced(server, get, etag, sha256):
+    url, behaviour = server
+    behaviour.update(data=DATA[::-1], cuts=[500_000], etag=etag)
+    with pytest.raises(InputError):
+        get(url, tries=1, sha256=sha256)
+    behaviour["data"] = DATA
+    only(get(url, sha256=sha256))
+
+
+def test_without_a_checksum_the_same_version_is_continued(server, get):
+    url, behaviour = server
+    behaviour["cuts"] = [500_000]
+    only(get(url, sha256=None))
+    assert behaviour["requests"][-1]["Range"] == "bytes=500000-"
+    assert behaviour["requests"][-1]["If-Range"] == '"1"'
+
+
+@pytest.mark.parametrize("arrived", [DATA, DATA + b"more"])
+def test_a_part_that_was_complete_or_is_too_long_is_no_dead_end(server, get, tmp_path, arrived):
+    part = tmp_path / "raw" / ".fold_1.zip.part"
+    part.parent.mkdir()
+    part.write_bytes(arrived)
+    only(get(server[0], size=None))
+    assert len(server[1]["requests"]) == (1 if arrived == DATA else 2)
 
 
 def test_a_part_of_an_unknown_mirror_is_not_continued_without_a_checksum(server, get, tmp_path):
