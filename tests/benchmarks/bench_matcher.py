@@ -1,0 +1,94 @@
+"""Matching at batch 16, 900 queries, 100 nuclei per image: own-image costs against all images by all boxes.
+
+Usage: python tests/benchmarks/bench_matcher.py [--repeats N] [--layers L]. One thread; both forms in turn;
+medians. The assignments must be identical.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from celldetr.boxes import cxcywh_to_xyxy, pairwise_giou
+from celldetr.config import LossSettings
+from celldetr.training.data import Targets
+from celldetr.training.matching import match
+
+BATCH, QUERIES, NUCLEI = 16, 900, 100
+WEIGHTS = LossSettings()
+
+
+def inputs(layers: int) -> tuple[torch.Tensor, torch.Tensor, Targets]:
+    """Logits, boxes and nuclei; the predictions are as scattered as those of an untrained model."""
+    torch.manual_seed(0)
+    boxes = torch.cat([torch.rand(layers, BATCH, QUERIES, 2), torch.rand(layers, BATCH, QUERIES, 2) * 0.1], dim=-1)
+    true = torch.cat([torch.rand(BATCH, NUCLEI, 2), torch.rand(BATCH, NUCLEI, 2) * 0.1], dim=-1)
+    targets = Targets(true, torch.zeros(BATCH, NUCLEI, dtype=torch.long), torch.full((BATCH,), NUCLEI))
+    return torch.randn(layers, BATCH, QUERIES, 1), boxes, targets
+
+
+def plain(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> list[list[tuple]]:
+    """Match as Deformable DETR does: per layer the costs of all queries for all boxes of the batch."""
+    layers = []
+    true, labels = targets.boxes.flatten(0, 1), targets.labels.flatten()
+    for of_layer, box in zip(logits, boxes, strict=True):
+        p, box = of_layer.flatten(0, 1).sigmoid(), box.flatten(0, 1)
+        negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
+        positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+        cost = (
+            WEIGHTS.l1 * torch.cdist(box, true, p=1)
+            + WEIGHTS.nucleus * (positive[:, labels] - negative[:, labels])
+            - WEIGHTS.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
+        )
+        parts = cost.view(BATCH, QUERIES, -1).split([NUCLEI] * BATCH, dim=-1)
+        layers.append([linear_sum_assignment(part[image]) for image, part in enumerate(parts)])
+    return layers
+
+
+def own(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> list[list[tuple]]:
+    """Match as training does, in the other form's words."""
+    found = match(logits, boxes, targets, WEIGHTS)
+    layers = []
+    for layer in range(len(logits)):
+        rows = []
+        for image in range(BATCH):
+            mine = (found.layer == layer) & (found.image == image)
+            order = found.query[mine].argsort()
+            rows.append((found.query[mine][order].numpy(), found.box[mine][order].numpy()))
+        layers.append(rows)
+    return layers
+
+
+def seconds(form, *given) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
+    form(*given)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    given = inputs(options.layers)
+    pairs = zip(sum(plain(*given), []), sum(own(*given), []), strict=True)
+    same = all((a == b).all() for one, other in pairs for a, b in zip(one, other, strict=True))
+    times = [(seconds(plain, *given), seconds(match, *given, WEIGHTS)) for _ in range(options.repeats)]
+    ratio = statistics.median(a / b for a, b in times)
+    slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
+    print(f"{options.layers} layers: own-image costs {1e3 * fast:.0f} ms, all by all {1e3 * slow:.0f} ms, {ratio:.1f}x")
+    print(f"assignments identical: {same}")
+    if not same:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
