@@ -55,9 +55,6 @@ def assert_same_result(first, second):
     assert read_log(first) == read_log(second)
 
 
-# ---- learning
-
-
 @pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
 def test_a_run_leaves_all_its_results(store, tmp_path, mode):
     experiment = make_experiment(mode, noise={"share": 0.5})
@@ -99,7 +96,7 @@ def test_a_small_model_learns_two_images_by_heart(store, tmp_path):
 def test_validation_scores_are_those_of_the_model_file(store, tmp_path):
     """What the log says of an epoch is what predicting with its weights gives."""
     for mode in ("sequential", "parallel", "baseline"):
-        experiment = make_experiment(mode, epochs=20, lr=4e-3, backbone_lr=4e-3, select="last")
+        experiment = make_experiment(mode, epochs=12, lr=4e-3, backbone_lr=4e-3, select="last")
         split = make_split(store, 10, 0)
         split = pd.concat([split, split.assign(part="val")])
         path = train(experiment, [store], split, tmp_path / mode, nucleus_threshold=0.2, radius=4.0)
@@ -175,9 +172,6 @@ def test_starting_from_a_model_with_other_classes_keeps_all_but_the_class_head(s
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in after if name not in changed)
 
 
-# ---- stopping and going on
-
-
 def stopping(monkeypatch, at, number=signal.SIGTERM):
     """Send a signal to this process in the middle of a step."""
     step = SupervisedStage.training_step
@@ -209,6 +203,7 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_exactly(store, tmp_
     assert_same_result(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_bit_identical(store, tmp_path):
     """SIGKILL at two random moments; the last process finishes."""
     whole = {"epochs": 30, "batch_size": 2}
@@ -239,6 +234,18 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(store, tmp_path):
     assert_same_result(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_run_that_failed_while_writing_its_results_only_writes_them(store, tmp_path, monkeypatch):
+    experiment, split = make_experiment(), make_split(store, 8, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("celldetr.training.loop.draw_curves", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(experiment, [store], split, tmp_path / "run")
+    monkeypatch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
 def interrupt(store, tmp_path, monkeypatch, experiment=None):
     with monkeypatch.context() as patch:
         stopping(patch, 2)
@@ -264,9 +271,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(store, tmp_path, monk
     train(make_experiment(cache="none", workers=0), [store], split, tmp_path / "run")  # changes no result
 
 
-# ---- several processes
-
-
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(store, tmp_path):
     model = {"dropout": 0.0}
     settings = {"noise": {"share": 0.7}, "cache": "none", "workers": 0}
@@ -280,13 +285,11 @@ def test_two_processes_have_the_losses_of_one(store, tmp_path):
         assert two["val"]["detection"] == pytest.approx(one["val"]["detection"])
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_the_error_of_the_run(store, tmp_path):
     experiment = make_experiment(gpus=2, lr=1e30, backbone_lr=1e30, warmup_steps=0, gradient_clip=0.0)
     with pytest.raises(NonFinite, match="fold1:"):
         train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")
-
-
-# ---- what is refused
 
 
 def test_a_loss_that_is_not_finite_names_the_patches(store, tmp_path):
@@ -317,9 +320,6 @@ def test_splits_that_do_not_fit_are_refused(store, tmp_path):
 def test_more_gpus_than_there_are_is_refused(store, tmp_path):
     with pytest.raises(ConfigError, match=r"training\.gpus: got 4"):
         train(make_experiment(gpus=4), [store], make_split(store, 4, 2), tmp_path, accelerator="cuda")
-
-
-# ---- data
 
 
 def test_an_epoch_has_every_patch_and_another_order_than_the_next(store):

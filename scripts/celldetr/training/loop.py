@@ -33,6 +33,8 @@ from celldetr.training.keeper import RunKeeper, last_path, signals_restored, wri
 from celldetr.training.processes import launch
 from celldetr.training.stages import SupervisedStage
 
+STAGES = {"supervised": SupervisedStage}
+
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +165,7 @@ def run_process(run: Run) -> None:
         raise InputError("split: no patch has part 'train'; there is nothing to train on")
     fingerprint = f"{train_data.fingerprint()}-{val_data.fingerprint()}"
     state = read_state(last_path(run.run_dir), run.experiment, fingerprint)
-    stage = SupervisedStage(
+    stage = STAGES[run.experiment.stage](
         run.experiment,
         _model(run, state),
         train_data,

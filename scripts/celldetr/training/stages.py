@@ -99,8 +99,6 @@ class SupervisedStage(pl.LightningModule):
         self._counts = np.zeros((1 + len(self.classes), len(COUNTS)), dtype=np.int64)
         self.last_losses: dict[str, float] = {}
 
-    # What Lightning asks for
-
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from the next step to the end of its epoch; made anew for every epoch."""
         batches = TrainingBatches(
@@ -192,8 +190,6 @@ class SupervisedStage(pl.LightningModule):
             self.val_sums[name] = self.val_sums.get(name, 0.0) + value
         self._counts += self._count(batch.targets, self._found(features, detections, embeddings))
 
-    # The loss
-
     def losses(
         self, images: Tensor, targets: Targets, given: Tensor, n_boxes: float
     ) -> tuple[dict[str, Tensor], Features, Detections, Tensor | None]:
@@ -273,8 +269,6 @@ class SupervisedStage(pl.LightningModule):
                 "training.precision: fp32"
             ) from error
 
-    # Validation
-
     def _found(
         self, features: Features, detections: Detections, embeddings: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,8 +309,6 @@ class SupervisedStage(pl.LightningModule):
         )
         pairs = pair_nuclei(truth, predicted, self.radius)
         return count_images(truth, predicted, pairs, len(self.classes), radius=self.radius).sum(axis=0)
-
-    # Sums over an epoch
 
     def train_means(self) -> dict[str, float]:
         """Losses of the epoch so far, averaged over its steps (and processes)."""
