@@ -103,6 +103,8 @@ COLUMNS = ("source", "group", "tissue", "x", "y")
         ({"images": np.zeros((1, 4, 4, 3), np.uint8)}, "images"),
         ({"images": np.zeros((1, SIZE, SIZE, 3), np.float32)}, "images"),
         ({"labels": []}, "labels"),
+        ({"labels": [[2]]}, "labels: got 2 to 2, expected -1 to 1"),
+        ({"labels": [np.array([256])]}, "labels: got 256"),  # 0 in eight bits
         ({"patches": {**dict.fromkeys(COLUMNS, [0]), "x": []}}, "'x': 0"),
     ],
 )

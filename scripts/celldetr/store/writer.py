@@ -15,7 +15,7 @@ from zarr.codecs import ZstdCodec
 import celldetr
 from celldetr.errors import InputError
 from celldetr.files import atomic
-from celldetr.store.reader import FORMAT, NUMBER_COLUMNS, TEXT_COLUMNS, class_counts, open_store
+from celldetr.store.reader import FORMAT, NO_LABEL, NUMBER_COLUMNS, TEXT_COLUMNS, class_counts, open_store
 
 PATCHES_PER_SHARD = 256
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # what is not there is then known to be missing
@@ -103,7 +103,7 @@ class StoreWriter:
         Raises
         ------
         ValueError
-            Lengths or shapes do not belong together.
+            Lengths or shapes do not belong together, or a label is of no class.
         """
         count = len(images)
         if images.shape[1:] != (self.patch_size, self.patch_size, 3) or images.dtype != np.uint8:
@@ -116,9 +116,13 @@ class StoreWriter:
         if set(lengths.values()) != {count}:
             raise ValueError(f"got {lengths}, expected {count} of each")
         for box, label, centroid in zip(boxes, labels, centroids, strict=True):
-            flat = np.asarray(label, dtype=np.int8).reshape(-1)
+            flat = np.asarray(label).reshape(-1)
+            if flat.size and not NO_LABEL <= flat.min() <= flat.max() < len(self.classes):
+                raise ValueError(
+                    f"labels: got {flat.min()} to {flat.max()}, expected {NO_LABEL} to {len(self.classes) - 1}"
+                )
             self._counts.append(len(flat))
-            self._labels.append(flat)
+            self._labels.append(flat.astype(np.int8))
             self._boxes.append(np.asarray(box, dtype=np.float32).reshape(len(flat), 4))
             self._centroids.append(np.asarray(centroid, dtype=np.float32).reshape(len(flat), 2))
         for name, column in self._columns.items():
