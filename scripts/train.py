@@ -4,7 +4,6 @@ Inputs: patch stores of the training and validation patches, the split, and opti
 Outputs: model.pt, log.jsonl (a line per epoch), curves.png, provenance.json; checkpoints/ lies beside them.
 """
 
-import logging
 from pathlib import Path
 
 from celldetr.config import Experiment
@@ -13,19 +12,21 @@ from celldetr.rule import run_rule
 from celldetr.store import open_store
 from celldetr.training.loop import train
 
+RADIUS_UM = 3.0  # validation pairs centres up to 12 px apart at 0.25 um/px, as the evaluation does
+
 
 def main(snakemake):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     given, params = snakemake.input, snakemake.params
+    stores = [open_store(path) for path in given.stores]
     train(
         Experiment.from_dict(params.experiment),
-        [open_store(path) for path in given.stores],
+        stores,
         read_split(given.split),
         Path(snakemake.output.model).parent,
         initial=_optional(given.initial),
         backbone=_optional(given.backbone),
         nucleus_threshold=params.nucleus_threshold,
-        radius=params.get("radius", 12.0),
+        radius=RADIUS_UM / stores[0].mpp,
         threads=snakemake.threads,
     )
 

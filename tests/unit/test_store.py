@@ -131,7 +131,7 @@ DAMAGE = {
     "no folder": (lambda path: shutil.rmtree(path), "no such folder"),
     "other format": (
         lambda path: zarr.open_group(path, mode="r+").attrs.update({"format": 99}),
-        "format: got 99, expected 1",
+        "format: got 99, expected 2",
     ),
     "offsets fall": (lambda path: overwrite(path, "box_ptr", 2, 0), "box_ptr"),
     "offsets end early": (lambda path: overwrite(path, "box_ptr", -1, 3), "box_ptr"),
@@ -196,6 +196,15 @@ def test_missing_images_are_an_error_and_not_black(tmp_path, change, message):
     with pytest.raises(InputError, match=message) as error:
         open_store(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["boxes", "labels", "centroids", "box_ptr", "patches/source", "patches/x"])
+def test_missing_chunks_are_an_error_and_not_zero(tmp_path, name):
+    path = tmp_path / "x.zarr"
+    make(path, [1] * 4)
+    shutil.rmtree(path / name / "c")
+    with pytest.raises(InputError, match=f"{name}: got 0 of 1 chunks"):
+        open_store(path)
 
 
 def test_black_patches_and_zero_values_are_kept(tmp_path):

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from celldetr.errors import InputError
 from celldetr.store.shards import ShardedImages
 
-FORMAT = 1
+FORMAT = 2
 TEXT_COLUMNS = ("source", "group", "tissue")
 NUMBER_COLUMNS = ("x", "y")
 COLUMNS = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
@@ -284,6 +284,11 @@ def _array(path: Path, group: zarr.Group, name: str) -> zarr.Array:
 
 def _read(path: Path, group: zarr.Group, name: str) -> Any:
     array = _array(path, group, name)
+    chunks = sum(file.is_file() for file in (path / name / "c").rglob("*"))
+    if array.size and chunks != array.nchunks:  # Zarr would fill in zeros
+        raise InputError(
+            f"{path}: {name}: got {chunks} of {array.nchunks} chunks; the store is damaged: delete it and make it again"
+        )
     try:
         return np.asarray(array[...])
     except Exception as error:  # each codec has its own kind of error for damaged bytes

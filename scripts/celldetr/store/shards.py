@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numcodecs.blosc import Blosc  # type: ignore[import-untyped]
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from celldetr.errors import InputError
 
-_CODECS = {"zstd": Zstd, "blosc": Blosc}
 _NONE = np.uint64(2**64 - 1)
 _ENTRY, _CRC = 16, 4  # bytes
 _PER_THREAD = 64  # patches that are worth a thread
@@ -43,7 +41,7 @@ class ShardedImages:
         self.folder = folder
         meta = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
         self.shape: tuple[int, ...] = tuple(meta["shape"])
-        self.per_shard, self._codec = self._layout(meta)
+        self.per_shard = self._layout(meta)
         shards = range(-(-self.shape[0] // self.per_shard))
         places = [np.empty((0, 2), np.uint64), *(self._index(shard) for shard in shards)]
         self._places = np.concatenate(places)[: self.shape[0]]
@@ -73,7 +71,7 @@ class ShardedImages:
 
     def _read_block(self, rows: NDArray[np.int64], patches: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Fill some rows of `out`, which come in the order of their patches: each shard is opened once."""
-        codec = _CODECS[self._codec]()
+        codec = Zstd()
         shards = patches[rows] // self.per_shard
         for shard in np.unique(shards):
             path = self._file(int(shard))
@@ -84,7 +82,7 @@ class ShardedImages:
             except OSError as error:
                 raise InputError(f"{self.folder.parent}: images: {path} cannot be read ({error})") from error
 
-    def _read_one(self, handle: IO[bytes], codec: Any, patch: int, out: NDArray[np.uint8]) -> None:
+    def _read_one(self, handle: IO[bytes], codec: Zstd, patch: int, out: NDArray[np.uint8]) -> None:
         offset, length = (int(value) for value in self._places[patch])
         handle.seek(offset)
         try:
@@ -97,29 +95,28 @@ class ShardedImages:
     def _file(self, shard: int) -> Path:
         return self.folder / "c" / str(shard) / "0" / "0" / "0"
 
-    def _layout(self, meta: dict[str, Any]) -> tuple[int, str]:
-        """Patches per shard and compression; refuses an array that is not stored as `StoreWriter` does it."""
+    def _layout(self, meta: dict[str, Any]) -> int:
+        """Patches per shard; refuses an array that is not stored as `StoreWriter` does it."""
         try:
             (codec,) = meta["codecs"]
             settings = codec["configuration"]
-            first, compression = (step["name"] for step in settings["codecs"])
+            inner = [step["name"] for step in settings["codecs"]]
             per_shard, *chunk = meta["chunk_grid"]["configuration"]["chunk_shape"]
             index = [step["name"] for step in settings["index_codecs"]]
             fits = (
                 (codec["name"], settings["index_location"], index) == ("sharding_indexed", "end", ["bytes", "crc32c"])
                 and chunk == list(self.shape[1:])
                 and settings["chunk_shape"] == [1, *chunk]
-                and first == "bytes"
-                and compression in _CODECS
+                and inner == ["bytes", "zstd"]
             )
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
             raise InputError(
-                f"{self.folder.parent}: images: got an array without shards of one compressed chunk per patch; "
+                f"{self.folder.parent}: images: got an array without shards of one zstd chunk per patch; "
                 "write the store with celldetr.store.StoreWriter"
             )
-        return int(per_shard), compression
+        return int(per_shard)
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         """Offset and length (P, 2) of each patch in a shard."""
