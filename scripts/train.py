@@ -28,6 +28,7 @@ def main(snakemake):
         nucleus_threshold=params.nucleus_threshold,
         radius=RADIUS_UM / stores[0].mpp,
         threads=snakemake.threads,
+        code=params.code,
     )
 
 

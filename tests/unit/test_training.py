@@ -68,7 +68,6 @@ def test_a_run_leaves_all_its_results(store, tmp_path, mode):
     assert (path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
     left = {str(p.relative_to(path.parent)) for p in path.parent.rglob("*") if p.is_file()}
     assert not any("lightning_logs" in name for name in left)
-    assert "checkpoints/last.ckpt" not in left  # nothing to go on with
     assert any(name.startswith("tensorboard/events") for name in left)
 
 
@@ -244,6 +243,21 @@ def test_a_run_that_failed_while_writing_its_results_only_writes_them(store, tmp
     monkeypatch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
     train(experiment, [store], split, tmp_path / "run")
     assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_finished_run_is_not_trained_again_unless_something_changed(store, tmp_path, monkeypatch):
+    split = make_split(store, 8, 4)
+    train(make_experiment(), [store], split, tmp_path / "run", code="a")
+    first = (tmp_path / "run" / "model.pt").read_bytes()
+    (tmp_path / "run" / "model.pt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
+        train(make_experiment(), [store], split, tmp_path / "run", code="a")
+        assert (tmp_path / "run" / "model.pt").read_bytes() == first
+        for changed in ({"code": "b"}, {"experiment": make_experiment(seed=9)}, {"split": make_split(store, 7, 4)}):
+            arguments = {"experiment": make_experiment(), "split": split, "code": "a"} | changed
+            with pytest.raises(ZeroDivisionError):
+                train(arguments["experiment"], [store], arguments["split"], tmp_path / "run", code=arguments["code"])
 
 
 def interrupt(store, tmp_path, monkeypatch, experiment=None):

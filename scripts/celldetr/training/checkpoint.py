@@ -1,4 +1,4 @@
-"""The state of an unfinished run: one file, written in one step, from which the run goes on at its very next step."""
+"""The state of a run: one file, written in one step, from which the run goes on at its very next step."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +24,9 @@ def write_state(
     *,
     experiment: Experiment,
     data: str,
+    code: str,
     step: int,
+    total_steps: int,
     model: Mapping[str, Any],
     optimizer: Mapping[str, Any],
     sums: Mapping[str, float],
@@ -41,8 +43,10 @@ def write_state(
         What the run was told.
     data
         Fingerprint of its patches.
-    step
-        Steps done.
+    code
+        Hash of the code of the run.
+    step, total_steps
+        Steps done, and steps of the whole run.
     model, optimizer
         Their states.
     sums
@@ -56,7 +60,9 @@ def write_state(
         "training_format": FORMAT,
         "experiment": experiment.to_dict(),
         "data": data,
+        "code": code,
         "step": step,
+        "total_steps": total_steps,
         "model": dict(model),
         "optimizer": dict(optimizer),
         "sums": dict(sums),
@@ -67,13 +73,22 @@ def write_state(
         torch.save(content, temporary)
 
 
-def read_state(path: Path, experiment: Experiment, data: str) -> Mapping[str, Any] | None:
-    """Read the state that a run left, or none if it left none.
+def read_state(path: Path, experiment: Experiment, data: str, code: str) -> Mapping[str, Any] | None:
+    """Read the state that a run left.
+
+    The state of a finished run of the same settings, data and code gives its results again without training: the
+    results may have been lost with the process that asked for them. That of a finished run of anything else is out of
+    date. An unfinished run goes on, with corrected code too, but not with other settings or data.
+
+    Returns
+    -------
+    Mapping or None
+        None when the run starts afresh.
 
     Raises
     ------
     InputError
-        The file is damaged, or was written with other settings or other data.
+        The file is damaged, or that of an unfinished run of other settings or data.
     """
     if not path.exists():
         return None
@@ -89,6 +104,9 @@ def read_state(path: Path, experiment: Experiment, data: str) -> Mapping[str, An
         told["training"].pop(key)
         state["experiment"]["training"].pop(key, None)
     changed = _differences(state["experiment"], told)
+    if state["step"] >= state["total_steps"] and (changed or state["data"] != data or state["code"] != code):
+        log.info("%s is of a finished run of other settings, data or code: starting afresh", path)
+        return None
     if changed:
         shown = "\n  ".join(changed[:8])
         raise InputError(

@@ -38,14 +38,19 @@ class RunKeeper(pl.Callback):
         What the run is told.
     data
         Fingerprint of its patches.
+    code
+        Hash of its code.
     state
         State that the run goes on from.
     """
 
-    def __init__(self, run_dir: Path, experiment: Experiment, data: str, state: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, run_dir: Path, experiment: Experiment, data: str, code: str, state: Mapping[str, Any] | None
+    ) -> None:
         self.run_dir = run_dir
         self.experiment = experiment
         self.data = data
+        self.code = code
         self.state = state
         self.history: list[dict[str, Any]] = list(state["history"]) if state else []
         self.best: dict[str, Any] | None = dict(state["best"]) if state and state["best"] else None
@@ -137,7 +142,9 @@ class RunKeeper(pl.Callback):
                 self.last,
                 experiment=self.experiment,
                 data=self.data,
+                code=self.code,
                 step=stage.step,
+                total_steps=stage.total_steps,
                 model=stage.model.state_dict(),
                 optimizer=trainer.optimizers[0].state_dict(),
                 sums=sums,

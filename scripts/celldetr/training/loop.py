@@ -52,6 +52,7 @@ class Run:
     radius: float
     threads: int
     accelerator: str
+    code: str
     rank: int = 0
 
 
@@ -67,11 +68,12 @@ def train(
     radius: float = 12.0,
     threads: int = 1,
     accelerator: str = "auto",
+    code: str = "",
 ) -> Path:
     """Train a model, or go on with it where the run was interrupted.
 
     A run that is killed or told to stop (SIGTERM, SIGUSR1) leaves ``checkpoints/last.ckpt``; started again with the
-    same arguments it goes on from there, on a CPU to the very same weights. A finished run removes that file.
+    same arguments it goes on from there, on a CPU to the very same weights. A finished run writes its results again.
 
     Parameters
     ----------
@@ -93,6 +95,8 @@ def train(
         CPU threads of all processes together.
     accelerator
         ``cuda``, ``cpu``, or ``auto``: the GPU if there is one.
+    code
+        Hash of the code (`celldetr.provenance.source_hash`), for telling a finished run that is out of date.
 
     Returns
     -------
@@ -121,6 +125,7 @@ def train(
         radius,
         threads,
         ("cuda" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator,
+        code,
     )
     _check(run)
     run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -164,7 +169,7 @@ def run_process(run: Run) -> None:
     if not len(train_data):
         raise InputError("split: no patch has part 'train'; there is nothing to train on")
     fingerprint = f"{train_data.fingerprint()}-{val_data.fingerprint()}"
-    state = read_state(last_path(run.run_dir), run.experiment, fingerprint)
+    state = read_state(last_path(run.run_dir), run.experiment, fingerprint, run.code)
     stage = STAGES[run.experiment.stage](
         run.experiment,
         _model(run, state),
@@ -174,7 +179,7 @@ def run_process(run: Run) -> None:
         radius=run.radius,
         first_step=state["step"] if state else 0,
     )
-    keeper = RunKeeper(run.run_dir, run.experiment, fingerprint, state)
+    keeper = RunKeeper(run.run_dir, run.experiment, fingerprint, run.code, state)
     if stage.step < stage.total_steps:
         with _quiet(), signals_restored():
             _trainer(run, stage, keeper).fit(stage)
@@ -266,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _finish(run: Run, stage: SupervisedStage, keeper: RunKeeper, device: str) -> None:
-    """Write the results; the state that the run could go on from is removed last."""
+    """Write the results."""
     settings, history = run.experiment.training, keeper.history
     chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
     if history and history[-1]["val"]:
@@ -291,5 +296,4 @@ def _finish(run: Run, stage: SupervisedStage, keeper: RunKeeper, device: str) ->
         chosen=chosen,
         training_seconds=round(math.fsum(line["seconds"] for line in history), 1),
     )
-    last_path(run.run_dir).unlink(missing_ok=True)
     log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])

@@ -80,6 +80,7 @@ def _to_job(run: "Run", folder: Path) -> dict[str, Any]:
         "radius": run.radius,
         "threads": run.threads,
         "accelerator": run.accelerator,
+        "code": run.code,
     }
 
 
@@ -188,6 +189,7 @@ def main(job_path: str, rank: int) -> int:
                 radius=job["radius"],
                 threads=job["threads"],
                 accelerator=job["accelerator"],
+                code=job["code"],
                 rank=rank,
             )
         )
