@@ -1,6 +1,6 @@
-"""Weights that are a function of their names: what the reference arrays of fixtures/golden_model.npz were computed with.
+"""Weights that are a function of their names: those that fixtures/golden_model.npz was computed with.
 
-Every value is drawn from a generator seeded by the CRC of the name, then scaled and shifted by the first rule that fits.
+Values are drawn from a generator seeded by the CRC of the name, then scaled and shifted by the first rule that fits.
 """
 
 import math

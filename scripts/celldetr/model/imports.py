@@ -127,6 +127,9 @@ def import_checkpoint(
     unused = {name: reason for name in weights if (reason := _unused(name, source, mode))}
     used = {name: _renamed(name) for name in weights if name not in unused}
     own = model.state_dict()
+    strange = [old for old, new in used.items() if new not in own]
+    if strange:
+        raise InputError(f"{path}: {strange[:8]} have no place in our model; is it another variant or a later version?")
     fresh = {name: reason for name in own if (reason := _fresh(name, source, mode))}
     load_exactly(
         model, {new: weights[old].float() for old, new in used.items()} | {name: own[name] for name in fresh}, path
