@@ -7,7 +7,6 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,12 @@ from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
 from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
 from celldetr.training.processes import launch
+from celldetr.training.run import Run
 from celldetr.training.stages import SupervisedStage
 
 STAGES = {"supervised": SupervisedStage}
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that a process needs to know of its run (see `train`)."""
-
-    experiment: Experiment
-    stores: Sequence[PatchStore]
-    split: pd.DataFrame
-    run_dir: Path
-    initial: Path | None
-    backbone: Path | None
-    nucleus_threshold: float
-    radius: float
-    threads: int
-    accelerator: str
-    code: str
-    rank: int = 0
 
 
 def train(

@@ -1,0 +1,26 @@
+"""One of several processes that share a run: python -m celldetr.training.child JOB RANK (see `processes`)."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from celldetr.errors import CellDETRError
+from celldetr.training.loop import run_process
+from celldetr.training.run import read_run
+
+
+def main(job: Path, rank: int) -> int:
+    """Do the work of one process; an error for people goes into a file for the process that watches."""
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
+    try:
+        run_process(read_run(job).of_rank(rank))
+    except CellDETRError as error:
+        report = {"kind": type(error).__name__, "message": str(error)}
+        (job.parent / f"error{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
