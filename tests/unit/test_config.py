@@ -104,7 +104,7 @@ def test_settings_survive_json():
         ("model.heads", 7, "d_model: got 256, expected a multiple of heads"),
         ("model.backbone.stages", [2, 1], "stages: got [2, 1], expected increasing stages"),
         ("experiments.celldetr_s.mode", "serial", "experiments.celldetr_s.mode: got 'serial', expected 'baseline'"),
-        ("experiments.celldetr_s.model.queris", 9, "experiments.celldetr_s.model.queris: unknown key"),
+        ("experiments.celldetr_s.model.d_modell", 9, "experiments.celldetr_s.model.d_modell: unknown key"),
         ("experiments.celldetr_s.model.backbone.norm", "group", "experiments.celldetr_s.initial: got 'imagenet'"),
         ("experiments.celldetr_s.training.gpus", 5, "experiments.celldetr_s.training: batch_size: got 16"),
         ("tables.table1.experiments", ["celldetr_x"], "expected names of experiments"),

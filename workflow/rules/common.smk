@@ -50,6 +50,14 @@ def test_store(wildcards) -> str:
     return fold_store(folds_of(wildcards.split, "test")[0])
 
 
+def initial_weights(wildcards, kind: str) -> list[str]:
+    """Weights that an experiment starts from: of the backbone alone, or of a whole model."""
+    initial = CONFIG.experiments[wildcards.experiment].initial
+    if kind == "backbone":
+        return ["results/raw/weights/resnet50.pth"] if initial == "imagenet" else []
+    return [] if initial in ("none", "imagenet") else [initial]
+
+
 def all_results() -> list[str]:
     """Everything that the configuration asks for."""
     wanted = [

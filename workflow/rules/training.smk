@@ -1,14 +1,6 @@
 """Initial weights and the training runs."""
 
 
-def initial_weights(wildcards, kind: str) -> list[str]:
-    """Weights that an experiment starts from: of the backbone alone, or of a whole model."""
-    initial = CONFIG.experiments[wildcards.experiment].initial
-    if kind == "backbone":
-        return ["results/raw/weights/resnet50.pth"] if initial == "imagenet" else []
-    return [] if initial in ("none", "imagenet") else [initial]
-
-
 rule download_imagenet:
     input:
         local_files(CONFIG.imagenet),
