@@ -94,7 +94,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., C)."""
-        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        y = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
         out: Tensor = self.norm(x + self.dropout(y))
         return out
 
@@ -222,7 +222,7 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., C) into (..., 4)."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = F.relu(layer(x), inplace=True)
         out: Tensor = self.layers[-1](x)
         return out
 
