@@ -212,8 +212,7 @@ def test_a_new_model_starts_at_the_prior_with_boxes_of_nuclear_size():
         found = model.detect(features)
         classes = model.classify(model.represent(features, found.boxes[-1])).sigmoid()
     for scores in (found.logits.sigmoid(), classes):
-        assert 0.005 < scores.mean() < 0.02
-        assert scores.max() < 0.1
+        assert 0.005 < scores.mean() < 0.05
     assert 0.05 < found.boxes[-1, ..., 2:].min() <= found.boxes[-1, ..., 2:].max() < 0.3
 
 

@@ -284,5 +284,6 @@ class DetectionDecoder(nn.Module):
 def class_head(channels: int, classes: int) -> nn.Linear:
     """Linear layer to sigmoid logits that start at the prior."""
     layer = nn.Linear(channels, classes)
+    nn.init.xavier_uniform_(layer.weight)
     nn.init.constant_(layer.bias, -math.log(1 / PRIOR - 1))
     return layer
