@@ -277,7 +277,8 @@ class SupervisedStage(pl.LightningModule):
         boxes = detections.boxes[-1]
         kept = score.amax(dim=-1) >= self.nucleus_threshold
         image, query = kept.nonzero(as_tuple=True)
-        centres = boxes[image, query, :2] * self.val_data.patch_size
+        clipped = box_ops.cxcywh_to_xyxy(boxes[image, query]).clamp(0, 1)  # as predictions are
+        centres = (clipped[:, :2] + clipped[:, 2:]) * (self.val_data.patch_size / 2)
         if self.mode == "baseline":
             return image, centres, score[image, query].argmax(dim=-1)
         if embeddings is None:
