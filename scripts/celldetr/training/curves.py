@@ -44,7 +44,8 @@ def draw_curves(path: str | os.PathLike[str], history: Sequence[dict[str, Any]],
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if best is not None:
-            axes.axvline(best, color="0.7", linestyle="--", linewidth=1)
+            label = f"epoch {best}, the model" if axes is total else None
+            axes.axvline(best, color="0.7", linestyle="--", linewidth=1, label=label)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     found.set_ylim(0, 1)
