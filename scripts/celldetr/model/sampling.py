@@ -14,6 +14,7 @@ weights (B, Q, H, L, P); result (B, Q, H * D).
 
 import functools
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,8 +24,12 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 
+from celldetr.errors import ConfigError
+
 # Only the pattern's values are used; PyTorch warns about everything else that such tensors cannot do yet.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+_POINTS_AT_ONCE = 65536
 
 Shapes = Sequence[tuple[int, int]]
 Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
@@ -39,8 +44,16 @@ def sampler(name: str, *, compiled: bool = False) -> Sampler:
         Name of the form.
     compiled
         Pass it through `torch.compile`.
+
+    Raises
+    ------
+    ConfigError
+        There is no form of this name.
     """
-    function: Sampler = {"fast": sample_fast, "reference": sample_reference}[name]
+    forms: dict[str, Sampler] = {"fast": sample_fast, "reference": sample_reference}
+    if name not in forms:
+        raise ConfigError(f"sampling: got {name!r}, expected one of {', '.join(forms)}")
+    function = forms[name]
     return torch.compile(function) if compiled else function
 
 
@@ -64,17 +77,30 @@ def sample_fast(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
 
     Half precision values are sampled in float32 and returned in their own type.
     """
-    if value.is_cuda and (kernels := _cuda_kernels()) is not None:
-        sizes = torch.tensor(shapes, device=value.device)
-        return kernels(value, sizes, None, locations.to(value.dtype), weights.to(value.dtype)).flatten(2)
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-    table = _bordered(value.to(exact), shapes)
-    rows, row_weights = _corners(locations.to(exact), weights.to(exact), shapes, table.shape[1])
-    bags = batch * queries * heads, 4 * weights.shape[3] * weights.shape[4]
-    summed = _weighted_rows(table.view(-1, channels), rows.view(bags), row_weights.view(bags))
-    return summed.view(batch, queries, heads * channels).to(value.dtype)
+    values, locations, weights = value.to(exact), locations.to(exact), weights.to(exact)
+    if value.is_cuda and (kernels := _cuda_kernels()) is not None:
+        return kernels(values, *_level_table(tuple(shapes), value.device), locations, weights).to(value.dtype)
+    table = _bordered(values, shapes)
+    image = torch.arange(batch, dtype=torch.int32, device=value.device) * (table.shape[1] * heads)
+    points = locations.flatten(0, 1), weights.flatten(0, 1), image.view(-1, 1).expand(batch, queries).flatten()
+    size = _queries_at_once(table, *points[:2])
+    sums = [
+        _weighted_rows(table.view(-1, channels), *_corners(*part, shapes))
+        for part in zip(*(tensor.split(size) for tensor in points), strict=True)
+    ]
+    return torch.cat(sums).view(batch, queries, heads * channels).to(value.dtype)
+
+
+def _queries_at_once(table: Tensor, locations: Tensor, weights: Tensor) -> int:
+    """Queries whose corners fit a CPU core's cache together; all of them where a gradient or a compiler follows."""
+    queries, *per_query = weights.shape
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (table, locations, weights))
+    if table.device.type != "cpu" or gradient or torch.compiler.is_compiling():
+        return max(1, queries)
+    return max(1, _POINTS_AT_ONCE // math.prod(per_query))
 
 
 @functools.cache
@@ -85,6 +111,14 @@ def _cuda_kernels() -> Callable[..., Tensor] | None:
 
     found: Callable[..., Tensor] = msda
     return found
+
+
+@functools.lru_cache(maxsize=32)
+def _level_table(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Height and width (L, 2), and first token (L,), of each level: what the kernels ask for."""
+    with torch.inference_mode(False):  # what is cached may be needed with gradients later
+        sizes = torch.tensor(shapes, device=device)
+        return sizes, sizes.prod(dim=1).cumsum(0) - sizes.prod(dim=1)
 
 
 def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
@@ -99,34 +133,54 @@ def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _geometry(shapes: Shapes, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sizes (L, 1, 2) x then y; row stride (L, 1); first row (H, L, 1) of pixel (0, 0); corner offsets (4, L, 1)."""
+def _geometry(
+    shapes: Shapes, heads: int, points: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tables for each of the K = L * P points of a head.
+
+    Width (K,), height (K,), row stride (K,), first row (H, K) of pixel (0, 0), and corner offsets (4, K).
+    """
+
+    def of_points(per_level: list[int]) -> Tensor:
+        return torch.tensor(per_level, dtype=torch.int32, device=device).repeat_interleave(points)
+
     with torch.inference_mode(False):  # what is cached may be needed with gradients later
-        size = torch.tensor([[width, height] for height, width in shapes], device=device).view(-1, 1, 2)
-        stride = torch.tensor([width + 2 for _, width in shapes], dtype=torch.int32, device=device)
+        stride = of_points([width + 2 for _, width in shapes])
         cells = [(height + 2) * (width + 2) for height, width in shapes]
-        origin = [sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)]
-        first = torch.tensor(origin, dtype=torch.int32, device=device).view(1, -1, 1) * heads
-        first = first + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1, 1)
+        origin = of_points([sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)])
+        first = origin * heads + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1)
         corners = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
-        return size, stride.view(-1, 1), first, corners.view(4, -1, 1)
+        sizes = of_points([width for _, width in shapes]), of_points([height for height, _ in shapes])
+        return *sizes, stride * heads, first, corners
 
 
-def _corners(locations: Tensor, weights: Tensor, shapes: Shapes, cells: int) -> tuple[Tensor, Tensor]:
-    """Table rows and their weights, (B, Q, H, 4, L, P) each, of the pixels around each point."""
-    batch, heads = locations.shape[0], locations.shape[2]
-    size, stride, first, corners = _geometry(tuple(shapes), heads, locations.device)
-    # Beyond the border everything is zero: points farther out are moved onto it.
-    place = torch.minimum((locations * size - 0.5).clamp(min=-1), size.to(locations.dtype))
-    low = place.detach().floor()
-    right, down = (place - low).unbind(-1)
-    column, line = low.to(torch.int32).unbind(-1)
-    image = torch.arange(batch, dtype=torch.int32, device=locations.device).view(-1, 1, 1, 1, 1) * (cells * heads)
-    rows = ((line * stride + column) * heads + (first + image)).unsqueeze(3) + corners
+def _corners(locations: Tensor, weights: Tensor, image: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """Table rows and their weights, (N * H, 4 * L * P) each, of the pixels around each point.
+
+    Of locations (N, H, L, P, 2), weights (N, H, L, P) and the first table row (N,) of each query's image. Levels and
+    points are one dimension here: longer inner loops are faster.
+    """
+    _, heads, levels, points = weights.shape
+    width, height, stride, first, corners = _geometry(tuple(shapes), heads, points, locations.device)
+    across, along = locations.flatten(2, 3).unbind(-1)
+    column, right = _split(across, width.to(locations.dtype))
+    line, down = _split(along, height.to(locations.dtype))
+    weights = weights.flatten(2)
+    rows = (line * stride + column * heads + (first + image.view(-1, 1, 1))).unsqueeze(2) + corners
     below = weights * down
     above = weights - below
     above_right, below_right = above * right, below * right
-    return rows, torch.stack([above - above_right, above_right, below - below_right, below_right], dim=3)
+    row_weights = torch.stack([above - above_right, above_right, below - below_right, below_right], dim=2)
+    bags = len(image) * heads, 4 * levels * points
+    return rows.view(bags), row_weights.view(bags)
+
+
+def _split(places: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the pixel before each place in [0, 1], -1 to size, and the way from its centre to the next, 0 to 1."""
+    # Beyond the border everything is zero: points farther out are moved onto it.
+    places = torch.minimum((places * size - 0.5).clamp(min=-1), size)
+    low = places.detach().floor().nan_to_num(nan=-1)  # a place that is not a number shows in the result
+    return low.to(torch.int32), places - low
 
 
 @torch.library.custom_op("celldetr::weighted_rows", mutates_args=())
