@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from celldetr.errors import ConfigError
+from celldetr.model import sampling
 from celldetr.model.sampling import sample_fast, sample_reference, sampler
 
 FORMS = {"reference": sample_reference, "fast": sample_fast}
@@ -110,6 +112,29 @@ def test_images_and_queries_do_not_see_each_other():
     torch.testing.assert_close(sample_fast(value[1:], SHAPES, locations[1:], weights[1:]), whole[1:])
 
 
+def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
+    value, locations, weights = draw(batch=3, queries=7, dtype=torch.float32)
+    whole = sample_fast(value.requires_grad_(), SHAPES, locations, weights)
+    for at_once in (1, 12, 48, 60):  # points; a query has 12
+        monkeypatch.setattr(sampling, "_POINTS_AT_ONCE", at_once)
+        assert torch.equal(sample_fast(value.detach(), SHAPES, locations, weights), whole)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_a_location_that_is_not_a_number_shows_in_the_result_of_its_query_only(heads):
+    value, locations, weights = draw(heads=heads)
+    locations[0, 1, :, 0, 0] = float("nan")
+    result = run("fast", (value, locations, weights))[0]
+    assert result[0, 1].isnan().all()
+    assert torch.equal(result.isnan().any(dim=-1).nonzero(), torch.tensor([[0, 1]]))
+
+
+def test_kernels_are_told_sizes_and_starts_of_the_levels():
+    sizes, starts = sampling._level_table(SHAPES, torch.device("cpu"))
+    assert sizes.tolist() == [[6, 9], [3, 4], [1, 1]]
+    assert starts.tolist() == [0, 54, 66]
+
+
 def test_geometry_made_without_gradients_serves_training():
     shapes = ((5, 7),)
     tensors = draw(shapes=shapes)
@@ -121,3 +146,5 @@ def test_geometry_made_without_gradients_serves_training():
 def test_names_of_the_settings():
     assert sampler("fast") is sample_fast
     assert sampler("reference") is sample_reference
+    with pytest.raises(ConfigError, match="got 'fastest', expected one of fast, reference"):
+        sampler("fastest")

@@ -88,14 +88,14 @@ def sample_fast(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tenso
     points = locations.flatten(0, 1), weights.flatten(0, 1), image.view(-1, 1).expand(batch, queries).flatten()
     size = _queries_at_once(table, *points[:2])
     sums = [
-        _weighted_rows(table.view(-1, channels), *_corners(*part, shapes))
+        _weighted_rows(table.view(-1, channels), *_corners(*part, shapes=shapes))
         for part in zip(*(tensor.split(size) for tensor in points), strict=True)
     ]
     return torch.cat(sums).view(batch, queries, heads * channels).to(value.dtype)
 
 
 def _queries_at_once(table: Tensor, locations: Tensor, weights: Tensor) -> int:
-    """Queries whose corners fit a CPU core's cache together; all of them where a gradient or a compiler follows."""
+    """Count the queries whose corners fit a CPU core's cache together; all where a gradient or a compiler follows."""
     queries, *per_query = weights.shape
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (table, locations, weights))
     if table.device.type != "cpu" or gradient or torch.compiler.is_compiling():
@@ -154,7 +154,7 @@ def _geometry(
         return *sizes, stride * heads, first, corners
 
 
-def _corners(locations: Tensor, weights: Tensor, image: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+def _corners(locations: Tensor, weights: Tensor, image: Tensor, *, shapes: Shapes) -> tuple[Tensor, Tensor]:
     """Table rows and their weights, (N * H, 4 * L * P) each, of the pixels around each point.
 
     Of locations (N, H, L, P, 2), weights (N, H, L, P) and the first table row (N,) of each query's image. Levels and
@@ -179,8 +179,9 @@ def _split(places: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the pixel before each place in [0, 1], -1 to size, and the way from its centre to the next, 0 to 1."""
     # Beyond the border everything is zero: points farther out are moved onto it.
     places = torch.minimum((places * size - 0.5).clamp(min=-1), size)
-    low = places.detach().floor().nan_to_num(nan=-1)  # a place that is not a number shows in the result
-    return low.to(torch.int32), places - low
+    low = places.detach().floor()
+    # A place that is not a number shows in the result; its index must be one of the table all the same.
+    return low.to(torch.int32).clamp_(min=-1), places - low
 
 
 @torch.library.custom_op("celldetr::weighted_rows", mutates_args=())
