@@ -123,7 +123,7 @@ def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_a_location_that_is_not_a_number_shows_in_the_result_of_its_query_only(heads):
     value, locations, weights = draw(heads=heads)
-    locations[0, 1, :, 0, 0] = float("nan")
+    locations[0, 1, :, 0, 0, 0] = float("nan")
     result = run("fast", (value, locations, weights))[0]
     assert result[0, 1].isnan().all()
     assert torch.equal(result.isnan().any(dim=-1).nonzero(), torch.tensor([[0, 1]]))
