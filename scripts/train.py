@@ -33,8 +33,8 @@ def main(snakemake):
 
 
 def _optional(files):
-    """Path of an input that may be left out (an empty list)."""
-    return Path(files) if isinstance(files, str) else None
+    """Path of an input that may be left out: Snakemake gives a list of one or of none."""
+    return Path(files[0]) if files else None
 
 
 if "snakemake" in globals():

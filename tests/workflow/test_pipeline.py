@@ -10,9 +10,13 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
+from celldetr.config import BackboneSettings
+from celldetr.model.backbone import Backbone
+from celldetr.model.checkpoints import load_model
 from celldetr.settings import merge
 from celldetr.store import open_store
 
@@ -192,6 +196,29 @@ def test_driver_and_training_killed_and_started_again(finished, tmp_path):
     ]
     epochs = [line["epoch"] for line in lines if "epoch" in line]
     assert sorted(set(epochs)) == list(range(min(epochs), min(epochs) + 12))
+
+
+def test_initial_weights_reach_the_model(finished, tmp_path):
+    """The backbone's weights by their rule, then a whole model; frozen batch norms tell where weights came from."""
+    workflow = Workflow(tmp_path)
+    shutil.copytree(finished.folder / "example-input", tmp_path / "example-input")
+    resnet = BackboneSettings(stages=(2, 3))
+    state = Backbone(resnet.model_copy(update={"stages": (1, 2, 3, 4)})).state_dict()
+    planted = {name: torch.rand_like(value) if "bn" in name else value for name, value in state.items()}
+    torch.save({**planted, "fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}, tmp_path / "my_resnet.pth")
+    workflow.config["imagenet"] = {"urls": ["my_resnet.pth"]}
+    workflow.config["training"]["epochs"] = 1
+    first, second = (f"results/models/{name}/split1/model.pt" for name in ("celldetr_s", "celldetr_p"))
+    for name, initial in (("celldetr_s", "imagenet"), ("celldetr_p", first)):
+        workflow.config["experiments"][name] |= {"initial": initial, "model": {"backbone": resnet.to_dict()}}
+    done = workflow(second)
+    assert done.returncode == 0, done.stdout[-4000:]
+    for target, source in ((first, "results/raw/weights/resnet50.pth"), (second, first)):
+        model = load_model(tmp_path / target)
+        assert torch.equal(model.backbone.bn1.weight, planted["bn1.weight"])
+        assert torch.equal(model.backbone.layer3[5].bn3.running_var, planted["layer3.5.bn3.running_var"])
+        record = json.loads((tmp_path / target).with_name("provenance.json").read_text(encoding="utf-8"))
+        assert source in record["inputs"]
 
 
 @pytest.mark.parametrize(
