@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from celldetr.classes import PANNUKE_CLASSES
 from celldetr.errors import ConfigError
 from celldetr.settings import Settings, merge, partial
-
-PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic", "epithelial")
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

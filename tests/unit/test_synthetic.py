@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from celldetr.config import PANNUKE_CLASSES
+from celldetr.classes import PANNUKE_CLASSES
 from celldetr.data.synthetic.defects import NO_DEFECTS, Defects, pieces
 from celldetr.data.synthetic.looks import LOOKS, MIXTURES, mixture_named
 from celldetr.data.synthetic.pannuke import TISSUES, write_fold

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from celldetr.config import PANNUKE_CLASSES
+from celldetr.classes import PANNUKE_CLASSES
 from celldetr.errors import InputError
 from celldetr.evaluation.metrics import COUNTS, METRICS, row_names
 from celldetr.evaluation.rendering import BANNER, DASH, caption, html, markdown

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from celldetr.config import PANNUKE_CLASSES
+from celldetr.classes import PANNUKE_CLASSES
 from celldetr.data.npy_zip import NpyMember, open_zip
 from celldetr.errors import InputError
 from celldetr.store import StoreWriter

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from celldetr.config import PANNUKE_CLASSES
+from celldetr.classes import PANNUKE_CLASSES
 from celldetr.data.pannuke import ODDITIES, FoldSummary
 from celldetr.files import atomic
 from celldetr.store import PatchStore

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from celldetr.config import PANNUKE_CLASSES, BackboneSettings, Mode, ModelSettings, RepresentationSettings
+from celldetr.classes import PANNUKE_CLASSES
+from celldetr.config import BackboneSettings, Mode, ModelSettings, RepresentationSettings
 from celldetr.errors import ConfigError, InputError
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_exactly, read_checkpoint

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from celldetr.config import PANNUKE_CLASSES
+from celldetr.classes import PANNUKE_CLASSES
 from celldetr.data.synthetic.defects import Defects, Spoiler, pieces
 from celldetr.data.synthetic.looks import MIXTURE
 from celldetr.data.synthetic.render import Renderer, Stain, draw_stain
