@@ -267,7 +267,7 @@ class _Tiles:
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
-        tile_bytes = self._width * self._height * page.samplesperpixel * page.dtype.itemsize
+        tile_bytes = self._width * self._height * page.samplesperpixel * np.dtype(page.dtype).itemsize
         self._recent = functools.lru_cache(maxsize=max(2, _CACHE_BYTES // tile_bytes))(self._tile)
 
     def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:

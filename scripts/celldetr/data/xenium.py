@@ -182,7 +182,7 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
 
 
 def _changes(values: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Indices at which a new value begins, the first one included."""
+    """Find the indices at which a new value begins, the first one included."""
     return np.flatnonzero(np.append(True, values[1:] != values[:-1])).astype(np.int64)
 
 
