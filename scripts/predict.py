@@ -2,6 +2,7 @@
 
 Input: ``model`` (weights of the experiment), ``store`` (patch store of the test fold).
 Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label.
+Params: class_map (class of the model -> class of the store) for zero-shot transfer, else None.
 """
 
 import logging
@@ -37,6 +38,7 @@ def main(snakemake):
         snakemake.output[0],
         nucleus_threshold=snakemake.params.nucleus_threshold,
         batch_size=snakemake.params.batch_size,
+        class_map=snakemake.params.class_map,
         device=device,
         metadata=metadata,
         progress=True,

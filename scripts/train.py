@@ -6,8 +6,8 @@ Outputs: model.pt, log.jsonl (a line per epoch), curves.png, provenance.json; ch
 
 from pathlib import Path
 
-from celldetr.config import Experiment
 from celldetr.data.splits import read_split
+from celldetr.experiment import Experiment
 from celldetr.rule import run_rule
 from celldetr.store import open_store
 from celldetr.training.loop import train

@@ -36,6 +36,7 @@ def predict_fold(
     *,
     nucleus_threshold: float,
     batch_size: int,
+    class_map: Mapping[str, str] | None = None,
     device: str = "cpu",
     precision: str = "fp32",
     metadata: Mapping[str, Any] | None = None,
@@ -55,6 +56,10 @@ def predict_fold(
         Smallest nucleus score that is kept.
     batch_size
         Patches at once.
+    class_map
+        Class of the model -> class of the store, for a model that was trained on other classes (zero-shot transfer,
+        paper, 4.4). The score of a class is the largest of those that map to it; a class that none maps to scores 0
+        and is listed under ``absent`` in the file.
     device
         Where the model is, e.g. ``cpu`` or ``cuda``.
     precision
@@ -72,11 +77,12 @@ def predict_fold(
     Raises
     ------
     InputError
-        The model was trained for other classes than those of the store.
+        The model was trained for other classes than those of the store, and the map does not bring them together.
     ConfigError
         Unknown precision.
     """
-    _check_classes(model, store)
+    sources = _class_sources(model, store, class_map)
+    absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
     autocast = _autocast(device, precision)
     with (
         PredictionsWriter(
@@ -84,7 +90,7 @@ def predict_fold(
             classes=store.classes,
             n_patches=store.n_patches,
             nucleus_threshold=nucleus_threshold,
-            metadata=metadata,
+            metadata={**(metadata or {}), **({"absent": absent} if absent else {})},
         ) as writer,
         autocast,
     ):
@@ -95,7 +101,7 @@ def predict_fold(
                     _numpy(found.query),
                     _clipped(found.boxes, store.patch_size),
                     _numpy(found.nucleus_score),
-                    _numpy(found.class_scores),
+                    _mapped(_numpy(found.class_scores), sources),
                 )
     if store.n_patches and not writer.n_detections:
         log.warning(
@@ -256,6 +262,26 @@ def _check_classes(model: CellDETR, store: PatchStore) -> None:
             f"the model has classes {tuple(model.settings.classes)}, the store {store.path} {tuple(store.classes)}; "
             "predict with a model that was trained on these classes"
         )
+
+
+def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, str] | None) -> list[list[int]]:
+    """For each class of the store, the classes of the model whose scores it gets."""
+    names = tuple(model.settings.classes)
+    if class_map is None or names == tuple(store.classes):
+        _check_classes(model, store)
+        return [[index] for index in range(len(names))]
+    unmapped = [name for name in names if class_map.get(name) not in store.classes]
+    if unmapped:
+        raise InputError(
+            f"the model has classes {unmapped} that map to none of {tuple(store.classes)}; predict with a model that "
+            f"was trained on some of {tuple(class_map)}"
+        )
+    return [[k for k, name in enumerate(names) if class_map[name] == target] for target in store.classes]
+
+
+def _mapped(scores: NDArray[np.float32], sources: list[list[int]]) -> NDArray[np.float32]:
+    """Turn scores (D, K) of the model's classes into scores of the store's classes."""
+    return np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
 
 
 def _autocast(device: str, precision: str) -> torch.autocast:

@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from celldetr.boxes import cxcywh_to_xyxy, pairwise_giou
-from celldetr.config import LossSettings
+from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.matching import match
 

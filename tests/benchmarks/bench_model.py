@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from celldetr.classes import PANNUKE_CLASSES
-from celldetr.config import LossSettings, ModelSettings, RepresentationSettings
+from celldetr.experiment import LossSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import DeformableAttention
 from celldetr.model.sampling import sampler

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from celldetr.boxes import cxcywh_to_xyxy, iou, xyxy_to_cxcywh
-from celldetr.config import AugmentationSettings
+from celldetr.experiment import AugmentationSettings
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import Targets
 

@@ -5,7 +5,7 @@ import torch
 from golden_weights import authors_shapes
 from torch import nn
 
-from celldetr.config import BackboneSettings
+from celldetr.experiment import BackboneSettings
 from celldetr.model.backbone import Backbone, FrozenBatchNorm
 from celldetr.model.position import reference_grid, sine_code
 

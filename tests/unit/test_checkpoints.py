@@ -11,8 +11,8 @@ import torch
 from golden_weights import FIXTURES, authors_shapes, celldetr_shapes, deformable_detr_shapes, weights
 from plain_deformable_detr import detect
 
-from celldetr.config import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.errors import ConfigError, InputError
+from celldetr.experiment import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import IMAGE_MEAN, IMAGE_STD, CellDETR
 from celldetr.model.checkpoints import initial_weights, load_model, save_model
 from celldetr.model.imports import IMAGENET_MEAN, IMAGENET_STD, import_checkpoint

@@ -8,8 +8,9 @@ import jsonschema
 import pytest
 import yaml
 
-from celldetr.config import Config, Experiment, json_schema
+from celldetr.config import Config, json_schema
 from celldetr.errors import ConfigError
+from celldetr.experiment import Experiment
 from celldetr.settings import merge
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from celldetr.config import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.attention import choose_nuclei, share_inside
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
+from celldetr.experiment import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.inference import measure_attention, predict_fold
 from celldetr.model.celldetr import CellDETR, ImagePredictions
 from celldetr.model.deformable_attention import SamplingPoints

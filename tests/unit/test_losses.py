@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from celldetr.config import LossSettings
+from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.losses import class_loss, detection_losses, focal, weighted
 from celldetr.training.matching import Matches, match

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from celldetr.config import BackboneSettings, ModelSettings, RepresentationSettings
+from celldetr.experiment import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
 
 MODES = ("baseline", "sequential", "parallel")

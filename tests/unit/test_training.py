@@ -16,10 +16,10 @@ import pytest
 import torch
 from tiny_training import CLASSES, make_experiment, make_split, make_store
 
-from celldetr.config import TrainingSettings
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
 from celldetr.evaluation.scoring import score_fold
+from celldetr.experiment import TrainingSettings
 from celldetr.inference import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model, read_checkpoint, save_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from celldetr.config import LossSettings
+from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.errors import NonFinite
 from celldetr.training.matching import assign, costs, match

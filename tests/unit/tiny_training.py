@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from celldetr.config import Experiment
+from celldetr.experiment import Experiment
 from celldetr.store import StoreWriter, open_store
 
 CLASSES = ("round", "long")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
-from celldetr.config import BackboneSettings
+from celldetr.experiment import BackboneSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.checkpoints import load_model
 from celldetr.settings import merge

@@ -6,6 +6,7 @@ Positions are um of the Xenium frame; a Xenium pixel is `pixel_size` um (0.2125)
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,6 +204,23 @@ def _ring_starts(first_of_cell: NDArray[np.int64], corners: NDArray[np.floating]
         if begin == first:
             starts.append(first)
     return np.array(starts, dtype=np.int64)
+
+
+def choose_members(names: Sequence[str]) -> list[str]:
+    """Choose the files of an output folder that are read here.
+
+    Raises
+    ------
+    InputError
+        One is missing.
+    """
+    there = set(names)
+    missing = [name for name in READ_MEMBERS if name not in there]
+    images = [name for name in DAPI_IMAGES if name in there]
+    if missing or not images:
+        missing += [] if images else [" or ".join(DAPI_IMAGES)]
+        raise InputError(f"got no {', '.join(missing)}, expected all files of a Xenium output folder")
+    return [*READ_MEMBERS, images[0]]
 
 
 def dapi_path(outs: str | os.PathLike[str]) -> Path:

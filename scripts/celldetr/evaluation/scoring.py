@@ -1,6 +1,7 @@
 """Scores of one experiment on one split: predictions and truth in, one long table out."""
 
 import os
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -116,7 +117,9 @@ def score_fold(
     -------
     DataFrame
         One row per metric and class: ``metric``, ``class``, each of `VALUES` with ``_lo`` and ``_hi``, the
-        counts of `celldetr.evaluation.metrics.COUNTS`, ``images``, and the settings it was scored with.
+        counts of `celldetr.evaluation.metrics.COUNTS`, ``absent`` (the model has no such class), ``images``, and the
+        settings it was scored with. True nuclei of an absent class count for Detection alone, as those without a label
+        do: the model cannot find them (paper, 4.4).
 
     Raises
     ------
@@ -134,8 +137,11 @@ def score_fold(
     if radius <= 0:
         raise ConfigError(f"evaluation.radius: got {radius}, expected a distance in px above 0")
     truth, predicted = truth_nuclei(store, centres), predicted_nuclei(rule.keep(predictions))
+    absent = [name in predictions.metadata.get("absent", []) for name in store.classes]
+    truth = replace(truth, labels=np.where(np.isin(truth.labels, np.flatnonzero(absent)), -1, truth.labels))
     pairs = pair_nuclei(truth, predicted, radius)
     settings = {
+        "absent": [False, *absent],
         "images": store.n_patches,
         "score_rule": rule.rule,
         "nucleus_threshold": rule.nucleus_threshold,

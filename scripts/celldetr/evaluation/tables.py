@@ -27,7 +27,7 @@ _SCORED_WITH = ("score_rule", "nucleus_threshold", "class_threshold", "radius", 
 _SCORE_COLUMNS = (
     *("experiment", "split", "test_store", "metric", "class"),
     *(f"{value}{end}" for value in VALUES for end in ("", "_lo", "_hi")),
-    *(*COUNTS, "images", *_SCORED_WITH, "resamples"),
+    *(*COUNTS, "absent", "images", *_SCORED_WITH, "resamples"),
 )
 
 
@@ -288,7 +288,9 @@ def _measured_row(system: System, scores: pd.DataFrame, classes: Sequence[str]) 
             mean = of_class[value].mean()
             values[f"{name}_{letter}"] = MISSING if np.isnan(mean) else f"{mean:.{DECIMALS}f}"
         known = int(of_class[VALUES[-1]].notna().sum())
-        if known < n_splits:
+        if of_class["absent"].any():
+            notes.append(f"{name}: the model has no such class")
+        elif known < n_splits:
             notes.append(f"{name}: truth in {known} of {n_splits} splits")
     return {
         "source": MEASURED,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn, ones, zeros
 
-from celldetr.config import BackboneSettings
+from celldetr.experiment import BackboneSettings
 
 Norm = Callable[[int], nn.Module]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from celldetr.boxes import cxcywh_to_xyxy
-from celldetr.config import ModelSettings
+from celldetr.experiment import ModelSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.deformable_attention import SamplingPoints
 from celldetr.model.position import Shape, sine_code

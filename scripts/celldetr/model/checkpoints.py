@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from celldetr.config import ModelSettings
 from celldetr.errors import ConfigError, InputError
+from celldetr.experiment import ModelSettings
 from celldetr.files import atomic
 from celldetr.model.celldetr import CellDETR
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from celldetr.classes import PANNUKE_CLASSES
-from celldetr.config import BackboneSettings, Mode, ModelSettings, RepresentationSettings
 from celldetr.errors import ConfigError, InputError
+from celldetr.experiment import BackboneSettings, Mode, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_exactly, read_checkpoint
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from celldetr.config import ModelSettings
+from celldetr.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
 from celldetr.model.position import Shape, reference_grid
 

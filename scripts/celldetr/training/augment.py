@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from celldetr.boxes import xyxy_to_cxcywh
-from celldetr.config import AugmentationSettings
+from celldetr.experiment import AugmentationSettings
 from celldetr.training.data import AUGMENTATION, Targets, random_stream
 
 ELASTIC_NODES = 7

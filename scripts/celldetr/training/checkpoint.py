@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from celldetr.config import Experiment
 from celldetr.errors import InputError
+from celldetr.experiment import Experiment
 from celldetr.files import atomic
 from celldetr.model.checkpoints import read_checkpoint
 

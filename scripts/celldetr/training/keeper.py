@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from celldetr.config import Experiment
+from celldetr.experiment import Experiment
 from celldetr.files import atomic
 from celldetr.model.checkpoints import save_model
 from celldetr.training.checkpoint import write_state

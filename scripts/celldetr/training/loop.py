@@ -17,8 +17,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from celldetr.config import Experiment
 from celldetr.errors import ConfigError, InputError
+from celldetr.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import initial_weights, load_exactly, read_checkpoint, save_model
 from celldetr.model.deformable_attention import DeformableAttention
@@ -33,7 +33,7 @@ from celldetr.training.processes import launch
 from celldetr.training.run import Run
 from celldetr.training.stages import SupervisedStage
 
-STAGES = {"supervised": SupervisedStage}
+STAGES = {"supervised": SupervisedStage, "st": SupervisedStage}  # st: the same, on cell types of Xenium
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from celldetr.boxes import cxcywh_to_xyxy, giou
-from celldetr.config import LossSettings
+from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
 

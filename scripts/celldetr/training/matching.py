@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from celldetr.boxes import cxcywh_to_xyxy, pairwise_giou
-from celldetr.config import LossSettings
+from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.errors import NonFinite
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from celldetr.config import Experiment
 from celldetr.data.splits import read_split
+from celldetr.experiment import Experiment
 from celldetr.store import PatchStore, open_store
 
 

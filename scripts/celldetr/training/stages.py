@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from celldetr import boxes as box_ops
-from celldetr.config import Experiment, TrainingSettings
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, count_images, scores
+from celldetr.experiment import Experiment, TrainingSettings
 from celldetr.model.celldetr import CellDETR, Detections, Features
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import (
@@ -52,7 +52,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 class SupervisedStage(pl.LightningModule):
-    """Supervised training of any mode (paper, 3.1, 3.2 and A.1).
+    """Supervised training of any mode, on PanNuke or on cell types of Xenium (paper, 3.1, 3.2, 4.4 and A.1).
 
     Everything random in a step is a function of the seed, the step and, for dropout, the process.
 

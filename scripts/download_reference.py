@@ -1,0 +1,18 @@
+"""Get an scRNA-seq reference: a file, or a dataset of CELLxGENE whose link is looked up now.
+
+Params: row of the references sheet. Output: the .h5ad.
+"""
+
+from celldetr.cellxgene import dataset_url
+from celldetr.download import fetch
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    row = snakemake.params.row
+    urls = row["file"] or [dataset_url(row["cellxgene_collection"], row["cellxgene_dataset"])]
+    fetch(urls, snakemake.output[0], size=row["bytes"], sha256=row["sha256"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

@@ -1,0 +1,24 @@
+"""Get what is needed of a Xenium sample's output archive: over HTTP only these members travel.
+
+Params: source with urls, bytes and sha256 of the archive. Output: the folder (counts, outlines, DAPI image).
+"""
+
+from celldetr.data.xenium import choose_members
+from celldetr.members import fetch_members
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    source = snakemake.params.source
+    fetch_members(
+        source["urls"],
+        snakemake.output[0],
+        choose_members,
+        marker="experiment.xenium",
+        size=source["bytes"],
+        sha256=source["sha256"],
+    )
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

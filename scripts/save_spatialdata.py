@@ -1,0 +1,23 @@
+"""Write a registered sample as one SpatialData Zarr.
+
+Input: ``outs`` (Xenium output folder), ``he``, ``registration``, ``cells`` (cell types). Output: the Zarr; images,
+labels, outlines and the table with types and fractions are aligned in the coordinate system "global" (Xenium pixels).
+"""
+
+from celldetr.classes import ST_TYPES
+from celldetr.data.celltypes.labels import read_cells
+from celldetr.data.registration import read_registration
+from celldetr.data.spatial import write_spatialdata
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    given = snakemake.input
+    cells = read_cells(given.cells).set_index("cell_id")
+    names = dict(enumerate(ST_TYPES))
+    cells.insert(0, "type", cells["label"].map(names).fillna("unlabelled"))
+    write_spatialdata(snakemake.output[0], given.outs, given.he, read_registration(given.registration).matrix, cells)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
