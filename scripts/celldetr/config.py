@@ -72,6 +72,7 @@ class XeniumConfig(Settings):
 
     samples: str = Field("config/xenium.tsv", description="sheet of the samples, from the root of the workflow")
     references: str = Field("config/references.tsv", description="sheet of the scRNA-seq references, likewise")
+    cells_per_type: Count = Field(2000, description="cells of each type that are taken from a reference")
     registration: RegistrationSettings = RegistrationSettings()
     cell_types: CellTypeSettings = CellTypeSettings()
     patches: PatchSettings = PatchSettings()

@@ -7,7 +7,7 @@ import csv
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -122,6 +122,42 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
             raise ConfigError(f"{file}: row {number}: {key}: got {name!r} twice, expected a name of its own")
         rows[name] = row
     return rows
+
+
+class SheetPaths(Protocol):
+    """Where the sheets are (`celldetr.config.XeniumConfig`)."""
+
+    @property
+    def samples(self) -> str:
+        """Sheet of the samples."""
+
+    @property
+    def references(self) -> str:
+        """Sheet of the references."""
+
+
+def used_samples(paths: SheetPaths | None, root: Path) -> tuple[dict[str, XeniumRow], dict[str, ReferenceRow]]:
+    """Read both sheets; return the samples in use and the references that they need, both empty without sheets.
+
+    Raises
+    ------
+    ConfigError
+        A sheet is not right (`read_sheet`), no sample is in use, or a reference of one has no row.
+    """
+    if paths is None:
+        return {}, {}
+    samples = read_sheet(root / paths.samples, XeniumRow, "sample")
+    used = {name: row for name, row in samples.items() if row.use}
+    if not used:
+        raise ConfigError(f"{root / paths.samples}: column use: got 'yes' in no row, expected at least one")
+    references = read_sheet(root / paths.references, ReferenceRow, "reference")
+    for name, row in used.items():
+        if row.reference not in references:
+            raise ConfigError(
+                f"{root / paths.samples}: {name}: reference: got {row.reference!r}, expected one of "
+                f"{sorted(references)}, or a further row in {root / paths.references}"
+            )
+    return used, {name: references[name] for name in dict.fromkeys(row.reference for row in used.values())}
 
 
 def _check_columns(file: Path, columns: list[str], kind: type[Settings]) -> None:

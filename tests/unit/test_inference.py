@@ -125,6 +125,47 @@ def test_planted_truth_scores_one(store, tmp_path):
     assert (frame.loc[frame["metric"] == "strict", "f1"].dropna() == 1).all()
 
 
+TYPES = ("T", "Malignant", "B")
+MAP = {"T": "inflammatory", "B": "inflammatory", "Malignant": "neoplastic"}
+
+
+def test_scores_of_other_classes_are_mapped_and_classes_without_a_source_are_not_punished(store, tmp_path):
+    class Zero(Planted):
+        """Sees lymphocytes as T or B, gives connective nuclei to Malignant."""
+
+        def _found(self, index, nucleus_threshold):
+            found = super()._found(index, nucleus_threshold)
+            labels = torch.from_numpy(labels_of(index)).long()
+            scores = torch.full((len(labels), 3), 0.05)
+            scores[labels == 0, 1] = 0.7
+            scores[labels == 1, torch.arange(int((labels == 1).sum())) % 2 * 2] = 0.8
+            scores[labels == 2, 1] = 0.6
+            return found._replace(class_scores=scores)
+
+    predict_fold(Zero(TYPES), store, tmp_path / "a.parquet", nucleus_threshold=0.4, batch_size=4, class_map=MAP)
+    found = read_predictions(tmp_path / "a.parquet")
+    assert found.classes == CLASSES
+    assert found.metadata["absent"] == ["connective"]
+    assert np.array_equal(found.labels, np.where(store.labels == 2, 0, store.labels))
+    assert found.class_scores[:, 2].max() == 0
+    assert np.allclose(found.class_scores[store.labels == 1, 1], 0.8)
+    frame = score_fold(found, store, radius=30, resamples=5)
+    strict = frame[frame["metric"] == "strict"].set_index("class")
+    assert strict.loc["Detection", "f1"] == 1
+    assert strict.loc["Connective", "absent"]
+    assert np.isnan(strict.loc["Connective", "f1"])
+    assert strict.loc["Neoplastic", "f1"] == 1
+    assert strict.loc["Neoplastic", "n_ignored"] == (store.labels == 2).sum()
+
+
+def test_a_map_must_fit_the_model_and_own_classes_need_none(store, tmp_path):
+    options = {"nucleus_threshold": 0.4, "batch_size": 4, "class_map": MAP}
+    with pytest.raises(InputError, match=r"classes \['NK'\] that map to none of"):
+        predict_fold(Planted(("T", "NK", "B")), store, tmp_path / "a.parquet", **options)
+    predict_fold(Planted(), store, tmp_path / "a.parquet", **options)
+    assert "absent" not in read_predictions(tmp_path / "a.parquet").metadata
+
+
 def test_a_model_that_finds_nothing_is_said_and_legal(store, tmp_path, caplog):
     class Blind(Planted):
         def _found(self, index, nucleus_threshold):

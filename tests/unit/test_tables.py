@@ -42,6 +42,7 @@ def score_file(folder, experiment, split, values, **settings):
         columns |= dict.fromkeys(COUNTS, 7)
         frames.append(pd.DataFrame(columns))
     common = {
+        "absent": False,
         "images": 12,
         "score_rule": "both_thresholds",
         "nucleus_threshold": 0.4,
@@ -298,3 +299,17 @@ def test_names_are_escaped(tmp_path):
     systems = [System("deformable_detr", "<b>x</b> & y"), SYSTEMS[1]]
     page = Page(html(make_table(make_scores(tmp_path), systems=systems)))
     assert "<b>x</b> & y" in [row[0] for row in page.rows]
+
+
+def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
+    paths = make_scores(tmp_path)
+    for path in paths[:2]:
+        frame = pd.read_csv(path, sep="\t")
+        frame.loc[frame["class"] == "Necrotic", "absent"] = True
+        frame.loc[frame["class"] == "Necrotic", list(VALUES)] = np.nan
+        frame.to_csv(path, sep="\t", index=False, na_rep="NA")
+    table = make_table(paths)
+    row = table.rows[table.rows["experiment"] == "deformable_detr"].iloc[0]
+    assert row["Necrotic_F"] == "NA"
+    assert row["note"] == "Necrotic: the model has no such class"
+    assert DASH in markdown(table)

@@ -5,7 +5,7 @@ PUBLISHED = {name: str(ROOT / table.published) for name, table in CONFIG.tables.
 
 rule predict:
     input:
-        model="results/models/{experiment}/split{split}/model.pt",
+        model=lambda wildcards: model_file(wildcards.experiment, wildcards.split),
         store=test_store,
     output:
         "results/predictions/{experiment}/split{split}.parquet",
@@ -23,9 +23,10 @@ rule predict:
     params:
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         batch_size=CONFIG.inference.batch_size,
+        class_map=lambda wildcards: class_map(wildcards.experiment),
         code=code("predict"),
     message:
-        "Predicting the test fold of split {wildcards.split} with {wildcards.experiment}"
+        "Predicting the test patches of split {wildcards.split} with {wildcards.experiment}"
     script:
         "../../scripts/predict.py"
 
@@ -106,7 +107,7 @@ rule table:
 
 rule attention:
     input:
-        model="results/models/{experiment}/split{split}/model.pt",
+        model=lambda wildcards: model_file(wildcards.experiment, wildcards.split),
         store=test_store,
     output:
         points="results/attention/{experiment}/split{split}.npz",

@@ -4,7 +4,7 @@ if CONFIG.example is not None:
 
     rule make_example:
         output:
-            [local_files(CONFIG.pannuke.fold(fold))[0] for fold in FOLDS],
+            [local_files(CONFIG.pannuke.fold(fold).urls)[0] for fold in FOLDS],
         log:
             "results/logs/make_example.log",
         benchmark:
@@ -29,7 +29,7 @@ if CONFIG.example is not None:
 
 rule download_pannuke:
     input:
-        lambda wildcards: local_files(CONFIG.pannuke.fold(int(wildcards.fold))),
+        lambda wildcards: local_files(CONFIG.pannuke.fold(int(wildcards.fold)).urls),
     output:
         "results/raw/pannuke/fold_{fold}.zip",
     log:

@@ -3,7 +3,7 @@
 
 rule download_imagenet:
     input:
-        local_files(CONFIG.imagenet),
+        local_files(CONFIG.imagenet.urls),
     output:
         "results/raw/weights/resnet50.pth",
     log:
@@ -25,10 +25,8 @@ rule download_imagenet:
 
 rule train:
     input:
-        stores=lambda wildcards: [
-            fold_store(fold) for fold in folds_of(wildcards.split, "train", "val")
-        ],
-        split="results/pannuke/split{split}.tsv",
+        stores=train_stores,
+        split=split_file,
         backbone=lambda wildcards: initial_weights(wildcards, "backbone"),
         initial=lambda wildcards: initial_weights(wildcards, "model"),
     output:

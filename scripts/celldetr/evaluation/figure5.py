@@ -18,6 +18,7 @@ from celldetr.evaluation.scoring import TruthStore, predicted_nuclei, truth_nucl
 
 MISSED = "missed"
 UNLABELLED = "unlabelled"
+_BARS_ACROSS = 4  # samples beside each other in figure 5a
 
 
 def composition(counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
@@ -78,10 +79,14 @@ def figure5a(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
         Sample -> what it is called in the figure.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 + 2.3 * len(table), 3.4), layout="constrained")
+        across = min(len(table), _BARS_ACROSS)
+        down = -(-len(table) // across)
+        figure = Figure(figsize=(2.6 + 2.3 * across, 3.4 * down), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, len(table), squeeze=False, sharey=True)[0]
-        for axis, (sample, row) in zip(axes, table.iterrows(), strict=True):
+        axes = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+        for axis in axes[len(table) :]:
+            axis.remove()
+        for axis, (sample, row) in zip(axes[: len(table)], table.iterrows(), strict=True):
             colours = [UNLABELLED_COLOUR if name == UNLABELLED else colour_of(k) for k, name in enumerate(table)]
             places = np.arange(len(row))[::-1]
             bars = axis.barh(places, row, color=colours, edgecolor="#444444", linewidth=0.5)
