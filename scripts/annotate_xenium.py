@@ -1,0 +1,50 @@
+"""Give the cells of a Xenium sample their types.
+
+Input: ``outs`` (output folder of the run), ``reference`` (.h5ad of the prepare_reference rule). Output: ``cells``
+(Parquet: label, reason and fractions of each cell), ``qc_png``, ``qc_json`` (figures of quality), ``provenance``.
+Params: settings (cell types), seed.
+"""
+
+import json
+from pathlib import Path
+
+from celldetr.data.celltypes.annotate import annotate, versions
+from celldetr.data.celltypes.labels import write_cells
+from celldetr.data.celltypes.qc import quality
+from celldetr.data.celltypes.qc_figure import draw
+from celldetr.data.celltypes.reference import read_reference
+from celldetr.data.celltypes.settings import CellTypeSettings
+from celldetr.data.xenium import SPECS, read_counts
+from celldetr.files import atomic
+from celldetr.provenance import write_provenance
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    params, output = snakemake.params, snakemake.output
+    settings = CellTypeSettings.from_dict(params.settings, "xenium.cell_types")
+    outs, reference = Path(snakemake.input.outs), read_reference(snakemake.input.reference)
+    counts = read_counts(outs)
+    annotation = annotate(counts, reference, settings, params.seed)
+    figures = quality(counts, reference, annotation, settings, params.seed)
+    draw(output.qc_png, figures, f"Cell types of {snakemake.wildcards.sample}")
+    with atomic(output.qc_json) as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    metadata = {
+        "settings": settings.to_dict(),
+        "seed": params.seed,
+        "shared_genes": list(annotation.genes.names),
+        "versions": versions(),
+    }
+    write_cells(output.cells, annotation.table, metadata)
+    write_provenance(
+        output.provenance,
+        settings=settings.to_dict(),
+        inputs=[outs / SPECS, outs / "cell_feature_matrix.h5", snakemake.input.reference],
+        seed=params.seed,
+        annotators=versions(),
+    )
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

@@ -1,0 +1,29 @@
+"""Draw a balanced reference of the ten cell types from an annotated single-cell data set.
+
+Input: ``h5ad`` (raw counts, labels), ``mapping`` (TSV: label, type). Output: ``reference`` (.h5ad: raw counts, obs
+type, label, held_out), ``summary`` (JSON: what was found). Params: label_column, cells_per_type (cells), seed.
+"""
+
+import json
+
+from celldetr.data.celltypes.reference import prepare_reference, read_mapping, write_reference
+from celldetr.files import atomic
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    params, output = snakemake.params, snakemake.output
+    reference, summary = prepare_reference(
+        snakemake.input.h5ad,
+        read_mapping(snakemake.input.mapping),
+        label_column=params.label_column,
+        cells_per_type=params.cells_per_type,
+        seed=params.seed,
+    )
+    write_reference(output.reference, reference)
+    with atomic(output.summary) as temporary:
+        temporary.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
