@@ -11,10 +11,18 @@ from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 PYTHON = "3.11"
-# What the scripts of the rules import, and what the file is for.
+# What the file is for, and what the scripts of its rules import.
 SHARED = ["matplotlib", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "scipy", "zarr"]
 ENVIRONMENTS = {
     "data": ("Downloads, archives, patch stores, splits.", [*SHARED, "jinja2", "requests", "tqdm"]),
+    "spatial": (
+        "Xenium samples: registration, cell types, patches.",
+        [
+            *SHARED,
+            *("anndata", "dask", "geopandas", "h5py", "imagecodecs", "jinja2", "openslide-bin", "openslide-python"),
+            *("requests", "scanpy", "shapely", "spatialdata", "spatialdata-io", "tacco", "tifffile", "tqdm"),
+        ],
+    ),
     "report": ("Scores, tables, figures.", [*SHARED, "jinja2"]),
     "training": (
         "Training and predicting; on Linux, pip's own torch is the CUDA build.",
