@@ -121,9 +121,13 @@ def test_values_that_are_no_counts_are_refused(tmp_path, change, words):
 @pytest.mark.parametrize("depth", [60, 400, 20_000])
 def test_honest_counts_pass(depth):
     assert why_not_raw(sparse.csr_matrix(raw_counts(200, depth=depth))) is None
-    poisson = np.random.default_rng(0).poisson(depth / GENES, (200, GENES))  # cells of equal depth
-    if depth < 1000:  # beyond, no gene is seen once in a panel of 80
-        assert why_not_raw(sparse.csr_matrix(poisson.astype(np.float32))) is None
+
+
+@pytest.mark.parametrize("target", [100, 1000, 10_000, 100_000])
+@pytest.mark.parametrize("depth", [1000, 20_000])
+def test_rounding_after_scaling_up_or_down_is_noticed(depth, target):
+    scaled = np.rint(normalised(raw_counts(200, depth=depth), target))
+    assert "normalised to one total" in (why_not_raw(sparse.csr_matrix(scaled)) or "passed")
 
 
 @pytest.mark.parametrize("layout", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])

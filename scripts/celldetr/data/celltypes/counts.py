@@ -22,6 +22,7 @@ LOCATIONS = {
 }
 """Where raw counts are looked for, in this order, and the table of the genes that belongs to it."""
 _PROBE = 1000  # rows that tell whether a matrix holds raw counts
+_LEAST_SPREAD = 0.1  # standard deviation of the totals over their mean; measured cells have several times that
 _FEW = 20  # totals of fewer cells say nothing about normalisation
 _BLOCK = 1 << 23  # values held at a time
 _GAP = 1 << 15  # values between two wanted rows that are read and dropped rather than skipped
@@ -70,9 +71,9 @@ def find_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> RawCou
 def why_not_raw(matrix: sparse.csr_matrix) -> str | None:
     """Say what shows that a matrix (cells, genes) holds no raw counts; None if nothing does.
 
-    Counted molecules are whole, most of a cell's genes that are seen at all are seen once or a few times, and totals of
-    cells vary at least as much as those of a Poisson process. Scaling and rounding leaves whole numbers, but totals
-    that are too equal, or cells without a gene that is seen once.
+    Counted molecules are whole, most of a cell's genes that are seen at all are seen once or a few times, and totals
+    differ from cell to cell. Scaling and rounding leaves whole numbers, but totals that are nearly equal, or cells
+    without a gene that is seen once.
     """
     values = matrix.data
     if not values.size:
@@ -87,10 +88,10 @@ def why_not_raw(matrix: sparse.csr_matrix) -> str | None:
     used = totals[seen]
     if len(used) < _FEW:
         return None
-    if used.var() < 0.5 * used.mean():
+    if used.std() < _LEAST_SPREAD * used.mean():
         return (
             f"has whole numbers, but the totals of its cells are all near {np.median(used):.0f} "
-            f"(standard deviation {used.std():.1f}): normalised to one total and rounded"
+            f"(standard deviation {used.std():.3g}): normalised to one total and rounded"
         )
     smallest = np.minimum.reduceat(values, matrix.indptr[:-1][seen])
     if (smallest > 1).mean() > 0.5:
