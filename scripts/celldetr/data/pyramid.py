@@ -11,7 +11,7 @@ import functools
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from celldetr.errors import InputError
 
 _UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
 _PLAUSIBLE_MPP = (0.02, 20.0)  # um; a resolution tag outside of this is of a printer, not of a microscope
-_CACHE_BYTES = 24 << 20  # decoded tiles that are kept for each plane of a level
+_CACHE_BYTES = 48 << 20  # decoded tiles that are kept for a level
 
 
 @dataclass(frozen=True)
@@ -156,17 +156,14 @@ class _Slide(Pyramid):
             self._slide = openslide.OpenSlide(str(path))
         except openslide.OpenSlideError as error:
             raise InputError(f"{path}: OpenSlide cannot open it ({error}); is the file complete?") from error
-        sizes = self._slide.level_dimensions
-        self.levels = tuple(
-            Level(width, height, float(down))
-            for (width, height), down in zip(sizes, self._slide.level_downsamples, strict=True)
-        )
+        self._downsamples = [float(down) for down in self._slide.level_downsamples]
+        self.levels = _levels(self._slide.level_dimensions)
         self.mpp = mpp or _plausible(self._slide.properties.get(openslide.PROPERTY_NAME_MPP_X))
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         x0, y0, x1, y1 = box
-        down = self.levels[level].downsample
+        down = self._downsamples[level]  # OpenSlide divides by this, rounded sizes and all
         try:
             region = self._slide.read_region((round(x0 * down), round(y0 * down)), level, (x1 - x0, y1 - y0))
         except openslide.OpenSlideError as error:
@@ -197,8 +194,7 @@ class _Tiff(Pyramid):
         if self.channels == 3 and self.dtype != np.uint8:
             raise InputError(f"{path}: got colour of type {self.dtype}, expected uint8 (8 bit a channel)")
         self.background = 255 if self.channels == 3 else 0
-        width = first.imagewidth
-        self.levels = tuple(Level(p[0].imagewidth, p[0].imagelength, width / p[0].imagewidth) for p in pages)
+        self.levels = _levels([(level[0].imagewidth, level[0].imagelength) for level in pages])
         self.mpp = mpp or self._mpp(first)
 
     def _mpp(self, page: tifffile.TiffPage) -> float | None:
@@ -224,6 +220,21 @@ class _Tiff(Pyramid):
         self._file.close()
 
 
+def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
+    """Levels of the sizes (width, height), the finest first.
+
+    A level of half the size is rounded up or down to whole pixels; its pixels are still two wide. Dividing the sizes
+    would misplace the far end of a slide by as much as two pixels.
+    """
+    width, height = sizes[0]
+    levels = []
+    for across, down in sizes:
+        whole = round(width / across)
+        exact = abs(whole * across - width) < whole and abs(whole * down - height) < whole
+        levels.append(Level(across, down, float(whole) if exact else width / across))
+    return tuple(levels)
+
+
 def _tile_planes(pages: Sequence[tifffile.TiffPage], plane: int | None, path: Path) -> list["_Tiles"]:
     """Readers of the planes that make an image of three channels or of one."""
     first = pages[0]
@@ -239,6 +250,8 @@ def _tile_planes(pages: Sequence[tifffile.TiffPage], plane: int | None, path: Pa
         readers = readers[:3]  # alpha
     if sum(reader.samples for reader in readers) not in (1, 3):
         raise InputError(f"{path}: got {len(readers)} planes, expected a colour image or one plane")
+    for reader in readers:
+        reader.remember(_CACHE_BYTES // len(readers))
     return readers
 
 
@@ -267,8 +280,13 @@ class _Tiles:
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
-        tile_bytes = self._width * self._height * page.samplesperpixel * np.dtype(page.dtype).itemsize
-        self._recent = functools.lru_cache(maxsize=max(2, _CACHE_BYTES // tile_bytes))(self._tile)
+        samples = page.samplesperpixel if page.planarconfig == 1 else 1
+        self._tile_bytes = self._width * self._height * samples * np.dtype(page.dtype).itemsize
+        self._recent: Callable[[int, int], NDArray[Any] | None] = self._tile
+
+    def remember(self, size: int) -> None:
+        """Keep the tiles decoded last, of `size` bytes together, at least two."""
+        self._recent = functools.lru_cache(maxsize=max(2, size // self._tile_bytes))(self._tile)
 
     def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
