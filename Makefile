@@ -23,7 +23,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' envs/lock.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PIP := -m pip --disable-pip-version-check install --quiet
 SNAKE_FILES := workflow/Snakefile workflow/rules
-SCHEMA := workflow/schemas/config.schema.json
+SCHEMAS := workflow/schemas
 # The tools run as programs of the environment, whatever is active in the shell.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -58,8 +58,8 @@ lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)
 	codespell
 	snakemake --lint
 
-format: $(STAMP) ## bring Python and Snakemake files into form, write the schema of the configuration
-	python -m celldetr.config $(SCHEMA)
+format: $(STAMP) ## bring Python and Snakemake files into form, write the schemas of configuration and sheets
+	python -m celldetr.config $(SCHEMAS)
 	ruff check --fix .
 	ruff format .
 	snakefmt $(SNAKE_FILES)

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.data.celltypes.settings import CellTypeSettings
+from celldetr.data.patches import PatchSettings
+from celldetr.data.registration.settings import RegistrationSettings
 from celldetr.errors import ConfigError
 from celldetr.experiment import (
     BackboneSettings,
@@ -26,8 +29,8 @@ from celldetr.experiment import (
     TrainingSettings,
 )
 from celldetr.settings import Settings, merge, partial
-from celldetr.sheets import ReferenceRow, XeniumRow
-from celldetr.spatial_settings import CellTypeSettings, PatchSettings, RegistrationSettings, XeniumSplitConfig
+from celldetr.sheets import Name, ReferenceRow, XeniumRow
+from celldetr.spatial_settings import XeniumSplitConfig
 
 
 class Source(Settings):
@@ -150,10 +153,23 @@ class OverlayConfig(Settings):
     patches: Count = Field(12, description="test patches drawn per experiment and split")
 
 
+class ExampleSample(Settings):
+    """A synthetic Xenium sample, and how wrong its alignment file is."""
+
+    version: str = Field(description="of Xenium Onboard Analysis, e.g. 3.0.0")
+    size_um: tuple[Positive, Positive] = Field(description="width and height of the tissue")
+    rotation: float = Field(description="of the Xenium frame against the H&E image, degrees")
+    alignment: Literal["matrix", "keypoints"] = Field("matrix", description="kind of the alignment file")
+    wrong_shift: Annotated[float, Field(ge=0)] = Field(0.0, description="error of the file, um along x and y")
+    wrong_rotation: float = Field(0.0, description="error of the file, degrees")
+
+
 class ExampleConfig(Settings):
     """Synthetic raw data in the original formats."""
 
     images: tuple[Count, Count, Count] = Field(description="images of the three folds")
+    xenium: dict[Name, ExampleSample] = Field(default_factory=dict, description="Xenium samples by name")
+    reference_cells: Count = Field(3000, description="cells of the scRNA-seq reference")
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -8,18 +8,6 @@ from celldetr.experiment import Positive, Share
 from celldetr.settings import Settings
 
 
-class RegistrationSettings(Settings):
-    """How an H&E image and its Xenium sample are brought together."""
-
-
-class CellTypeSettings(Settings):
-    """How cells get their types."""
-
-
-class PatchSettings(Settings):
-    """Which patches are taken."""
-
-
 class XeniumSplitConfig(Settings):
     """Which patches train, validate and test."""
 

@@ -8,7 +8,8 @@ import jsonschema
 import pytest
 import yaml
 
-from celldetr.config import Config, json_schema
+from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config import Config, schemas
 from celldetr.errors import ConfigError
 from celldetr.experiment import Experiment
 from celldetr.settings import merge
@@ -31,12 +32,7 @@ def with_value(path, value):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
 def test_shipped_files_are_valid_for_the_classes_and_for_the_schema(path):
     Config.from_dict(read(path))
-    jsonschema.validate(read(path), json.loads(json_schema()))
-
-
-def test_schema_file_is_the_one_of_the_classes():
-    path = ROOT / "workflow" / "schemas" / "config.schema.json"
-    assert path.read_text(encoding="utf-8") == json_schema(), "run `make format`"
+    jsonschema.validate(read(path), json.loads(schemas()["config.schema.json"]))
 
 
 def test_shipped_configuration_is_complete_and_states_the_defaults():
@@ -45,10 +41,11 @@ def test_shipped_configuration_is_complete_and_states_the_defaults():
         {
             "pannuke": {f"fold{fold}": shipped["pannuke"][f"fold{fold}"] for fold in (1, 2, 3)},
             "imagenet": shipped["imagenet"],
+            "xenium": {},
             "experiments": shipped["experiments"],
         }
     ).to_dict()
-    for block in ("seed", "patch", "pannuke", "model", "training", "inference", "evaluation", "overlays", "example"):
+    for block in ("seed", "patch", "pannuke", "xenium", "model", "training", "inference", "evaluation", "overlays", "example"):
         whole = json.loads(json.dumps(shipped[block]))
         if block == "pannuke":
             for source in ("fold1", "fold2", "fold3"):
@@ -71,6 +68,25 @@ def test_recipe_of_the_paper():
             600,
             900,
         )
+
+
+def test_recipe_of_the_spatial_stage():
+    config = Config.from_dict(read())
+    pretrain, finetune = config.experiment("st_pretrain"), config.experiment("st_finetune")
+    assert pretrain.stage == "st"
+    assert pretrain.model.classes == ST_TYPES
+    assert finetune.model.classes == PANNUKE_CLASSES
+    for experiment, epochs, lr in ((pretrain, 20, 1e-4), (finetune, 80, 3e-5)):
+        assert (experiment.model.mode, experiment.model.queries) == ("parallel", 400)
+        assert (experiment.training.epochs, experiment.training.lr) == (epochs, lr)
+        assert experiment.training.backbone_lr == pytest.approx(lr / 10)
+    noise = pretrain.training.noise
+    assert (noise.share, noise.low, noise.high) == (0.6, 0.1, 0.3)
+    assert finetune.training.noise.share == 0
+    assert (pretrain.training.augmentation.flip, pretrain.training.augmentation.hed) == (0, 1)
+    assert config.splits("st_pretrain") == (1,)
+    assert config.splits("st_finetune") == (1, 2, 3)
+    assert config.classes("st_zero_shot") == PANNUKE_CLASSES
 
 
 def test_overrides_reach_their_experiment_alone():
@@ -111,6 +127,16 @@ def test_settings_survive_json():
         ("tables.table1.experiments", ["celldetr_x"], "expected names of experiments"),
         ("figure3.split", 4, "figure3.split: got 4, expected less than or equal to 3"),
         ("pannuke.splits", [1, 5], "pannuke.splits.1: got 5"),
+        ("experiments.st_finetune.initial", "st_pretran", "experiments.st_finetune.initial: got 'st_pretran'"),
+        ("experiments.st_finetune.initial", "st_zero_shot", "initial: got 'st_zero_shot', which trains no model"),
+        ("experiments.st_pretrain.initial", "st_finetune", "expected no circle"),
+        ("experiments.st_finetune.model.queries", 300, "st_finetune.model: got other queries than experiment st_pretrain"),
+        ("experiments.st_zero_shot.mode", "parallel", "stage: got zero_shot with ['mode'], expected none"),
+        ("experiments.st_zero_shot.initial", "imagenet", "initial: got 'imagenet', expected an experiment or a model"),
+        ("experiments.celldetr_s.mode", None, "experiments.celldetr_s: mode: missing"),
+        ("tables.table3.experiments", ["st_pretrain"], "expected experiments that are tested on PanNuke"),
+        ("xenium", None, "experiments.st_pretrain.stage: got 'st', but the block xenium is missing"),
+        ("xenium.split.train", 0.5, "xenium.split: train, val, test: got 0.5, 0.1, 0.1"),
         ("pannuke.fold1.sha256", "abc", "pannuke.fold1.sha256: got 'abc'"),
         ("pannuke.fold1.urls", [], "pannuke.fold1.urls: got []"),
         ("evaluation.score", "sum", "evaluation.score: got 'sum', expected 'both_thresholds', 'class' or 'product'"),
@@ -129,14 +155,14 @@ def test_missing_blocks_are_all_named():
 
 def test_every_setting_is_read_somewhere():
     """No option that nothing reads: each key occurs as an attribute or a keyword outside of the settings' own files."""
-    own = {"config.py", "settings.py"}
+    own = {"config.py", "settings.py", "experiment.py", "spatial_settings.py"}
     text = "\n".join(
         path.read_text(encoding="utf-8")
         for pattern in ("scripts/**/*.py", "workflow/**/*.smk", "workflow/Snakefile")
         for path in ROOT.glob(pattern)
         if path.name not in own
     )
-    schema = json.loads(json_schema())
+    schema = json.loads(schemas()["config.schema.json"])
     blocks = [schema, *schema["$defs"].values()]
     keys = {key for block in blocks for key in block.get("properties", {})} - {"fold1", "fold2", "fold3"}
     assert len(keys) > 60

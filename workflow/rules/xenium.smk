@@ -1,5 +1,53 @@
 """Xenium samples with H&E images: downloads, registration, cell types, patches, splits, figure 5."""
 
+if CONFIG.example is not None:
+
+    rule make_example_xenium:
+        output:
+            outs="example-input/xenium/{sample}_outs.zip",
+            he="example-input/xenium/{sample}_he_image.ome.tif",
+            alignment="example-input/xenium/{sample}_he_imagealignment.csv",
+        log:
+            "results/logs/make_example_xenium/{sample}.log",
+        benchmark:
+            "results/benchmarks/make_example_xenium/{sample}.tsv"
+        conda:
+            "../../envs/spatial.yaml"
+        resources:
+            mem_mb=2000,
+            runtime=15,
+        params:
+            sample=lambda wildcards: CONFIG.example.xenium[wildcards.sample].to_dict(),
+            number=lambda wildcards: list(CONFIG.example.xenium).index(wildcards.sample),
+            he_mpp=0.8 * CONFIG.patch.mpp,
+            seed=CONFIG.example.seed,
+            code=code("make_example_xenium"),
+        message:
+            "Drawing the example's Xenium sample {wildcards.sample}"
+        script:
+            "../../scripts/make_example_xenium.py"
+
+    rule make_example_reference:
+        output:
+            "example-input/xenium/reference.h5ad",
+        log:
+            "results/logs/make_example_reference.log",
+        benchmark:
+            "results/benchmarks/make_example_reference.tsv"
+        conda:
+            "../../envs/spatial.yaml"
+        resources:
+            mem_mb=2000,
+            runtime=15,
+        params:
+            cells=CONFIG.example.reference_cells,
+            seed=CONFIG.example.seed,
+            code=code("make_example_reference"),
+        message:
+            "Writing the example's scRNA-seq reference"
+        script:
+            "../../scripts/make_example_reference.py"
+
 
 rule download_xenium:
     input:
@@ -95,7 +143,7 @@ rule register_xenium:
         he="results/raw/xenium/{sample}/he_image.tif",
         alignment=alignment_file,
     output:
-        registration="results/xenium/{sample}/registration.json",
+        json="results/xenium/{sample}/registration.json",
         picture=report(
             "results/xenium/{sample}/registration.png",
             category="Data",
@@ -116,6 +164,7 @@ rule register_xenium:
     params:
         settings=CONFIG.xenium.registration.to_dict(),
         he_mpp=lambda wildcards: SAMPLES[wildcards.sample].he_mpp,
+        sample=lambda wildcards: wildcards.sample,
         seed=CONFIG.seed,
         code=code("register_xenium"),
     message:
@@ -126,7 +175,7 @@ rule register_xenium:
 
 rule prepare_reference:
     input:
-        reference="results/raw/references/{reference}.h5ad",
+        h5ad="results/raw/references/{reference}.h5ad",
         mapping=lambda wildcards: ROOT / REFERENCES[wildcards.reference].mapping,
     output:
         reference="results/references/{reference}.h5ad",
@@ -157,13 +206,13 @@ rule annotate_xenium:
         reference=lambda wildcards: f"results/references/{SAMPLES[wildcards.sample].reference}.h5ad",
     output:
         cells="results/xenium/{sample}/cells.parquet",
-        picture=report(
+        qc_png=report(
             "results/xenium/{sample}/cell_types.png",
             category="Data",
             caption="../report/cell_types.rst",
             labels={"sample": "{sample}", "what": "cell types"},
         ),
-        figures="results/xenium/{sample}/cell_types.json",
+        qc_json="results/xenium/{sample}/cell_types.json",
         provenance="results/xenium/{sample}/cells.provenance.json",
     log:
         "results/logs/annotate_xenium/{sample}.log",

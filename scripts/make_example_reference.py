@@ -1,0 +1,20 @@
+"""Write a synthetic scRNA-seq reference in CELLxGENE's layout, the raw input of the example.
+
+Output: the .h5ad. Params: cells, seed.
+"""
+
+import logging
+
+from celldetr.data.synthetic.expression import write_reference
+from celldetr.rule import run_rule
+
+log = logging.getLogger("make_example_reference")
+
+
+def main(snakemake):
+    truth = write_reference(snakemake.output[0], seed=snakemake.params.seed, cells=snakemake.params.cells)
+    log.info("cells per type: %s", truth["types"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
