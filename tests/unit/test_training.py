@@ -19,7 +19,7 @@ from tiny_training import CLASSES, make_experiment, make_split, make_store
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
 from celldetr.evaluation.scoring import score_fold
-from celldetr.experiment import TrainingSettings
+from celldetr.experiment import Experiment, TrainingSettings
 from celldetr.inference import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model, read_checkpoint, save_model
@@ -310,6 +310,38 @@ def test_a_loss_that_is_not_finite_names_the_patches(store, tmp_path):
     experiment = make_experiment(lr=1e30, backbone_lr=1e30, warmup_steps=0, gradient_clip=0.0)
     with pytest.raises(NonFinite, match=r"step 2: .* not finite, in a batch of patches fold1:\d+"):
         train(experiment, [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_from_cell_types_to_other_classes_only_the_class_head_starts_afresh(store, tmp_path):
+    types = ("T", "B", "Mast")
+    cells = make_store(tmp_path / "sample.zarr", 12, classes=types, seed=4)
+    assert (cells.labels >= 0).any()
+    recipe = {"epochs": 1, "noise": {"share": 0.6, "low": 0.1, "high": 0.3}}
+    pretrain = make_experiment("parallel", {"classes": list(types)}, **recipe)
+    pretrain = Experiment.from_dict({**pretrain.to_dict(), "stage": "st"})
+    first = train(pretrain, [cells], make_split(cells, 8, 4), tmp_path / "st")
+    frozen = make_experiment("parallel", epochs=1, lr=1e-12, backbone_lr=0.0, weight_decay=0.0)
+    second = train(frozen, [store], make_split(store, 4, 2), tmp_path / "fine", initial=first)
+    before, after = (read_checkpoint(path)["state"] for path in (first, second))
+    assert before.keys() == after.keys()
+    changed = {
+        name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()
+    }
+    moved = {name for name in changed if before[name].shape == after[name].shape}
+    assert {name.split(".")[0] for name in changed - moved} == {"class_head"}
+    assert all((before[name] - after[name]).abs().max() < 1e-9 for name in moved)
+
+
+def test_nuclei_without_a_label_do_not_train_the_class_head(tmp_path):
+    cells = make_store(tmp_path / "sample.zarr", 8, unlabelled=True)
+    experiment = make_experiment("parallel", epochs=1, weight_decay=0.0, select="last")
+    path = train(experiment, [cells], make_split(cells, 6, 2), tmp_path / "run")
+    torch.manual_seed(experiment.training.seed)
+    start = CellDETR(experiment.model).state_dict()
+    trained = read_checkpoint(path)["state"]
+    assert torch.equal(start["class_head.weight"], trained["class_head.weight"])
+    assert not torch.equal(start["decoder.class_embed.0.weight"], trained["decoder.class_embed.0.weight"])
+    assert read_log(tmp_path / "run")[0]["val"]["f1"] == dict.fromkeys(CLASSES)
 
 
 def test_a_store_with_other_classes_is_refused(tmp_path):
