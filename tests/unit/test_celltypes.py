@@ -118,6 +118,22 @@ def test_a_sample_without_any_counts(annotator, reference):
     assert annotator(empty, reference).isna().all().all()
 
 
+def test_correlation_is_that_of_logarithmic_profiles(sample, reference):
+    fractions = correlation(sample[:40].copy(), reference)
+    counts = sample.X[:40].toarray().astype(np.float64)
+    target = np.median(counts.sum(axis=1))
+    cells = np.log1p(counts / counts.sum(axis=1, keepdims=True) * target)
+    known = reference.X.toarray() / reference.X.sum(axis=1)
+    kinds = reference.obs["type"].to_numpy()
+    means = np.log1p(np.stack([np.asarray(known[kinds == kind]).mean(axis=0) for kind in TISSUE]) * target)
+    expected = np.corrcoef(cells, means)[:40, 40:]
+    # fractions are a softmax: logarithms of their ratios are differences of correlations, up to one factor
+    logs = np.log(fractions[list(TISSUE)].to_numpy(np.float64))
+    differences = [(values - values[:, :1])[:, 1:].ravel() for values in (logs, expected)]
+    factor = differences[0] @ differences[1] / (differences[1] @ differences[1])
+    np.testing.assert_allclose(differences[0], factor * differences[1], atol=0.01)
+
+
 def test_parts_of_a_sample_give_what_the_whole_gives(reference):
     cells = tissue(1200)
     prior = pd.Series({**dict.fromkeys(ST_TYPES, 0.0), **TISSUE})
@@ -189,7 +205,7 @@ def test_every_reason():
 
 def test_thresholds_are_met_by_equality():
     fractions, second, transcripts = table_of([row(T=0.5, NK=0.25, B=0.25)], transcripts=10)
-    assert label_cells(fractions, second, transcripts, SETTINGS)["label"][0] == 0
+    assert label_cells(fractions, second, transcripts, CellTypeSettings(min_margin=0.25))["label"][0] == 0
 
 
 def test_no_labelled_cell_says_why():

@@ -91,13 +91,15 @@ def test_raw_counts_are_found_beside_normalised_values(tmp_path, place):
     table = data()
     raw = table.copy()
     if place == "raw":
-        table.raw = raw
+        table.raw = raw  # of more genes than X
+        table = table[:, 10:].copy()
     else:
         table.layers[place] = raw.X
-    table.X = sparse.csr_matrix(np.log1p(normalised(raw.X.toarray())))
+    table.X = sparse.csr_matrix(np.log1p(normalised(table.X.toarray())))
     reference, summary = prepare(tmp_path / "a.h5ad", table)
     assert summary.counts_from == {"raw": "raw/X"}.get(place, f"layers/{place}")
     np.testing.assert_array_equal(reference.X.toarray(), raw.X.toarray()[reference.obs_names.astype(int)])
+    assert list(reference.var_names) == list(raw.var_names)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,14 @@ def test_shared_genes_by_symbol_or_by_id():
     found = shared_genes(cells, renamed, 2)
     assert (found.names, found.by) == (("A", "B", "C"), "gene id")
     np.testing.assert_array_equal(found.second, [2, 1, 0])
+    cells.var["gene_ids"] = [f"{name}.11" for name in ids]  # versions tell nothing apart
+    assert shared_genes(cells, renamed, 2).names == ("A", "B", "C")
+    unknown = panel_of(["A", "C", "X", "Y"], [""] * 4)  # ids that neither knows are not the same
+    assert shared_genes(panel_of(["A", "C", "D", "E"], [""] * 4), unknown, 2).by == "symbol"
+    assert shared_genes(panel_of(["A", "C", "D", "E"], [""] * 4), unknown, 2).names == ("A", "C")
+    lone = panel_of(["A", "Q"], ["", ""])
+    with pytest.raises(InputError, match="got 0 genes"):
+        shared_genes(lone, panel_of(["R", "S"], ["", ""]), 1)
 
 
 def test_too_few_shared_genes_show_examples():

@@ -123,7 +123,6 @@ def correlation(cells: AnnData, reference: AnnData, prior: Series | None = None)
     known = (amount > 0) & (spread > 0)
     similar = (scaled @ (logs / norms).T) / np.where(known, spread, 1)[:, None]
     weights = np.exp((similar - similar.max(axis=1, keepdims=True)) / _TEMPERATURE)
-    weights[~known] = np.nan
     fractions = DataFrame(0.0, index=cells.obs_names, columns=list(ST_TYPES), dtype=np.float32)
     fractions[list(profiles.index)] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     fractions.loc[~known] = np.nan
