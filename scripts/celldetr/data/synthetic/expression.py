@@ -101,7 +101,7 @@ def draw_types(rng: np.random.Generator, looks: Sequence[str]) -> tuple[NDArray[
 
 
 def draw_counts(
-    rng: np.random.Generator, subtypes: Sequence[str], centres: Array, expression: Expression
+    rng: np.random.Generator, subtypes: Sequence[str] | NDArray[np.str_], centres: Array, expression: Expression
 ) -> sparse.csr_matrix:
     """Draw the transcripts of cells.
 

@@ -19,12 +19,13 @@ from celldetr.data.synthetic.looks import mixture_named
 from celldetr.data.synthetic.render import Renderer, draw_stain
 from celldetr.data.synthetic.shapes import Array
 from celldetr.data.synthetic.tissue import grow_scene
-from celldetr.data.synthetic.xenium_files import Contents, cell_names, features_of, layout_of, write_archive, write_outs
-from celldetr.data.synthetic.xenium_images import draw_he, write_pyramid
+from celldetr.data.synthetic.xenium_files import write_archive, write_outs
+from celldetr.data.synthetic.xenium_images import HE_AXES, draw_he, write_pyramid
+from celldetr.data.synthetic.xenium_layout import Contents, Layout, cell_names, features_of, layout_of
 from celldetr.data.synthetic.xenium_panel import PANEL
 from celldetr.data.synthetic.xenium_tissue import AffinePlan, Cells, Frames, make_cells, on_tissue, plan_frames
 from celldetr.errors import ConfigError
-from celldetr.files import atomic
+from celldetr.files import atomic, remove
 
 __all__ = ["AffinePlan", "Expression", "FileError", "XeniumTruth", "write_xenium"]
 
@@ -162,7 +163,7 @@ def write_xenium(
     name
         Begins the names of the files.
     version
-        Of Xenium Onboard Analysis: see `xenium_files.VERSIONS`.
+        Of Xenium Onboard Analysis: see `xenium_layout.VERSIONS`.
     label_ids
         False: boundaries do not number their polygons, as the first builds of version 2.
     pixel_size
@@ -199,7 +200,9 @@ def write_xenium(
     """
     if alignment not in ("matrix", "keypoints", None):
         raise ConfigError(f"synthetic Xenium: got alignment={alignment!r}, expected 'matrix', 'keypoints' or None")
-    layout = layout_of(version, label_ids=label_ids)
+    if he_axes not in HE_AXES:
+        raise ConfigError(f"synthetic Xenium: got he_axes={he_axes!r}, expected one of {', '.join(HE_AXES)}")
+    layout, files = layout_of(version, label_ids=label_ids), _Files(Path(folder), name)
     rng = np.random.default_rng([seed, 3])
     frames = plan_frames(rng, size_um, rim_um=rim_um, he_mpp=he_mpp, pixel_size=pixel_size, affine=affine)
     scene = on_tissue(grow_scene(rng, *size_um, density=density, mixture=mixture_named(mixture)), frames)
@@ -209,33 +212,64 @@ def write_xenium(
         raise ConfigError(
             f"synthetic Xenium: got no cell in size_um={size_um}, density={density}; expected larger ones"
         )
-    contents, types, subtypes = _contents(rng, cells, frames, version, label_ids, expression)
+    contents, types, subtypes = _contents(rng, cells, frames, layout, expression)
     renderer = Renderer(cells.scene, draw_stain(rng, variation=variation, contrast=contrast), int(rng.integers(2**31)))
-    base = Path(folder)
-    base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=base, prefix=".scratch") as scratch:
-        with atomic(base / "outs") as temporary:
+    files.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=files.folder, prefix=".scratch") as scratch:
+        with atomic(files.outs) as temporary:
             write_outs(temporary, contents, rng, Path(scratch))
-        with atomic(base / f"{name}_he_image.ome.tif") as temporary:
+        with atomic(files.he_image) as temporary:
             image = draw_he(Path(scratch) / "he.raw", renderer, frames, axes=he_axes, seed=seed)
             mpp = he_mpp if physical_size else None
-            write_pyramid(temporary, image, mpp=mpp, axes=he_axes.upper(), scratch=Path(scratch))
+            write_pyramid(temporary, image, mpp=mpp, axes=he_axes.upper(), tile=256, scratch=Path(scratch))
             del image
-    written = _alignment(base / f"{name}_he_imagealignment.csv", alignment, frames, file_error, rng)
-    packed = base / f"{name}_outs.zip"
+    written = _write_alignment(files.alignment, alignment, frames, file_error, rng)
+    remove(files.archive)
     if archive:
-        with atomic(packed) as temporary:
-            write_archive(temporary, base / "outs")
+        with atomic(files.archive) as temporary:
+            write_archive(temporary, files.outs)
+    return _truth(files, contents, types, subtypes, written)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Names of the files of a sample."""
+
+    folder: Path
+    name: str
+
+    @property
+    def outs(self) -> Path:
+        return self.folder / "outs"
+
+    @property
+    def he_image(self) -> Path:
+        return self.folder / f"{self.name}_he_image.ome.tif"
+
+    @property
+    def alignment(self) -> Path:
+        return self.folder / f"{self.name}_he_imagealignment.csv"
+
+    @property
+    def archive(self) -> Path:
+        return self.folder / f"{self.name}_outs.zip"
+
+
+def _truth(
+    files: _Files, contents: Contents, types: NDArray[np.str_], subtypes: NDArray[np.str_], written: Array
+) -> XeniumTruth:
+    frames, cells = contents.frames, contents.cells
+    drawn = [frames.he_px(nucleus.outline) for nucleus in cells.scene.nuclei]
     return XeniumTruth(
-        name=name,
-        outs=base / "outs",
-        he_image=base / f"{name}_he_image.ome.tif",
-        alignment=None if alignment is None else base / f"{name}_he_imagealignment.csv",
-        archive=packed if archive else None,
+        name=files.name,
+        outs=files.outs,
+        he_image=files.he_image,
+        alignment=files.alignment if files.alignment.is_file() else None,
+        archive=files.archive if files.archive.is_file() else None,
         matrix=frames.matrix,
         written_matrix=written,
-        pixel_size=pixel_size,
-        he_mpp=he_mpp,
+        pixel_size=frames.pixel_size,
+        he_mpp=frames.he_mpp,
         he_size=frames.he_size,
         xenium_size=frames.xenium_size,
         tissue=frames.he_px(frames.tissue),
@@ -245,20 +279,17 @@ def write_xenium(
         subtypes=subtypes,
         counts=contents.counts[:, : len(PANEL)],
         genes=PANEL,
-        nuclei_he=[
-            frames.he_px(n.outline) for n, k in zip(cells.scene.nuclei, cells.nucleus_cell, strict=True) if k >= 0
-        ],
+        nuclei_he=[polygon for polygon, cell in zip(drawn, cells.nucleus_cell, strict=True) if cell >= 0],
         nuclei_um=contents.nuclei,
         nucleus_cell=contents.nucleus_cell,
-        drawn_he=[frames.he_px(nucleus.outline) for nucleus in cells.scene.nuclei],
+        drawn_he=drawn,
     )
 
 
 def _contents(
-    rng: np.random.Generator, cells: Cells, frames: Frames, version: str, label_ids: bool, expression: Expression
+    rng: np.random.Generator, cells: Cells, frames: Frames, layout: Layout, expression: Expression
 ) -> tuple[Contents, NDArray[np.str_], NDArray[np.str_]]:
     """Draw names, types and counts of cells; returns what the folder tells, types (N,) and subtypes (N,)."""
-    layout = layout_of(version, label_ids=label_ids)
     features = features_of(layout)
     prefix, names = cell_names(rng, len(cells.looks), layout)
     types, subtypes = draw_types(rng, cells.looks)
@@ -271,12 +302,13 @@ def _contents(
     return Contents(layout, frames, cells, prefix, names, counts, features, nuclei, owner), types, subtypes
 
 
-def _alignment(path: Path, kind: str | None, frames: Frames, error: FileError, rng: np.random.Generator) -> Array:
+def _write_alignment(path: Path, kind: str | None, frames: Frames, error: FileError, rng: np.random.Generator) -> Array:
     """Write the alignment file and return the (3, 3) matrix H&E px -> Xenium px that it means."""
     size = frames.pixel_size
     to_um, to_px = np.diag([size, size, 1.0]), np.diag([1 / size, 1 / size, 1.0])
     centre = frames.xenium_um(frames.tissue).mean(axis=0)
     written: Array = to_px @ error.motion(centre) @ to_um @ frames.matrix
+    remove(path)
     if kind is None:
         return written
     with atomic(path) as temporary:

@@ -1,15 +1,9 @@
-"""Output folders in the layouts of Xenium Onboard Analysis 1.0 to 4, written from planted cells.
-
-Formats: https://www.10xgenomics.com/support/software/xenium-onboard-analysis/latest/analysis/xoa-output-at-a-glance
-"""
+"""Output folders in the layouts of Xenium Onboard Analysis 1.0 to 4, written from planted cells."""
 
 import json
-import re
 import shutil
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -17,143 +11,16 @@ import pandas as pd
 import shapely
 import zarr
 from numpy.typing import NDArray
-from scipy import sparse
 
 from celldetr.data.synthetic.shapes import Array
 from celldetr.data.synthetic.xenium_images import bounds, draw_dapi, label_image, write_pyramid
-from celldetr.data.synthetic.xenium_panel import PANEL, gene_id
-from celldetr.data.synthetic.xenium_tissue import Cells, Frames
-from celldetr.errors import ConfigError
+from celldetr.data.synthetic.xenium_layout import Contents
+from celldetr.data.synthetic.xenium_panel import PANEL
 
-VERSIONS = ("1.0.1", "1.5.0", "2.0.0", "3.0.0", "4.0.0")
-"""Versions of the analysis software whose layouts are known; further digits are legal."""
 _CHUNK = 1024  # px of a chunk of the label images
 _DATE = (1980, 1, 1, 0, 0, 0)  # of members of archives, so that the same arguments give the same bytes
 _UNASSIGNED = "UNASSIGNED"
 _IN_NUCLEUS = 0.6  # share of a cell's transcripts that are drawn inside its nucleus
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What differs between versions.
-
-    Attributes
-    ----------
-    version
-        As experiment.xenium tells it, without "xenium-".
-    text_ids
-        Cells are named (``aaaabkja-1``) rather than numbered from 1.
-    seg_mask_value, polygon_sets
-        How cells.zarr.zip tells the cells of its label images.
-    label_ids
-        Boundaries number their polygons.
-    images
-        Where the DAPI image lies.
-    """
-
-    version: str
-    text_ids: bool
-    seg_mask_value: bool
-    polygon_sets: bool
-    label_ids: bool
-    images: tuple[str, ...]
-
-    @property
-    def major(self) -> int:
-        """First number of the version."""
-        return int(self.version.split(".")[0])
-
-
-def layout_of(version: str, *, label_ids: bool = True) -> Layout:
-    """Look up the layout of a version; without `label_ids` as the first builds of 2.0.
-
-    Raises
-    ------
-    ConfigError
-        Unknown version.
-    """
-    match = re.match(r"(\d+)\.(\d+)\.\d+(\.\d+)*$", version)
-    numbers = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not (1, 0) <= numbers < (5, 0):
-        raise ConfigError(f"synthetic Xenium: got version={version!r}, expected one like {', '.join(VERSIONS)}")
-    images: tuple[str, ...] = ("morphology_focus/morphology_focus_0000.ome.tif",)
-    if numbers[0] == 1:
-        images = ("morphology_mip.ome.tif", "morphology_focus.ome.tif")
-    elif numbers[0] >= 4:
-        images = ("morphology_focus/ch0000_dapi.ome.tif",)
-    late = numbers >= (2, 0)
-    return Layout(version, numbers >= (1, 3), (1, 3) <= numbers < (2, 0), late, late and label_ids, images)
-
-
-@dataclass(frozen=True)
-class Features:
-    """Rows of the count matrix: names, identifiers, kinds."""
-
-    names: tuple[str, ...]
-    ids: tuple[str, ...]
-    kinds: tuple[str, ...]
-
-
-def features_of(layout: Layout) -> Features:
-    """List the genes and the controls that a version counts."""
-    blank = "Blank Codeword" if layout.version.startswith("1.0") else "Unassigned Codeword"
-    controls = [(f"NegControlProbe_{k:05d}", "Negative Control Probe") for k in range(6)]
-    controls += [(f"NegControlCodeword_{500 + k:04d}", "Negative Control Codeword") for k in range(5)]
-    controls += [(f"{blank.replace(' ', '')}_{k:04d}", blank) for k in range(4)]
-    if layout.major >= 2:
-        controls += [(f"DeprecatedCodeword_{300 + k:04d}", "Deprecated Codeword") for k in range(2)]
-    names = tuple(name for name, _ in controls)
-    kinds = tuple(kind for _, kind in controls)
-    return Features(
-        (*PANEL, *names), (*(gene_id(gene) for gene in PANEL), *names), (*["Gene Expression"] * len(PANEL), *kinds)
-    )
-
-
-def cell_names(rng: np.random.Generator, count: int, layout: Layout) -> tuple[NDArray[np.uint32], NDArray[np.str_]]:
-    """Name the cells: prefixes (N,) uint32, ascending, and names (N,); numbers from 1 in the first versions."""
-    if not layout.text_ids:
-        numbers = np.arange(1, count + 1, dtype=np.uint32)
-        return numbers, numbers.astype(str)
-    prefix = np.cumsum(rng.integers(1, 40_000, count)).astype(np.uint32)
-    digits = (prefix[:, None] >> np.arange(28, -4, -4, dtype=np.uint32)) & 0xF
-    letters = np.array(list("abcdefghijklmnop"))[digits]
-    return prefix, np.array(["".join(row) + "-1" for row in letters], dtype="<U10")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a folder tells.
-
-    Attributes
-    ----------
-    layout, frames, cells
-        Version, places, segmentation.
-    prefix, names
-        See `cell_names`.
-    counts
-        (N, features) int32, genes first.
-    features
-        Rows of the count matrix.
-    nuclei
-        Polygons (V, 2) in Xenium um of the nuclei that Xenium segments, by cell.
-    nucleus_cell
-        (M,) their cells.
-    """
-
-    layout: Layout
-    frames: Frames
-    cells: Cells
-    prefix: NDArray[np.uint32]
-    names: NDArray[np.str_]
-    counts: sparse.csr_matrix
-    features: Features
-    nuclei: list[Array]
-    nucleus_cell: NDArray[np.int64]
-
-    @property
-    def ids(self) -> NDArray[Any]:
-        """Cell ids as tables hold them."""
-        return self.names.astype(object) if self.layout.text_ids else self.prefix.astype(np.int32)
 
 
 def write_outs(folder: Path, contents: Contents, rng: np.random.Generator, scratch: Path) -> None:
@@ -170,7 +37,7 @@ def write_outs(folder: Path, contents: Contents, rng: np.random.Generator, scrat
     ):
         _boundaries(contents, polygons, owner).to_parquet(folder / f"{name}_boundaries.parquet", index=False)
     _transcripts(contents, rng).to_parquet(folder / "transcripts.parquet", index=False)
-    _write_cells_zarr(folder / "cells.zarr.zip", contents, cells, outlines)
+    _write_cells_zarr(folder / "cells.zarr.zip", contents, cells, outlines, scratch)
     _write_images(folder, contents, int(rng.integers(2**31)), scratch)
 
 
@@ -276,9 +143,7 @@ def _transcripts(contents: Contents, rng: np.random.Generator) -> pd.DataFrame:
     quality = np.concatenate([rng.uniform(20, 40, owner.size), rng.uniform(3, 19.9, poor.size), np.full(stray, 32.0)])
     owner = np.concatenate([owner, owner[poor]]).astype(int)
     places = _places(contents, owner, rng)
-    nuclei = np.full(len(contents.names), None, dtype=object)
-    nuclei[contents.nucleus_cell] = [shapely.Polygon(nucleus) for nucleus in contents.nuclei]
-    shapely.prepare(nuclei[nuclei != None])  # noqa: E711 - elementwise
+    nuclei = _nuclei_of_cells(contents)
     inside = shapely.contains_xy(nuclei[owner], *places.T)
     distance = np.where(inside, 0, np.nan_to_num(shapely.distance(nuclei[owner], shapely.points(places))))
     strays = _strays(contents, stray, rng)
@@ -310,6 +175,16 @@ def _transcripts(contents: Contents, rng: np.random.Generator) -> pd.DataFrame:
     if not contents.layout.text_ids:
         table["feature_name"] = table["feature_name"].str.encode("utf-8")
     return table
+
+
+def _nuclei_of_cells(contents: Contents) -> NDArray[np.object_]:
+    """(N,) polygons; None for cells without a nucleus."""
+    nuclei = np.full(len(contents.names), None, dtype=object)
+    for cell, nucleus in zip(contents.nucleus_cell.tolist(), contents.nuclei, strict=True):
+        polygon = shapely.Polygon(nucleus)
+        nuclei[cell] = polygon if nuclei[cell] is None else shapely.union(nuclei[cell], polygon)
+    shapely.prepare(nuclei)
+    return nuclei
 
 
 def _places(contents: Contents, owner: NDArray[np.integer], rng: np.random.Generator) -> Array:
@@ -349,7 +224,9 @@ def _strays(contents: Contents, count: int, rng: np.random.Generator) -> Array:
     return found
 
 
-def _write_cells_zarr(path: Path, contents: Contents, cells: pd.DataFrame, outlines: list[Array]) -> None:
+def _write_cells_zarr(
+    path: Path, contents: Contents, cells: pd.DataFrame, outlines: list[Array], scratch: Path
+) -> None:
     count, layout = len(contents.names), contents.layout
     centre = contents.cells.centres
     columns = {
@@ -363,7 +240,8 @@ def _write_cells_zarr(path: Path, contents: Contents, cells: pd.DataFrame, outli
     }
     if layout.major >= 2:
         columns["nucleus_count"] = cells["nucleus_count"].to_numpy()
-    store = zarr.storage.ZipStore(path, mode="w")
+    loose = scratch / "cells.zarr.zip"
+    store = zarr.storage.ZipStore(loose, mode="w")
     group = zarr.open_group(store, mode="w", zarr_format=2)
     named = np.stack([contents.prefix, np.ones(count, dtype=np.uint32)], axis=1)
     group.create_array("cell_id", data=named if layout.text_ids else contents.prefix)
@@ -379,6 +257,10 @@ def _write_cells_zarr(path: Path, contents: Contents, cells: pd.DataFrame, outli
     if layout.seg_mask_value:
         group.create_array("seg_mask_value", data=np.arange(1, count + 1, dtype=np.uint32))
     store.close()
+    with zipfile.ZipFile(loose) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for member in source.namelist():
+            archive.writestr(zipfile.ZipInfo(member, _DATE), source.read(member))
+    loose.unlink()
 
 
 def _write_labels(masks: zarr.Group, name: str, polygons: list[Array], contents: Contents, *, by_cell: bool) -> None:

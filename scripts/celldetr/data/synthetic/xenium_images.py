@@ -15,10 +15,10 @@ from celldetr.data.synthetic.render import Renderer
 from celldetr.data.synthetic.shapes import Array, rasterise
 from celldetr.data.synthetic.textures import Floats
 from celldetr.data.synthetic.xenium_tissue import Cells, Frames
-from celldetr.errors import ConfigError
 
 HE_AXES = ("yxs", "syx", "zyxs")
-"""Orders of the axes of an H&E: (y, x, 3), (3, y, x), (1, y, x, 3)."""
+"""Orders of the axes of an H&E: (y, x, 3); (3, y, x), a page for each colour; (1, y, x, 3), stored as the first, since
+OME has further axes of length 1 anyway."""
 _WINDOW = 512  # px that are drawn at once
 _DAPI_BLUR = 0.3  # um
 _DAPI_LEVEL = 2600.0  # grey values of a nucleus of 1 unit of hematoxylin
@@ -45,14 +45,7 @@ def draw_he(path: Path, renderer: Renderer, frames: Frames, *, axes: str, seed: 
     -------
     NDArray
         (H, W, 3) uint8; for the axes "syx" a view of an array (3, H, W).
-
-    Raises
-    ------
-    ConfigError
-        Unknown axes.
     """
-    if axes not in HE_AXES:
-        raise ConfigError(f"synthetic Xenium: got he_axes={axes!r}, expected one of {', '.join(HE_AXES)}")
     width, height = frames.he_size
     if axes == "syx":
         image = np.moveaxis(np.memmap(path, np.uint8, "w+", shape=(3, height, width)), 0, -1)
@@ -150,7 +143,8 @@ def write_pyramid(
     path
         File to write; its name decides the identifier in the metadata, so that the same image gives the same bytes.
     image
-        (H, W, 3) uint8, compressed as JPEG (in planes for the axes "SYX": deflate); or (H, W) uint16, deflate.
+        (H, W, 3) uint8, compressed as JPEG (for the axes "SYX" a page for each colour: deflate); or (H, W) uint16,
+        deflate.
     mpp
         Pixel size in um; None leaves it out of the metadata.
     axes
@@ -162,27 +156,37 @@ def write_pyramid(
     scratch
         Folder for the coarser levels.
     """
-    metadata: dict[str, Any] = {"axes": axes, "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, path.name.lstrip(".")))}
-    options: dict[str, Any] = {"tile": (tile, tile), "compression": "zlib", "predictor": True, "maxworkers": 1}
-    options["photometric"] = "rgb" if image.ndim == 3 else "minisblack"
-    if axes == "SYX":
-        options["planarconfig"] = "separate"
-    elif image.ndim == 3:
-        options |= {"compression": "jpeg", "compressionargs": {"level": 90}, "predictor": None}
+    planes = axes == "SYX"
+    metadata: dict[str, Any] = {
+        "axes": "CYX" if planes else axes,
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, path.name.lstrip("."))),
+    }
     if mpp is not None:
         metadata |= {f"PhysicalSize{axis}": mpp for axis in "XY"} | {f"PhysicalSize{axis}Unit": "µm" for axis in "XY"}
-    if channel is not None:
-        metadata["Channel"] = {"Name": [channel]}
+    if channel is not None or planes:
+        metadata["Channel"] = {"Name": ["red", "green", "blue"] if planes else [channel]}
     count = 0
     while max(image.shape[:2]) >> count > tile:
         count += 1
+    jpeg = image.ndim == 3 and not planes
     with tifffile.TiffWriter(path, ome=True, bigtiff=image.nbytes > 2**31) as writer:
         for level in range(count + 1):
-            resolution = {} if mpp is None else {"resolution": (1e4 / mpp / 2**level,) * 2, "resolutionunit": 3}
-            role = {"subifds": count, "metadata": metadata} if level == 0 else {"subfiletype": 1, "metadata": None}
-            writer.write(_ordered(image, axes), **options, **resolution, **role)
+            writer.write(
+                _ordered(image, axes),
+                photometric="rgb" if jpeg else "minisblack",
+                tile=(tile, tile),
+                compression="jpeg" if jpeg else "zlib",
+                compressionargs={"level": 90 if jpeg else 6},
+                predictor=None if jpeg else True,
+                maxworkers=1,
+                resolution=None if mpp is None else (1e4 / mpp / 2**level, 1e4 / mpp / 2**level),
+                resolutionunit=None if mpp is None else "CENTIMETER",
+                subifds=count if level == 0 else None,
+                subfiletype=1 if level else None,
+                metadata=None if level else metadata,
+            )
             if level < count:
-                image = _halved(image, scratch / f"level-{level % 2}.raw", planes=axes == "SYX")
+                image = _halved(image, scratch / f"level-{level % 2}.raw", planes=planes)
     for level in range(2):
         (scratch / f"level-{level}.raw").unlink(missing_ok=True)
 

@@ -246,7 +246,7 @@ def _pairs(rng: np.random.Generator, scene: Scene, share: float) -> list[tuple[i
     centres = _centres(scene)
     near = cKDTree(centres).query(centres, k=2, distance_upper_bound=_PAIR)[1][:, 1]
     taken: set[int] = set()
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for one in rng.permutation(len(centres)).tolist():
         other = int(near[one])
         if len(pairs) >= share * len(centres):
