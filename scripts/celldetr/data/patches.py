@@ -6,39 +6,22 @@ level-0 pixels x * mpp / image_mpp to (x + 1) * mpp / image_mpp. Boxes are xyxy 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import shapely
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
 
+from celldetr.data.patch_settings import PatchSettings
 from celldetr.data.tissue import Raster
 from celldetr.errors import InputError
-from celldetr.settings import Settings
 from celldetr.store import NO_LABEL
+
+__all__ = ["Nuclei", "PatchSettings", "Plan", "boxes_from_polygons", "plan_patches"]
 
 STRIPE = 16
 """Columns of patches that are walked down together, so that a tile of the slide serves all its patches at once."""
 _THINNEST = 1e-3  # px; boxes that are thinner have no area
 _COVERED = 0.999  # share of a patch that must have been imaged: rounding of the map aside, all of it
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-
-
-class PatchSettings(Settings):
-    """Which patches of a slide are taken."""
-
-    stride: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="distance between patches, as a share of their side; 1: side by side, 0.5: half overlapping"
-    )
-    min_tissue: Share = Field(0.25, description="smallest share of a patch that is tissue")
-    min_nuclei: Count = Field(1, description="fewest nuclei in a patch")
-    min_labelled: Count = Field(5, description="fewest nuclei with a label in a patch")
-    max_patches: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="most patches of a slide, drawn with the seed; null: all"
-    )
 
 
 @dataclass(frozen=True)

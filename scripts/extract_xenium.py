@@ -1,0 +1,50 @@
+"""Cut a registered Xenium sample with labelled cells into patches.
+
+Inputs: the output folder, the H&E image, the registration and the labelled cells. Outputs: the store (boxes in px,
+half-open; labels: the ten cell types or -1), and what is in it and what was left out, as TSV and as HTML with pictures.
+Params: settings (which patches), patch_size (px), mpp (um per px), tissue, group, seed. Wildcard: sample.
+"""
+
+from pathlib import Path
+
+from celldetr.data.patch_report import write_report, write_rows
+from celldetr.data.patches import PatchSettings
+from celldetr.data.pyramid import open_pyramid
+from celldetr.data.xenium_patches import SampleFiles, extract_sample, summary_rows
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+
+def main(snakemake):
+    params, output = snakemake.params, snakemake.output
+    sample = snakemake.wildcards.sample
+    files = SampleFiles(**{name: Path(snakemake.input[name]) for name in ("outs", "he", "registration", "cells")})
+    found = extract_sample(
+        files,
+        output.store,
+        sample=sample,
+        group=params.group,
+        tissue=params.tissue,
+        size=params.patch_size,
+        mpp=params.mpp,
+        settings=PatchSettings.from_dict(params.settings, "xenium.patches"),
+        seed=params.seed,
+        workers=snakemake.threads,
+    )
+    store = open_store(output.store)
+    rows = summary_rows(found, store.labels)
+    write_rows(output.summary_tsv, rows)
+    with open_pyramid(files.he, found.plan.image_mpp) as image:
+        write_report(
+            output.summary_html,
+            store,
+            title=f"Patches of {sample} ({params.tissue})",
+            image=image,
+            plan=found.plan,
+            tissue=found.tissue,
+            rows=rows,
+        )
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
