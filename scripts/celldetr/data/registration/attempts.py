@@ -16,13 +16,14 @@ from celldetr.data.registration.maps import MapPair, make_maps
 from celldetr.data.registration.nuclei import Nuclei
 from celldetr.data.registration.plausible import Plausibility, check_plausible
 from celldetr.data.registration.refine import refine_nuclei, refine_windows
-from celldetr.data.registration.result import Attempt, Origin, Quality, Registration
+from celldetr.data.registration.result import Attempt, Keypoints, Origin, Quality, Registration
 from celldetr.data.registration.settings import RegistrationSettings
-from celldetr.data.registration.transform import as_matrix, decompose, scaling
+from celldetr.data.registration.transform import Alignment, as_matrix, decompose, scaling
 from celldetr.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_WRONG_KEYPOINT = 20.0  # um
 _IN_DAPI = 0.9  # share of the nuclei that must lie inside their own image
 
 
@@ -31,10 +32,11 @@ def register(
     dapi: Pyramid,
     nuclei_um: Any,
     pixel_size: float,
-    alignment: NDArray[np.float64] | None,
+    alignment: Alignment | NDArray[np.float64] | None,
     settings: RegistrationSettings | None = None,
     *,
     name: str = "sample",
+    seed: int = 0,
 ) -> Registration:
     """Find a matrix from the H&E to the Xenium image that passes the gate.
 
@@ -49,11 +51,13 @@ def register(
     pixel_size
         um per Xenium px.
     alignment
-        (3, 3) from a file, H&E level-0 px -> Xenium px; None without a file.
+        What `read_alignment` read, or a matrix (3, 3) H&E level-0 px -> Xenium px; None without a file.
     settings
         How to judge and to search; the defaults when None.
     name
         Name of the sample, for messages.
+    seed
+        Of the choices that robust fits begin with.
 
     Raises
     ------
@@ -67,12 +71,13 @@ def register(
     share = inside(dapi, scaling(1 / pixel_size), nuclei.centroids).mean()
     if share < _IN_DAPI:
         raise InputError(
-            f"{name}: got {share:.0%} of the nuclei inside the DAPI image {dapi.path}, expected {_IN_DAPI:.0%} or more; "
-            "are image, nuclei and pixel size of the same run?"
+            f"{name}: got {share:.0%} of the nuclei inside the DAPI image {dapi.path}, expected {_IN_DAPI:.0%} or "
+            "more; are image, nuclei and pixel size of the same run?"
         )
-    run = _Run(he, dapi, nuclei, pixel_size, settings or RegistrationSettings())
+    run = _Run(he, dapi, nuclei, pixel_size, settings or RegistrationSettings(), seed)
     if alignment is not None:
-        found = run.from_file(as_matrix(alignment, f"{name}: alignment"))
+        file = alignment if isinstance(alignment, Alignment) else Alignment(np.asarray(alignment), np.empty(0))
+        found = run.from_file(as_matrix(file.matrix, f"{name}: alignment"), file.residuals)
         if found:
             return found
     found = run.from_images()
@@ -85,13 +90,21 @@ class _Run:
     """One registration: images, nuclei, and all that was tried so far."""
 
     def __init__(
-        self, he: Pyramid, dapi: Pyramid, nuclei: Nuclei, pixel_size: float, settings: RegistrationSettings
+        self,
+        he: Pyramid,
+        dapi: Pyramid,
+        nuclei: Nuclei,
+        pixel_size: float,
+        settings: RegistrationSettings,
+        seed: int,
     ) -> None:
-        self.he, self.dapi, self.nuclei, self.pixel_size, self.settings = he, dapi, nuclei, pixel_size, settings
+        self.he, self.dapi, self.nuclei = he, dapi, nuclei
+        self.pixel_size, self.settings, self.seed = pixel_size, settings, seed
         self.regions = nuclei.regions(settings)
         self.attempts: list[Attempt] = []
         self.warnings: list[str] = []
         self.before: Quality | None = None
+        self.keypoints: Keypoints | None = None
 
     @cached_property
     def maps(self) -> list[MapPair]:
@@ -112,13 +125,14 @@ class _Run:
 
     def refined(self, to_um: NDArray[np.float64], *, rounds: int = 2) -> NDArray[np.float64]:
         """Matrix after the windows and the nuclei were brought together."""
-        to_um = refine_windows(to_um, self.he, self.dapi, self.pixel_size, self.regions)
+        to_um = refine_windows(to_um, self.he, self.dapi, self.pixel_size, self.regions, self.seed)
         for _ in range(rounds):
             to_um = refine_nuclei(to_um, self.he, self.nuclei, self.regions, self.settings)
         return to_um
 
-    def from_file(self, matrix: NDArray[np.float64]) -> Registration | None:
+    def from_file(self, matrix: NDArray[np.float64], residuals: NDArray[np.float64]) -> Registration | None:
         """Registration by the file's matrix or one near it, if any passes."""
+        self._keypoints(residuals)
         to_um = scaling(self.pixel_size) @ matrix
         plausible = check_plausible(matrix, self.he.mpp, self.pixel_size, self.settings, self.he.size, self.dapi.size)
         self.warnings += [f"alignment file: {note}" for note in plausible.notes]
@@ -135,11 +149,24 @@ class _Run:
         found = self._mistaken(plausible)
         if found or plausible.problems:
             return found
-        for candidate in estimate_nearby(self.maps, to_um):
+        for candidate in estimate_nearby(self.maps, to_um, self.seed):
             attempt = self.judge("file, refined on maps", self.refined(candidate))
             if attempt.quality.passed:
                 return self._result("file, refined", attempt)
         return None
+
+    def _keypoints(self, residuals: NDArray[np.float64]) -> None:
+        """Remember how well keypoints fit; they are Xenium px away from the fit."""
+        if not len(residuals):
+            return
+        typical, worst = (float(value) * self.pixel_size for value in (np.median(residuals), residuals.max()))
+        self.keypoints = Keypoints(number=len(residuals), median=typical, worst=worst)
+        log.info("alignment file: %d keypoints, %.1f um from the fit, at most %.1f", len(residuals), typical, worst)
+        if worst > _WRONG_KEYPOINT:
+            self.warnings.append(
+                f"alignment file: keypoint {int(residuals.argmax()) + 1} is {worst:.1f} um from the fit of all: "
+                "correct it"
+            )
 
     def _better(self, first: Attempt) -> Registration:
         """Registration by a file that passes, refined when the settings want it and it is worth it."""
@@ -178,7 +205,7 @@ class _Run:
         if self.he.mpp:
             tries.insert(0, ("estimated", [1.0]))
         for name, factors in tries:
-            for candidate in estimate(self.maps, factors, self.settings):
+            for candidate in estimate(self.maps, factors, self.settings, self.seed):
                 attempt = self.judge(name, self.refined(candidate))
                 if attempt.quality.passed:
                     return self._result("estimated", attempt)
@@ -198,6 +225,7 @@ class _Run:
             origin=origin,
             quality=attempt.quality,
             quality_before=self.before,
+            keypoints=self.keypoints,
             attempts=tuple(self.attempts),
             warnings=tuple(self.warnings),
         )

@@ -15,7 +15,7 @@ _NEARBY = (-4.0, -2.0, 0.0, 2.0, 4.0)  # degrees around a given matrix
 
 
 def estimate(
-    maps: Sequence[MapPair], scales: Iterable[float], settings: RegistrationSettings
+    maps: Sequence[MapPair], scales: Iterable[float], settings: RegistrationSettings, seed: int
 ) -> list[NDArray[np.float64]]:
     """Find the matrix without any hint.
 
@@ -27,6 +27,8 @@ def estimate(
         Factors on the nominal size of an H&E pixel that are tried.
     settings
         Step of the rotation.
+    seed
+        See `align`.
 
     Returns
     -------
@@ -35,10 +37,10 @@ def estimate(
     """
     angles = np.arange(0, 360, settings.angle_step)
     linears = [scale * rotation(angle) @ np.diag([1, flip]) for scale in scales for flip in (1, -1) for angle in angles]
-    return _polish(maps, _distinct(search(maps[0], linears), maps[0], _CANDIDATES), keep=3)
+    return _polish(maps, _distinct(search(maps[0], linears), maps[0], _CANDIDATES), keep=3, seed=seed)
 
 
-def estimate_nearby(maps: Sequence[MapPair], to_um: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+def estimate_nearby(maps: Sequence[MapPair], to_um: NDArray[np.float64], seed: int) -> list[NDArray[np.float64]]:
     """Find the matrix from one that is nearly right: off by a few degrees, or by any shift.
 
     Returns
@@ -48,7 +50,7 @@ def estimate_nearby(maps: Sequence[MapPair], to_um: NDArray[np.float64]) -> list
     """
     linears = [rotation(angle) @ to_um[:2, :2] / maps[0].he_mpp for angle in _NEARBY]
     found = _distinct(search(maps[0], linears), maps[0], 4)
-    return _polish(maps, [Candidate(to_um, 0.0), *found], keep=2)
+    return _polish(maps, [Candidate(to_um, 0.0), *found], keep=2, seed=seed)
 
 
 def scales(low: float, high: float) -> NDArray[np.float64]:
@@ -58,7 +60,7 @@ def scales(low: float, high: float) -> NDArray[np.float64]:
 
 
 def _distinct(found: Sequence[Candidate], maps: MapPair, count: int) -> list[Candidate]:
-    """The best candidates that put the corners of the H&E to different places."""
+    """Keep the best candidates that put the corners of the H&E to different places."""
     height, width = maps.he.shape
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) * maps.spacing / maps.he_mpp
     kept: list[tuple[Candidate, NDArray[np.float64]]] = []
@@ -71,7 +73,7 @@ def _distinct(found: Sequence[Candidate], maps: MapPair, count: int) -> list[Can
     return [candidate for candidate, _ in kept]
 
 
-def _polish(maps: Sequence[MapPair], found: Sequence[Candidate], keep: int) -> list[NDArray[np.float64]]:
+def _polish(maps: Sequence[MapPair], found: Sequence[Candidate], keep: int, seed: int) -> list[NDArray[np.float64]]:
     """Align candidates on finer and finer maps; fewer go on each time."""
     current = list(found)
     for depth, pair in enumerate(maps):
@@ -79,7 +81,7 @@ def _polish(maps: Sequence[MapPair], found: Sequence[Candidate], keep: int) -> l
         improved = []
         for candidate in current:
             for reach in reaches:
-                candidate = align(pair, candidate.to_um, reach)
+                candidate = align(pair, candidate.to_um, reach, seed)
             improved.append(candidate)
         improved.sort(key=lambda candidate: -candidate.score)
         current = improved[: max(keep, len(found) // 2 ** (depth + 1))]

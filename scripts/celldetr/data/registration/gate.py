@@ -1,4 +1,4 @@
-"""The quality gate: do H&E nuclei lie on DAPI nuclei, here and in each region, and more so than by chance?"""
+"""The quality gate: H&E nuclei lie on DAPI nuclei, over all and in each region, and more so than by chance."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,9 @@ from celldetr.data.registration.images import inside
 from celldetr.data.registration.nuclei import SPACING, Look, Nuclei, Region, draw_labels, keep_clear, look
 from celldetr.data.registration.result import Quality, RegionQuality
 from celldetr.data.registration.settings import RegistrationSettings
+from celldetr.data.registration.transform import inverse
 
+_LARGE = 8.0  # um; half of a large nucleus
 _FEWEST = 8  # H&E nuclei of a region that can be judged
 
 
@@ -39,8 +41,8 @@ def check(
     settings
         Limits of the gate.
     """
-    within = float(inside(he, np.linalg.inv(to_um), nuclei.centroids).mean())
-    looks = [look(he, to_um, region, settings, settings.control_shift + 2) for region in regions]
+    within = float(inside(he, inverse(to_um), nuclei.centroids).mean())
+    looks = [look(he, to_um, region, settings, settings.control_shift + _LARGE) for region in regions]
     blobs = keep_clear(looks)
     near, far, contrasts, parts = [], [], [], []
     for region, seen, points in zip(regions, looks, blobs, strict=True):

@@ -151,5 +151,5 @@ def _piece(
 def inside(image: Pyramid, um_to_px: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which points (n, 2) um lie inside an image."""
     px = apply(um_to_px, points)
-    within: NDArray[np.bool_] = ((px >= 0) & (px < np.array(image.size))).all(axis=1)
+    within: NDArray[np.bool_] = np.all((px >= 0) & (px < np.array(image.size)), axis=1)
     return within

@@ -10,11 +10,11 @@ from scipy import fft, ndimage
 from celldetr.data.pyramid import Pyramid
 from celldetr.data.registration.images import Grid, Values, hematoxylin, intensity, sample
 from celldetr.data.registration.matching import band, match_blocks
-from celldetr.data.registration.transform import affine, apply, fit_robust, scaling
+from celldetr.data.registration.transform import affine, apply, fit_robust, inverse, scaling
 
 _FINEST = 2.0  # um of a sample
-_LARGEST = 2048  # samples along a side of the finest map
-_SMALLEST = 128  # samples along the longer side of the coarsest map
+_LARGEST = 2048  # samples along the finest map of the smaller image; the larger one may have twice as many
+_SMALLEST = 128  # samples along the coarsest map of the smaller image, at least
 _BLOCK = 48  # samples along the side of a block
 _BLOCKS = 120  # blocks that are compared on a map
 _PEAKS = 2  # places that are kept of each linear part
@@ -49,7 +49,7 @@ class Candidate:
 
 
 def make_maps(he: Pyramid, dapi: Pyramid, he_mpp: float, pixel_size: float) -> list[MapPair]:
-    """Maps from the coarsest to the finest.
+    """Make maps from the coarsest to the finest.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ def make_maps(he: Pyramid, dapi: Pyramid, he_mpp: float, pixel_size: float) -> l
     pixel_size
         um per Xenium px.
     """
-    extent = max(max(he.size) * he_mpp, max(dapi.size) * pixel_size)
-    spacing = max(_FINEST, extent / _LARGEST)
+    extents = [max(he.size) * he_mpp, max(dapi.size) * pixel_size]
+    spacing = max(_FINEST, min(extents) / _LARGEST, max(extents) / (2 * _LARGEST))
     whole = []
     for image, mpp, convert in ((he, he_mpp, hematoxylin), (dapi, pixel_size, intensity)):
         size = [max(int(np.ceil(side * mpp / spacing)), 1) for side in image.size]
@@ -69,7 +69,7 @@ def make_maps(he: Pyramid, dapi: Pyramid, he_mpp: float, pixel_size: float) -> l
     pairs = []
     while True:
         pairs.append(MapPair(spacing, band(whole[0]), band(whole[1]), he_mpp))
-        if max(max(values.shape) for values in whole) < 2 * _SMALLEST:
+        if min(max(values.shape) for values in whole) < 2 * _SMALLEST:
             return pairs[::-1]
         whole = [_halve(values) for values in whole]
         spacing *= 2
@@ -126,7 +126,7 @@ def search(maps: MapPair, linears: Iterable[NDArray[np.float64]]) -> list[Candid
     return sorted(found, key=lambda candidate: -candidate.score)
 
 
-def align(maps: MapPair, to_um: NDArray[np.float64], reach: int) -> Candidate:
+def align(maps: MapPair, to_um: NDArray[np.float64], reach: int, seed: int) -> Candidate:
     """Improve a matrix by finding blocks of the DAPI map in the H&E map.
 
     Parameters
@@ -137,6 +137,8 @@ def align(maps: MapPair, to_um: NDArray[np.float64], reach: int) -> Candidate:
         (3, 3), H&E level-0 px -> um of the Xenium frame.
     reach
         How far away a block may be, samples.
+    seed
+        Of the choice of blocks that a fit begins with.
 
     Returns
     -------
@@ -154,14 +156,14 @@ def align(maps: MapPair, to_um: NDArray[np.float64], reach: int) -> Candidate:
         return Candidate(to_um, 0.0)
     centres = (corners + block / 2) * maps.spacing
     update, agree = fit_robust(
-        centres + shifts * maps.spacing, centres, score + 1e-6, tolerance=max(2.0, reach / 6) * maps.spacing
+        centres + shifts * maps.spacing, centres, score + 1e-6, tolerance=max(2.0, reach / 6) * maps.spacing, seed=seed
     )
     return Candidate(update @ to_um, float(score[agree].sum() / len(score)))
 
 
 def _through(maps: MapPair, to_um: NDArray[np.float64], corner: NDArray[np.int64], side: int) -> Values:
     """Square of the H&E map as it lies on the DAPI map."""
-    to_map = scaling(maps.he_mpp / maps.spacing) @ np.linalg.inv(to_um) @ scaling(maps.spacing)
+    to_map = scaling(maps.he_mpp / maps.spacing) @ inverse(to_um) @ scaling(maps.spacing)
     x = (corner[0] + np.arange(side) + 0.5)[None, :]
     y = (corner[1] + np.arange(side) + 0.5)[:, None]
     places = [to_map[axis, 0] * x + to_map[axis, 1] * y + to_map[axis, 2] - 0.5 for axis in (1, 0)]
@@ -175,7 +177,7 @@ def _block_corners(maps: MapPair, to_um: NDArray[np.float64], block: int) -> NDA
     height, width = maps.dapi.shape
     x, y = np.meshgrid(np.arange(0, width - block + 1, step), np.arange(0, height - block + 1, step))
     corners = np.column_stack([x.ravel(), y.ravel()]).astype(np.int64)
-    he = apply(np.linalg.inv(to_um), (corners + block / 2) * maps.spacing) * maps.he_mpp / maps.spacing
+    he = apply(inverse(to_um), (corners + block / 2) * maps.spacing) * maps.he_mpp / maps.spacing
     within = ((he > 0) & (he < np.array(maps.he.shape)[::-1])).all(axis=1)
     corners = corners[within]
     signal = np.array([np.abs(maps.dapi[y : y + block, x : x + block]).mean() for x, y in corners])

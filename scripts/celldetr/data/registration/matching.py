@@ -8,7 +8,7 @@ Values = NDArray[np.float32]
 
 
 def band(values: Values, fine: float = 1.0, wide: float = 8.0) -> Values:
-    """Keep what is between two sizes (samples), so that stain gradients and noise do not count; about unit deviation."""
+    """Keep what is between two sizes (samples), so that gradients and noise do not count; scaled to unit deviation."""
     low, high = np.percentile(values, [0.5, 99.5])
     clipped = np.clip(values, low, high)
     kept = ndimage.gaussian_filter(clipped, fine) - ndimage.gaussian_filter(clipped, wide)
@@ -58,7 +58,7 @@ def match_blocks(fixed: Values, moving: Values) -> tuple[NDArray[np.float64], ND
 
 
 def _window_sums(values: NDArray[np.floating], side: int) -> NDArray[np.float64]:
-    """Sums over all windows of a side: (n, B, B) -> (n, B - side + 1, B - side + 1)."""
+    """Sum over all windows of a side: (n, B, B) -> (n, B - side + 1, B - side + 1)."""
     total = np.pad(values.astype(np.float64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
     sums: NDArray[np.float64] = (
         total[:, side:, side:] - total[:, :-side, side:] - total[:, side:, :-side] + total[:, :-side, :-side]

@@ -12,11 +12,12 @@ from scipy.spatial import cKDTree
 from celldetr.data.pyramid import Pyramid
 from celldetr.data.registration.images import Grid, Values, hematoxylin, inside, sample, window
 from celldetr.data.registration.settings import RegistrationSettings
-from celldetr.data.registration.transform import apply
+from celldetr.data.registration.transform import inverse
 from celldetr.errors import InputError
 
 SPACING = 0.5  # um of a sample in which nuclei are looked for
-_SIGMA = 2.0  # um; a disc of radius 2.8 um answers most
+_SIGMAS = (2.3, 3.3)  # um; discs of radius 3.3 and 4.7 um answer most
+_RADIUS = 1.2  # sigmas around a spot in which there is no other
 _APART = 2.5  # um between the centres of two nuclei at least
 _FEWEST = 8  # nuclei of a region that is worth looking at
 _SAMPLE_RADIUS = 3.0  # um; of nuclei that are given as points
@@ -152,7 +153,7 @@ def look(
         How far to read beyond it, um.
     """
     grid = window(region.centre, settings.window + 2 * margin, SPACING)
-    to_px = np.linalg.inv(to_um)
+    to_px = inverse(to_um)
     stain = sample(he, grid, to_px, hematoxylin)
     places, strength = find_blobs(stain)
     blobs = places * SPACING + (grid.x, grid.y)
@@ -161,7 +162,7 @@ def look(
 
 
 def find_blobs(stain: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres of dark round spots of the size of a nucleus (Laplacian of Gaussian).
+    """Centres of dark round spots of the sizes of nuclei (Laplacian of Gaussian at several scales).
 
     Parameters
     ----------
@@ -175,23 +176,41 @@ def find_blobs(stain: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     strength
         (n,) how much a spot is above its surroundings.
     """
-    sigma = _SIGMA / SPACING
-    answer = -(sigma**2) * ndimage.gaussian_laplace(stain, sigma)
+    sigmas = np.array(_SIGMAS) / SPACING
+    answers = np.stack([-(sigma**2) * ndimage.gaussian_laplace(stain, sigma) for sigma in sigmas])
+    scale = answers.argmax(axis=0)
+    answer = answers.max(axis=0)
     size = 2 * round(_APART / SPACING) + 1
-    peaks = (answer == ndimage.maximum_filter(answer, size)) & (answer > 0)
-    row, column = np.nonzero(peaks)
+    row, column = np.nonzero((answer == ndimage.maximum_filter(answer, size)) & (answer > 0))
     middle = (row > 0) & (row < len(answer) - 1) & (column > 0) & (column < answer.shape[1] - 1)
     row, column = row[middle], column[middle]
+    kept = _strongest(np.column_stack([column, row]), answer[row, column], sigmas[scale[row, column]])
+    row, column = row[kept], column[kept]
+    layer = scale[row, column]
     here = answer[row, column]
     offset = []
-    for before, after in (
-        (answer[row, column - 1], answer[row, column + 1]),
-        (answer[row - 1, column], answer[row + 1, column]),
-    ):
+    for across, down in ((1, 0), (0, 1)):
+        before, after = (answers[layer, row + sign * down, column + sign * across] for sign in (-1, 1))
         bend = np.minimum(before - 2 * here + after, -1e-9)
         offset.append(np.clip((before - after) / (2 * bend), -0.5, 0.5))
     places = np.column_stack([column + offset[0] + 0.5, row + offset[1] + 0.5])
     return places.astype(np.float64), here.astype(np.float64)
+
+
+def _strongest(
+    places: NDArray[np.int64], strength: NDArray[np.float32], sigma: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Find the indices of the spots that are not inside a stronger one."""
+    if not len(places):
+        return np.empty(0, np.int64)
+    tree = cKDTree(places)
+    alive = np.ones(len(places), dtype=bool)
+    for index in np.argsort(-strength, kind="stable"):
+        if alive[index]:
+            near = tree.query_ball_point(places[index], _RADIUS * sigma[index])
+            alive[near] = False
+            alive[index] = True
+    return np.flatnonzero(alive)
 
 
 def keep_clear(looks: list[Look]) -> list[NDArray[np.float64]]:
@@ -201,8 +220,3 @@ def keep_clear(looks: list[Look]) -> list[NDArray[np.float64]]:
         return [item.blobs for item in looks]
     limit = 0.3 * np.percentile(strength, 90)
     return [item.blobs[item.strength >= limit] for item in looks]
-
-
-def to_other(matrix: NDArray[np.float64], blobs: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    """Map the blobs of all regions."""
-    return [apply(matrix, points) for points in blobs]

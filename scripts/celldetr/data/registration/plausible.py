@@ -1,4 +1,4 @@
-"""Is a matrix what it says: direction, units, order of the axes?"""
+"""What a matrix tells without the images: direction, units, order of the axes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import shapely
 from numpy.typing import NDArray
 
 from celldetr.data.registration.settings import RegistrationSettings
-from celldetr.data.registration.transform import apply, decompose, scaling
+from celldetr.data.registration.transform import apply, decompose, inverse, scaling
 
 _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 _ODD_SHEAR, _WRONG_SHEAR = 0.03, 0.2
@@ -107,14 +107,14 @@ def _problems(
 
 
 def _mistakes(matrix: NDArray[np.float64], he_mpp: float | None, pixel_size: float) -> Iterator[Mistake]:
-    inverse = np.linalg.inv(matrix)
+    back = inverse(matrix)
     to_px = scaling(1 / pixel_size)
-    yield Mistake("the inverse (Xenium px -> H&E px)", inverse)
+    yield Mistake("the inverse (Xenium px -> H&E px)", back)
     yield Mistake("x and y swapped", _SWAP @ matrix @ _SWAP)
     yield Mistake("x and y of the H&E swapped", matrix @ _SWAP)
     yield Mistake("x and y of the Xenium image swapped", _SWAP @ matrix)
     yield Mistake("um instead of Xenium px (H&E px -> um)", to_px @ matrix)
-    yield Mistake("the inverse, and um instead of Xenium px (um -> H&E px)", to_px @ inverse)
+    yield Mistake("the inverse, and um instead of Xenium px (um -> H&E px)", to_px @ back)
     if he_mpp is not None:
         yield Mistake("um instead of H&E px (H&E um -> Xenium px)", matrix @ scaling(he_mpp))
         yield Mistake("um on both sides (H&E um -> Xenium um)", to_px @ matrix @ scaling(he_mpp))

@@ -9,7 +9,7 @@ from celldetr.data.registration.images import Values, hematoxylin, intensity, sa
 from celldetr.data.registration.matching import band, match_blocks
 from celldetr.data.registration.nuclei import Nuclei, Region, keep_clear, look
 from celldetr.data.registration.settings import RegistrationSettings
-from celldetr.data.registration.transform import apply, fit_affine, fit_robust, scaling
+from celldetr.data.registration.transform import apply, fit_affine, fit_robust, inverse, scaling
 
 # um of a sample, side of a window and how far away it may be, um; each must find what the one before leaves
 _STEPS = ((2.0, 260.0, 40.0), (1.0, 200.0, 12.0))
@@ -19,7 +19,7 @@ _FEWEST = 20  # pairs of nuclei that can move a matrix
 
 
 def refine_windows(
-    to_um: NDArray[np.float64], he: Pyramid, dapi: Pyramid, pixel_size: float, regions: list[Region]
+    to_um: NDArray[np.float64], he: Pyramid, dapi: Pyramid, pixel_size: float, regions: list[Region], seed: int
 ) -> NDArray[np.float64]:
     """Improve a matrix that is off by up to 40 um by the shifts of windows.
 
@@ -33,6 +33,8 @@ def refine_windows(
         um per Xenium px.
     regions
         Where the windows are.
+    seed
+        Of the choice of windows that a fit begins with.
 
     Returns
     -------
@@ -42,7 +44,7 @@ def refine_windows(
     centres = np.array([region.centre for region in regions])
     for spacing, side, reach in _STEPS:
         extra = round(reach / spacing)
-        to_he, to_dapi = np.linalg.inv(to_um), scaling(1 / pixel_size)
+        to_he, to_dapi = inverse(to_um), scaling(1 / pixel_size)
         count = round(side / spacing)
         fixed, moving = [], []
         for centre in centres:
@@ -53,7 +55,7 @@ def refine_windows(
         if not score.any():
             continue
         moved = centres + shifts * spacing
-        update, _ = fit_robust(moved, centres, score + 1e-6, tolerance=max(3 * spacing, reach / 8))
+        update, _ = fit_robust(moved, centres, score + 1e-6, tolerance=max(3 * spacing, reach / 8), seed=seed)
         to_um = update @ to_um
     return to_um
 

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from celldetr.data.registration.transform import as_matrix, decompose, scaling
+from celldetr.data.registration.transform import as_matrix, decompose, inverse, scaling
 from celldetr.errors import InputError
 from celldetr.files import atomic
 from celldetr.settings import Settings
 
 Origin = Literal["file", "file, refined", "estimated"]
-DIRECTION = "H&E level-0 pixel (x, y, 1) -> Xenium pixel"
-UNITS = "px; um = Xenium pixel * pixel_size"
+Direction = Literal["H&E level-0 pixel (x, y, 1) -> Xenium pixel"]
+Units = Literal["px; um = Xenium pixel * pixel_size"]
 
 
 def _matrix(values: object) -> NDArray[np.float64]:
@@ -80,6 +80,14 @@ class Attempt(Settings):
     quality: Quality
 
 
+class Keypoints(Settings):
+    """How well the keypoints of an alignment file agree with the affine that was fitted to them."""
+
+    number: int
+    median: float = Field(description="Median distance to the fit, um")
+    worst: float = Field(description="Largest distance to the fit, um")
+
+
 class Registration(Settings):
     """How the H&E of a sample lies on its Xenium image.
 
@@ -97,6 +105,8 @@ class Registration(Settings):
         Figures of the matrix.
     quality_before
         Figures of the file's matrix; None without a file.
+    keypoints
+        Fit of the keypoints; None when the file is a matrix.
     attempts
         All that was tried.
     warnings
@@ -106,14 +116,15 @@ class Registration(Settings):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     format: Literal["celldetr registration 1"] = "celldetr registration 1"
-    direction: Literal["H&E level-0 pixel (x, y, 1) -> Xenium pixel"] = DIRECTION
-    units: Literal["px; um = Xenium pixel * pixel_size"] = UNITS
+    direction: Direction = "H&E level-0 pixel (x, y, 1) -> Xenium pixel"
+    units: Units = "px; um = Xenium pixel * pixel_size"
     matrix: Matrix
     pixel_size: float = Field(gt=0)
     he_mpp: float = Field(gt=0)
     origin: Origin
     quality: Quality
     quality_before: Quality | None = None
+    keypoints: Keypoints | None = None
     attempts: tuple[Attempt, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -123,7 +134,7 @@ class Registration(Settings):
 
     def um_to_he(self) -> NDArray[np.float64]:
         """Matrix (3, 3) from um of the Xenium frame to H&E level-0 px."""
-        return np.linalg.inv(self.he_to_um())
+        return inverse(self.he_to_um())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the parts of the matrix for people."""

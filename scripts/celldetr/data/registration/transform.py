@@ -146,6 +146,12 @@ def apply(matrix: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[
     return mapped
 
 
+def inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Matrix (3, 3) of the way back."""
+    back: NDArray[np.float64] = np.asarray(np.linalg.inv(matrix), dtype=np.float64)
+    return back
+
+
 def scaling(factor: float) -> NDArray[np.float64]:
     """Matrix (3, 3) that scales x and y."""
     return np.diag([factor, factor, 1.0])
@@ -224,6 +230,7 @@ def fit_robust(
     weights: NDArray[np.float64],
     tolerance: float,
     *,
+    seed: int,
     max_change: float = 0.15,
     trials: int = 300,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -237,10 +244,12 @@ def fit_robust(
         Trust in each pair (n,).
     tolerance
         Distance up to which a pair agrees, in the unit of the points.
+    seed
+        Of the triples that are tried.
     max_change
         Largest entry by which the linear part may differ from the identity.
     trials
-        Number of triples that are tried; drawn from a fixed seed.
+        Number of triples.
 
     Returns
     -------
@@ -249,7 +258,7 @@ def fit_robust(
     agree
         (n,) which ones these are.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     best, agree = -1.0, np.ones(len(source), dtype=bool)
     chance = weights / weights.sum()
     for trial in range(trials):

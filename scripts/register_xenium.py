@@ -1,0 +1,44 @@
+"""Register the H&E image of a Xenium sample.
+
+Inputs: ``outs`` (output folder), ``he`` (image), ``alignment`` (file of 10x: H&E px -> Xenium px; may be left out).
+Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, and figures), ``picture`` (PNG), ``provenance``.
+Params: settings, he_mpp (um per H&E px, or None: what the file says), sample (name), seed.
+"""
+
+from celldetr.data.pyramid import open_pyramid
+from celldetr.data.registration import RegistrationSettings, read_alignment, register
+from celldetr.data.registration.overlay import draw, save
+from celldetr.data.xenium import dapi_path, read_nuclei, read_specs
+from celldetr.provenance import write_provenance
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    source, params, output = snakemake.input, snakemake.params, snakemake.output
+    settings = RegistrationSettings.from_dict(params.settings, "registration")
+    files = list(source.get("alignment", []))
+    nuclei = read_nuclei(source.outs).geometry.to_numpy()
+    dapi = dapi_path(source.outs)
+    with open_pyramid(source.he, params.he_mpp) as he, open_pyramid(dapi, plane=0) as image:
+        registration = register(
+            he,
+            image,
+            nuclei,
+            read_specs(source.outs).pixel_size,
+            read_alignment(files[0]) if files else None,
+            settings,
+            name=params.sample,
+            seed=params.seed,
+        )
+        save(draw(registration, he, nuclei, settings, name=params.sample), output.picture)
+    registration.write(output.json)
+    write_provenance(
+        output.provenance,
+        settings={"registration": settings.to_dict(), "he_mpp": params.he_mpp, "sample": params.sample},
+        inputs=[source.he, dapi, *files],
+        seed=params.seed,
+    )
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
