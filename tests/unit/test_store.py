@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celldetr.errors import InputError
-from celldetr.store import StoreWriter, merge, open_store, split_groups, validate
+from celldetr.store import StoreWriter, merge, open_store, select, split_groups, validate
 from celldetr.store.writer import PATCHES_PER_SHARD
 
 CLASSES = ("a", "b")
@@ -261,6 +261,26 @@ def test_merge_puts_stores_one_after_another(tmp_path):
     assert np.array_equal(np.diff(store.box_ptr), [1, 0, 3, 2, 2])
     assert np.array_equal(store.boxes, np.concatenate([*first[1], *second[1]]))
     assert store.patches["x"].tolist() == [0, 10, 20, 0, 10]
+
+
+def test_select_takes_the_chosen_patches_in_order(tmp_path):
+    first = make(tmp_path / "a.zarr", [1, 0, 3, 2], seed=1)
+    second = make(tmp_path / "b.zarr", [2, 4], seed=2)
+    stores = [open_store(tmp_path / name) for name in ("a.zarr", "b.zarr")]
+    select([(stores[1], [1]), (stores[0], [3, 0]), (stores[1], [])], tmp_path / "some.zarr", attrs={"why": "test"})
+    validate(tmp_path / "some.zarr")
+    some = open_store(tmp_path / "some.zarr")
+    assert np.array_equal(some.all_images(), np.stack([second[0][1], first[0][3], first[0][0]]))
+    assert np.array_equal(np.diff(some.box_ptr), [4, 2, 1])
+    assert np.array_equal(some.boxes, np.concatenate([second[1][1], first[1][3], first[1][0]]))
+    assert np.array_equal(some.labels, np.concatenate([second[2][1], first[2][3], first[2][0]]))
+    assert np.array_equal(some.centroids, np.concatenate([second[3][1], first[3][3], first[3][0]]))
+    assert some.patches["x"].tolist() == [10, 30, 0]
+    assert some.attrs["why"] == "test"
+    select([(stores[0], [])], tmp_path / "none.zarr")
+    assert len(open_store(tmp_path / "none.zarr")) == 0
+    with pytest.raises(InputError, match="at least one"):
+        select([], tmp_path / "x.zarr")
 
 
 @pytest.mark.parametrize(("key", "value"), [("classes", ("a", "c")), ("mpp", 0.25), ("size", 4)])

@@ -15,6 +15,7 @@ from celldetr.files import atomic
 
 SIDE = 256
 """Side of a picture on the page, px; it is drawn twice as large."""
+_CASING = "#1a1a1a"
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -58,8 +59,9 @@ def patch_picture(
     picture = Image.fromarray(image).resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for box, label in zip(boxes * scale, labels, strict=True):
-        low = box[:2]
-        draw.rectangle([*low, *np.maximum(box[2:] - 1, low)], outline=colours[label], width=2)
+        low, high = box[:2], np.maximum(box[2:] - 1, box[:2])
+        draw.rectangle([*(low - 1), *(high + 1)], outline=_CASING, width=4)  # pale colours are lost on tissue
+        draw.rectangle([*low, *high], outline=colours[label], width=2)
     return embed(picture)
 
 

@@ -20,7 +20,7 @@ from celldetr.store.reader import (
     split_groups,
     validate,
 )
-from celldetr.store.writer import StoreWriter, merge
+from celldetr.store.writer import StoreWriter, merge, select
 
 __all__ = [
     "NO_LABEL",
@@ -30,6 +30,7 @@ __all__ = [
     "class_counts",
     "merge",
     "open_store",
+    "select",
     "split_groups",
     "validate",
 ]

@@ -1,4 +1,4 @@
-"""Writing patch stores (format: `celldetr.store`): patch after patch, or by merging stores."""
+"""Writing patch stores (format: `celldetr.store`): patch after patch, or by taking patches of others."""
 
 import contextlib
 import os
@@ -15,7 +15,15 @@ from zarr.codecs import ZstdCodec
 import celldetr
 from celldetr.errors import InputError
 from celldetr.files import atomic
-from celldetr.store.reader import FORMAT, NO_LABEL, NUMBER_COLUMNS, TEXT_COLUMNS, class_counts, open_store
+from celldetr.store.reader import (
+    FORMAT,
+    NO_LABEL,
+    NUMBER_COLUMNS,
+    TEXT_COLUMNS,
+    PatchStore,
+    class_counts,
+    open_store,
+)
 
 PATCHES_PER_SHARD = 256
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # what is not there is then known to be missing
@@ -180,20 +188,47 @@ def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     InputError
         No stores, or stores of different classes, patch size or pixel size.
     """
-    if not paths:
-        raise InputError(f"{out}: got no stores to merge, expected at least one")
     stores = [open_store(path) for path in paths]
-    first = stores[0]
-    for store in stores[1:]:
+    attrs = {"merged": [{**store.attrs, "path": str(store.path)} for store in stores]}
+    select([(store, np.arange(store.n_patches)) for store in stores], out, attrs=attrs)
+
+
+def select(
+    chosen: Sequence[tuple[PatchStore, ArrayLike]],
+    out: str | os.PathLike[str],
+    *,
+    attrs: Mapping[str, Any] | None = None,
+) -> None:
+    """Write chosen patches of several stores, one store after another, into a new one.
+
+    Parameters
+    ----------
+    chosen
+        Stores and the indices (B,) of their patches, in the order to write.
+    out
+        Store to write.
+    attrs
+        Its attributes.
+
+    Raises
+    ------
+    InputError
+        No stores, or stores of different classes, patch size or pixel size.
+    """
+    if not chosen:
+        raise InputError(f"{out}: got no stores to take patches from, expected at least one")
+    first = chosen[0][0]
+    for store, _ in chosen[1:]:
         for key in ("classes", "patch_size", "mpp"):
             if getattr(store, key) != getattr(first, key):
                 raise InputError(
                     f"{store.path}: {key}: got {getattr(store, key)}, expected {getattr(first, key)} as in {first.path}"
                 )
-    attrs = {"merged": [{**store.attrs, "path": str(store.path)} for store in stores]}
     with StoreWriter(out, patch_size=first.patch_size, classes=first.classes, mpp=first.mpp, attrs=attrs) as writer:
-        for store in stores:
-            for indices in store.spans(PATCHES_PER_SHARD):
+        for store, patches in chosen:
+            wanted = np.asarray(patches, dtype=np.int64)
+            for start in range(0, len(wanted), PATCHES_PER_SHARD):
+                indices = wanted[start : start + PATCHES_PER_SHARD]
                 nuclei = [slice(store.box_ptr[i], store.box_ptr[i + 1]) for i in indices]
                 writer.append(
                     store.images(indices),

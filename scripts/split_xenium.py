@@ -1,0 +1,41 @@
+"""Choose the Xenium patches that train, validate and test, and put those that test into a store of their own.
+
+Inputs: the patch stores of all samples. Outputs: a TSV with a row per patch: store (sample), patch (index), part
+(train, val, test); the store of the test patches; counts per part as TSV and HTML. Params: settings (by, shares of the
+parts, block_um, margin_um), seed.
+"""
+
+from celldetr.data.splits import PARTS
+from celldetr.data.xenium_split import part_counts, xenium_split
+from celldetr.data.xenium_split_report import write_counts, write_split_page
+from celldetr.files import atomic
+from celldetr.rule import run_rule
+from celldetr.spatial_settings import XeniumSplitConfig
+from celldetr.store import open_store, select
+
+
+def main(snakemake):
+    params, output = snakemake.params, snakemake.output
+    settings = XeniumSplitConfig.from_dict(params.settings, "xenium.split")
+    stores = [open_store(path) for path in snakemake.input.stores]
+    split = xenium_split(
+        stores,
+        by=settings.by,
+        shares={part: getattr(settings, part) for part in PARTS},
+        block_um=settings.block_um,
+        margin_um=settings.margin_um,
+        seed=params.seed,
+    )
+    test = split.table[split.table["part"] == "test"]
+    chosen = [(store, test.loc[test["store"] == store.path.stem, "patch"].to_numpy()) for store in stores]
+    origin = [{"store": store.path.stem, "patch": patch} for store, patches in chosen for patch in patches.tolist()]
+    select(chosen, output.test, attrs={"origin": origin, "split": {"by": split.by, "seed": params.seed}})
+    counts = part_counts(stores, split)
+    write_counts(output.summary_tsv, counts, split)
+    write_split_page(output.summary_html, counts, split)
+    with atomic(output.split) as temporary:
+        split.table.to_csv(temporary, sep="\t", index=False)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
