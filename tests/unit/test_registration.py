@@ -141,7 +141,7 @@ def median_error(matrix, scene):
 
 
 def moved(scene, shift, degrees):
-    """A file's matrix that is off by a shift (um) and by a rotation about the middle of the section."""
+    """Return a file's matrix that is off by a shift (um) and by a rotation about the middle of the section."""
     middle = EXTENT / 2
     turn = rotation(degrees)
     return scaling(1 / PIXEL) @ affine(turn, middle - turn @ middle + np.array(shift)) @ scaling(PIXEL) @ scene.matrix
@@ -481,8 +481,9 @@ def test_the_file_of_another_sample_fails_and_the_images_decide(scene):
 
 def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
     stranger = ellipses(np.random.default_rng(99))
+    settings = RegistrationSettings(regions=2, window=120, angle_step=15)
     with pytest.raises(InputError) as error:
-        register(scene.he, scene.dapi, stranger, PIXEL, scene.matrix, SETTINGS, name="lung")
+        register(scene.he, scene.dapi, stranger, PIXEL, scene.matrix, settings, name="lung")
     message = str(error.value)
     for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
         assert part in message
@@ -547,7 +548,7 @@ def test_the_picture_is_drawn(scene, found, tmp_path):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match="registration.scale_range"):
+    with pytest.raises(ConfigError, match="registration: scale_range: got 1.8, 1.0"):
         RegistrationSettings.from_dict({"scale_range": [1.8, 1.0]}, "registration")
     with pytest.raises(ConfigError, match="did you mean 'regions'"):
         RegistrationSettings.from_dict({"region": 4}, "registration")

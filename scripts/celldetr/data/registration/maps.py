@@ -14,7 +14,7 @@ from celldetr.data.registration.transform import affine, apply, fit_robust, inve
 
 _FINEST = 2.0  # um of a sample
 _LARGEST = 2048  # samples along the finest map of the smaller image; the larger one may have twice as many
-_SMALLEST = 128  # samples along the coarsest map of the smaller image, at least
+_SMALLEST = 96  # samples along the coarsest map of the smaller image, at least
 _BLOCK = 48  # samples along the side of a block
 _BLOCKS = 120  # blocks that are compared on a map
 _PEAKS = 2  # places that are kept of each linear part
