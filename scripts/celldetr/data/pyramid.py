@@ -10,6 +10,7 @@ level 0. Nothing but the tiles that a region touches is read, and any number of 
 import functools
 import os
 import re
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class _Tiff(Pyramid):
             self._file = tifffile.TiffFile(path, is_ome=False)
             series = self._file.series[0]
             pages = [[page.aspage() for page in level.pages if page is not None] for level in series.levels]
-        except (tifffile.TiffFileError, IndexError, OSError, ValueError) as error:
+        except (tifffile.TiffFileError, IndexError, OSError, ValueError, struct.error) as error:
             raise InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?") from error
         first = pages[0][0]
         self._planes = [_tile_planes(page_list, plane, path) for page_list in pages]
