@@ -1,7 +1,7 @@
 """From what is known to a matrix that passes: the file, the file refined, the file's likely mistake, the images."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -182,14 +182,10 @@ class _Run:
     def _mistaken(self, plausible: Plausibility) -> Registration | None:
         """Registration by the file's matrix with a likely mistake undone."""
         for mistake in plausible.mistakes:
-            to_um = scaling(self.pixel_size) @ mistake.corrected
-            for step, matrix in _as_is_and_refined(self, to_um):
-                attempt = self.judge(f"file, if it holds {mistake.what}{step}", matrix)
-                if attempt.quality.passed:
-                    self.warnings.append(f"alignment file: it holds {mistake.what}; that was undone: correct the file")
-                    if step:
-                        return self._result("file, refined", attempt)
-                    return self._result("file, refined", self._best_of(attempt))
+            attempt = self.judge(f"file, if it holds {mistake.what}", scaling(self.pixel_size) @ mistake.corrected)
+            if attempt.quality.passed:
+                self.warnings.append(f"alignment file: it holds {mistake.what}; that was undone: correct the file")
+                return self._result("file, refined", self._best_of(attempt))
         return None
 
     def _best_of(self, attempt: Attempt) -> Attempt:
@@ -229,11 +225,6 @@ class _Run:
             attempts=tuple(self.attempts),
             warnings=tuple(self.warnings),
         )
-
-
-def _as_is_and_refined(run: _Run, to_um: NDArray[np.float64]) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    yield "", to_um
-    yield ", refined", run.refined(to_um)
 
 
 def _message(name: str, he: Pyramid, run: _Run) -> str:

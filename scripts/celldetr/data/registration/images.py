@@ -66,7 +66,8 @@ _TABLES = _hematoxylin_tables()
 def hematoxylin(pixels: NDArray[np.uint8]) -> Values:
     """Hematoxylin (h, w), in optical density, of an H&E image (h, w, 3) by colour deconvolution; never negative."""
     amount: Values = sum(table[pixels[..., colour]] for colour, table in enumerate(_TABLES))
-    amount[pixels.max(axis=-1) < _VOID] = 0
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    amount[np.maximum(np.maximum(red, green), blue) < _VOID] = 0
     return np.maximum(amount, 0)
 
 

@@ -258,22 +258,39 @@ def fit_robust(
     agree
         (n,) which ones these are.
     """
-    rng = np.random.default_rng(seed)
-    best, agree = -1.0, np.ones(len(source), dtype=bool)
-    chance = weights / weights.sum()
-    for trial in range(trials):
-        size = 1 if trial % 3 == 0 or len(source) < 4 else 3
-        chosen = rng.choice(len(source), size=size, replace=False, p=chance) if size < len(source) else [0]
-        matrix = fit_affine(source[chosen], target[chosen], stiffness=1e-3 if size == 3 else 1.0)
-        if np.abs(matrix[:2, :2] - np.eye(2)).max() > max_change:
-            continue
-        near = np.linalg.norm(apply(matrix, source) - target, axis=1) < tolerance
-        if weights[near].sum() > best:
-            best, agree = float(weights[near].sum()), near
+    linears, shifts = _trials(source, target, weights / weights.sum(), trials, max_change, seed)
+    off = np.einsum("tij,nj->tni", linears, source) + shifts[:, None] - target
+    near = (off**2).sum(axis=2) < tolerance**2
+    agree = near[(near * weights).sum(axis=1).argmax()]
     for _ in range(5):
         matrix = fit_affine(source[agree], target[agree], weights[agree], stiffness=0.3)
-        near = np.linalg.norm(apply(matrix, source) - target, axis=1) < tolerance
-        if not near.any() or np.array_equal(near, agree):
+        closer = np.linalg.norm(apply(matrix, source) - target, axis=1) < tolerance
+        if not closer.any() or np.array_equal(closer, agree):
             break
-        agree = near
+        agree = closer
     return matrix, agree
+
+
+def _trials(
+    source: NDArray[np.float64],
+    target: NDArray[np.float64],
+    chance: NDArray[np.float64],
+    trials: int,
+    max_change: float,
+    seed: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Linear parts (t, 2, 2) and shifts (t, 2): the shift of each pair, and affines of triples of pairs."""
+    linears, shifts = np.broadcast_to(np.eye(2), (len(source), 2, 2)), target - source
+    if len(source) < 4:
+        return linears, shifts
+    rng = np.random.default_rng(seed)
+    triples = rng.choice(len(source), size=(trials, 3), p=chance)
+    edges = [np.swapaxes(points[triples[:, 1:]] - points[triples[:, :1]], 1, 2) for points in (source, target)]
+    area = np.abs(np.linalg.det(edges[0]))
+    wide = area > 1e-3 * (edges[0] ** 2).sum(axis=(1, 2)) + 1e-9
+    found = edges[1][wide] @ np.linalg.inv(edges[0][wide])
+    first = triples[wide, 0]
+    near = np.abs(found - np.eye(2)).max(axis=(1, 2)) <= max_change
+    found, first = found[near], first[near]
+    moved = target[first] - np.einsum("tij,tj->ti", found, source[first])
+    return np.concatenate([linears, found]), np.concatenate([shifts, moved])
