@@ -1,17 +1,20 @@
-"""The images of a store, read straight from its shard files.
+"""The images of a store, read straight from its shard files and written straight to them.
 
 zarr-python takes 46 ms a patch for patches in no regular order, gives black pixels for a shard that is missing, and its
-event loop does not outlive a fork. Reading a shard is simple: compressed chunks, then for each chunk its offset and
-length (little-endian uint64, all ones = no such chunk), then the CRC-32C of that index (Zarr v3, ``sharding_indexed``).
+event loop does not outlive a fork; it writes a patch in twice the time that compressing it takes. A shard is simple:
+compressed chunks, then for each chunk its offset and length (little-endian uint64, all ones = no such chunk), then the
+CRC-32C of that index (Zarr v3, ``sharding_indexed``).
 """
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
@@ -134,3 +137,39 @@ class ShardedImages:
         if len(places) != self.per_shard or (ends > total - length).any():
             raise InputError(f"{self.folder.parent}: images: {path} is damaged or ends early ({total} bytes); {_AGAIN}")
         return places
+
+
+class ShardWriter:
+    """Writes shard files as Zarr does, all cores compressing.
+
+    Parameters
+    ----------
+    folder
+        Folder of the array in its store.
+    per_shard
+        Patches per shard.
+    level
+        Level of the compression.
+    """
+
+    def __init__(self, folder: Path, per_shard: int, level: int) -> None:
+        self.folder, self.per_shard = folder, per_shard
+        self._level = level
+
+    def write(self, shard: int, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Write a shard: images (S, S, 3), at most `per_shard`; only the last shard may have fewer."""
+
+        def encode(image: NDArray[np.uint8]) -> bytes:
+            return bytes(Zstd(level=self._level, checksum=True).encode(np.ascontiguousarray(image)))
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            chunks = list(pool.map(encode, images))
+        places = np.full((self.per_shard, 2), _NONE, "<u8")
+        lengths = np.array([len(chunk) for chunk in chunks], np.uint64)
+        places[: len(chunks), 0] = np.cumsum(lengths) - lengths
+        places[: len(chunks), 1] = lengths
+        path = self.folder / "c" / str(shard) / "0" / "0" / "0"
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as handle:
+            handle.writelines(chunks)
+            handle.write(bytes(CRC32C().encode(np.frombuffer(places.tobytes(), np.uint8))))

@@ -24,6 +24,7 @@ from celldetr.store.reader import (
     class_counts,
     open_store,
 )
+from celldetr.store.shards import ShardWriter
 
 PATCHES_PER_SHARD = 256
 _WRITE_ALL: Any = {"write_empty_chunks": True}  # what is not there is then known to be missing
@@ -75,6 +76,7 @@ class StoreWriter:
         temporary = self._stack.enter_context(atomic(self.path))
         self._stack.push(lambda kind, error, trace: None if error else self._finish())
         self._group = zarr.open_group(temporary, mode="w", zarr_format=3)
+        self._shards = ShardWriter(temporary / "images", PATCHES_PER_SHARD, _COMPRESSION.level)
         self._images = self._group.create_array(
             "images",
             shape=(0, self.patch_size, self.patch_size, 3),
@@ -143,7 +145,7 @@ class StoreWriter:
     def _flush(self, count: int) -> None:
         if count:
             self._images.resize((self._written + count, *self._images.shape[1:]))
-            self._images[self._written : self._written + count] = np.stack(self._waiting[:count])
+            self._shards.write(self._written // PATCHES_PER_SHARD, self._waiting[:count])
             self._written += count
             del self._waiting[:count]
 
