@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from celldetr.errors import ConfigError
 from celldetr.settings import Settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -71,6 +72,9 @@ class ModelConfig(Settings):
         0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
     )
     sampling: Literal["fast", "reference"] = Field("fast", description="form of the deformable sampling; same result")
+    projection: Annotated[int, Field(ge=0)] = Field(
+        0, description="outputs of the projection head of contrastive pretraining (stage ssl; paper: 128); 0: no head"
+    )
     backbone: BackboneSettings = BackboneSettings()
     representation: RepresentationSettings = RepresentationSettings()
 
@@ -90,13 +94,24 @@ class ModelSettings(ModelConfig):
     """One model: sizes, how boxes reach the representation decoder (paper, A.1), and its classes."""
 
     mode: Mode = Field(description="baseline: no representation decoder; sequential: CellDETR-S; parallel: CellDETR-P")
-    classes: tuple[str, ...] = Field(min_length=1, description="class names in the order of the logits")
+    classes: tuple[str, ...] = Field(description="class names in the order of the logits; none: no class head")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.mode == "baseline" and (self.projection or not self.classes):
+            raise ValueError(
+                f"mode: got baseline with {len(self.classes)} classes and projection {self.projection}, expected "
+                "classes and projection 0: without a representation decoder its detection decoder classifies"
+            )
+        return self
 
 
 class NoiseSettings(Settings):
     """Noise on boxes (paper, A.2)."""
 
-    share: Share = Field(0.0, description="share of the boxes that get noise")
+    share: Share = Field(
+        0.0, description="share of the boxes that get noise; the anchors of contrastive pretraining all do"
+    )
     low: Share = Field(0.1, description="smallest relative change")
     high: Share = Field(0.4, description="largest relative change")
     enlarge: Share = Field(0.5, description="rho: probability that a size grows")
@@ -142,6 +157,17 @@ class AugmentationSettings(Settings):
         return self
 
 
+class ContrastiveSettings(Settings):
+    """Loss of contrastive pretraining (paper, 3.3)."""
+
+    temperature: Positive = Field(0.1, description="divides the cosine similarities")
+    negatives: Literal["image", "batch"] = Field(
+        "image",
+        description="nuclei that an anchor is told from: of its image, or of all images that a device has in a step",
+    )
+    weight: NotNegative = 1.0
+
+
 class TrainingConfig(Settings):
     """Recipe of a training run."""
 
@@ -162,9 +188,15 @@ class TrainingConfig(Settings):
     workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes when cache is none")
     gpus: Count = Field(1, description="devices that share a batch")
     compile: bool = Field(False, description="torch.compile the deformable sampling (needs a compiler)")
+    probe: Literal["none", "head", "representation"] = Field(
+        "none",
+        description="what trains: none: everything; head: the class head alone (linear probe); representation: it and "
+        "the representation decoder",
+    )
     losses: LossSettings = LossSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     noise: NoiseSettings = NoiseSettings()
+    contrastive: ContrastiveSettings = ContrastiveSettings()
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -179,7 +211,7 @@ class TrainingSettings(TrainingConfig):
     seed: Annotated[int, Field(ge=0)] = 42
 
 
-TrainedStage = Literal["supervised", "st"]
+TrainedStage = Literal["supervised", "st", "ssl"]
 
 
 class Experiment(Settings):
@@ -189,3 +221,25 @@ class Experiment(Settings):
     stage: TrainedStage = "supervised"
     model: ModelSettings
     training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> Self:
+        """Refuse parts of a model that the stage would never train, and stages that need others."""
+        model, probe, where = self.model, self.training.probe, f"experiments.{self.name}"
+        if self.stage == "ssl":
+            wrong = {
+                "model.mode": (model.mode, "parallel", model.mode == "parallel"),
+                "model.projection": (model.projection, "at least 1 (paper: 128)", model.projection > 0),
+                "model.classes": (list(model.classes), "none, nothing is labelled", not model.classes),
+                "training.probe": (probe, "none, there is no class head", probe == "none"),
+            }
+        else:
+            wrong = {
+                "model.projection": (model.projection, "0, only stage ssl trains this head", not model.projection),
+                "model.classes": (list(model.classes), "at least one", bool(model.classes)),
+                "training.probe": (probe, "none in mode baseline", probe == "none" or model.mode != "baseline"),
+            }
+        lines = [f"{where}.{key}: got {got!r}, expected {want}" for key, (got, want, good) in wrong.items() if not good]
+        if lines:
+            raise ConfigError("\n".join(lines))
+        return self

@@ -23,10 +23,11 @@ from celldetr.experiment import Experiment, TrainingSettings
 from celldetr.inference import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model, read_checkpoint, save_model
+from celldetr.training.base import learning_rate_factor
 from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
 from celldetr.training.errors import Interrupted, NonFinite
 from celldetr.training.loop import train
-from celldetr.training.stages import SupervisedStage, learning_rate_factor
+from celldetr.training.supervised import SupervisedStage
 
 HERE = Path(__file__).parent
 

@@ -75,3 +75,11 @@ def make_experiment(mode="sequential", model=None, **training):
     return Experiment.from_dict(
         {"name": "tiny", "model": {**sizes, **(model or {})}, "training": {**recipe, **training}}
     )
+
+
+def make_ssl_experiment(model=None, **training):
+    """Smallest model of contrastive pretraining."""
+    parts = {"classes": [], "projection": 8, "representation": {"layers": 2, "global_tokens": 1}}
+    experiment = make_experiment("parallel", {"representation": {"layers": 2}}, **training).to_dict()
+    experiment["model"] |= parts | (model or {})
+    return Experiment.from_dict({**experiment, "stage": "ssl"})

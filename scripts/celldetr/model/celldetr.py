@@ -105,7 +105,8 @@ class CellDETR(nn.Module):
     Parameters
     ----------
     settings
-        Sizes and options, the mode, and the classes.
+        Sizes and options, the mode, and the classes. Heads exist for what they are used for: a class head where there
+        are classes, a projection head where it has a width.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -125,7 +126,10 @@ class CellDETR(nn.Module):
         self.decoder = DetectionDecoder(settings, levels, classes if self.baseline else 1)
         if not self.baseline:
             self.representation = RepresentationDecoder(settings, levels)
+        if not self.baseline and classes:
             self.class_head = class_head(settings.d_model, classes)
+        if settings.projection:
+            self.projection = projection_head(settings.d_model, settings.projection)
 
     def encode(self, images: Tensor) -> Features:
         """Encode images (B, 3, h, w), RGB in [0, 1]."""
@@ -180,10 +184,18 @@ class CellDETR(nn.Module):
         return embeddings
 
     def classify(self, embeddings: Tensor) -> Tensor:
-        """Turn embeddings (..., C) into class logits (..., K); not in mode ``baseline``."""
+        """Turn embeddings (..., C) into class logits (..., K), K = 0 without classes; not in mode ``baseline``."""
+        if not self.settings.classes:
+            return embeddings.new_zeros((*embeddings.shape[:-1], 0))
         with full_precision(embeddings):
             logits: Tensor = self.class_head(embeddings.to(self.class_head.weight.dtype))
         return logits
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """Turn embeddings (..., C) into what contrastive pretraining compares (..., P); with a projection head only."""
+        with full_precision(embeddings):
+            projected: Tensor = self.projection(embeddings.to(self.level_embed.dtype))
+        return projected
 
     def predict(self, images: Tensor, nucleus_threshold: float) -> list[ImagePredictions]:
         """Find nuclei with a score of at least the threshold, with dropout and gradients off.
@@ -252,6 +264,11 @@ class CellDETR(nn.Module):
             (embeddings[image, row], SamplingPoints(points.locations[image, row], points.weights[image, row]))
             for image, row in enumerate(rows)
         ]
+
+
+def projection_head(channels: int, outputs: int) -> nn.Sequential:
+    """Two linear layers with ReLU between, twice as wide inside (paper, 3.3)."""
+    return nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, outputs))
 
 
 @contextlib.contextmanager

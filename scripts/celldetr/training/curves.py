@@ -31,15 +31,18 @@ def draw_curves(path: str | os.PathLike[str], history: Sequence[dict[str, Any]],
     when = [line["epoch"] for line in validated]
     if validated:
         total.plot(when, [line["val"]["loss"] for line in validated], label="validation", color="C0")
-        names = [name for name in ("nucleus", "l1", "giou", "classes") if name in validated[0]["val"]]
+        names = [name for name in ("nucleus", "l1", "giou", "classes", "contrastive") if name in validated[0]["val"]]
         for index, name in enumerate(names):
             parts.plot(when, [line["val"][name] for line in validated], label=name, color=f"C{index}")
         detection = [_value(line["val"]["detection"]["f1"]) for line in validated]
         found.plot(when, detection, label="detection", color="black", linewidth=2)
-        for index, name in enumerate(validated[0]["val"]["f1"]):
+        for name in (key for key in ("retrieval", "spread") if key in validated[0]["val"]):
+            found.plot(when, [_value(line["val"][name]) for line in validated], label=name, linewidth=2)
+        for index, name in enumerate(validated[0]["val"].get("f1", {})):
             values = [_value(line["val"]["f1"][name]) for line in validated]
             found.plot(when, values, label=name, color=f"C{index}", linewidth=1)
-    titles = ("Weighted loss, all layers", "Validation losses, last layer", "Validation F")
+    learned = "Validation F" if not validated or "f1" in validated[0]["val"] else "Validation"
+    titles = ("Weighted loss, all layers", "Validation losses, last layer", learned)
     for axes, title in zip((total, parts, found), titles, strict=True):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)

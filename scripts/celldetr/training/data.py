@@ -22,7 +22,7 @@ from celldetr.boxes import xyxy_to_cxcywh
 from celldetr.errors import ConfigError, InputError
 from celldetr.store import PatchStore
 
-ORDER, AUGMENTATION, NOISE, DROPOUT = range(4)
+ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
 """Purposes of random numbers: each has its own stream for a seed and a step."""
 
 UNLABELLED = -1
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def random_stream(seed: int, step: int, purpose: int) -> np.random.Generator:
-    """Random numbers that depend on the seed, the step (or epoch) and the purpose alone."""
+    """Random numbers that depend on the seed, the step (or epoch, or patch) and the purpose alone."""
     return np.random.default_rng([seed, step, purpose])
 
 
@@ -77,10 +77,8 @@ class Batch:
         Step of the run, or -1 in validation.
     share
         Slots of the images in the global batch.
-    boxes_before
-        Nuclei in the images of the global batch before these.
-    boxes_global
-        Nuclei in the global batch.
+    counts_global
+        Nuclei of each image of the global batch.
     """
 
     def __init__(
@@ -91,16 +89,29 @@ class Batch:
         *,
         step: int,
         share: slice,
-        boxes_before: int,
-        boxes_global: int,
+        counts_global: NDArray[np.int64],
     ) -> None:
         self.images = images
         self.targets = targets
         self.patches = patches
         self.step = step
         self.share = share
-        self.boxes_before = boxes_before
-        self.boxes_global = boxes_global
+        self.counts_global = counts_global
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a batch of a step, else of validation."""
+        return self.step >= 0
+
+    @property
+    def boxes_before(self) -> int:
+        """Nuclei in the images of the global batch before these."""
+        return int(self.counts_global[: self.share.start].sum())
+
+    @property
+    def boxes_global(self) -> int:
+        """Nuclei in the global batch."""
+        return int(self.counts_global.sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move images and nuclei to a device, in place."""
@@ -280,8 +291,7 @@ class TrainingBatches(Dataset[Batch]):
             mine,
             step=step,
             share=self.share,
-            boxes_before=int(counts[: self.share.start].sum()),
-            boxes_global=int(counts.sum()),
+            counts_global=counts,
         )
 
 
@@ -299,13 +309,11 @@ class ValidationBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         patches = self.batches[index]
         targets = self.data.targets(patches)
-        boxes = int(targets.counts.sum())
         return Batch(
             self.data.read(patches),
             targets,
             patches,
             step=-1,
             share=slice(0, len(patches)),
-            boxes_before=0,
-            boxes_global=boxes,
+            counts_global=targets.counts.numpy(),
         )

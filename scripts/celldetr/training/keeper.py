@@ -16,13 +16,14 @@ import torch
 from celldetr.experiment import Experiment
 from celldetr.files import atomic
 from celldetr.model.checkpoints import save_model
+from celldetr.training.base import Stage
 from celldetr.training.checkpoint import write_state
 from celldetr.training.data import Batch
 from celldetr.training.errors import Interrupted
-from celldetr.training.stages import SupervisedStage
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PROGRESS_SECONDS = 30.0
+_SHOWN = {"class_f1": "class F", "retrieval": "retrieval", "spread": "spread"}
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class RunKeeper(pl.Callback):
             log.info("%s%s", describe(line, self.experiment.training.epochs), ", best so far" if better else "")
         self.write(trainer, stage)
 
-    def write(self, trainer: pl.Trainer, stage: SupervisedStage) -> None:
+    def write(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Write the state of the run; all processes take part, the first one writes."""
         sums = stage.reduced(stage.train_sums, mean=True)
         if trainer.is_global_zero:
@@ -152,7 +153,7 @@ class RunKeeper(pl.Callback):
                 best=self.best,
             )
 
-    def _show(self, stage: SupervisedStage) -> None:
+    def _show(self, stage: Stage) -> None:
         seconds = time.monotonic() - self._shown
         steps = stage.step - self._shown_step
         if steps <= 0 or seconds < PROGRESS_SECONDS:
@@ -194,7 +195,8 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
     text = f"epoch {line['epoch']} of {epochs}: train loss {line['train']['loss']:.3f}"
     val = line["val"]
     if val:
-        numbers = {"detection F": val["detection"]["f1"], "class F": val["class_f1"]}
+        numbers = {name: val[key] for key, name in _SHOWN.items() if key in val}
+        numbers = {"detection F": val["detection"]["f1"], **numbers}
         text += f", validation loss {val['loss']:.3f}"
         text += "".join(f", {name} {'NA' if value is None else f'{value:.3f}'}" for name, value in numbers.items())
     return f"{text}, {line['images_per_second']:.1f} images/s"
@@ -212,10 +214,10 @@ def _to_tensorboard(trainer: pl.Trainer, line: Mapping[str, Any]) -> None:
     val = line["val"]
     values = {f"val/{name}": value for name, value in val.items() if isinstance(value, float)}
     values |= {f"val/detection_{name}": value for name, value in val["detection"].items() if value is not None}
-    values |= {f"val/f1_{name}": value for name, value in val["f1"].items() if value is not None}
+    values |= {f"val/f1_{name}": value for name, value in val.get("f1", {}).items() if value is not None}
     trainer.logger.log_metrics(values, step=line["step"])
 
 
-def _stage(module: pl.LightningModule) -> SupervisedStage:
-    assert isinstance(module, SupervisedStage)
+def _stage(module: pl.LightningModule) -> Stage:
+    assert isinstance(module, Stage)
     return module

@@ -25,15 +25,21 @@ from celldetr.model.deformable_attention import DeformableAttention
 from celldetr.model.sampling import sampler
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
+from celldetr.training.base import Stage
 from celldetr.training.checkpoint import read_state
 from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
 from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
 from celldetr.training.processes import launch
 from celldetr.training.run import Run
-from celldetr.training.stages import SupervisedStage
+from celldetr.training.ssl import SslStage
+from celldetr.training.supervised import SupervisedStage
 
-STAGES = {"supervised": SupervisedStage, "st": SupervisedStage}  # st: the same, on cell types of Xenium
+STAGES: Mapping[str, type[Stage]] = {
+    "supervised": SupervisedStage,
+    "st": SupervisedStage,  # the same, on cell types of Xenium
+    "ssl": SslStage,
+}
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +74,8 @@ def train(
     run_dir
         Folder for model.pt, log.jsonl, curves.png, provenance.json, checkpoints/ and tensorboard/.
     initial
-        Model file to start from. Parts that do not exist in it for another mode or other classes start afresh.
+        Model file to start from. Parts that do not exist in it for another mode, other classes or without a projection
+        head start afresh; parts of it that this model lacks are left out.
     backbone
         Weights of a torchvision ResNet for the backbone.
     nucleus_threshold, radius
@@ -121,7 +128,7 @@ def train(
 def _check(run: Run) -> None:
     settings, classes = run.experiment.training, run.experiment.model.classes
     for store in run.stores:
-        if tuple(store.classes) != tuple(classes):
+        if run.experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
             raise InputError(
                 f"{store.path}: got classes {list(store.classes)}, expected those of experiment {run.experiment.name}: "
                 f"{list(classes)}; give it stores with these classes in this order"
@@ -180,9 +187,7 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
         if run.backbone is not None:
             initial_weights(model, run.backbone)
         if run.initial is not None:
-            kept = initial_weights(model, run.initial, fresh=_fresh(run))
-            if kept:
-                log.info("%d tensors start afresh, %s has none for them: %s", len(kept), run.initial, ", ".join(kept))
+            _start_from(model, run.initial)
     if run.experiment.training.compile:
         function = sampler(settings.sampling, compiled=True)
         for module in model.modules():
@@ -191,19 +196,27 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
     return model
 
 
-def _fresh(run: Run) -> tuple[str, ...]:
-    """Parts that the initial model cannot have: other classes, or another kind of model."""
-    assert run.initial is not None
-    settings = run.experiment.model
-    theirs = read_checkpoint(run.initial).get("settings", {})
-    if (theirs.get("mode", settings.mode) == "baseline") != (settings.mode == "baseline"):
-        return ("class_head", "representation", "decoder.class_embed")
-    if list(theirs.get("classes", settings.classes)) != list(settings.classes):
-        return ("decoder.class_embed",) if settings.mode == "baseline" else ("class_head",)
-    return ()
+def _start_from(model: CellDETR, path: Path) -> None:
+    """Take over what a model of another kind, or of other classes, can give, and say what it cannot."""
+    content = read_checkpoint(path)
+    settings, theirs = model.settings, content.get("settings", {})
+    mode, classes = theirs.get("mode", settings.mode), theirs.get("classes", settings.classes)
+    fresh = []
+    if (mode == "baseline") != (settings.mode == "baseline"):
+        fresh += ["class_head", "representation", "decoder.class_embed"]
+    elif list(classes) != list(settings.classes):
+        fresh += ["decoder.class_embed"] if settings.mode == "baseline" else ["class_head"]
+    if theirs.get("projection", 0) != settings.projection:
+        fresh += ["projection"]
+    kept = initial_weights(model, path, fresh=fresh)
+    if kept:
+        log.info("%d tensors start afresh, not from %s: %s", len(kept), path, ", ".join(kept))
+    unused = [name for name in content.get("state", {}) if name not in model.state_dict()]
+    if unused:
+        log.info("%d tensors of %s are left out, this model has no such part: %s", len(unused), path, ", ".join(unused))
 
 
-def _trainer(run: Run, stage: SupervisedStage, keeper: RunKeeper) -> pl.Trainer:
+def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
     settings = run.experiment.training
     strategy: str | DDPStrategy = "auto"
     if settings.gpus > 1:
@@ -252,7 +265,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _finish(run: Run, stage: SupervisedStage, keeper: RunKeeper, device: str) -> None:
+def _finish(run: Run, stage: Stage, keeper: RunKeeper, device: str) -> None:
     """Write the results."""
     settings, history = run.experiment.training, keeper.history
     chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}

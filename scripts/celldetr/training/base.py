@@ -1,9 +1,10 @@
-"""The stages of training as Lightning modules around one model class."""
+"""What all stages of training share, as a Lightning module around the one model class."""
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,7 +22,6 @@ from celldetr.model.celldetr import CellDETR, Detections, Features
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import (
     DROPOUT,
-    NOISE,
     Batch,
     PatchData,
     Targets,
@@ -30,8 +30,9 @@ from celldetr.training.data import (
     random_stream,
 )
 from celldetr.training.errors import NonFinite
-from celldetr.training.losses import class_loss, detection_losses, weighted
-from celldetr.training.matching import Matches, match
+from celldetr.training.losses import detection_losses, weighted
+from celldetr.training.matching import match
+from celldetr.training.probe import freeze
 
 LOG_STEPS = 10
 """Steps between two points of the TensorBoard curves."""
@@ -51,8 +52,27 @@ def pixels(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 255
 
 
-class SupervisedStage(pl.LightningModule):
-    """Supervised training of any mode, on PanNuke or on cell types of Xenium (paper, 3.1, 3.2, 4.4 and A.1).
+class Outputs(NamedTuple):
+    """What a stage computes of a batch.
+
+    Attributes
+    ----------
+    losses
+        Unweighted losses; those of detection layer by layer.
+    features, detections
+        Results of the encoder and of the detection decoder.
+    nuclei
+        A vector for each box that the representation decoder got, as far as validation needs them.
+    """
+
+    losses: dict[str, Tensor]
+    features: Features
+    detections: Detections
+    nuclei: Tensor | None
+
+
+class Stage(pl.LightningModule, ABC):
+    """A training run: order, learning rate, augmentation, optimiser, validation; a stage adds its losses.
 
     Everything random in a step is a function of the seed, the step and, for dropout, the process.
 
@@ -95,9 +115,21 @@ class SupervisedStage(pl.LightningModule):
         self.steps_per_epoch = math.ceil(len(train) / self.settings.batch_size)
         self.total_steps = self.settings.epochs * self.steps_per_epoch
         self.train_sums: dict[str, float] = {}
-        self.val_sums: dict[str, float] = {}
-        self._counts = np.zeros((1 + len(self.classes), len(COUNTS)), dtype=np.int64)
         self.last_losses: dict[str, float] = {}
+        self._frozen = freeze(model, self.settings.probe)
+        self.start_counting()
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation mode; what is frozen is always evaluated."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    def on_train_start(self) -> None:
+        """Begin in training mode."""
+        self.train()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from the next step to the end of its epoch; made anew for every epoch."""
@@ -118,16 +150,14 @@ class SupervisedStage(pl.LightningModule):
         return DataLoader(batches, batch_size=None, sampler=order, num_workers=workers, collate_fn=_same)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW with a learning rate of its own for the backbone."""
+        """AdamW of what trains, with a learning rate of its own for the backbone."""
         backbone: list[torch.nn.Parameter] = []
         rest: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (backbone if name.startswith("backbone.") else rest).append(parameter)
-        groups = [
-            {"params": rest, "lr": self.settings.lr, "base_lr": self.settings.lr},
-            {"params": backbone, "lr": self.settings.backbone_lr, "base_lr": self.settings.backbone_lr},
-        ]
+        rates = ((rest, self.settings.lr), (backbone, self.settings.backbone_lr))
+        groups = [{"params": those, "lr": rate, "base_lr": rate} for those, rate in rates if those]
         return torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=True)
 
     def configure_gradient_clipping(
@@ -156,11 +186,9 @@ class SupervisedStage(pl.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             draws = draw(self.settings.augmentation, seed, step, self.settings.batch_size).share(batch.share)
             images, targets = augment(pixels(batch.images), batch.targets, draws, self.settings.augmentation)
-            given = self._noised(targets, batch)
         with self._naming(batch):
-            n_boxes = max(1, batch.boxes_global) / self.trainer.world_size
-            losses, _, _, _ = self.losses(images, targets, given, n_boxes)
-            total = weighted(losses, self.settings.losses)
+            losses = self.compute(images, targets, batch).losses
+            total = self.total(losses)
             self.last_losses = _checked(losses, total)
         for name, value in self.last_losses.items():
             self.train_sums[name] = self.train_sums.get(name, 0.0) + value
@@ -175,25 +203,28 @@ class SupervisedStage(pl.LightningModule):
             self.logger.log_metrics(values, step=self.step)
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        self.val_sums = {}
-        self._counts[:] = 0
+        """Begin anew."""
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        """Forget the last validation."""
+        self.val_sums: dict[str, float] = {}
+        self._counts = np.zeros((1 + max(1, len(self.classes)), len(COUNTS)), dtype=np.int64)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum the losses of a batch, undivided, and count its detections."""
         images = pixels(batch.images)
         with self._naming(batch):
-            losses, features, detections, embeddings = self.losses(images, batch.targets, batch.targets.boxes, 1.0)
-            values = _checked(losses, weighted(losses, self.settings.losses))
+            outputs = self.compute(images, batch.targets, batch)
+            values = _checked(outputs.losses, self.total(outputs.losses))
         values["boxes"] = float(batch.boxes_global)
         for name, value in values.items():
             self.val_sums[name] = self.val_sums.get(name, 0.0) + value
-        self._counts += self._count(batch.targets, self._found(features, detections, embeddings))
+        self.measure(batch, outputs)
 
-    def losses(
-        self, images: Tensor, targets: Targets, given: Tensor, n_boxes: float
-    ) -> tuple[dict[str, Tensor], Features, Detections, Tensor | None]:
-        """Unweighted losses of a batch.
+    @abstractmethod
+    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
+        """Compute losses, not weighted yet, and what validation looks at.
 
         Parameters
         ----------
@@ -201,56 +232,30 @@ class SupervisedStage(pl.LightningModule):
             (B, 3, S, S) in [0, 1].
         targets
             Their nuclei.
-        given
-            Boxes (B, R, 4) that the representation decoder gets in mode ``parallel``: those of `targets`, or noised.
-        n_boxes
-            Divisor of the losses.
-
-        Returns
-        -------
-        tuple
-            The losses (see `detection_losses` and `class_loss`); features; detections; in mode ``sequential`` the
-            embeddings of all queries (B, Q, C), else none.
+        batch
+            What these come from; in training they are augmented.
         """
-        features = self.model.encode(images)
+
+    @abstractmethod
+    def measure(self, batch: Batch, outputs: Outputs) -> None:
+        """Count what validation reports beside the losses."""
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of the losses of `compute`."""
+        return weighted(losses, self.settings.losses)
+
+    def detect(self, features: Features, targets: Targets, n_boxes: float) -> tuple[dict[str, Tensor], Detections, Any]:
+        """Losses of the detection decoder (see `detection_losses`), what it found, and the matches to the nuclei."""
         detections = self.model.detect(features)
         logits, boxes = detections
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(logits.device.type, enabled=False):
             matches = match(logits.detach(), boxes.detach(), targets, self.settings.losses)
             losses = detection_losses(logits, boxes, targets, matches, n_boxes)
-        embeddings = None
-        if self.mode == "sequential":
-            embeddings = self.model.represent(features, boxes[-1].detach())
-            last: Matches = matches.of_layer(logits.shape[0] - 1)
-            class_logits = self.model.classify(embeddings[last.image, last.query])
-            labels = targets.labels[last.image, last.box]
-        elif self.mode == "parallel":
-            class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
-            labels = targets.labels
-        if self.mode != "baseline":
-            with torch.autocast(images.device.type, enabled=False):
-                losses["classes"] = class_loss(class_logits, labels, n_boxes)
-        return losses, features, detections, embeddings
+        return losses, detections, matches
 
-    def _noised(self, targets: Targets, batch: Batch) -> Tensor:
-        """Boxes for the representation decoder (paper, A.2)."""
-        noise = self.settings.noise
-        if self.mode != "parallel" or not noise.share:
-            return targets.boxes
-        random = random_stream(self.settings.seed, batch.step, NOISE)
-        uniforms = random.random((batch.boxes_global, box_ops.NOISE_DRAWS), dtype=np.float32)
-        mine = uniforms[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
-        padded = torch.ones((*targets.labels.shape, box_ops.NOISE_DRAWS))  # 1 is no share: padding stays as it is
-        slots = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
-        padded[slots] = torch.from_numpy(mine)
-        return box_ops.noise(
-            targets.boxes,
-            padded.to(targets.boxes.device),
-            low=noise.low,
-            high=noise.high,
-            enlarge=noise.enlarge,
-            share=noise.share,
-        )
+    def n_boxes(self, batch: Batch) -> float:
+        """Divisor of the losses: a process' share of the nuclei in the global batch; in validation they are summed."""
+        return max(1, batch.boxes_global) / self.trainer.world_size if batch.training else 1.0
 
     @contextlib.contextmanager
     def _naming(self, batch: Batch) -> Iterator[None]:
@@ -258,9 +263,8 @@ class SupervisedStage(pl.LightningModule):
         try:
             yield
         except NonFinite as error:
-            training = batch.step >= 0
-            data = self.train_data if training else self.val_data
-            where = f"step {batch.step + 1}" if training else f"validation after step {self.step}"
+            data = self.train_data if batch.training else self.val_data
+            where = f"step {batch.step + 1}" if batch.training else f"validation after step {self.step}"
             names = [data.name(int(patch)) for patch in batch.patches]
             more = f" and {len(names) - _SHOWN_PATCHES} more" if len(names) > _SHOWN_PATCHES else ""
             raise NonFinite(
@@ -269,92 +273,71 @@ class SupervisedStage(pl.LightningModule):
                 "training.precision: fp32"
             ) from error
 
-    def _found(
-        self, features: Features, detections: Detections, embeddings: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, centre (px) and class of the detections: nucleus score >= threshold, class = the best."""
-        score = detections.logits[-1].sigmoid()
+    def kept(self, detections: Detections) -> tuple[Tensor, Tensor, Tensor]:
+        """Image (D,), query (D,) and centre (D, 2) in px of the detections with a nucleus score >= threshold."""
         boxes = detections.boxes[-1]
-        kept = score.amax(dim=-1) >= self.nucleus_threshold
-        image, query = kept.nonzero(as_tuple=True)
+        score = detections.logits[-1].sigmoid().amax(dim=-1)
+        image, query = (score >= self.nucleus_threshold).nonzero(as_tuple=True)
         clipped = box_ops.cxcywh_to_xyxy(boxes[image, query]).clamp(0, 1)  # as predictions are
-        centres = (clipped[:, :2] + clipped[:, 2:]) * (self.val_data.patch_size / 2)
-        if self.mode == "baseline":
-            return image, centres, score[image, query].argmax(dim=-1)
-        if embeddings is None:
-            counts = kept.sum(dim=1)
-            slot = kept.cumsum(dim=1)[image, query] - 1
-            padded = boxes.new_tensor([0.5, 0.5, 1, 1]).repeat(len(boxes), max(1, int(counts.max())), 1)
-            padded[image, slot] = boxes[image, query]
-            valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
-            chosen = self.model.represent(features, padded, valid)[image, slot]
-        else:
-            chosen = embeddings[image, query]
-        return image, centres, self.model.classify(chosen).argmax(dim=-1)
+        return image, query, (clipped[:, :2] + clipped[:, 2:]) * (self.val_data.patch_size / 2)
 
-    def _count(self, targets: Targets, found: tuple[Tensor, Tensor, Tensor]) -> NDArray[np.int64]:
-        """Count as `celldetr.evaluation.metrics` does, summed over the images."""
-        image, centres, labels = (values.cpu() for values in found)
+    def count(self, targets: Targets, true_labels: Tensor, image: Tensor, centres: Tensor, labels: Tensor) -> None:
+        """Count detections as `celldetr.evaluation.metrics` does, summed over the images.
+
+        Parameters
+        ----------
+        targets
+            True nuclei of the batch, without augmentation.
+        true_labels
+            Their classes (B, R), -1 where unknown.
+        image, centres, labels
+            Image (D,), centre (D, 2) in px, and class (D,) of the detections.
+        """
         size = self.val_data.patch_size
-        valid = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
+        valid = torch.arange(true_labels.shape[1]) < targets.counts[:, None]
         counts = targets.counts.numpy()
         truth = Nuclei(
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             (targets.boxes.cpu()[valid][:, :2].double() * size).numpy(),
-            targets.labels.cpu()[valid].numpy(),
+            true_labels.cpu()[valid].numpy(),
         )
         predicted = Nuclei(
-            np.searchsorted(image.numpy(), np.arange(len(counts) + 1)).astype(np.int64),
-            centres.double().numpy(),
-            labels.numpy(),
+            np.searchsorted(image.cpu().numpy(), np.arange(len(counts) + 1)).astype(np.int64),
+            centres.cpu().double().numpy(),
+            labels.cpu().numpy(),
         )
         pairs = pair_nuclei(truth, predicted, self.radius)
-        return count_images(truth, predicted, pairs, len(self.classes), radius=self.radius).sum(axis=0)
+        classes = len(self._counts) - 1
+        self._counts += count_images(truth, predicted, pairs, classes, radius=self.radius).sum(axis=0)
+
+    def counted_scores(self) -> tuple[dict[str, float | None], NDArray[np.float64]]:
+        """P, R, F of detection, and F of each class (K,), over the validation patches of all processes."""
+        table = scores(self.summed(self._counts).astype(np.int64))
+        detection = dict(zip(("precision", "recall", "f1"), (number(float(value)) for value in table[0]), strict=True))
+        return detection, table[1:, 2]
 
     def train_means(self) -> dict[str, float]:
         """Losses of the epoch so far, averaged over its steps (and processes)."""
         steps = (self.step - 1) % self.steps_per_epoch + 1
         return {name: value / steps for name, value in self.reduced(self.train_sums, mean=True).items()}
 
+    @abstractmethod
     def val_summary(self) -> dict[str, Any]:
-        """Losses per nucleus, and P, R, F of detection and F of the classes, over all validation patches.
-
-        ``score``, the mean of the detection's F and the mean F of the classes, chooses the checkpoint; it is none
-        without true nuclei.
-        """
-        names = [*LOSSES[self.mode], "boxes"]
-        sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in names})
-        boxes = max(1.0, sums.pop("boxes"))
-        flat = self.reduced({str(k): float(value) for k, value in enumerate(self._counts.ravel())})
-        counts = np.array(list(flat.values())).reshape(self._counts.shape)
-        table = scores(counts)
-        by_class = table[1:, 2]
-        mean = float(np.nanmean(by_class)) if np.isfinite(by_class).any() else math.nan
-        detection = [float(value) for value in table[0]]
-        return {
-            **{name: value / boxes for name, value in sums.items()},
-            "detection": dict(zip(("precision", "recall", "f1"), map(_number, detection), strict=True)),
-            "f1": {name: _number(float(value)) for name, value in zip(self.classes, by_class, strict=True)},
-            "class_f1": _number(mean),
-            "score": _number((detection[2] + mean) / 2 if math.isfinite(mean) else detection[2]),
-        }
+        """Sum up validation for the log; ``score`` chooses the checkpoint, it may be none."""
 
     def reduced(self, values: Mapping[str, float], *, mean: bool = False) -> dict[str, float]:
         """Sum, or mean, over the processes."""
+        summed = self.summed(np.array(list(values.values()), dtype=np.float64))
         world = self.trainer.world_size
-        if world == 1:
-            return dict(values)
-        summed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(summed)
         return dict(zip(values, (summed / (world if mean else 1)).tolist(), strict=True))
 
-
-LOSSES = {
-    "baseline": ("loss", "nucleus", "l1", "giou"),
-    "sequential": ("loss", "nucleus", "l1", "giou", "classes"),
-    "parallel": ("loss", "nucleus", "l1", "giou", "classes"),
-}
-"""Losses that are logged in each mode: the weighted sum, and the last layer's parts without weights."""
+    def summed(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+        """Sum of an array over the processes."""
+        if self.trainer.world_size == 1:
+            return values.astype(np.float64)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.cpu().numpy()
 
 
 def _checked(losses: Mapping[str, Tensor], total: Tensor) -> dict[str, float]:
@@ -368,7 +351,8 @@ def _checked(losses: Mapping[str, Tensor], total: Tensor) -> dict[str, float]:
     return found
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """Value for the log: none instead of NaN."""
     return value if math.isfinite(value) else None
 
 

@@ -1,0 +1,117 @@
+"""Self-supervised pretraining: contrastive learning of nuclei and detection, without labels (paper, 3.3)."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from celldetr.training.base import Outputs, Stage
+from celldetr.training.contrastive import (
+    Views,
+    contrastive_loss,
+    found_own,
+    make_views,
+    project_views,
+    similarities,
+    spread,
+    training_uniforms,
+    validation_uniforms,
+)
+from celldetr.training.data import Batch, Targets
+
+COLLAPSED = 0.1
+"""Spread of the embeddings below which the log warns."""
+
+log = logging.getLogger(__name__)
+
+
+class SslStage(Stage):
+    """Contrastive pretraining; see `celldetr.training.base.Stage`.
+
+    In validation every nucleus has one anchor whose noise depends on the seed and the patch alone: epochs are compared
+    on the same anchors, and losses and retrieval do not depend on how patches share batches (the contrastive loss does
+    with ``negatives: batch``).
+    """
+
+    def start_counting(self) -> None:
+        """Forget the last validation."""
+        super().start_counting()
+        self._retrieved = np.zeros(2, dtype=np.int64)
+        self._moments = np.zeros((2, self.model.settings.projection))
+        self._originals = 0
+
+    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
+        """Losses of detection, and the contrastive loss of the views of each nucleus."""
+        views, settings = self.views(targets, batch), self.settings.contrastive
+        features = self.model.encode(images)
+        losses, detections, _ = self.detect(features, targets, self.n_boxes(batch))
+        projected = project_views(self.model, features, views)
+        n_images = max(1, int((batch.counts_global >= 2).sum())) / self.trainer.world_size if batch.training else 1.0
+        with torch.autocast(images.device.type, enabled=False):
+            loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)
+            losses["contrastive"] = loss / n_images
+        return Outputs(losses, features, detections, projected)
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of the losses of detection and the contrastive one."""
+        return super().total(losses) + self.settings.contrastive.weight * losses["contrastive"]
+
+    def views(self, targets: Targets, batch: Batch) -> Views:
+        """Originals and anchors of a batch."""
+        seed = self.settings.seed
+        if batch.training:
+            uniforms = training_uniforms(batch, seed)
+        else:
+            uniforms = validation_uniforms(batch.patches.tolist(), targets, seed)
+        return make_views(targets, uniforms, self.settings.noise, once=not batch.training)
+
+    def measure(self, batch: Batch, outputs: Outputs) -> None:
+        """Count the anchors that find their original, the spread of the originals, and the detections."""
+        views, projected = self.views(batch.targets, batch), outputs.nuclei
+        assert projected is not None
+        with torch.autocast(projected.device.type, enabled=False):
+            own = found_own(similarities(projected, views), views)
+        self._retrieved += np.array([int(own.sum()), int(views.compared.sum())])
+        unit = functional.normalize(projected[views.original].double(), dim=-1)
+        self._moments += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)]).cpu().numpy()
+        self._originals += len(unit)
+        self.val_sums["images"] = self.val_sums.get("images", 0.0) + float((batch.targets.counts >= 2).sum())
+        image, _, centres = self.kept(outputs.detections)
+        unknown = torch.full_like(batch.targets.labels, -1)
+        self.count(batch.targets, unknown, image, centres, torch.zeros_like(image))
+
+    def val_summary(self) -> dict[str, Any]:
+        """Losses (detection per nucleus, contrastive per image), retrieval, spread, and P, R, F of detection.
+
+        ``retrieval`` is the share of the anchors whose most similar original of the image is their own, and as
+        ``score`` it chooses the checkpoint; none without images of two nuclei. ``spread``: see
+        `celldetr.training.contrastive.spread`.
+        """
+        names = ("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
+        sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in names})
+        boxes, images = max(1.0, sums["boxes"]), max(1.0, sums["images"])
+        weighted = self.settings.contrastive.weight * sums["contrastive"]
+        found, anchors = self.summed(self._retrieved).tolist()
+        moments = torch.from_numpy(self.summed(self._moments))
+        originals = float(self.summed(np.array([self._originals]))[0])
+        far = spread(originals, *moments) if originals > 1 else None
+        if far is not None and far < COLLAPSED and self.global_rank == 0:
+            log.warning(
+                "the embeddings have a spread of %.3f, below %g: they are nearly all the same. If it does not rise, "
+                "lower training.lr, or raise training.contrastive.temperature or training.batch_size",
+                far,
+                COLLAPSED,
+            )
+        retrieval = found / anchors if anchors else None
+        return {
+            "loss": (sums["loss"] - weighted) / boxes + weighted / images,
+            "contrastive": sums["contrastive"] / images,
+            **{name: sums[name] / boxes for name in ("nucleus", "l1", "giou")},
+            "retrieval": retrieval,
+            "spread": far,
+            "detection": self.counted_scores()[0],
+            "score": retrieval,
+        }

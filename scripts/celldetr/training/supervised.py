@@ -1,0 +1,109 @@
+"""Supervised training of any mode, on PanNuke or on cell types of Xenium (paper, 3.1, 3.2, 4.4 and A.1)."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from celldetr import boxes as box_ops
+from celldetr.training.base import Outputs, Stage, number
+from celldetr.training.data import NOISE, Batch, Targets, random_stream
+from celldetr.training.losses import class_loss
+from celldetr.training.matching import Matches
+
+LOSSES = {
+    "baseline": ("loss", "nucleus", "l1", "giou"),
+    "sequential": ("loss", "nucleus", "l1", "giou", "classes"),
+    "parallel": ("loss", "nucleus", "l1", "giou", "classes"),
+}
+"""Losses that are logged in each mode: the weighted sum, and the last layer's parts without weights."""
+
+
+class SupervisedStage(Stage):
+    """Training on nuclei with classes; see `celldetr.training.base.Stage`."""
+
+    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
+        """Losses of detection, and of the class head on given boxes or on those of all queries.
+
+        In mode ``parallel`` the given boxes are those of `targets`, in training with noise.
+        """
+        n_boxes = self.n_boxes(batch)
+        features = self.model.encode(images)
+        losses, detections, matches = self.detect(features, targets, n_boxes)
+        embeddings = None
+        if self.mode == "sequential":
+            boxes = detections.boxes
+            embeddings = self.model.represent(features, boxes[-1].detach())
+            last: Matches = matches.of_layer(len(boxes) - 1)
+            class_logits = self.model.classify(embeddings[last.image, last.query])
+            labels = targets.labels[last.image, last.box]
+        elif self.mode == "parallel":
+            given = self._noised(targets, batch) if batch.training else targets.boxes
+            class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
+            labels = targets.labels
+        if self.mode != "baseline":
+            with torch.autocast(images.device.type, enabled=False):
+                losses["classes"] = class_loss(class_logits, labels, n_boxes)
+        return Outputs(losses, features, detections, embeddings)
+
+    def measure(self, batch: Batch, outputs: Outputs) -> None:
+        """Count the detections and their classes."""
+        self.count(batch.targets, batch.targets.labels, *self._found(outputs))
+
+    def _noised(self, targets: Targets, batch: Batch) -> Tensor:
+        """Boxes for the representation decoder (paper, A.2)."""
+        noise = self.settings.noise
+        if self.mode != "parallel" or not noise.share:
+            return targets.boxes
+        random = random_stream(self.settings.seed, batch.step, NOISE)
+        uniforms = random.random((batch.boxes_global, box_ops.NOISE_DRAWS), dtype=np.float32)
+        mine = uniforms[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
+        padded = torch.ones((*targets.labels.shape, box_ops.NOISE_DRAWS))  # 1 is no share: padding stays as it is
+        slots = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
+        padded[slots] = torch.from_numpy(mine)
+        return box_ops.noise(
+            targets.boxes,
+            padded.to(targets.boxes.device),
+            low=noise.low,
+            high=noise.high,
+            enlarge=noise.enlarge,
+            share=noise.share,
+        )
+
+    def _found(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, centre (px) and class of the detections: nucleus score >= threshold, class = the best."""
+        image, query, centres = self.kept(outputs.detections)
+        logits, boxes = (values[-1] for values in outputs.detections)
+        if self.mode == "baseline":
+            return image, centres, logits[image, query].argmax(dim=-1)
+        if outputs.nuclei is not None:
+            chosen = outputs.nuclei[image, query]
+        else:
+            counts = torch.bincount(image, minlength=len(boxes))
+            slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
+            padded = boxes.new_tensor([0.5, 0.5, 1, 1]).repeat(len(boxes), max(1, int(counts.max())), 1)
+            padded[image, slot] = boxes[image, query]
+            valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
+            chosen = self.model.represent(outputs.features, padded, valid)[image, slot]
+        return image, centres, self.model.classify(chosen).argmax(dim=-1)
+
+    def val_summary(self) -> dict[str, Any]:
+        """Losses per nucleus, and P, R, F of detection and F of the classes, over all validation patches.
+
+        ``score``, the mean of the detection's F and the mean F of the classes, chooses the checkpoint; it is none
+        without true nuclei.
+        """
+        sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in (*LOSSES[self.mode], "boxes")})
+        boxes = max(1.0, sums.pop("boxes"))
+        detection, by_class = self.counted_scores()
+        mean = float(np.nanmean(by_class)) if np.isfinite(by_class).any() else math.nan
+        found = detection["f1"] if detection["f1"] is not None else math.nan
+        return {
+            **{name: value / boxes for name, value in sums.items()},
+            "detection": detection,
+            "f1": {name: number(float(value)) for name, value in zip(self.classes, by_class, strict=True)},
+            "class_f1": number(mean),
+            "score": number((found + mean) / 2 if math.isfinite(mean) else found),
+        }
