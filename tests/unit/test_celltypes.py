@@ -12,7 +12,7 @@ from celldetr.classes import ST_TYPES
 from celldetr.data.celltypes.annotate import annotate, on_genes, two_passes
 from celldetr.data.celltypes.annotators import correlation, tacco_ot
 from celldetr.data.celltypes.labels import FRACTIONS, REASONS, best, label_cells, read_cells, write_cells
-from celldetr.data.celltypes.qc import agreement, quality, reannotate, thin
+from celldetr.data.celltypes.qc import agreement, marker_figures, quality, reannotate, thin
 from celldetr.data.celltypes.qc_figure import draw
 from celldetr.data.celltypes.settings import CellTypeSettings
 from celldetr.errors import ConfigError, InputError
@@ -112,6 +112,13 @@ def test_cells_without_counts_have_no_fractions(annotator, sample, reference):
     assert (best(fractions)[[3, 77]] == -1).all()
 
 
+def test_cells_whose_genes_are_alike_have_no_correlation(reference):
+    counts = np.ones((3, GENES), dtype=np.float32)
+    counts[2, 7] = 9
+    fractions = correlation(anndata.AnnData(sparse.csr_matrix(counts), var=reference.var), reference)
+    assert list(fractions.isna().all(axis=1)) == [True, True, False]
+
+
 @annotators()
 def test_a_sample_without_any_counts(annotator, reference):
     empty = anndata.AnnData(sparse.csr_matrix((4, GENES), dtype=np.float32), var=reference.var)
@@ -132,6 +139,12 @@ def test_correlation_is_that_of_logarithmic_profiles(sample, reference):
     differences = [(values - values[:, :1])[:, 1:].ravel() for values in (logs, expected)]
     factor = differences[0] @ differences[1] / (differences[1] @ differences[1])
     np.testing.assert_allclose(differences[0], factor * differences[1], atol=0.01)
+
+
+def test_correlation_goes_through_all_parts(sample, reference, monkeypatch):
+    whole = correlation(sample, reference)
+    monkeypatch.setattr("celldetr.data.celltypes.annotators.CHUNK_CELLS", 500)
+    pd.testing.assert_frame_equal(correlation(sample, reference), whole)
 
 
 def test_parts_of_a_sample_give_what_the_whole_gives(reference):
@@ -323,6 +336,21 @@ def test_reannotation_finds_held_out_types(reference, sample):
     assert reannotate(shuffled, counts, reference.uns["composition"], SETTINGS, 0)["macro_f1"] < 0.5
 
 
+def test_reannotation_is_as_hard_as_the_sample(reference):
+    found = reannotate(reference, np.full(50, 6.0), reference.uns["composition"], SETTINGS, 0)
+    assert found["labelled_share"] < 0.2  # cells of some six transcripts
+    assert found["macro_f1"] < 0.9
+
+
+def test_reannotated_cells_were_not_learnt(reference):
+    wrong = reference.copy()
+    kinds = wrong.obs["type"].to_numpy(dtype=object)
+    known = np.flatnonzero(~wrong.obs["held_out"].to_numpy())
+    kinds[known] = np.random.default_rng(0).permutation(kinds[known])
+    wrong.obs["type"] = pd.Categorical(kinds, categories=ST_TYPES)
+    assert reannotate(wrong, np.full(50, 300.0), reference.uns["composition"], SETTINGS, 0)["accuracy"] < 0.6
+
+
 def test_agreement_counts_cells(annotation):
     found = agreement(annotation)
     first = best(annotation.table[list(FRACTIONS)])
@@ -334,6 +362,24 @@ def test_agreement_counts_cells(annotation):
     assert changed["overall"] == 0
 
 
+def test_markers_are_a_type_s_own():
+    shares = {"T": [0.3, 0.1, 0.0, 0.6], "NK": [0.29, 0.0, 0.11, 0.6], "B": [0.0, 0.0, 0.0, 1.0]}
+    counts = np.random.default_rng(0).poisson(np.repeat(list(shares.values()), 50, axis=0) * 200)
+    cells = anndata.AnnData(
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame({"type": np.repeat(list(shares), 50)}, index=[str(i) for i in range(150)]),
+        var=pd.DataFrame(index=["BOTH", "OWN_T", "OWN_NK", "ALL"]),
+    )
+    labels = np.repeat([ST_TYPES.index(kind) for kind in shares], 50).astype(np.int8)
+    labels[:10] = -1
+    found = marker_figures(cells, cells, labels)
+    first = {kind: found["genes"][found["of"].index(kind)] for kind in ("T", "NK")}
+    assert first == {"T": "OWN_T", "NK": "OWN_NK"}
+    column = found["genes"].index("OWN_T")
+    expected = (counts[10:50, 1] > 0).mean()
+    assert [row[column] for row in found["share"]] == pytest.approx([expected, 0.0, 0.0])
+
+
 def test_figures_and_picture(annotation, sample, reference, tmp_path):
     figures = quality(sample, reference, annotation, SETTINGS, 0)
     json.dumps(figures, allow_nan=False)
@@ -342,6 +388,8 @@ def test_figures_and_picture(annotation, sample, reference, tmp_path):
     markers = figures["markers"]
     planted = {name: {f"G{i}" for i in range(5 * k, 5 * k + 5)} for k, name in enumerate(TISSUE)}
     assert all(gene in planted[kind] for gene, kind in zip(markers["genes"], markers["of"], strict=True))
+    # two markers of T are its own, the others are those of NK, too
+    assert {"G8", "G9"} <= {gene for gene, kind in zip(markers["genes"], markers["of"], strict=True) if kind == "T"}
     for column, kind in enumerate(markers["of"]):  # the type that a gene marks shows it most
         means = np.array(markers["mean"])[:, column]
         assert markers["types"][int(means.argmax())] == kind

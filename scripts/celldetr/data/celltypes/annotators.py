@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 CHUNK_CELLS = 50_000
 """Cells that optimal transport sees at a time."""
 _TEMPERATURE = 0.05  # difference of correlations at which fractions differ by a factor of e
+_ALIKE = 1e-6  # variance over squares, below which nothing but rounding tells the genes of a cell apart
 _LEAST_SHARE = 1e-4  # of the composition, for types of the reference that the sample seems to lack
 
 
@@ -116,17 +117,25 @@ def correlation(cells: AnnData, reference: AnnData, prior: Series | None = None)
     logs -= logs.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(logs, axis=1, keepdims=True)
     norms[norms == 0] = np.inf  # a type without counts is like nothing
-    scaled = log_normalise(cells.X, target)
-    mean = np.asarray(scaled.mean(axis=1), dtype=np.float64).ravel()
-    squares = np.asarray(scaled.multiply(scaled).sum(axis=1), dtype=np.float64).ravel()
-    spread = np.sqrt(np.maximum(squares - scaled.shape[1] * mean**2, 0))
-    known = (amount > 0) & (spread > 0)
-    similar = (scaled @ (logs / norms).T) / np.where(known, spread, 1)[:, None]
-    weights = np.exp((similar - similar.max(axis=1, keepdims=True)) / _TEMPERATURE)
-    fractions = DataFrame(0.0, index=cells.obs_names, columns=list(ST_TYPES), dtype=np.float32)
-    fractions[list(profiles.index)] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    fractions.loc[~known] = np.nan
-    return fractions
+    fractions = np.zeros((cells.n_obs, len(ST_TYPES)), dtype=np.float32)
+    places = [ST_TYPES.index(name) for name in profiles.index]
+    for start in range(0, cells.n_obs, CHUNK_CELLS):
+        part = slice(start, start + CHUNK_CELLS)
+        similar = _correlations(log_normalise(cells.X[part], amount[part], target), logs / norms)
+        weights = np.exp((similar - similar.max(axis=1, keepdims=True)) / _TEMPERATURE)
+        fractions[part, places] = weights / weights.sum(axis=1, keepdims=True)
+        fractions[part][np.isnan(similar).any(axis=1)] = np.nan
+    return DataFrame(fractions, index=cells.obs_names, columns=list(ST_TYPES))
+
+
+def _correlations(rows: sparse.csr_matrix, profiles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlations (cells, types) with centred profiles of length 1; NaN where all genes are alike."""
+    mean = np.asarray(rows.mean(axis=1), dtype=np.float64).ravel()
+    squares = np.asarray(rows.multiply(rows).sum(axis=1), dtype=np.float64).ravel()
+    variance = squares - rows.shape[1] * mean**2
+    spread = np.sqrt(np.where(variance > _ALIKE * squares, variance, np.nan))
+    similar: NDArray[np.float64] = (rows @ profiles.T) / spread[:, None]
+    return similar
 
 
 def totals(cells: AnnData) -> NDArray[np.float64]:
@@ -134,9 +143,8 @@ def totals(cells: AnnData) -> NDArray[np.float64]:
     return np.asarray(cells.X.sum(axis=1), dtype=np.float64).ravel()
 
 
-def log_normalise(counts: sparse.csr_matrix, target: float) -> sparse.csr_matrix:
-    """Scale rows to a total and take log(1 + x); rows without counts stay empty."""
-    amount = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+def log_normalise(counts: sparse.csr_matrix, amount: NDArray[np.float64], target: float) -> sparse.csr_matrix:
+    """Scale rows from an amount each (N,) to a common target and take log(1 + x); empty rows stay empty."""
     scaled = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
     scaled.data *= np.repeat(target / np.maximum(amount, 1), np.diff(scaled.indptr)).astype(np.float32)
     np.log1p(scaled.data, out=scaled.data)

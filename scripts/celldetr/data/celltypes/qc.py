@@ -119,7 +119,7 @@ def marker_figures(cells: AnnData, reference: AnnData, labels: NDArray[np.int8])
         of += [name] * len(chosen)
     places = profiles.columns.get_indexer(pd.Index(genes))
     amount = totals(cells)
-    shown = log_normalise(cells.X, float(np.median(amount[amount > 0])))[:, places]
+    shown = log_normalise(cells.X[:, places], amount, float(np.median(amount[amount > 0])))
     typed = np.flatnonzero(labels >= 0)
     member = sparse.csr_matrix(
         (np.ones(len(typed)), (labels[typed].astype(np.int64), typed)), shape=(len(ST_TYPES), len(labels))
