@@ -87,7 +87,7 @@ def boxes_from_polygons(
         boxes[owner[starts], :2] = np.minimum.reduceat(corners, starts)
         boxes[owner[starts], 2:] = np.maximum.reduceat(corners, starts)
     centroids = np.full((len(shapes), 2), np.nan)
-    solid = ~shapely.is_empty(shapes)
+    solid = ~(shapely.is_empty(shapes) | shapely.is_missing(shapes))
     centroids[solid] = shapely.get_coordinates(shapely.centroid(shapes[solid])) @ affine[:, :2].T + affine[:, 2]
     with np.errstate(invalid="ignore"):
         sides = boxes[:, 2:] - boxes[:, :2]

@@ -218,6 +218,8 @@ class _Tiff(Pyramid):
             start += reader.samples
 
     def close(self) -> None:
+        for reader in (reader for readers in self._planes for reader in readers):
+            reader.forget()
         self._file.close()
 
 
@@ -288,6 +290,10 @@ class _Tiles:
     def remember(self, size: int) -> None:
         """Keep the tiles decoded last, of `size` bytes together, at least two."""
         self._recent = functools.lru_cache(maxsize=max(2, size // self._tile_bytes))(self._tile)
+
+    def forget(self) -> None:
+        """Give the memory of the tiles back."""
+        self._recent = self._tile
 
     def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
