@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -40,6 +40,7 @@ def fetch(
     sha256: str | None = None,
     tries: int = 5,
     pause: float = 2.0,
+    headers: Mapping[str, str] | None = None,
 ) -> Path:
     """Get a file from the first source that has it, whole and verified.
 
@@ -61,6 +62,8 @@ def fetch(
         Transfers tried per source before the next one.
     pause
         Seconds before the second try; doubled for each further one.
+    headers
+        Sent with each request, e.g. an authorisation, which a redirection to another host does not get.
 
     Raises
     ------
@@ -74,7 +77,7 @@ def fetch(
     for url in urls:
         try:
             if urlsplit(url).scheme.startswith("http"):
-                whole = _download(url, part, size=size, sha256=sha256, tries=tries, pause=pause)
+                whole = _download(url, part, headers or {}, size=size, sha256=sha256, tries=tries, pause=pause)
             else:
                 whole = _copy(url, final.with_name(f".{final.name}.copy"), size=size, sha256=sha256)
         except _Failed as failure:
@@ -99,12 +102,21 @@ def fetch(
     )
 
 
-def _download(url: str, part: Path, *, size: int | None, sha256: str | None, tries: int, pause: float) -> Path:
+def _download(
+    url: str,
+    part: Path,
+    headers: Mapping[str, str],
+    *,
+    size: int | None,
+    sha256: str | None,
+    tries: int,
+    pause: float,
+) -> Path:
     """Receive and verify a file in several tries; return where it is."""
     for attempt in range(1, tries + 1):
         continued = part.exists()
         try:
-            _transfer(url, part, size, checked=sha256 is not None)
+            _transfer(url, part, headers, size, checked=sha256 is not None)
             _verify(part, size, sha256, again=continued)
             break
         except _Failed as failure:
@@ -135,7 +147,7 @@ def _copy(url: str, copy: Path, *, size: int | None, sha256: str | None) -> Path
     return copy
 
 
-def _transfer(url: str, part: Path, size: int | None, *, checked: bool) -> None:
+def _transfer(url: str, part: Path, more: Mapping[str, str], size: int | None, *, checked: bool) -> None:
     """Receive what is missing of a file; raises `_Failed` when the transfer ends early."""
     start = part.stat().st_size if part.exists() else 0
     known = _read_state(part)
@@ -146,7 +158,7 @@ def _transfer(url: str, part: Path, size: int | None, *, checked: bool) -> None:
         start = 0
     if size is not None and start == size:
         return
-    headers = {"Accept-Encoding": "identity"}
+    headers = {**more, "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
         if validator:

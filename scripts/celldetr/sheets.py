@@ -1,4 +1,4 @@
-"""Sheets (TSV): one row per Xenium sample or per scRNA-seq reference, checked row by row.
+"""Sheets (TSV): one row per Xenium sample, scRNA-seq reference or slide, checked row by row.
 
 Cells that hold several sources separate them by `` | ``; they are tried in order. Lines that begin with # are comments.
 """
@@ -7,7 +7,7 @@ import csv
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -70,6 +70,53 @@ class ReferenceRow(Settings):
         if bool(self.file) == bool(self.cellxgene_collection and self.cellxgene_dataset):
             raise ValueError("expected either file, or cellxgene_collection and cellxgene_dataset")
         return self
+
+
+class SlideRow(Settings):
+    """A whole slide without cell types, and where its nuclei are."""
+
+    slide: Name = Field(description="name of the slide; folders are named like it")
+    use: bool = Field(description="yes: part of the run")
+    tissue: str = Field(min_length=1, description="organ; each gets an equal share of the patches")
+    group: str = Field(min_length=1, description="slide or donor: held out together for validation")
+    file: Sources = Field((), description="slide: URLs or paths, tried in order")
+    hest: Annotated[str, Field(pattern=r"^([A-Z]+[0-9]+)?$")] = Field(
+        "", description="id in HEST-1k (e.g. TENX105), instead of file; needs a Hugging Face token"
+    )
+    bytes: Bytes = Field(None, description="size of the slide")
+    sha256: Sha256 = Field(None, description="checksum of the slide")
+    mpp: Annotated[float, Field(gt=0.02, lt=20)] | None = Field(
+        None, description="um per px of level 0, where the file does not say it or says it wrongly"
+    )
+    nuclei: Sources = Field(
+        min_length=1,
+        description="outlines (GeoParquet or GeoJSON): URLs or paths; or hest: those of HEST-1k; or detect: found by a "
+        "trained model",
+    )
+    nuclei_sha256: Sha256 = None
+    nuclei_unit: Literal["px", "um"] = Field("px", description="of the outlines: px of level 0, or um")
+    licence: str = ""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.file) == bool(self.hest):
+            raise ValueError("expected either file or hest")
+        words = {"hest", "detect"} & set(self.nuclei)
+        if words and len(self.nuclei) > 1:
+            raise ValueError(f"expected nuclei to be {sorted(words)[0]!r} alone, or sources of outlines")
+        if self.nuclei == ("hest",) and not self.hest:
+            raise ValueError("expected an id in column hest, as nuclei is 'hest'")
+        if words and self.nuclei_unit != "px":
+            raise ValueError("expected nuclei_unit to be px, as it is of outlines from a file")
+        if self.nuclei == ("detect",) and self.nuclei_sha256:
+            raise ValueError("expected no nuclei_sha256, as nuclei is 'detect'")
+        return self
+
+    @property
+    def detect(self) -> bool:
+        """Whether its nuclei are found by a trained model."""
+        return self.nuclei == ("detect",)
 
 
 Row = TypeVar("Row", bound=Settings)
@@ -158,6 +205,22 @@ def used_samples(paths: SheetPaths | None, root: Path) -> tuple[dict[str, Xenium
                 f"{sorted(references)}, or a further row in {root / paths.references}"
             )
     return used, {name: references[name] for name in dict.fromkeys(row.reference for row in used.values())}
+
+
+def used_slides(sheet: str | None, root: Path) -> dict[str, SlideRow]:
+    """Read the sheet of the slides; return those in use, none without a sheet.
+
+    Raises
+    ------
+    ConfigError
+        The sheet is not right (`read_sheet`), or no slide is in use.
+    """
+    if sheet is None:
+        return {}
+    used = {name: row for name, row in read_sheet(root / sheet, SlideRow, "slide").items() if row.use}
+    if not used:
+        raise ConfigError(f"{root / sheet}: column use: got 'yes' in no row, expected at least one")
+    return used
 
 
 def _check_columns(file: Path, columns: list[str], kind: type[Settings]) -> None:

@@ -1,0 +1,42 @@
+"""Find the nuclei of a slide with a trained model.
+
+Inputs: the slide (file) and the model. Output: GeoParquet, a rectangle around each nucleus (px of level 0), and score.
+Params: settings (slides.detection), on_damage, patch_size (px) and mpp (um per px) of the model, slide_mpp (um per px,
+or null), nucleus_threshold, batch_size. Wildcard: slide.
+"""
+
+import logging
+
+import torch
+
+from celldetr.cells import detect_file, model_detector, write_nuclei
+from celldetr.data.slide_settings import DetectionSettings
+from celldetr.inference import best_device
+from celldetr.model.checkpoints import load_model
+from celldetr.rule import run_rule
+
+log = logging.getLogger("detect_slide")
+
+
+def main(snakemake):
+    params = snakemake.params
+    torch.set_num_threads(snakemake.threads)
+    device = best_device()
+    found = detect_file(
+        snakemake.input.file,
+        model_detector(load_model(snakemake.input.model, device), params.nucleus_threshold, device),
+        slide=snakemake.wildcards.slide,
+        slide_mpp=params.slide_mpp,
+        size=params.patch_size,
+        mpp=params.mpp,
+        margin_um=DetectionSettings.from_dict(params.settings, "slides.detection").margin_um,
+        batch_size=params.batch_size,
+        on_damage=params.on_damage,
+        workers=snakemake.threads,
+    )
+    write_nuclei(snakemake.output[0], found)
+    log.info("%d nuclei in %d tiles, %d tiles damaged", len(found.scores), found.tiles, len(found.damaged))
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

@@ -1,0 +1,20 @@
+"""Get a slide: from URLs or local paths, or from HEST-1k; resumed and verified.
+
+Params: source with urls, hest (id in HEST-1k, instead of urls), bytes and sha256 (may be null). Output: the file.
+"""
+
+from celldetr.download import fetch
+from celldetr.hest import fetch_hest, slide_path
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    source, out = snakemake.params.source, snakemake.output[0]
+    if source["hest"]:
+        fetch_hest(slide_path(source["hest"]), out, size=source["bytes"], sha256=source["sha256"])
+    else:
+        fetch(source["urls"], out, size=source["bytes"], sha256=source["sha256"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

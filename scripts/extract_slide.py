@@ -1,0 +1,47 @@
+"""Cut a slide into patches with the boxes of its nuclei.
+
+Inputs: the slide (file) and the outlines of its nuclei. Outputs: the store (boxes in px, half-open; no labels), a
+picture of the slide with its tissue and patches, and what is in the store and what was left out, as TSV and as HTML.
+Params: settings (which patches), on_damage, patch_size (px), mpp (um per px), slide_mpp (um per px, or null), unit (of
+the outlines), tissue, group, seed. Wildcard: slide.
+"""
+
+from pathlib import Path
+
+from celldetr.data.patch_report import write_rows
+from celldetr.data.slide_settings import SlidePatchSettings
+from celldetr.data.slides import Slide, extract_slide, summary_rows, write_page, write_picture
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+
+def main(snakemake):
+    params, output = snakemake.params, snakemake.output
+    slide = Slide(
+        name=snakemake.wildcards.slide,
+        file=Path(snakemake.input.file),
+        nuclei=Path(snakemake.input.nuclei),
+        group=params.group,
+        tissue=params.tissue,
+        mpp=params.slide_mpp,
+        unit=params.unit,
+    )
+    found = extract_slide(
+        slide,
+        output.store,
+        size=params.patch_size,
+        mpp=params.mpp,
+        settings=SlidePatchSettings.from_dict(params.settings, "slides.patches"),
+        on_damage=params.on_damage,
+        seed=params.seed,
+        workers=snakemake.threads,
+    )
+    store = open_store(output.store)
+    rows = summary_rows(found, store)
+    write_rows(output.summary_tsv, rows)
+    write_picture(output.picture, slide, found, params.on_damage)
+    write_page(output.summary_html, slide, found, store, rows, params.on_damage)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
