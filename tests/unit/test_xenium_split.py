@@ -18,15 +18,15 @@ SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 SIZE, MPP, SLIDE_MPP = 8, 2.0, 0.7  # a patch is 16 um wide
 
 
-def make_store(path, corners, group="g", seed=0):
-    """Write a store of patches with corners (N, 2) in patch px; patch i has i % 4 nuclei."""
+def make_store(path, corners, group="g", seed=0, step=SIZE):
+    """Write a store of patches with corners (N, 2) on a grid of steps, in patch px; patch i has i % 4 nuclei."""
     rng = np.random.default_rng(seed)
     corners = np.asarray(corners).reshape(-1, 2)
     count = len(corners)
     labels = [rng.integers(-1, len(ST_TYPES), i % 4).astype(np.int8) for i in range(count)]
     groups = [group] * count if isinstance(group, str) else group
     x, y = np.rint(corners * MPP / SLIDE_MPP).astype(int).T
-    attrs = {"image": {"mpp": SLIDE_MPP}}
+    attrs = {"image": {"mpp": SLIDE_MPP}, "settings": {"stride": step / SIZE}}
     with StoreWriter(path, patch_size=SIZE, classes=ST_TYPES, mpp=MPP, attrs=attrs) as writer:
         writer.append(
             rng.integers(0, 255, (count, SIZE, SIZE, 3), dtype=np.uint8),
@@ -63,7 +63,7 @@ def pixels_of(store, corners, table, part):
 def test_blocks_of_different_parts_share_no_pixel(tmp_path_factory, step, holes, block_um, margin_um, seed):
     corners = grid(28, 22, step)
     corners = corners[np.random.default_rng(seed).random(len(corners)) >= holes]
-    store = make_store(tmp_path_factory.mktemp("x") / "a.zarr", corners)
+    store = make_store(tmp_path_factory.mktemp("x") / "a.zarr", corners, step=step)
     try:
         split = split_of([store], block_um=block_um, margin_um=margin_um, seed=seed)
     except InputError:
@@ -83,8 +83,9 @@ def test_blocks_keep_what_is_not_on_a_border(tmp_path):
     assert split.by == "block"
     shares = split.table["part"].value_counts(normalize=True)
     assert abs(shares["train"] - 0.6) < 0.1
-    # patches lie in the blocks without crossing (16 patches each way), but their rims touch: 1 or 2 rows are left out
-    assert 0 < split.left_out["a"] < 0.25 * len(store)
+    assert split.left_out == {"a": 0}  # patches side by side fill the blocks without crossing
+    apart = split_of([store], block_um=256.0, margin_um=1.0)
+    assert 0 < apart.left_out["a"] < 0.25 * len(store)
     one_part = split_of([store], shares={"train": 1.0, "val": 0.0, "test": 0.0}, block_um=256.0)
     assert one_part.left_out == {"a": 0}
     assert len(one_part.table) == len(store)

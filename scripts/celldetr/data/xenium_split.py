@@ -6,6 +6,7 @@ of the paper is random, patch by patch.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ def xenium_split(
         Side of a block.
     margin_um
         Smallest distance between patches of different parts of a sample (block). At 0 no pixel is shared.
+        Blocks are whole steps of a sample's grid, so that patches that lie side by side are never on a border.
     seed
         Seed of the draw.
 
@@ -98,14 +100,16 @@ def xenium_split(
     elif by == "random":
         part = _parts(np.arange(len(patches)).astype(str), shares, seed, "xenium.split.by: random", "cut more patches")
     else:
-        boxes = np.concatenate([_boxes_um(store) for store in stores])
-        blocks = _blocks(boxes.reshape(-1, 2, 2).mean(axis=1), block_um)
+        boxes = np.concatenate([_boxes(store) for store in stores])
+        side = np.concatenate([np.full(len(store), _block_side(store, block_um)) for store in stores])
+        blocks = boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None])
         keys = np.array(
             [f"{name} {x} {y}" for name, (x, y) in zip(patches["store"], blocks, strict=True)], dtype=object
         )
         part = _parts(keys, shares, seed, "xenium.split.by: block", "lower xenium.split.block_um")
         part_of = dict(zip(keys.tolist(), part.tolist(), strict=True))
-        left_out = _touches(patches["store"].to_numpy(), boxes, part, part_of, block_um, margin_um)
+        margin = math.ceil(margin_um / stores[0].mpp / 2) if stores else 0
+        left_out = _touches(patches["store"].to_numpy(), boxes, part, part_of, side, margin)
     table = patches.loc[~left_out, ["store", "patch"]].assign(part=part[~left_out])[list(COLUMNS)]
     _check(table, wanted, by, int(left_out.sum()))
     counts = patches["store"][left_out].value_counts()
@@ -131,38 +135,49 @@ def _parts(
     return part
 
 
-def _boxes_um(store: PatchStore) -> NDArray[np.float64]:
-    """Place of each patch on its slide (N, 4), xyxy um."""
+def _step(store: PatchStore) -> int:
+    """Distance of neighbouring patches of a sample's grid, px of the patches."""
+    settings = store.attrs.get("settings")
+    stride = settings.get("stride", 1.0) if isinstance(settings, dict) else 1.0
+    return max(1, round(float(stride) * store.patch_size))
+
+
+def _boxes(store: PatchStore) -> NDArray[np.int64]:
+    """Place of each patch on its slide (N, 4), xyxy px of the patches, counted from the slide's corner.
+
+    The store has the corners in level-0 pixels, rounded; patches lie on a grid, so that their exact place is known.
+    """
     image = store.attrs.get("image")
     if not isinstance(image, dict) or "mpp" not in image:
         raise InputError(
             f"{store.path}: attribute image.mpp: got none, expected um per level-0 px; make the store again"
         )
-    low = store.patches[["x", "y"]].to_numpy(dtype=np.float64) * float(image["mpp"])
-    return np.concatenate([low, low + store.patch_size * store.mpp], axis=1)
+    step = _step(store)
+    places = store.patches[["x", "y"]].to_numpy(dtype=np.float64) * (float(image["mpp"]) / store.mpp / step)
+    low = np.rint(places).astype(np.int64) * step
+    return np.concatenate([low, low + store.patch_size], axis=1)
 
 
-def _blocks(points: NDArray[np.float64], block_um: float) -> NDArray[np.int64]:
-    """Column and row (N, 2) of the block of each point (N, 2), um."""
-    return np.floor(points / block_um).astype(np.int64)
+def _block_side(store: PatchStore, block_um: float) -> int:
+    """Side of a block, px of the patches: whole steps of the grid."""
+    step = _step(store)
+    return max(1, round(block_um / store.mpp / step)) * step
 
 
 def _touches(
     store: NDArray[np.object_],
-    boxes: NDArray[np.float64],
+    boxes: NDArray[np.int64],
     part: NDArray[np.object_],
     part_of: Mapping[str, str],
-    block_um: float,
-    margin_um: float,
+    side: NDArray[np.int64],
+    margin: int,
 ) -> NDArray[np.bool_]:
-    """Find patches (N,) that, grown by half the margin, reach into a block of another part.
+    """Find patches (N,) that, grown by a margin (px), reach into a block of another part; `side` (N,) of their blocks.
 
-    Patches that stay within the blocks of their part are at least the margin away from those of other parts, whatever
-    the grid. Corners are rounded to pixels of the slide, which is far below the slack of 1 um.
+    Patches that stay within the blocks of their part are at least twice the margin away from those of other parts.
     """
-    slack = margin_um / 2 + 1.0
-    first = _blocks(boxes[:, :2] - slack, block_um)
-    last = _blocks(boxes[:, 2:] + slack, block_um)
+    first = (boxes[:, :2] - margin) // side[:, None]
+    last = (boxes[:, 2:] + margin - 1) // side[:, None]
     reached = {
         int(index): [
             f"{store[index]} {x} {y}"
