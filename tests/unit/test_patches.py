@@ -205,6 +205,15 @@ def test_patches_have_the_nuclei_whose_centre_is_inside(stride, ratio, seed, min
     assert len(plan) == len(expected)
 
 
+def test_a_centre_on_the_border_is_in_one_patch():
+    nuclei = make_nuclei([[30, 30, 34, 34], [30, 8, 34, 12], [-4, -4, 4, 4]])
+    plan = plan_of((64, 64), nuclei)
+    members = {
+        tuple(c): plan.nuclei[plan.ptr[i] : plan.ptr[i + 1]].tolist() for i, c in enumerate(plan.corners.tolist())
+    }
+    assert members == {(0, 0): [2], (32, 0): [1], (0, 32): [], (32, 32): [0]}
+
+
 def test_every_patch_of_the_grid_is_accounted_for():
     rng = np.random.default_rng(3)
     low = rng.uniform(0, 600, (400, 2))
