@@ -30,7 +30,7 @@ def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False):
     """Write a store; every fifth patch is without nuclei."""
     rng = np.random.default_rng(seed)
     drawn = [draw_patch(rng, 0 if i % 5 == 4 else int(rng.integers(1, 4))) for i in range(n_patches)]
-    if unlabelled:
+    if unlabelled or not classes:
         drawn = [(image, boxes, np.full_like(labels, -1)) for image, boxes, labels in drawn]
     columns = {name: ["s"] * n_patches for name in ("source", "group", "tissue")}
     columns |= {name: np.arange(n_patches) for name in ("x", "y")}
@@ -83,3 +83,20 @@ def make_ssl_experiment(model=None, **training):
     experiment = make_experiment("parallel", {"representation": {"layers": 2}}, **training).to_dict()
     experiment["model"] |= parts | (model or {})
     return Experiment.from_dict({**experiment, "stage": "ssl"})
+
+
+def make_crowded_store(path, n_patches, seed=0):
+    """Write a store of 16 discs of a colour each in every patch, without classes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    corners = np.array([[8 * (cell % 4) + 4.0, 8 * (cell // 4) + 4.0] for cell in range(16)])
+    images = np.full((n_patches, SIZE, SIZE, 3), 225, dtype=np.uint8)
+    for image in images:
+        for centre in corners:
+            image[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= 9] = rng.integers(20, 200, 3)
+    boxes = np.concatenate([corners - 3, corners + 3], axis=1).astype(np.float32)
+    columns = {name: ["s"] * n_patches for name in ("source", "group", "tissue")}
+    columns |= {name: np.arange(n_patches) for name in ("x", "y")}
+    with StoreWriter(path, patch_size=SIZE, classes=(), mpp=0.5) as writer:
+        writer.append(images, [boxes] * n_patches, [np.full(16, -1, np.int8)] * n_patches, patches=columns)
+    return open_store(path)

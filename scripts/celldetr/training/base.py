@@ -92,6 +92,9 @@ class Stage(pl.LightningModule, ABC):
         Step of the run that comes next; above 0 when a run goes on.
     """
 
+    measures_start = False
+    """Whether the log begins with the model as it is before training, as epoch 0."""
+
     def __init__(
         self,
         experiment: Experiment,

@@ -25,9 +25,10 @@ def draw_curves(path: str | os.PathLike[str], history: Sequence[dict[str, Any]],
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     total, parts, found = figure.subplots(1, 3)
-    epochs = [line["epoch"] for line in history]
+    trained = [line for line in history if line["train"]]
     validated = [line for line in history if line["val"]]
-    total.plot(epochs, [line["train"]["loss"] for line in history], label="training", color="0.5")
+    losses = [line["train"]["loss"] for line in trained]
+    total.plot([line["epoch"] for line in trained], losses, label="training", color="0.5")
     when = [line["epoch"] for line in validated]
     if validated:
         total.plot(when, [line["val"]["loss"] for line in validated], label="validation", color="C0")

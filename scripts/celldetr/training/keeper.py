@@ -67,6 +67,17 @@ class RunKeeper(pl.Callback):
             _stage(pl_module).train_sums = dict(self.state["sums"])
             self.state = None
 
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what validation says of the model before training."""
+        val = _stage(pl_module).val_summary()
+        nothing = dict.fromkeys(("learning_rate", "train", "images_per_second"))
+        line: dict[str, Any] = {"epoch": 0, "step": 0, **nothing, "val": val, "seconds": 0.0}
+        self.history.append(line)
+        if trainer.is_global_zero:
+            write_log(self.run_dir / "log.jsonl", self.history)
+            _to_tensorboard(trainer, line)
+            log.info("%s", describe(line, self.experiment.training.epochs))
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the stop signals (Lightning has installed its own by now)."""
         if threading.current_thread() is threading.main_thread():
@@ -192,14 +203,17 @@ def last_path(run_dir: Path) -> Path:
 
 def describe(line: Mapping[str, Any], epochs: int) -> str:
     """Say in one line what an epoch brought."""
-    text = f"epoch {line['epoch']} of {epochs}: train loss {line['train']['loss']:.3f}"
-    val = line["val"]
+    parts, val = [], line["val"]
+    if line["train"]:
+        parts.append(f"train loss {line['train']['loss']:.3f}")
     if val:
         numbers = {name: val[key] for key, name in _SHOWN.items() if key in val}
         numbers = {"detection F": val["detection"]["f1"], **numbers}
-        text += f", validation loss {val['loss']:.3f}"
-        text += "".join(f", {name} {'NA' if value is None else f'{value:.3f}'}" for name, value in numbers.items())
-    return f"{text}, {line['images_per_second']:.1f} images/s"
+        parts.append(f"validation loss {val['loss']:.3f}")
+        parts += [f"{name} {'NA' if value is None else f'{value:.3f}'}" for name, value in numbers.items()]
+    if line["images_per_second"]:
+        parts.append(f"{line['images_per_second']:.1f} images/s")
+    return f"epoch {line['epoch']} of {epochs}: {', '.join(parts)}"
 
 
 def write_log(path: Path, history: list[dict[str, Any]]) -> None:

@@ -242,7 +242,7 @@ def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=run.rank == 0 and sys.stderr.isatty(),
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1 if stage.measures_start and not keeper.history else 0,
         log_every_n_steps=1,
         default_root_dir=run.run_dir,
     )

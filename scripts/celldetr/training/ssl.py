@@ -36,6 +36,8 @@ class SslStage(Stage):
     with ``negatives: batch``).
     """
 
+    measures_start = True
+
     def start_counting(self) -> None:
         """Forget the last validation."""
         super().start_counting()
