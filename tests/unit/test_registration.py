@@ -410,6 +410,17 @@ def test_a_local_failure_is_seen(scene):
             assert region.passed == (region.x < EXTENT[0] / 2), region
 
 
+def test_regions_beside_the_image_do_not_count_as_wrong(scene):
+    """An H&E that shows a part of the section: the part that it shows is right, and the share inside tells the rest."""
+    half = Formula((scene.he.size[0], scene.he.size[1] // 2), (1,), 255)
+    half._fill = scene.he._fill
+    nuclei = Nuclei(scene.nuclei)
+    quality = check(scaling(PIXEL) @ scene.matrix, half, nuclei, nuclei.regions(SETTINGS), SETTINGS)
+    assert 0.2 < quality.inside < 0.8
+    assert quality.regions_passed == 1
+    assert any(not region.passed for region in quality.regions)
+
+
 def test_a_section_without_nuclei_is_refused(scene):
     with pytest.raises(InputError, match="lung: got 3 nuclei"):
         register(scene.he, scene.dapi, scene.nuclei[:3], PIXEL, None, SETTINGS, name="lung")
@@ -421,7 +432,7 @@ def test_a_section_without_nuclei_is_refused(scene):
 
 PLANTS = {
     "half turn, unknown scale": {"angle": 180.0, "scale": 1.75, "shift": (10, -10), "known": False},
-    "quarter turn": {"angle": -97.0, "scale": 1.05, "shift": (0, 0), "shear": 0.03},
+    "quarter turn": {"angle": -97.0, "scale": 1.3, "shift": (120, -90), "shear": 0.03},
     "mirrored and sheared": {"angle": 37.0, "scale": 1.5, "flip": True, "shear": -0.03},
 }
 
@@ -442,6 +453,13 @@ def test_a_slightly_wrong_file_is_refined(scene, shift, degrees):
     assert found.origin == "file, refined"
     assert not found.quality_before.passed
     assert found.quality.passed
+    assert median_error(found.matrix, scene) < 0.5
+
+
+@pytest.mark.parametrize("shift", [(500, -300), (-90, 120)])
+def test_a_file_that_is_far_off_does_no_harm(scene, shift):
+    found = run(scene, moved(scene, shift, 3.0))
+    assert found.quality_before is None or not found.quality_before.passed
     assert median_error(found.matrix, scene) < 0.5
 
 
@@ -467,7 +485,8 @@ def test_a_right_file_is_kept_and_refining_is_a_setting(scene):
 def test_a_wrong_file_is_caught_named_and_undone(scene, change, what):
     found = run(scene, change(scene.matrix))
     assert any(what in warning for warning in found.warnings), found.warnings
-    assert found.attempts[0].name != "file" or not found.attempts[0].quality.passed
+    assert found.attempts[0].name == "file"
+    assert not found.quality_before.passed
     assert median_error(found.matrix, scene) < 0.5
 
 
@@ -487,6 +506,13 @@ def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
     message = str(error.value)
     for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
         assert part in message
+
+
+def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
+    he = open_pyramid(scene.he.path, 0.5)
+    found = run(scene._replace(he=he), scene.matrix)
+    assert found.origin == "file"
+    assert any("got 0.5 um per px, but the matrix means 0.2737" in warning for warning in found.warnings)
 
 
 def test_the_same_seed_gives_the_same_matrix(scene):

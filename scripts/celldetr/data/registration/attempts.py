@@ -24,6 +24,7 @@ from celldetr.errors import InputError
 log = logging.getLogger(__name__)
 
 _WRONG_KEYPOINT = 20.0  # um
+_SANE_SCALES = (0.2, 10.0)  # Xenium px per H&E px, of matrices that are worth a look
 _IN_DAPI = 0.9  # share of the nuclei that must lie inside their own image
 
 
@@ -136,13 +137,15 @@ class _Run:
         to_um = scaling(self.pixel_size) @ matrix
         plausible = check_plausible(matrix, self.he.mpp, self.pixel_size, self.settings, self.he.size, self.dapi.size)
         self.warnings += [f"alignment file: {note}" for note in plausible.notes]
-        if plausible.problems:
-            self.warnings += [f"alignment file: {problem}" for problem in plausible.problems]
-        else:
+        self.warnings += [f"alignment file: {problem}" for problem in plausible.problems]
+        low, high = _SANE_SCALES
+        if low < decompose(matrix).scale < high:
+            # the images decide: it may be the pixel size of the H&E that is wrong
             first = self.judge("file", to_um)
             self.before = first.quality
             if first.quality.passed:
                 return self._better(first)
+        if not plausible.problems:
             second = self.judge("file, refined", self.refined(to_um))
             if second.quality.passed:
                 return self._result("file, refined", second)

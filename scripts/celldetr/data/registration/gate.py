@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -41,7 +42,8 @@ def check(
     settings
         Limits of the gate.
     """
-    within = float(inside(he, inverse(to_um), nuclei.centroids).mean())
+    to_px = inverse(to_um)
+    within = float(inside(he, to_px, nuclei.centroids).mean())
     looks = [look(he, to_um, region, settings, settings.control_shift + _LARGE) for region in regions]
     blobs = keep_clear(looks)
     near, far, contrasts, parts = [], [], [], []
@@ -51,7 +53,8 @@ def check(
         near.append(distance)
         far.append(chance)
         contrasts.append(difference)
-        parts.append(_region(region, points, distance, chance, difference, settings))
+        share = float(inside(he, to_px, shapely.get_coordinates(shapely.centroid(region.outlines))).mean())
+        parts.append(_region(region, share, points, distance, chance, difference, settings))
     pooled = np.concatenate(contrasts)
     distances, chances = np.concatenate(near), np.concatenate(far, axis=1)
     figures = {
@@ -61,7 +64,7 @@ def check(
         "z": _z(pooled),
         "inside": within,
         "he_nuclei": sum(len(points) for points in blobs),
-        "regions_passed": float(np.mean([part.passed for part in parts])),
+        "regions_passed": _share_passed(parts),
     }
     failures = tuple(_failures(figures, settings))
     return Quality(passed=not failures, failures=failures, regions=tuple(parts), **figures)
@@ -94,6 +97,7 @@ def _contrasts(region: Region, seen: Look, settings: RegistrationSettings) -> ND
 
 def _region(
     region: Region,
+    share: float,
     blobs: NDArray[np.float64],
     distance: NDArray[np.float64],
     chance: NDArray[np.float64],
@@ -117,8 +121,15 @@ def _region(
         distance=median,
         chance=expected,
         contrast=_mean(contrast),
+        inside=share,
         passed=passed,
     )
+
+
+def _share_passed(parts: list[RegionQuality]) -> float:
+    """Share of the regions that pass; regions that are mostly outside of the H&E are counted by `inside` alone."""
+    there = [part.passed for part in parts if part.inside >= 0.5]
+    return float(np.mean(there)) if there else 0.0
 
 
 def _failures(figures: dict[str, float | None], settings: RegistrationSettings) -> Iterator[str]:

@@ -44,6 +44,7 @@ class RegionQuality(Settings):
     distance: float | None = Field(description="Median distance from an H&E nucleus to the nearest DAPI nucleus, um")
     chance: float | None = Field(description="The same with the H&E nuclei shifted, um; mean over 8 directions")
     contrast: float | None = Field(description="Hematoxylin inside nuclei minus that at shifted positions, deviations")
+    inside: float = Field(description="Share of the window's DAPI nuclei that lie inside the H&E image")
     passed: bool
 
 
@@ -58,7 +59,7 @@ class Quality(Settings):
     z: float | None = Field(description="That difference over its standard error, over nuclei")
     inside: float = Field(description="Share of the sample's nuclei that lie inside the H&E image")
     he_nuclei: int = Field(description="H&E nuclei found in all windows")
-    regions_passed: float = Field(description="Share of the regions that pass on their own")
+    regions_passed: float = Field(description="Share that passes on its own, of the regions inside the H&E image")
     regions: tuple[RegionQuality, ...]
 
     def summary(self) -> str:
