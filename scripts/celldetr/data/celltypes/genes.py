@@ -17,8 +17,8 @@ ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "feature_id", 
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
 _ID_SUFFIX = re.compile(r"_ENS[A-Z]*G\d{6,}(\.\d+)?$")  # CELLxGENE makes symbols that occur twice unique so
 _CONTROLS = re.compile(
-    r"(?i)(neg(ative)?[ _]?control|blank|antisense_|unassigned[ _]?codeword|deprecated[ _]?codeword|intergenic|"
-    r"genomic[ _]?control)"
+    r"(?i)(negative[ _]?control|neg[ _]?control|blank|antisense_|intergenic|genomic[ _]?control|"
+    r"(unassigned|deprecated)[ _]?codeword)"
 )
 _SHOWN = 5  # names in messages
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from celldetr.classes import ST_TYPES
-from celldetr.data.celltypes.counts import find_counts, read_rows, why_not_raw
+from celldetr.data.celltypes.counts import RawCounts, find_counts, read_rows, why_not_raw
 from celldetr.data.celltypes.genes import sum_duplicates, symbols_and_ids
 from celldetr.errors import ConfigError, InputError
 from celldetr.files import atomic
@@ -174,24 +174,18 @@ def prepare_reference(
         _check_types(types, where)
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
         names = labels[rows].astype(str)
-        raw = find_counts(file, rows, where)
-        matrix = read_rows(file[raw.location], rows, f"{where}: {raw.location}")
-    problem = why_not_raw(matrix)
-    if problem:
-        raise InputError(f"{where}: {raw.location}: {problem}; expected raw counts: get the file with raw counts")
+        raw, matrix = _raw_rows(file, rows, where)
     symbols, ids = symbols_and_ids(raw.genes, f"{where}: genes of {raw.location}")
     matrix, symbols, ids, summed = sum_duplicates(matrix, symbols, ids)
     kinds = np.array([mapping[name] for name in names])
+    obs = {
+        "type": pd.Categorical(kinds, categories=ST_TYPES),
+        "label": pd.Categorical(names),
+        "held_out": _hold_out(kinds, generator),
+    }
     reference = AnnData(
         sparse.csr_matrix(matrix, dtype=np.float32),
-        obs=pd.DataFrame(
-            {
-                "type": pd.Categorical(kinds, categories=ST_TYPES),
-                "label": pd.Categorical(names),
-                "held_out": _hold_out(kinds, generator),
-            },
-            index=rows.astype(str),
-        ),
+        obs=pd.DataFrame(obs, index=rows.astype(str)),
         var=pd.DataFrame({"gene_ids": ids}, index=pd.Index(symbols)),
         uns={"composition": types},
     )
@@ -282,6 +276,16 @@ def _label_numbers(labels: NDArray[Any], mapping: Mapping[str, str], where: Path
             "are to be left out"
         )
     return numbers
+
+
+def _raw_rows(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tuple[RawCounts, sparse.csr_matrix]:
+    """Where the raw counts are, and those of the drawn cells, all of them checked."""
+    raw = find_counts(file, rows, where)
+    matrix = read_rows(file[raw.location], rows, f"{where}: {raw.location}")
+    problem = why_not_raw(matrix)
+    if problem:
+        raise InputError(f"{where}: {raw.location}: {problem}; expected raw counts: get the file with raw counts")
+    return raw, matrix
 
 
 def _check_types(types: Mapping[str, int], where: Path) -> None:
