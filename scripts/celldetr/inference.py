@@ -83,7 +83,7 @@ def predict_fold(
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
-    autocast = _autocast(device, precision)
+    precise = autocast(device, precision)
     with (
         PredictionsWriter(
             path,
@@ -92,7 +92,7 @@ def predict_fold(
             nucleus_threshold=nucleus_threshold,
             metadata={**(metadata or {}), **({"absent": absent} if absent else {})},
         ) as writer,
-        autocast,
+        precise,
     ):
         for start, images in _batches(store, batch_size, device, progress):
             for offset, found in enumerate(model.predict(images, nucleus_threshold)):
@@ -162,7 +162,7 @@ def measure_attention(
     shares = _Shares(0, [], [], [])
     rows: dict[int, dict[str, NDArray[Any]]] = {}
     wanted = set(nuclei.tolist())
-    with _autocast(device, precision):
+    with autocast(device, precision):
         for start, images in _batches(store, batch_size, device, progress):
             for offset, (found, points) in enumerate(model.attention(images, nucleus_threshold)):
                 seen = _pair_patch(store, start + offset, found, points, radius, shares)
@@ -284,7 +284,14 @@ def _mapped(scores: NDArray[np.float32], sources: list[list[int]]) -> NDArray[np
     return np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
 
 
-def _autocast(device: str, precision: str) -> torch.autocast:
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Context of a precision on a device.
+
+    Raises
+    ------
+    ConfigError
+        Unknown precision.
+    """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")

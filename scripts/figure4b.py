@@ -1,0 +1,18 @@
+"""Draw figure 4b: losses of contrastive pretraining.
+
+Input: ``log`` (log.jsonl of an experiment of stage ssl). Output: ``png``, ``svg``. Params: title.
+"""
+
+from celldetr.evaluation.figure4 import figure4b, read_log
+from celldetr.evaluation.figures import save
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    figure = figure4b(read_log(snakemake.input.log), snakemake.params.title)
+    save(figure, snakemake.output.png)
+    save(figure, snakemake.output.svg)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

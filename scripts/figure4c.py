@@ -1,0 +1,22 @@
+"""Draw figure 4c: similarity of anchors to the nuclei of their patch, and how many find their own.
+
+Input: ``matrices`` and ``retrieval`` (of the similarity rule), ``log`` (log.jsonl of the experiment).
+Output: ``png``, ``svg``. Params: title.
+"""
+
+from celldetr.evaluation.figure4 import figure4c, read_log, read_retrieval, read_similarities
+from celldetr.evaluation.figures import save
+from celldetr.rule import run_rule
+
+
+def main(snakemake):
+    given = snakemake.input
+    figure = figure4c(
+        read_similarities(given.matrices), read_retrieval(given.retrieval), read_log(given.log), snakemake.params.title
+    )
+    save(figure, snakemake.output.png)
+    save(figure, snakemake.output.svg)
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)

@@ -1,0 +1,46 @@
+"""Measure how well a pretrained model finds nuclei again by their noised boxes.
+
+Input: ``model`` (of stage ssl), ``store`` (patch store; its classes do not matter).
+Output: ``matrices`` (NPZ: similarity of anchors to originals in a few patches), ``retrieval`` (JSON: share of all
+anchors that find their own nucleus, and mean similarities).
+Params: patches (how many are drawn), seed, noise (its range: low, high, enlarge), batch_size.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from celldetr.evaluation.figure4 import choose_readable, write_retrieval, write_similarities
+from celldetr.experiment import NoiseSettings
+from celldetr.inference import best_device
+from celldetr.model.checkpoints import load_model
+from celldetr.rule import run_rule
+from celldetr.similarity import measure_similarity
+from celldetr.store import open_store
+
+log = logging.getLogger("similarity")
+
+
+def main(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    params, device = snakemake.params, best_device()
+    store = open_store(snakemake.input.store)
+    drawn, measured = measure_similarity(
+        load_model(snakemake.input.model, device),
+        store,
+        patches=choose_readable(store.box_ptr, params.patches, params.seed),
+        seed=params.seed,
+        noise=NoiseSettings.from_dict(params.noise),
+        batch_size=params.batch_size,
+        device=device,
+        progress=True,
+    )
+    write_similarities(snakemake.output.matrices, drawn)
+    origin = {"store": Path(snakemake.input.store).stem, "seed": params.seed, "noise": params.noise}
+    write_retrieval(snakemake.output.retrieval, {**measured, **origin})
+    log.info("%s of %d anchors find their own nucleus", measured["retrieval"], measured["anchors"])
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
