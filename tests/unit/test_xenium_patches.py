@@ -116,6 +116,7 @@ def test_every_nucleus_is_in_a_patch_or_counted(sample, store):
 
 def test_no_patch_reaches_beyond_the_xenium_image(sample, store):
     truth = sample.truth
+    assert store.attrs["patches_passed_over"]["beyond the imaged area"] > 0
     side = SIZE * MPP / truth.he_mpp
     for x, y in store.patches[["x", "y"]].to_numpy():
         corners = np.array([[x, y], [x + side, y], [x, y + side], [x + side, y + side]])
