@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 _PIECE = 1 << 20  # characters read at a time
 _LARGEST = 1 << 22  # characters of a value that is decoded as a whole
+_NUMBER = 32  # characters after a number that tell whether it has ended
 _SPACE = " \t\r\n\ufeff"
 
 
@@ -56,8 +57,8 @@ class JsonStream:
                     raise JsonError(f"{error.msg} at character {self._before + error.pos}") from error
                 self._more()
                 continue
-            if end == len(self._text) and not self._ended:  # a number may go on
-                self._more()
+            if isinstance(value, (int, float)) and len(self._text) - end < _NUMBER and not self._ended:
+                self._more()  # the number may go on
                 continue
             self._at = end
             return True, value

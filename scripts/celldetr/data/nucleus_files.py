@@ -33,7 +33,7 @@ from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines at a time
 _LARGEST_UM = 60.0  # width of a nucleus, at most
-_PLAUSIBLE_UM = (2.0, 30.0)  # smallest and largest median width of nuclei
+_PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
 _EMPTY, _CROSSED, _OTHER = "outlines that are empty or unreadable", "outlines that cross themselves", "no polygons"
 _NO_AREA = "outlines without area"
 
