@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.data.celltypes.settings import CellTypeSettings
-from celldetr.data.patches import PatchSettings
+from celldetr.data.patch_settings import PatchSettings
 from celldetr.data.registration.settings import RegistrationSettings
 from celldetr.errors import ConfigError
 from celldetr.experiment import (

@@ -1,4 +1,4 @@
-"""The whole workflow at smoke size: from archives to table 1, reruns, and what a user sees when something is wrong."""
+"""The whole workflow at smoke size: from archives to tables, reruns, and what a user sees when something is wrong."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import ENVIRONMENT, ROOT, run
 
+from celldetr.classes import ST_TYPES
 from celldetr.experiment import BackboneSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.checkpoints import load_model
@@ -29,11 +30,20 @@ SMALL = {
     "evaluation": {"resamples": 20},
     "overlays": {"patches": 2},
     "figure3": {"nuclei": 2},
-    "example": {"images": [24, 12, 24]},
+    "example": {
+        "images": [24, 12, 24],
+        "reference_cells": 1200,
+        "xenium": {"drawn_1": {"size_um": [330, 260]}, "drawn_2": {"size_um": [330, 260]}},
+    },
+    "xenium": {"cells_per_type": 60, "split": {"block_um": 64.0}},
 }
 
 
 TRAINING_LOG = "results/logs/train/celldetr_p_split1.log"
+
+
+FIGURES = ("attention", "figure3", "figure5b")
+AFTER_PATCHES = ("split_xenium", "figure5a", "figure5b", "train", "predict", "score", "table", "overlays")
 
 
 def smoke():
@@ -92,9 +102,49 @@ def test_table_holds_published_and_measured_rows(finished):
     assert {"Neoplastic_P", "Necrotic_F", "Detection_F"} <= set(table.columns)
 
 
+def test_zero_shot_and_finetuned_rows_stand_in_table_3(finished):
+    table = pd.read_csv(finished.folder / "results" / "table3.tsv", sep="\t", keep_default_na=False)
+    measured = table[table["source"] == "measured"].set_index("experiment")
+    assert list(measured.index) == ["st_zero_shot", "st_finetune"]
+    assert measured.loc["st_zero_shot", "Necrotic_F"] == "NA"
+    assert measured.loc["st_zero_shot", "note"] == "Necrotic: the model has no such class"
+    assert measured.loc["st_finetune", "Necrotic_F"] != "NA"
+    scores = pd.read_csv(finished.folder / "results" / "scores" / "st_pretrain" / "split1.tsv", sep="\t")
+    assert set(scores["class"]) == {"Detection", *ST_TYPES}
+
+
+def test_xenium_samples_are_registered_labelled_and_split_without_shared_tissue(finished):
+    folder = finished.folder / "results" / "xenium"
+    for sample, origin in (("drawn_1", "file, refined"), ("drawn_2", "estimated")):
+        record = json.loads((folder / sample / "registration.json").read_text(encoding="utf-8"))
+        assert record["origin"] == origin
+        assert record["quality"]["distance"] < 1.5
+        store = open_store(folder / sample / f"{sample}.zarr")
+        assert store.classes == ST_TYPES
+        labelled = (store.labels >= 0).mean()
+        assert 0.4 < labelled < 1
+    split = pd.read_csv(folder / "split.tsv", sep="\t")
+    assert set(split["part"]) == {"train", "val", "test"}
+    assert open_store(folder / "test.zarr").n_patches == (split["part"] == "test").sum()
+
+
+def test_a_sample_can_be_saved_as_spatialdata(finished):
+    target = "results/xenium/drawn_1/spatialdata.zarr"
+    done = finished(target)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert {"images", "shapes", "tables"} <= {path.name for path in (finished.folder / target).iterdir()}
+
+
 def test_provenance_stands_beside_models_and_tables(finished):
     results = finished.folder / "results"
-    for path in (results / "table1.provenance.json", results / "models" / "celldetr_s" / "split1" / "provenance.json"):
+    for path in (
+        results / "table1.provenance.json",
+        results / "table3.provenance.json",
+        results / "models" / "celldetr_s" / "split1" / "provenance.json",
+        results / "models" / "st_pretrain" / "split1" / "provenance.json",
+        results / "xenium" / "drawn_1" / "registration.provenance.json",
+        results / "xenium" / "drawn_1" / "cells.provenance.json",
+    ):
         record = json.loads(path.read_text(encoding="utf-8"))
         assert {"settings", "versions", "git_revision", "inputs", "wall_seconds"} <= set(record)
 
@@ -112,6 +162,14 @@ def test_every_rule_wrote_its_log_and_benchmark(finished):
             "attention",
             "figure3",
             "table1",
+            "download_xenium",
+            "register_xenium",
+            "prepare_reference",
+            "annotate_xenium",
+            "extract_xenium",
+            "split_xenium",
+            "figure5b",
+            "table3",
         } <= names
 
 
@@ -132,16 +190,20 @@ def test_nothing_reruns_when_nothing_changed(finished):
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
-        ({"evaluation": {"radius": 5.0}}, {"score", "attention", "table", "figure3"}),
+        ({"evaluation": {"radius": 5.0}}, {"score", "attention", "table", "figure3", "figure5b"}),
         ({"evaluation": {"resamples": 30}}, {"score", "table"}),
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"overlays": {"patches": 3}}, {"overlays"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
-        ({"inference": {"batch_size": 4}}, {"predict", "score", "table", "overlays", "attention", "figure3"}),
+        ({"inference": {"batch_size": 4}}, {"predict", "score", "table", "overlays", *FIGURES}),
         (
             {"experiments": {"celldetr_s": {"training": {"lr": 5.0e-4}}}},
             {"train", "predict", "score", "table", "overlays", "attention", "figure3"},
         ),
+        ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium", *AFTER_PATCHES}),
+        ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium", *AFTER_PATCHES}),
+        ({"xenium": {"patches": {"min_nuclei": 2}}}, {"extract_xenium", *AFTER_PATCHES}),
+        ({"xenium": {"split": {"block_um": 96.0}}}, set(AFTER_PATCHES) - {"figure5a"}),
     ],
 )
 def test_a_setting_reruns_what_depends_on_it(finished, changes, rules):
@@ -158,6 +220,13 @@ def test_a_single_target_builds_only_its_ancestors(tmp_path):
     workflow = Workflow(tmp_path)
     planned = workflow.planned("results/pannuke/split1.tsv")
     assert planned == {"make_example", "download_pannuke", "convert_pannuke", "split_pannuke"}
+
+
+def test_table_3_needs_no_model_of_table_1(tmp_path):
+    workflow = Workflow(tmp_path)
+    assert "train" in workflow.planned("results/table3.tsv")
+    planned = workflow("results/table3.tsv", "--dry-run", "--quiet", "rules").stdout
+    assert not re.search("celldetr_[sp]|deformable_detr", planned)
 
 
 def test_report_is_one_file(finished):
@@ -249,8 +318,9 @@ def test_slurm_profile_plans_the_paper_from_a_clone_as_typed():
     done = run("snakemake", "--profile", "slurm", "-n", "all", cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
     jobs = counted_jobs(done.stdout)
-    assert jobs["train"] == 9
+    assert jobs["train"] == 13
     assert jobs["download_pannuke"] == 3
+    assert jobs["register_xenium"] == 4
 
 
 def test_example_profile_plans_from_a_clone_as_typed(tmp_path):
