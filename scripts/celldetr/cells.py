@@ -264,7 +264,7 @@ class _Findings:
         if not self._kept:
             return np.empty((0, 4)), np.empty(0)
         boxes, scores, depth, tile = (np.concatenate(column) for column in zip(*self._kept, strict=True))
-        seam = np.flatnonzero(depth < self._rim)
+        seam = np.flatnonzero(depth < 2 * self._rim)  # what another tile has in its rim may be as deep as this
         twice = seam[_second(boxes[seam], depth[seam], tile[seam])]
         keep = np.ones(len(boxes), dtype=bool)
         keep[twice] = False
