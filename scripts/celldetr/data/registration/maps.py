@@ -112,17 +112,17 @@ def search(maps: MapPair, linears: Iterable[NDArray[np.float64]]) -> list[Candid
             maps.he, back, middle_in - back @ middle_out, output_shape=(canvas, canvas), order=1
         )
         product = fft.irfft2(target * np.conj(fft.rfft2(turned, shape)), shape)
-        product /= norm * (float(np.linalg.norm(turned)) or 1.0)
+        most = norm * (float(np.linalg.norm(turned)) or 1.0)
         for _ in range(_PEAKS):
             place = np.array(np.unravel_index(product.argmax(), product.shape))
-            score = float(product[tuple(place)])
+            score = float(product[tuple(place)]) / most
             offset = np.where(place > np.array(maps.dapi.shape), place - shape, place)
             centre = (offset + middle_out)[::-1] * maps.spacing + maps.spacing / 2
             origin = np.array([width, height]) / 2 * maps.spacing
             to_um = affine(linear, centre - linear @ origin) @ scaling(maps.he_mpp)
             found.append(Candidate(to_um, score))
             rows, columns = ((place[axis] + np.arange(-4, 5)) % shape[axis] for axis in (0, 1))
-            product[np.ix_(rows, columns)] = -1
+            product[np.ix_(rows, columns)] = -most
     return sorted(found, key=lambda candidate: -candidate.score)
 
 

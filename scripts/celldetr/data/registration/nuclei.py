@@ -74,7 +74,7 @@ class Nuclei:
         found = []
         for index in np.unique(key):
             members = self.centroids[key == index]
-            centre = _densest(members, settings.window)
+            centre = densest(members, settings.window)
             near = np.abs(self.centroids - centre).max(axis=1) < settings.window / 2
             if near.sum() >= _FEWEST:
                 found.append(Region(int(index), centre, self.outlines[near]))
@@ -85,7 +85,7 @@ class Nuclei:
         return found
 
 
-def _densest(points: NDArray[np.float64], side: float) -> NDArray[np.float64]:
+def densest(points: NDArray[np.float64], side: float) -> NDArray[np.float64]:
     """Centre (2,) of the square of a side, on a grid of half sides, that has most points."""
     low = points.min(axis=0)
     counts = np.ceil((points.max(axis=0) - low) / (side / 2)).astype(int) + 1

@@ -1,7 +1,7 @@
 """A picture by which a person judges a registration in seconds: the whole section, three places, the distances."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import shapely
@@ -15,7 +15,7 @@ from scipy import ndimage
 from celldetr.data.pyramid import Pyramid
 from celldetr.data.registration.gate import directions
 from celldetr.data.registration.images import Grid, Values, colour, sample, window
-from celldetr.data.registration.nuclei import Nuclei, Region, keep_clear, look
+from celldetr.data.registration.nuclei import Nuclei, Region, densest, keep_clear, look
 from celldetr.data.registration.result import Registration
 from celldetr.data.registration.settings import RegistrationSettings
 from celldetr.files import atomic
@@ -88,7 +88,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def _choose(scene: _Scene) -> list[Region]:
-    """Regions dense in nuclei and far from each other."""
+    """Choose regions dense in nuclei and far from each other, and the densest place in each."""
     counts = np.array([len(region.outlines) for region in scene.regions])
     centres = np.array([region.centre for region in scene.regions])
     dense = np.flatnonzero(counts >= np.median(counts))
@@ -96,7 +96,12 @@ def _choose(scene: _Scene) -> list[Region]:
     while len(chosen) < min(_PLACES, len(dense)):
         apart = np.linalg.norm(centres[dense, None] - centres[chosen], axis=2).min(axis=1)
         chosen.append(int(dense[apart.argmax()]))
-    return [scene.regions[index] for index in chosen]
+    places = []
+    for index in chosen:
+        region = scene.regions[index]
+        centres = shapely.get_coordinates(shapely.centroid(region.outlines))
+        places.append(replace(region, centre=densest(centres, _PLACE)))
+    return places
 
 
 def _picture(scene: _Scene, grid: Grid) -> Values:
