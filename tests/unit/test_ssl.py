@@ -74,7 +74,8 @@ def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
     assert lines[0]["train"] is None
     for line in lines:
         val = line["val"]
-        expected = {"loss", "contrastive", "nucleus", "l1", "giou", "retrieval", "spread", "detection", "score"}
+        expected = {"loss", "contrastive", "nucleus", "l1", "giou", "retrieval", "own", "others"}
+        expected |= {"spread", "detection", "score"}
         assert val.keys() == expected
         assert val["score"] == val["retrieval"]
         assert 0 < val["spread"] <= 1.5
@@ -133,6 +134,7 @@ def test_retrieval_rises_well_above_its_start(crowded, tmp_path, negatives):
     assert start["retrieval"] < 0.6
     assert end["retrieval"] > 0.85
     assert end["spread"] > start["spread"]
+    assert end["own"] - end["others"] > 0.5 > start["own"] - start["others"]
     assert end["contrastive"] < 0.5 * start["contrastive"]
 
 

@@ -204,12 +204,18 @@ def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: Log, ti
 
 
 def _draw_retrieval(axis: Axes, log: Log) -> None:
-    for name, label, colour in (("retrieval", "retrieval", _VAL), ("spread", "spread of embeddings", _TRAIN)):
+    lines = (
+        ("retrieval", "retrieval", _VAL),
+        ("own", "similarity to own original", "#B2182B"),
+        ("others", "similarity to others", "#2166AC"),
+        ("spread", "spread of embeddings", _TRAIN),
+    )
+    for name, label, colour in lines:
         epochs, values = _series(log, "val", name)
         axis.plot(epochs, values, label=label, color=colour, marker="o", markersize=2.5, linewidth=1.3)
     axis.set_title("validation patches of pretraining", fontsize=8)
-    axis.set_ylim(0, 1.05)
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    axis.set_ylim(min(0, axis.get_ylim()[0]), 1.05)
+    axis.legend(fontsize=7, frameon=False, loc="center right")
     _tidy(axis)
 
 

@@ -157,6 +157,14 @@ def found_own(similarity: Tensor, views: Views) -> Tensor:
     return (similarity.argmax(dim=-1) == views.nucleus) & views.compared
 
 
+def similarity_sums(similarity: Tensor, views: Views) -> Tensor:
+    """Sum over the compared anchors the similarity to the own original, and the mean one to the others: (2,)."""
+    own = similarity.gather(-1, views.nucleus[..., None]).squeeze(-1)
+    real = views.original[:, None, : similarity.shape[-1]]
+    others = (similarity.masked_fill(~real, 0).sum(dim=-1) - own) / (views.counts[:, None] - 1).clamp(min=1)
+    return torch.stack([torch.where(views.compared, values, 0).double().sum() for values in (own, others)])
+
+
 def spread(count: float, total: Tensor, squares: Tensor) -> float:
     """How far unit vectors are spread: the standard deviation of a coordinate, relative to that of random directions.
 

@@ -16,6 +16,7 @@ from celldetr.training.contrastive import (
     make_views,
     project_views,
     similarities,
+    similarity_sums,
     spread,
     training_uniforms,
     validation_uniforms,
@@ -41,7 +42,7 @@ class SslStage(Stage):
     def start_counting(self) -> None:
         """Forget the last validation."""
         super().start_counting()
-        self._retrieved = np.zeros(2, dtype=np.int64)
+        self._retrieved = np.zeros(4)
         self._moments = np.zeros((2, self.model.settings.projection))
         self._originals = 0
 
@@ -75,8 +76,10 @@ class SslStage(Stage):
         views, projected = self.views(batch.targets, batch), outputs.nuclei
         assert projected is not None
         with torch.autocast(projected.device.type, enabled=False):
-            own = found_own(similarities(projected, views), views)
-        self._retrieved += np.array([int(own.sum()), int(views.compared.sum())])
+            similarity = similarities(projected, views)
+            sums = similarity_sums(similarity, views).tolist()
+        own = int(found_own(similarity, views).sum())
+        self._retrieved += np.array([own, int(views.compared.sum()), *sums])
         unit = functional.normalize(projected[views.original].double(), dim=-1)
         self._moments += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)]).cpu().numpy()
         self._originals += len(unit)
@@ -89,14 +92,15 @@ class SslStage(Stage):
         """Losses (detection per nucleus, contrastive per image), retrieval, spread, and P, R, F of detection.
 
         ``retrieval`` is the share of the anchors whose most similar original of the image is their own, and as
-        ``score`` it chooses the checkpoint; none without images of two nuclei. ``spread``: see
-        `celldetr.training.contrastive.spread`.
+        ``score`` it chooses the checkpoint; ``own`` and ``others`` are their mean similarities to their original and to
+        the others. All are none without images of two nuclei. ``spread``: see `celldetr.training.contrastive.spread`.
         """
         names = ("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
         sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in names})
         boxes, images = max(1.0, sums["boxes"]), max(1.0, sums["images"])
         weighted = self.settings.contrastive.weight * sums["contrastive"]
-        found, anchors = self.summed(self._retrieved).tolist()
+        found, anchors, *similarity = self.summed(self._retrieved).tolist()
+        retrieval, own, others = (value / anchors if anchors else None for value in (found, *similarity))
         moments = torch.from_numpy(self.summed(self._moments))
         originals = float(self.summed(np.array([self._originals]))[0])
         far = spread(originals, *moments) if originals > 1 else None
@@ -107,12 +111,13 @@ class SslStage(Stage):
                 far,
                 COLLAPSED,
             )
-        retrieval = found / anchors if anchors else None
         return {
             "loss": (sums["loss"] - weighted) / boxes + weighted / images,
             "contrastive": sums["contrastive"] / images,
             **{name: sums[name] / boxes for name in ("nucleus", "l1", "giou")},
             "retrieval": retrieval,
+            "own": own,
+            "others": others,
             "spread": far,
             "detection": self.counted_scores()[0],
             "score": retrieval,
