@@ -19,7 +19,7 @@ from celldetr.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_PIECE = 256  # px; a region as small as this is given up as a whole
+_PIECE = 16  # px; a region as small as this is given up as a whole
 _TOLD = 10  # damaged places that are named in the log and the store
 
 
@@ -100,7 +100,8 @@ class TolerantPyramid(Pyramid):
             self._image.close()
             self._image = self._open()  # OpenSlide reads nothing any more after an error
             if max(width, height) <= _PIECE:
-                self.damage.append(str(error))
+                if str(error) not in self.damage:  # one tile is met in many pieces
+                    self.damage.append(str(error))
                 shape = (height, width, 3) if self.channels == 3 else (height, width)
                 return np.full(shape, self.background, dtype=self.dtype)
         if width >= height:
