@@ -23,6 +23,14 @@ ENVIRONMENTS = {
             *("requests", "scanpy", "shapely", "spatialdata", "spatialdata-io", "tacco", "tifffile", "tqdm"),
         ],
     ),
+    "cells": (
+        "Finding nuclei on slides with a trained model; on Linux, pip's own torch is the CUDA build.",
+        [
+            *SHARED,
+            *("geopandas", "imagecodecs", "kornia", "lightning", "openslide-bin", "openslide-python"),
+            *("shapely", "tifffile", "torch", "tqdm"),
+        ],
+    ),
     "report": ("Scores, tables, figures.", [*SHARED, "jinja2"]),
     "training": (
         "Training and predicting; on Linux, pip's own torch is the CUDA build.",

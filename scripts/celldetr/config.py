@@ -15,6 +15,7 @@ from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.data.celltypes.settings import CellTypeSettings
 from celldetr.data.patch_settings import PatchSettings
 from celldetr.data.registration.settings import RegistrationSettings
+from celldetr.data.slide_settings import SlideSettings
 from celldetr.errors import ConfigError
 from celldetr.experiment import (
     BackboneSettings,
@@ -29,7 +30,7 @@ from celldetr.experiment import (
     TrainingSettings,
 )
 from celldetr.settings import Settings, merge, partial
-from celldetr.sheets import Name, ReferenceRow, XeniumRow
+from celldetr.sheets import Name, ReferenceRow, SlideRow, XeniumRow
 from celldetr.spatial_settings import XeniumSplitConfig
 
 
@@ -106,10 +107,10 @@ class ExperimentConfig(Settings):
     """A named training run, or use of one: what differs from the shared settings."""
 
     title: str = Field(description="name in tables and figures")
-    stage: Literal["supervised", "st", "zero_shot"] = Field(
+    stage: Literal["supervised", "st", "ssl", "zero_shot"] = Field(
         "supervised",
-        description="supervised: on PanNuke; st: on the cell types of Xenium; zero_shot: no training, the model of "
-        "another experiment with its classes mapped to those of PanNuke",
+        description="supervised: on PanNuke; st: on the cell types of Xenium; ssl: contrastive pretraining on slides "
+        "without labels; zero_shot: no training, the model of another experiment with its classes mapped to PanNuke's",
     )
     mode: Mode | None = Field(None, description="how boxes reach the representation decoder; of every trained model")
     initial: str = Field(
@@ -147,6 +148,12 @@ class Figure3Config(Settings):
     nuclei: Count = Field(4, description="nuclei drawn")
 
 
+class Figure4Config(Settings):
+    """Similarity of noised boxes to the nuclei of their patch."""
+
+    patches: Count = Field(4, description="patches drawn")
+
+
 class OverlayConfig(Settings):
     """Pictures of predictions beside the truth."""
 
@@ -169,6 +176,9 @@ class ExampleConfig(Settings):
 
     images: tuple[Count, Count, Count] = Field(description="images of the three folds")
     xenium: dict[Name, ExampleSample] = Field(default_factory=dict, description="Xenium samples by name")
+    slides: dict[Name, tuple[Positive, Positive]] = Field(
+        default_factory=dict, description="slides: name -> width and height of the tissue, um"
+    )
     reference_cells: Count = Field(3000, description="cells of the scRNA-seq reference")
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -181,6 +191,7 @@ class Config(Settings):
     pannuke: PanNukeConfig
     imagenet: Source
     xenium: XeniumConfig | None = None
+    slides: SlideSettings | None = None
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     inference: InferenceConfig = InferenceConfig()
@@ -188,6 +199,7 @@ class Config(Settings):
     experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentConfig] = Field(min_length=1)
     tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableConfig] = Field(default_factory=dict)
     figure3: Figure3Config | None = None
+    figure4: Figure4Config = Figure4Config()
     overlays: OverlayConfig = OverlayConfig()
     example: ExampleConfig | None = Field(None, description="makes the archives instead of downloading them")
 
@@ -200,14 +212,15 @@ class Config(Settings):
             unknown = [name for name in names if name not in self.experiments]
             if unknown:
                 raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
-            elsewhere = [name for name in names if self.experiments[name].stage == "st"]
+            elsewhere = [name for name in names if self.experiments[name].stage in ("st", "ssl")]
             if elsewhere:
                 raise ValueError(f"{key}: got {elsewhere}, expected experiments that are tested on PanNuke")
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
         for name, block in self.experiments.items():
-            if block.stage == "st" and self.xenium is None:
-                raise ValueError(f"experiments.{name}.stage: got 'st', but the block xenium is missing")
+            for stage, source in (("st", "xenium"), ("ssl", "slides")):
+                if block.stage == stage and getattr(self, source) is None:
+                    raise ValueError(f"experiments.{name}.stage: got {stage!r}, but the block {source} is missing")
             self._check_initial(name)
             if block.stage != "zero_shot":
                 self.experiment(name)
@@ -229,12 +242,12 @@ class Config(Settings):
             )
 
     def classes(self, name: str) -> tuple[str, ...]:
-        """Classes that an experiment is tested on."""
-        return ST_TYPES if self.experiments[name].stage == "st" else PANNUKE_CLASSES
+        """Classes of an experiment's patches; slides have none."""
+        return {"st": ST_TYPES, "ssl": ()}.get(self.experiments[name].stage, PANNUKE_CLASSES)
 
     def splits(self, name: str) -> tuple[int, ...]:
-        """Return the splits that an experiment is run on: those of PanNuke, or the one of Xenium."""
-        return (1,) if self.experiments[name].stage == "st" else self.pannuke.splits
+        """Return the splits that an experiment is run on: those of PanNuke, or the one of Xenium or the slides."""
+        return (1,) if self.experiments[name].stage in ("st", "ssl") else self.pannuke.splits
 
     def experiment(self, name: str) -> Experiment:
         """Shared settings with those of one experiment laid over them.
@@ -255,7 +268,9 @@ class Config(Settings):
             raise ConfigError(f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50")
         if block.initial in self.experiments:
             theirs = merge(self.model.to_dict(), _given(self.experiments[block.initial].model))
-            differ = [key for key in model if key not in ("dropout", "sampling") and model[key] != theirs[key]]
+            weightless: dict[str, Any] = {"dropout": 0, "sampling": 0, "projection": 0}
+            weightless["representation"] = {"global_tokens": 0}
+            differ = [key for key in model if merge(model, weightless)[key] != merge(theirs, weightless)[key]]
             if differ:
                 raise ConfigError(
                     f"{where}.model: got other {', '.join(differ)} than experiment {block.initial}, from which it "
@@ -279,7 +294,12 @@ def _given(block: BaseModel) -> dict[str, Any]:
 
 def schemas() -> dict[str, str]:
     """Texts of the JSON schemas of workflow/schemas by file name: the configuration, and a row of each sheet."""
-    kinds: dict[str, type[Settings]] = {"config": Config, "xenium": XeniumRow, "references": ReferenceRow}
+    kinds: dict[str, type[Settings]] = {
+        "config": Config,
+        "xenium": XeniumRow,
+        "references": ReferenceRow,
+        "slides": SlideRow,
+    }
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return {
         f"{name}.schema.json": json.dumps({**head, **kind.model_json_schema()}, indent=2) + "\n"

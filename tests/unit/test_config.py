@@ -42,10 +42,24 @@ def test_shipped_configuration_is_complete_and_states_the_defaults():
             "pannuke": {f"fold{fold}": shipped["pannuke"][f"fold{fold}"] for fold in (1, 2, 3)},
             "imagenet": shipped["imagenet"],
             "xenium": {},
+            "slides": {},
             "experiments": shipped["experiments"],
         }
     ).to_dict()
-    for block in ("seed", "patch", "pannuke", "xenium", "model", "training", "inference", "evaluation", "overlays", "example"):
+    for block in (
+        "seed",
+        "patch",
+        "pannuke",
+        "xenium",
+        "slides",
+        "figure4",
+        "model",
+        "training",
+        "inference",
+        "evaluation",
+        "overlays",
+        "example",
+    ):
         whole = json.loads(json.dumps(shipped[block]))
         if block == "pannuke":
             for source in ("fold1", "fold2", "fold3"):
@@ -130,7 +144,11 @@ def test_settings_survive_json():
         ("experiments.st_finetune.initial", "st_pretran", "experiments.st_finetune.initial: got 'st_pretran'"),
         ("experiments.st_finetune.initial", "st_zero_shot", "initial: got 'st_zero_shot', which trains no model"),
         ("experiments.st_pretrain.initial", "st_finetune", "expected no circle"),
-        ("experiments.st_finetune.model.queries", 300, "st_finetune.model: got other queries than experiment st_pretrain"),
+        (
+            "experiments.st_finetune.model.queries",
+            300,
+            "st_finetune.model: got other queries than experiment st_pretrain",
+        ),
         ("experiments.st_zero_shot.mode", "parallel", "stage: got zero_shot with ['mode'], expected none"),
         ("experiments.st_zero_shot.initial", "imagenet", "initial: got 'imagenet', expected an experiment or a model"),
         ("experiments.celldetr_s.mode", None, "experiments.celldetr_s: mode: missing"),

@@ -10,7 +10,13 @@ from conftest import ROOT, run
 
 from celldetr import provenance
 
-PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml"}
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "openslide": "openslide-python",
+    "sklearn": "scikit-learn",
+    "spatialdata_io": "spatialdata-io",
+    "yaml": "pyyaml",
+}
 RULES = {}
 for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
     for block in re.split(r"\n\s*rule ", file.read_text(encoding="utf-8"))[1:]:
@@ -57,12 +63,17 @@ def test_environment_holds_what_the_rule_imports(rule):
     assert needed <= set(pins(environment)), f"envs/{environment}.yaml lacks packages; see envs/pin.py"
 
 
-@pytest.mark.parametrize("environment", ["data", "report"])
+@pytest.mark.parametrize("environment", ["data", "report", "spatial"])
 def test_no_torch_where_nothing_needs_it(environment):
     assert not {"torch", "lightning", "kornia"} & set(pins(environment))
 
 
-@pytest.mark.parametrize("environment", ["data", "report", "training"])
+@pytest.mark.parametrize("environment", ["training", "cells"])
+def test_no_tacco_where_nothing_needs_it(environment):
+    assert not {"tacco", "scanpy", "spatialdata"} & set(pins(environment))
+
+
+@pytest.mark.parametrize("environment", ["data", "report", "spatial", "training", "cells"])
 def test_pins_are_those_of_the_lock(environment):
     lock = set((ROOT / "envs" / "lock.txt").read_text(encoding="utf-8").splitlines())
     assert set(pins(environment).values()) <= lock

@@ -12,11 +12,12 @@ from celldetr.config import Config
 from celldetr.data.splits import FOLDS, fold_parts
 from celldetr.errors import ConfigError
 from celldetr.provenance import source_hash
-from celldetr.sheets import used_samples
+from celldetr.sheets import used_samples, used_slides
 
 try:
     CONFIG = Config.from_dict(config)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
+    SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
 except ConfigError as error:
     raise WorkflowError(f"The configuration is not right:\n{error}") from error
 
@@ -27,6 +28,7 @@ wildcard_constraints:
     experiment="|".join(CONFIG.experiments),
     table="|".join(CONFIG.tables) or "table[0-9]+",
     sample="|".join(map(re.escape, SAMPLES)) or "none",
+    slide="|".join(map(re.escape, SLIDES)) or "none",
     reference="|".join(map(re.escape, REFERENCES)) or "none",
 
 
@@ -72,30 +74,67 @@ def alignment_file(wildcards) -> list[str]:
     return [path] if SAMPLES[wildcards.sample].alignment else []
 
 
-def on_xenium(experiment: str) -> bool:
-    """Whether an experiment trains and tests on Xenium patches; else PanNuke."""
-    return CONFIG.experiments[experiment].stage == "st"
+def slide_store(slide: str) -> str:
+    """Patch store of a slide."""
+    return f"results/slides/{slide}/{slide}.zarr"
+
+
+def slide_source(wildcards) -> dict:
+    """Where a slide can be had."""
+    row = SLIDES[wildcards.slide]
+    return {
+        "urls": list(row.file),
+        "hest": row.hest,
+        "bytes": row.bytes,
+        "sha256": row.sha256,
+    }
+
+
+def outline_sources(wildcards) -> list[str]:
+    """URLs or paths of the outlines of a slide's nuclei; none when they are those of HEST-1k."""
+    nuclei = SLIDES[wildcards.slide].nuclei
+    return [] if nuclei == ("hest",) else list(nuclei)
+
+
+def slide_nuclei(wildcards) -> str:
+    """Outlines of a slide's nuclei: given ones, or those that a model finds."""
+    if SLIDES[wildcards.slide].detect:
+        return f"results/slides/{wildcards.slide}/detected.parquet"
+    return f"results/raw/slides/{wildcards.slide}_nuclei"
+
+
+def stage_of(experiment: str) -> str:
+    """Stage of an experiment: it tells which patches it trains and tests on."""
+    return CONFIG.experiments[experiment].stage
+
+
+def experiment_of(stage: str) -> str | None:
+    """Return the first experiment of a stage: the one of the figures; none if there is none."""
+    return next((name for name in CONFIG.experiments if stage_of(name) == stage), None)
 
 
 def train_stores(wildcards) -> list[str]:
     """Stores of the patches that an experiment trains and validates on."""
-    if on_xenium(wildcards.experiment):
+    if stage_of(wildcards.experiment) == "st":
         return [sample_store(sample) for sample in SAMPLES]
+    if stage_of(wildcards.experiment) == "ssl":
+        return [slide_store(slide) for slide in SLIDES]
     return [fold_store(fold) for fold in folds_of(wildcards.split, "train", "val")]
 
 
 def split_file(wildcards) -> str:
     """Table of the patches of each part."""
+    folder = {"st": "xenium", "ssl": "slides"}.get(stage_of(wildcards.experiment))
     return (
-        "results/xenium/split.tsv"
-        if on_xenium(wildcards.experiment)
+        f"results/{folder}/split.tsv"
+        if folder
         else f"results/pannuke/split{wildcards.split}.tsv"
     )
 
 
 def test_store(wildcards) -> str:
     """Store of the patches that an experiment is tested on."""
-    if on_xenium(wildcards.experiment):
+    if stage_of(wildcards.experiment) == "st":
         return "results/xenium/test.zarr"
     return fold_store(folds_of(wildcards.split, "test")[0])
 
@@ -112,7 +151,7 @@ def initial_model(initial: str, split: str) -> str:
     """Model file of an experiment, or a given file; an experiment on PanNuke has a model of the same split."""
     if initial not in CONFIG.experiments:
         return initial
-    return model_file(initial, "1" if on_xenium(initial) else split)
+    return model_file(initial, split if int(split) in CONFIG.splits(initial) else "1")
 
 
 def initial_weights(wildcards, kind: str) -> list[str]:
@@ -136,11 +175,6 @@ def class_map(experiment: str) -> dict | None:
     )
 
 
-def st_experiment() -> str | None:
-    """Return the experiment whose confusion of cell types is figure 5b: the first one on Xenium."""
-    return next((name for name in CONFIG.experiments if on_xenium(name)), None)
-
-
 def all_results() -> list[str]:
     """Everything that the configuration asks for."""
     wanted = [
@@ -151,6 +185,8 @@ def all_results() -> list[str]:
     if CONFIG.figure3 is not None:
         wanted += [f"results/figures/figure3.{kind}" for kind in ("png", "svg")]
     for experiment in CONFIG.experiments:
+        if stage_of(experiment) == "ssl":
+            continue
         for split in CONFIG.splits(experiment):
             wanted.append(f"results/figures/overlays_{experiment}_split{split}.png")
     wanted += expand("results/pannuke/fold{fold}_summary.html", fold=FOLDS)
@@ -161,7 +197,15 @@ def all_results() -> list[str]:
             file=["registration.png", "patches.html"],
         )
         wanted += [f"results/figures/figure5a.{kind}" for kind in ("png", "svg")]
-    if st_experiment() is not None:
+    if experiment_of("st") is not None:
         wanted += [f"results/figures/figure5b.{kind}" for kind in ("png", "svg")]
-        wanted.append(f"results/scores/{st_experiment()}/split1.tsv")
+        wanted.append(f"results/scores/{experiment_of('st')}/split1.tsv")
+    wanted += [f"results/slides/{slide}/patches.png" for slide in SLIDES]
+    if experiment_of("ssl") is not None:
+        wanted += [
+            f"results/figures/figure4{part}.{kind}"
+            for part in "bc"
+            for kind in ("png", "svg")
+        ]
+        wanted.append("results/slides/summary.tsv")
     return wanted

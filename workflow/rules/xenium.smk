@@ -361,11 +361,11 @@ rule figure5a:
         "../../scripts/figure5a.py"
 
 
-if st_experiment() is not None:
+if experiment_of("st") is not None:
 
     rule figure5b:
         input:
-            predictions=f"results/predictions/{st_experiment()}/split1.parquet",
+            predictions=f"results/predictions/{experiment_of('st')}/split1.parquet",
             store="results/xenium/test.zarr",
         output:
             png=report(
@@ -390,7 +390,7 @@ if st_experiment() is not None:
             nucleus_threshold=CONFIG.inference.nucleus_threshold,
             class_threshold=CONFIG.evaluation.class_threshold,
             radius=CONFIG.evaluation.radius,
-            title=f"{st_experiment()} on the Xenium test patches",
+            title=f"{experiment_of('st')} on the Xenium test patches",
             code=code("figure5b"),
         message:
             "Drawing figure 5b"
