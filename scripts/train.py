@@ -1,7 +1,8 @@
 """Train one experiment on one split, or go on where an earlier job of it stopped.
 
 Inputs: patch stores of the training and validation patches, the split, and optional initial weights (backbone, model).
-Outputs: model.pt, log.jsonl (a line per epoch), curves.png, provenance.json; checkpoints/ lies beside them.
+Outputs: model.pt, log.jsonl (a line per epoch; in stage ssl also epoch 0, before training),
+curves.png, provenance.json; checkpoints/ lies beside them.
 """
 
 from pathlib import Path

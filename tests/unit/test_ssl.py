@@ -87,6 +87,17 @@ def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bfloat16_trains_with_about_the_same_losses(store, tmp_path):
+    for precision in ("fp32", "bf16"):
+        train(
+            make_ssl_experiment(precision=precision, epochs=1), [store], make_split(store, 4, 4), tmp_path / precision
+        )
+    full, half = (read_log(tmp_path / precision) for precision in ("fp32", "bf16"))
+    for name in ("contrastive", "l1"):
+        assert half[0]["val"][name] == pytest.approx(full[0]["val"][name], rel=0.05)
+    assert half[0]["val"]["contrastive"] != full[0]["val"]["contrastive"]
+
+
 def test_every_parameter_gets_a_gradient(store):
     experiment = make_ssl_experiment()
     data = PatchData([store], make_split(store, 8, 0), "train")

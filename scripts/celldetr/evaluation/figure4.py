@@ -205,7 +205,7 @@ def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: Log, ti
 
 def _draw_retrieval(axis: Axes, log: Log) -> None:
     lines = (
-        ("retrieval", "retrieval", _VAL),
+        ("retrieval", "retrieval", "#1A1A1A"),
         ("own", "similarity to own original", "#B2182B"),
         ("others", "similarity to others", "#2166AC"),
         ("spread", "spread of embeddings", _TRAIN),
