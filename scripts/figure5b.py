@@ -1,12 +1,12 @@
 """Draw figure 5b: which cell types are confused on the Xenium test patches.
 
 Input: ``predictions`` (Parquet of the predict rule), ``store`` (the test patches). Output: ``png``, ``svg``, ``tsv``
-(nuclei of each true type by predicted type). Params: those of the score rule, and title.
+(nuclei of each true type by predicted type). Params: nucleus_threshold, radius (px), title.
 """
 
 from celldetr.evaluation.figure5 import confusion, figure5b
 from celldetr.evaluation.figures import save
-from celldetr.evaluation.predictions import ScoreRule, read_predictions
+from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.tables import write_tsv
 from celldetr.rule import run_rule
 from celldetr.store import open_store
@@ -17,7 +17,7 @@ def main(snakemake):
     table = confusion(
         read_predictions(snakemake.input.predictions),
         open_store(snakemake.input.store),
-        ScoreRule(params.score, params.nucleus_threshold, params.class_threshold),
+        params.nucleus_threshold,
         params.radius,
     )
     figure = figure5b(table, params.title)

@@ -9,7 +9,7 @@ import pytest
 from celldetr.errors import InputError
 from celldetr.evaluation.figure5 import MISSED, composition, confusion, figure5a, figure5b
 from celldetr.evaluation.figures import save
-from celldetr.evaluation.predictions import Predictions, ScoreRule
+from celldetr.evaluation.predictions import Predictions
 
 CLASSES = ("T", "B", "Mast")
 
@@ -45,18 +45,19 @@ def predict(truth, nuclei, labels, best=0.9):
 
 def test_confusion_counts_pairs_and_the_missed_and_leaves_out_the_unlabelled():
     truth = store([0, 0, 1, 2, -1, 1])
-    table = confusion(predict(truth, [0, 1, 2, 4, 5], [0, 1, 1, 2, 0]), truth, ScoreRule(), radius=6)
+    table = confusion(predict(truth, [0, 1, 2, 4, 5], [0, 1, 1, 2, 0]), truth, 0.4, radius=6)
     assert table.loc["T"].tolist() == [1, 1, 0, 0]
     assert table.loc["B"].tolist() == [1, 1, 0, 0]
     assert table.loc["Mast"].tolist() == [0, 0, 0, 1]
     assert table.to_numpy().sum() == 5
 
 
-def test_confusion_follows_the_score_rule_and_the_radius():
+def test_confusion_follows_the_nucleus_threshold_and_the_radius_but_no_class_score():
     truth = store([0, 1])
-    weak = predict(truth, [0, 1], [0, 1], best=0.3)
-    assert confusion(weak, truth, ScoreRule(), radius=6)[MISSED].sum() == 2
-    assert confusion(predict(truth, [0, 1], [0, 1]), truth, ScoreRule(), radius=1)[MISSED].sum() == 2
+    weak = predict(truth, [0, 1], [0, 1], best=0.15)
+    assert confusion(weak, truth, 0.4, radius=6)[MISSED].sum() == 0
+    assert confusion(weak, truth, 0.9, radius=6)[MISSED].sum() == 2
+    assert confusion(weak, truth, 0.4, radius=1)[MISSED].sum() == 2
 
 
 def test_confusion_refuses_predictions_of_other_patches():
@@ -64,7 +65,7 @@ def test_confusion_refuses_predictions_of_other_patches():
     found = predict(truth, [0], [0])
     truth.n_patches = 2
     with pytest.raises(InputError, match="predict again"):
-        confusion(found, truth, ScoreRule(), radius=6)
+        confusion(found, truth, 0.4, radius=6)
 
 
 def test_composition_and_pictures(tmp_path):

@@ -386,9 +386,7 @@ if experiment_of("st") is not None:
             mem_mb=2000,
             runtime=10,
         params:
-            score=CONFIG.evaluation.score,
             nucleus_threshold=CONFIG.inference.nucleus_threshold,
-            class_threshold=CONFIG.evaluation.class_threshold,
             radius=CONFIG.evaluation.radius,
             title=f"{experiment_of('st')} on the Xenium test patches",
             code=code("figure5b"),

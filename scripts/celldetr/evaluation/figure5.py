@@ -42,11 +42,12 @@ def composition(counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
     return pd.DataFrame(counts).T.astype(np.int64)
 
 
-def confusion(predictions: Predictions, store: TruthStore, rule: ScoreRule, radius: float) -> pd.DataFrame:
+def confusion(predictions: Predictions, store: TruthStore, nucleus_threshold: float, radius: float) -> pd.DataFrame:
     """Count nuclei of each true class (rows) by what was predicted for them (columns, the missed last).
 
-    Pairs are those of the scores: by the distance of box centres, up to `radius` px. Nuclei without a label are left
-    out.
+    Detections with a nucleus score of at least `nucleus_threshold` count, with their best class however low its score:
+    the table tells which classes are confused, not which are sure. They are paired as for the scores: by the distance
+    of box centres, up to `radius` px. Nuclei without a label are left out.
 
     Raises
     ------
@@ -58,7 +59,8 @@ def confusion(predictions: Predictions, store: TruthStore, rule: ScoreRule, radi
             f"predictions are of {predictions.n_patches} patches with classes {predictions.classes}, the store has "
             f"{store.n_patches} with {tuple(store.classes)}; predict again"
         )
-    truth, predicted = truth_nuclei(store), predicted_nuclei(rule.keep(predictions))
+    kept = ScoreRule("both_thresholds", nucleus_threshold, class_threshold=0.0).keep(predictions)
+    truth, predicted = truth_nuclei(store), predicted_nuclei(kept)
     pairs = pair_nuclei(truth, predicted, radius)
     found = np.full(len(truth.labels), len(store.classes), dtype=np.int64)
     found[pairs.truth] = predicted.labels[pairs.predicted]
