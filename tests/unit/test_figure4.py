@@ -39,7 +39,8 @@ def trained(tmp_path_factory):
 
 def measure(model, store, patches, **settings):
     given = {"seed": 42, "noise": NOISE, "batch_size": 4} | settings
-    return measure_similarity(model, store, patches=np.array(patches, dtype=np.int64), **given)
+    drawn, measured = measure_similarity(model, store, patches=np.array(patches, dtype=np.int64), **given)
+    return drawn, {**measured, "store": "fold1"}
 
 
 def test_measured_retrieval_is_the_one_that_the_log_says(trained):
@@ -142,6 +143,7 @@ def test_figure_4c_draws_one_heat_map_per_patch_with_its_accuracy(trained, tmp_p
     maps = [axis for axis in figure.axes if axis.get_images()]
     assert np.array_equal(np.asarray(maps[0].get_images()[0].get_array()), drawn.similarity[0])
     assert f"{measured['retrieval']:.1%} of 96 anchors" in figure.get_suptitle()
+    assert "6 patches of fold1 (chance 6.2%)" in figure.get_suptitle()
     save(figure, tmp_path / "c.png")
     assert Path(tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 

@@ -110,7 +110,7 @@ def read_retrieval(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {name: measured[name] for name in ("retrieval", "chance", "anchors", "patches")}
+        return {name: measured[name] for name in ("store", "retrieval", "chance", "anchors", "patches")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: got {error!r}, expected a JSON file of the similarity rule; run that rule again"
@@ -168,7 +168,7 @@ def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: Log, ti
     drawn
         Patches to draw, at least one.
     measured
-        ``retrieval``, ``chance``, ``anchors`` and ``patches`` of the similarity rule.
+        ``store``, ``retrieval``, ``chance``, ``anchors`` and ``patches`` of the similarity rule.
     log
         Lines of `read_log`.
     title
@@ -196,7 +196,7 @@ def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: Log, ti
         _draw_retrieval(axes[-1], log)
         figure.suptitle(
             f"{title}: {measured['retrieval']:.1%} of {measured['anchors']:,} anchors find their nucleus in "
-            f"{measured['patches']:,} patches (chance {measured['chance']:.1%})",
+            f"{measured['patches']:,} patches of {measured['store']} (chance {measured['chance']:.1%})",
             fontsize=10,
             weight="bold",
         )
