@@ -102,7 +102,7 @@ def test_tissue_is_found_without_glass_and_pen(slide):
     tissue, pen, um = shapely.Polygon(slide.tissue), shapely.LineString(slide.pen), 1 / slide.mpp
     surely = tissue.buffer(-12 * um).difference(pen.buffer(slide.pen_width / 2 + 36 * um))
     maybe = tissue.buffer(12 * um).difference(pen.buffer(slide.pen_width / 2 - 4 * um))
-    assert got[shapely.contains_xy(surely, *middles.T)].mean() > 0.95  # the rest is fat
+    assert got[shapely.contains_xy(surely, *middles.T)].mean() > 0.9  # the rest is fat and a wide lumen
     assert not got[~shapely.contains_xy(maybe, *middles.T)].any()
 
 
