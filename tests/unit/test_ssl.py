@@ -14,7 +14,13 @@ from celldetr.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model, read_checkpoint
 from celldetr.training import ssl
-from celldetr.training.contrastive import training_uniforms, validation_uniforms
+from celldetr.training.contrastive import (
+    contrastive_loss,
+    make_views,
+    project_views,
+    training_uniforms,
+    validation_uniforms,
+)
 from celldetr.training.data import PatchData, TrainingBatches
 from celldetr.training.errors import Interrupted
 from celldetr.training.loop import train
@@ -51,10 +57,14 @@ def assert_same_result(first, second):
 
 def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(store):
     data = PatchData([store], make_split(store, 9, 0), "train")
-    whole = training_uniforms(TrainingBatches(data, 4, seed=3)[4], 3)
-    shares = [training_uniforms(TrainingBatches(data, 4, 3, rank, 2)[4], 3) for rank in range(2)]
-    assert torch.equal(torch.cat(shares), whole)
-    assert not torch.equal(training_uniforms(TrainingBatches(data, 4, seed=3)[5], 3)[0, 0], whole[0, 0])
+    seen = []
+    for step in range(6):
+        whole = training_uniforms(TrainingBatches(data, 4, seed=3)[step], 3)
+        batches = [TrainingBatches(data, 4, 3, rank, 2)[step] for rank in range(2)]
+        assert torch.equal(torch.cat([training_uniforms(batch, 3) for batch in batches]), whole)
+        assert whole.shape[1] == 2 * max(int(batch.targets.counts.max()) for batch in batches)
+        seen.append(float(whole[0, 0, 0]))
+    assert len(set(seen)) == 6
 
 
 def test_noise_of_validation_depends_on_the_patch_alone(store):
@@ -98,11 +108,44 @@ def test_bfloat16_trains_with_about_the_same_losses(store, tmp_path):
     assert half[0]["val"]["contrastive"] != full[0]["val"]["contrastive"]
 
 
-def test_every_parameter_gets_a_gradient(store):
+def make_stage(store):
     experiment = make_ssl_experiment()
     data = PatchData([store], make_split(store, 8, 0), "train")
     stage = ssl.SslStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
     stage._trainer = type("Trainer", (), {"world_size": 1})()
+    return stage, data
+
+
+def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_are_full(store):
+    stage, data = make_stage(store)
+    batch = TrainingBatches(data, 8, seed=1)[0]
+    counts = batch.targets.counts
+    assert 0 < (counts < 2).sum() < 7
+    views = stage.views(batch.targets, batch)
+    assert torch.equal(views.valid, (counts > 0)[:, None].expand(-1, 2 * int(counts.max())))
+    outputs = stage.compute(torch.rand(8, 3, 32, 32), batch.targets, batch)
+    total = contrastive_loss(outputs.nuclei, views, 0.1, "image")
+    assert float(outputs.losses["contrastive"].detach()) == pytest.approx(
+        float(total.detach()) / int((counts > 1).sum())
+    )
+
+
+def test_spread_of_the_log_is_that_of_the_originals(store, tmp_path):
+    experiment = make_ssl_experiment(select="last", epochs=1)
+    split = make_split(store, 4, 6)
+    model = load_model(train(experiment, [store], split, tmp_path))
+    data = PatchData([store], split, "val")
+    targets = data.targets(np.arange(6))
+    views = make_views(targets, torch.zeros(6, 2 * targets.labels.shape[1], 9), experiment.training.noise, once=True)
+    with torch.no_grad():
+        projected = project_views(model, model.encode(data.read(np.arange(6)).permute(0, 3, 1, 2) / 255), views)
+    unit = torch.nn.functional.normalize(projected[views.original], dim=-1)
+    deviation = unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
+    assert read_log(tmp_path)[-1]["val"]["spread"] == pytest.approx(float(deviation), rel=1e-3)
+
+
+def test_every_parameter_gets_a_gradient(store):
+    stage, data = make_stage(store)
     batch = TrainingBatches(data, 4, seed=1)[0]
     losses = stage.compute(torch.rand(4, 3, 32, 32), batch.targets, batch).losses
     stage.total(losses).backward()
