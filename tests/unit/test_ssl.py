@@ -218,7 +218,7 @@ def test_the_weight_of_the_contrastive_loss_counts(store, tmp_path):
 
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_stopped_run_goes_on_exactly(store, tmp_path, monkeypatch, at):
-    experiment, split = make_ssl_experiment(), make_split(store, 9, 4)
+    experiment, split = make_ssl_experiment(epochs=2), make_split(store, 9, 4)
     train(experiment, [store], split, tmp_path / "whole")
     step = ssl.SslStage.training_step
 
