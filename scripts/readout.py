@@ -1,0 +1,58 @@
+"""Tell classes from the frozen embeddings of true boxes with simple classifiers; this scores no detection.
+
+Inputs: ``model`` (weights of the experiment), ``stores`` (patch stores of the training patches), ``split`` (TSV: part
+of each patch), ``test`` (patch store of the test fold).
+Outputs: ``tsv`` (experiment, split, readout, class, precision, recall, f1, n) and ``provenance`` (JSON).
+Params: k (neighbours that vote), max_nuclei (most nuclei that train), batch_size (patches), seed.
+Wildcards: experiment, split.
+"""
+
+import logging
+
+import torch
+
+from celldetr.data.splits import read_split
+from celldetr.embedding import embed_patches
+from celldetr.evaluation.readout import WHAT, measure_readout, write_readout
+from celldetr.evaluation.readout_settings import ReadoutSettings
+from celldetr.inference import best_device
+from celldetr.model.checkpoints import load_model
+from celldetr.provenance import write_provenance
+from celldetr.rule import run_rule
+from celldetr.store import open_store
+
+log = logging.getLogger("readout")
+
+
+def main(snakemake):
+    torch.set_num_threads(snakemake.threads)
+    params, inputs, device = snakemake.params, snakemake.input, best_device()
+    model = load_model(inputs.model, device)
+    settings = ReadoutSettings.from_dict({"k": params.k, "max_nuclei": params.max_nuclei}, "readout")
+
+    def embed(store, patches):
+        return embed_patches(model, store, patches=patches, batch_size=params.batch_size, device=device, progress=True)
+
+    readout = measure_readout(
+        embed,
+        [open_store(path) for path in inputs.stores],
+        open_store(inputs.test),
+        read_split(inputs.split),
+        settings=settings,
+        seed=params.seed,
+    )
+    origin = {"experiment": snakemake.wildcards.experiment, "split": int(snakemake.wildcards.split)}
+    write_readout(snakemake.output.tsv, readout, **origin)
+    write_provenance(
+        snakemake.output.provenance,
+        settings={**settings.to_dict(), "batch_size": params.batch_size},
+        inputs=[inputs.model, inputs.split, *inputs.stores, inputs.test],
+        seed=params.seed,
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        readout={**origin, **readout.summary},
+    )
+    log.info("%s\n%s", WHAT, readout.table.to_string(index=False))
+
+
+if "snakemake" in globals():
+    run_rule(main, snakemake)
