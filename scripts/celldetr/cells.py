@@ -300,14 +300,11 @@ def _second(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArra
 
 
 def model_detector(model: CellDETR, nucleus_threshold: float, device: str) -> Detector:
-    """Make a detector of a trained model that is on `device`; in bfloat16 where the GPU has it."""
-    kind = torch.device(device).type
-    fast = kind == "cuda" and torch.cuda.is_bf16_supported()
+    """Make a detector of a trained model that is on `device`."""
 
     def find(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-        with torch.autocast(kind, torch.bfloat16, enabled=fast):
-            found = model.predict(pixels, nucleus_threshold)
+        found = model.predict(pixels, nucleus_threshold)
         return [(one.boxes.double().cpu().numpy(), one.nucleus_score.double().cpu().numpy()) for one in found]
 
     return find

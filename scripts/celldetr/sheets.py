@@ -72,6 +72,9 @@ class ReferenceRow(Settings):
         return self
 
 
+_SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # formats that keep a slide in several files
+
+
 class SlideRow(Settings):
     """A whole slide without cell types, and where its nuclei are."""
 
@@ -102,6 +105,12 @@ class SlideRow(Settings):
     def _one_source(self) -> Self:
         if bool(self.file) == bool(self.hest):
             raise ValueError("expected either file or hest")
+        several = [source for source in self.file if source.lower().endswith(_SEVERAL_FILES)]
+        if several:
+            raise ValueError(
+                f"expected slides in one file, got {several[0]!r}, which is one of several; convert the slide to a "
+                "pyramidal TIFF (e.g. vips tiffsave --tile --pyramid)"
+            )
         words = {"hest", "detect"} & set(self.nuclei)
         if words and len(self.nuclei) > 1:
             raise ValueError(f"expected nuclei to be {sorted(words)[0]!r} alone, or sources of outlines")

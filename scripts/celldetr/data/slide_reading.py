@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from celldetr.data.patch_extraction import read_patch
@@ -19,7 +20,7 @@ from celldetr.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_PIECE = 16  # px; a region as small as this is given up as a whole
+_PIECE = (64.0, 16)  # um, and px at least; a region as small as this is given up as a whole
 _TOLD = 10  # damaged places that are named in the log and the store
 
 
@@ -79,14 +80,11 @@ class TolerantPyramid(Pyramid):
     path, mpp
         As in `open_pyramid`.
 
-    Attributes
-    ----------
-    damage
-        What could not be decoded, a message for each region.
     """
 
     def __init__(self, path: str | os.PathLike[str], mpp: float | None) -> None:
-        self.damage: list[str] = []
+        self._lost: dict[int, list[tuple[int, int, int, int]]] = {}
+        self._reason = ""
         self._open = lambda: open_pyramid(path, mpp)
         self._image = self._open()
         self.path, self.levels, self.mpp = self._image.path, self._image.levels, self._image.mpp
@@ -99,9 +97,9 @@ class TolerantPyramid(Pyramid):
         except InputError as error:
             self._image.close()
             self._image = self._open()  # OpenSlide reads nothing any more after an error
-            if max(width, height) <= _PIECE:
-                if str(error) not in self.damage:  # one tile is met in many pieces
-                    self.damage.append(str(error))
+            if max(width, height) <= self._piece(level):
+                self._lost.setdefault(level, []).append((x, y, x + width, y + height))
+                self._reason = self._reason or str(error)
                 shape = (height, width, 3) if self.channels == 3 else (height, width)
                 return np.full(shape, self.background, dtype=self.dtype)
         if width >= height:
@@ -111,6 +109,21 @@ class TolerantPyramid(Pyramid):
         half = height // 2
         top = self.read(level, x, y, width, half)
         return np.concatenate([top, self.read(level, x, y + half, width, height - half)])
+
+    def damage(self) -> list[str]:
+        """Name each region that could not be decoded; pieces that touch are one."""
+        messages = []
+        for level, boxes in self._lost.items():
+            regions = shapely.get_parts(shapely.union_all(shapely.box(*np.array(boxes, dtype=float).T)))
+            for x0, y0, x1, y1 in shapely.bounds(regions).astype(int).tolist():
+                messages.append(
+                    f"{self.path}: level {level}, {x0},{y0} to {x1},{y1} px; the first error: {self._reason}"
+                )
+        return messages
+
+    def _piece(self, level: int) -> int:
+        um, smallest = _PIECE
+        return max(smallest, round(um / ((self.mpp or 1.0) * self.levels[level].downsample)))
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         x0, y0, x1, y1 = box

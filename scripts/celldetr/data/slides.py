@@ -137,11 +137,13 @@ def extract_slide(
     read = read_nucleus_file(slide.nuclei, image_mpp=image_mpp, mpp=mpp, unit=slide.unit)
     with open_overview(slide.file, image_mpp, skip=skip) as image:
         tissue = tissue_mask(image, image_mpp)
-        lost = image.damage if isinstance(image, TolerantPyramid) else []
+        lost = image.damage() if isinstance(image, TolerantPyramid) else []
         where = {"file": slide.file.name, "size": list(image.size), "mpp": image_mpp}
         nuclei, outside = _inside(slide, read.nuclei, image, image_mpp / mpp)
         rules = settings.rules()
         plan = plan_patches(image.size, image_mpp, nuclei, size=size, mpp=mpp, tissue=tissue, settings=rules, seed=seed)
+    without_labels = {reason: count for reason, count in plan.passed_over.items() if "label" not in reason}
+    plan = replace(plan, passed_over=without_labels)
     _check_taken(slide, plan, nuclei)
     dropped = {
         **read.dropped,
