@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from celldetr.data.pyramid import _Tiff
 from celldetr.data.slide_choice import SlidePatches, choose_patches
 from celldetr.data.slide_reading import DamagedSlide, TolerantPyramid, open_slide
 from celldetr.data.slide_settings import SlidePatchSettings, SlideSettings
@@ -43,7 +44,7 @@ def drawn():
     return np.clip(image + noise, 0, 255)
 
 
-def write_slide(path, *, mpp=MPP, levels=2, damage=(), compression="deflate"):
+def write_slide(path, *, mpp=MPP, levels=2, damage=(), aperio=False):
     """Write the drawn slide as a pyramid; damage: (level, tile) to overwrite."""
     image = drawn()
     with tifffile.TiffWriter(path) as writer:
@@ -53,7 +54,9 @@ def write_slide(path, *, mpp=MPP, levels=2, damage=(), compression="deflate"):
                 np.rint(image).astype(np.uint8),
                 tile=(64, 64),
                 photometric="rgb",
-                compression=compression,
+                compression="jpeg" if aperio else "deflate",
+                description=f"Aperio Image Library v1|AppMag = 20|MPP = {mpp}" if aperio else None,
+                metadata=None,
                 resolutionunit=None if mpp is None else "CENTIMETER",
                 subfiletype=int(level > 0),
                 **resolution,
@@ -64,7 +67,7 @@ def write_slide(path, *, mpp=MPP, levels=2, damage=(), compression="deflate"):
         for level, tile in damage:
             page = file.pages[level]
             start, count = page.dataoffsets[tile], page.databytecounts[tile]
-            data[start + 20 : start + count - 20] = bytes(count - 40)
+            data[start : start + count] = bytes(count)
     path.write_bytes(data)
     return path
 
@@ -195,6 +198,24 @@ def test_a_slide_that_cannot_be_opened_stops_or_gives_an_empty_store(tmp_path, c
     assert "cannot be opened" in (tmp_path / "p.html").read_text()
     with pytest.raises(InputError, match="no such file"):
         cut(tmp_path / "missing", on_damage="skip")
+
+
+def test_slides_that_openslide_reads_go_on_after_damage(tmp_path, cut):
+    whole = cut(write_slide(tmp_path / "whole", aperio=True), name="whole")[2]
+    file = write_slide(tmp_path / "damaged", aperio=True, damage=[(0, 2 * 12 + 2), (1, 2 * 6 + 3)])
+    with open_slide(file, None, "s1") as image:
+        assert not isinstance(image, _Tiff)
+        assert image.mpp == MPP
+    with pytest.raises(InputError, match="damaged"):
+        cut(file)
+    _, found, store = cut(file, on_damage="skip", workers=2)
+    counts = {name: count for kind, name, count in found.counts if kind == "damaged"}
+    assert counts["patches"] == 1
+    assert counts["regions of the overview"] == 1
+    places = {tuple(row) for row in store.patches[["x", "y"]].to_numpy()}
+    kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
+    assert len(kept) == len(store) >= 50
+    np.testing.assert_array_equal(store.all_images(), whole.images(kept))
 
 
 def test_what_cannot_be_decoded_reads_as_glass_and_the_rest_as_it_is(tmp_path):
