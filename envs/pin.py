@@ -34,7 +34,7 @@ ENVIRONMENTS = {
     "report": ("Scores, tables, figures.", [*SHARED, "jinja2"]),
     "training": (
         "Training and predicting; on Linux, pip's own torch is the CUDA build.",
-        [*SHARED, "kornia", "lightning", "tensorboard", "torch", "tqdm"],
+        [*SHARED, "kornia", "lightning", "scikit-learn", "tensorboard", "torch", "tqdm"],
     ),
 }
 

@@ -1,6 +1,7 @@
 """Write a table of the paper: published rows beside measured ones.
 
-Input: ``scores`` (TSV files of the score rule), ``published`` (TSV of published rows).
+Input: ``scores`` (TSV files of the score rule), ``readouts`` (those of the readout rule, may be none), ``published``
+(TSV of published rows).
 Output: ``tsv`` (a row per system), ``splits`` (every split, metric and class), ``md`` and ``html`` for people,
 ``provenance``.
 """
@@ -8,7 +9,15 @@ Output: ``tsv`` (a row per system), ``splits`` (every split, metric and class), 
 from pathlib import Path
 
 from celldetr.evaluation.rendering import html, markdown
-from celldetr.evaluation.tables import System, build_table, read_published, read_scores, scored_with, write_tsv
+from celldetr.evaluation.tables import (
+    System,
+    build_table,
+    read_published,
+    read_readouts,
+    read_scores,
+    scored_with,
+    write_tsv,
+)
 from celldetr.files import atomic
 from celldetr.provenance import write_provenance
 from celldetr.rule import run_rule
@@ -25,6 +34,7 @@ def main(snakemake):
         splits=params.splits,
         metric=params.metric,
         protocol=params.protocol,
+        readouts=read_readouts(snakemake.input.readouts) if snakemake.input.readouts else None,
         synthetic=params.synthetic,
     )
     write_tsv(output.tsv, table.rows)
@@ -35,7 +45,7 @@ def main(snakemake):
     write_provenance(
         output.provenance,
         settings={**settings, **scored_with(table.splits)},
-        inputs=[*snakemake.input.scores, snakemake.input.published],
+        inputs=[*snakemake.input.scores, *snakemake.input.readouts, snakemake.input.published],
     )
 
 

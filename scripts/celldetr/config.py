@@ -17,6 +17,7 @@ from celldetr.data.patch_settings import PatchSettings
 from celldetr.data.registration.settings import RegistrationSettings
 from celldetr.data.slide_settings import SlideSettings
 from celldetr.errors import ConfigError
+from celldetr.evaluation.readout_settings import ReadoutSettings
 from celldetr.experiment import (
     BackboneSettings,
     Count,
@@ -138,6 +139,7 @@ class TableConfig(Settings):
 
     experiments: tuple[str, ...] = Field(min_length=1)
     published: str = Field(description="file with the published rows, from the root of the workflow")
+    readouts: tuple[str, ...] = Field((), description="experiments whose frozen embeddings are read out, as extra rows")
 
 
 class Figure3Config(Settings):
@@ -199,6 +201,7 @@ class Config(Settings):
     experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentConfig] = Field(min_length=1)
     tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableConfig] = Field(default_factory=dict)
     figure3: Figure3Config | None = None
+    readout: ReadoutSettings = ReadoutSettings()
     figure4: Figure4Config = Figure4Config()
     overlays: OverlayConfig = OverlayConfig()
     example: ExampleConfig | None = Field(None, description="makes the archives instead of downloading them")
@@ -208,13 +211,17 @@ class Config(Settings):
         named = {f"tables.{name}.experiments": table.experiments for name, table in self.tables.items()}
         if self.figure3 is not None:
             named["figure3.experiments"] = self.figure3.experiments
-        for key, names in named.items():
+        readouts = {f"tables.{name}.readouts": table.readouts for name, table in self.tables.items()}
+        for key, names in (named | readouts).items():
             unknown = [name for name in names if name not in self.experiments]
             if unknown:
                 raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
             elsewhere = [name for name in names if self.experiments[name].stage in ("st", "ssl")]
-            if elsewhere:
+            if elsewhere and key in named:
                 raise ValueError(f"{key}: got {elsewhere}, expected experiments that are tested on PanNuke")
+            without = [name for name in names if self.experiments[name].mode == "baseline"]
+            if without and key in readouts:
+                raise ValueError(f"{key}: got {without}, expected experiments with a representation decoder")
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
         for name, block in self.experiments.items():

@@ -19,6 +19,7 @@ from celldetr.evaluation.tables import (
     build_table,
     published_classes,
     read_published,
+    read_readouts,
     read_scores,
     scored_with,
     slips,
@@ -313,3 +314,42 @@ def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
     assert row["Necrotic_F"] == "NA"
     assert row["note"] == "Necrotic: the model has no such class"
     assert DASH in markdown(table)
+
+
+def readout_file(folder, split, f1, readouts=("knn", "logistic", "majority")):
+    rows = [
+        {"experiment": "ssl", "split": split, "readout": kind, "class": name, "precision": f1, "recall": f1, "f1": f1}
+        for kind in readouts
+        for name in ("Accuracy", "Macro", *row_names(PANNUKE_CLASSES)[1:])
+    ]
+    path = folder / f"readout_{split}.tsv"
+    pd.DataFrame(rows).assign(n=5).to_csv(path, sep="\t", index=False)
+    return path
+
+
+def table_with_readouts(folder, paths):
+    published = read_published(PUBLISHED / "table2.tsv")
+    scores = read_scores(make_scores(folder))
+    options = {"splits": (1, 2), "metric": "strict", "protocol": "celldetr", "readouts": read_readouts(paths)}
+    return build_table("table2", published, scores, SYSTEMS, **options)
+
+
+def test_readouts_are_rows_of_their_own_without_detection_and_never_the_best(tmp_path):
+    table = table_with_readouts(tmp_path, [readout_file(tmp_path, 1, 0.9), readout_file(tmp_path, 2, 0.8)])
+    rows = table.rows[table.rows["source"] == "readout"]
+    assert rows["system"].tolist() == ["Nearest neighbours", "Logistic regression"]
+    assert (rows["Connective_F"] == "0.8500").all()
+    assert (rows["Detection_F"] == "NA").all()
+    text = markdown(table)
+    assert "true boxes, frozen embeddings" in text
+    assert "not to be compared with rows that detect" in text
+    assert "**0.85**" not in text
+    assert "0.85" in text
+
+
+def test_readouts_of_other_splits_or_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"readout knn of ssl: got splits \[1\], expected \[1, 2\]"):
+        table_with_readouts(tmp_path, [readout_file(tmp_path, 1, 0.9)])
+    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
+    with pytest.raises(InputError, match="expected a file of the readout rule"):
+        read_readouts([tmp_path / "other.tsv"])

@@ -61,11 +61,50 @@ rule score:
         "../../scripts/score.py"
 
 
+rule readout:
+    input:
+        model=lambda wildcards: initial_model(wildcards.experiment, wildcards.split),
+        stores=lambda wildcards: [
+            fold_store(fold) for fold in folds_of(wildcards.split, "train")
+        ],
+        split="results/pannuke/split{split}.tsv",
+        test=lambda wildcards: fold_store(folds_of(wildcards.split, "test")[0]),
+    output:
+        tsv="results/readout/{experiment}/split{split}.tsv",
+        provenance="results/readout/{experiment}/split{split}.provenance.json",
+    log:
+        "results/logs/readout/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/readout/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/training.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        k=CONFIG.readout.k,
+        max_nuclei=CONFIG.readout.max_nuclei,
+        batch_size=CONFIG.inference.batch_size,
+        seed=CONFIG.seed,
+        code=code("readout"),
+    message:
+        "Reading classes out of the frozen embeddings of {wildcards.experiment} on split {wildcards.split}"
+    script:
+        "../../scripts/readout.py"
+
+
 rule table:
     input:
         scores=lambda wildcards: expand(
             "results/scores/{experiment}/split{split}.tsv",
             experiment=CONFIG.tables[wildcards.table].experiments,
+            split=CONFIG.pannuke.splits,
+        ),
+        readouts=lambda wildcards: expand(
+            "results/readout/{experiment}/split{split}.tsv",
+            experiment=CONFIG.tables[wildcards.table].readouts,
             split=CONFIG.pannuke.splits,
         ),
         published=lambda wildcards: PUBLISHED[wildcards.table],

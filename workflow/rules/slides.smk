@@ -78,7 +78,9 @@ rule download_slide_nuclei:
 rule detect_slide:
     input:
         file="results/raw/slides/{slide}.tif",
-        model=initial_model(CONFIG.slides.detection.model, str(CONFIG.pannuke.splits[0])),
+        model=initial_model(
+            CONFIG.slides.detection.model, str(CONFIG.pannuke.splits[0])
+        ),
     output:
         "results/slides/{slide}/detected.parquet",
     log:

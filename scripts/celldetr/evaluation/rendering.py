@@ -6,7 +6,7 @@ import jinja2
 import pandas as pd
 
 from celldetr.evaluation.scoring import MISSING
-from celldetr.evaluation.tables import LETTERS, MEASURED, OTHER, PAPER, Table, scored_with, value_columns
+from celldetr.evaluation.tables import LETTERS, MEASURED, OTHER, PAPER, READOUT, Table, scored_with, value_columns
 
 BANNER = "Synthetic example data; says nothing about tissue."
 DASH = "–"
@@ -64,7 +64,12 @@ def caption(table: Table) -> str:
 
 def _sections(table: Table) -> tuple[list[_Section], list[str]]:
     best = _best(table)
-    titles = {PAPER: "Published in the paper", OTHER: "Published elsewhere", MEASURED: "Measured here"}
+    titles = {
+        PAPER: "Published in the paper",
+        OTHER: "Published elsewhere",
+        MEASURED: "Measured here",
+        READOUT: "Measured here: true boxes, frozen embeddings",
+    }
     sections: list[_Section] = []
     notes: list[str] = []
     for index, row in table.rows.iterrows():
@@ -74,7 +79,7 @@ def _sections(table: Table) -> tuple[list[_Section], list[str]]:
         if note and note not in notes:
             notes.append(note)
         mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
-        measured = row["source"] == MEASURED
+        measured = row["source"] in (MEASURED, READOUT)
         cells = [
             _Cell(_shown(row[name], measured), best=(index, name) in best) for name in value_columns(table.classes)
         ]

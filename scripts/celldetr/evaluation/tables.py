@@ -17,7 +17,8 @@ from celldetr.evaluation.metrics import COUNTS, METRICS
 from celldetr.evaluation.scoring import MISSING, VALUES
 from celldetr.files import atomic
 
-PAPER, OTHER, MEASURED = "paper", "other", "measured"
+PAPER, OTHER, MEASURED, READOUT = "paper", "other", "measured", "readout"
+READOUT_TITLES = {"knn": "Nearest neighbours", "logistic": "Logistic regression"}
 LETTERS = dict(zip("PRF", VALUES, strict=True))
 PRINTED_MISSING = ("-", "", "NA")
 DECIMALS = 4
@@ -48,7 +49,7 @@ class Table:
     name
         Name of the table, e.g. ``table1``.
     rows
-        Text of the table, a row per system: ``source`` (paper, other, measured), ``group``, ``system``,
+        Text of the table, a row per system: ``source`` (paper, other, measured, readout), ``group``, ``system``,
         ``experiment``, ``{Class}_{P,R,F}`` with NA for what does not exist, ``splits`` (how many were
         averaged), ``citation``, ``note``.
     splits
@@ -193,6 +194,7 @@ def build_table(
     splits: Sequence[int],
     metric: str,
     protocol: str,
+    readouts: pd.DataFrame | None = None,
     synthetic: bool = False,
 ) -> Table:
     """Put published and measured rows side by side.
@@ -213,6 +215,8 @@ def build_table(
         One of `celldetr.evaluation.metrics.METRICS`.
     protocol
         How folds were split, for the caption.
+    readouts
+        Result of `read_readouts`: further rows, of frozen embeddings of true boxes, without values of detection.
     synthetic
         Say that the measured rows are of synthetic images.
 
@@ -235,6 +239,8 @@ def build_table(
     for system in systems:
         chosen = scores[(scores["experiment"] == system.experiment) & (scores["metric"] == metric)]
         rows.append(_measured_row(system, chosen, classes))
+    if readouts is not None:
+        rows += _readout_rows(readouts, classes, splits)
     columns = [
         *("source", "group", "system", "experiment"),
         *(*value_columns(classes), "splits", "citation", "note"),
@@ -302,6 +308,54 @@ def _measured_row(system: System, scores: pd.DataFrame, classes: Sequence[str]) 
         "citation": "",
         "note": "; ".join(notes),
     }
+
+
+def read_readouts(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """Read files of the readout rule, one per experiment and split, into one table.
+
+    Raises
+    ------
+    InputError
+        A file is none of that rule.
+    """
+    frames = []
+    for path in paths:
+        frame = pd.read_csv(path, sep="\t", keep_default_na=False, na_values=[MISSING])
+        missing = [name for name in ("experiment", "split", "readout", "class", *VALUES) if name not in frame.columns]
+        if missing:
+            raise InputError(f"{path}: got no columns {missing}, expected a file of the readout rule; make it again")
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _readout_rows(readouts: pd.DataFrame, classes: Sequence[str], splits: Sequence[int]) -> list[dict[str, str]]:
+    """Rows of the readouts: means over the splits, no values for Detection."""
+    rows = []
+    for experiment in dict.fromkeys(readouts["experiment"]):
+        for kind, title in READOUT_TITLES.items():
+            chosen = readouts[(readouts["experiment"] == experiment) & (readouts["readout"] == kind)]
+            there = sorted({int(split) for split in chosen["split"]})
+            if there != sorted(splits):
+                raise InputError(
+                    f"readout {kind} of {experiment}: got splits {there}, expected "
+                    f"{sorted(splits)}; make the files of the readout rule again"
+                )
+            values: dict[str, str] = {}
+            for name in classes:
+                mean = chosen.loc[chosen["class"] == name, list(VALUES)].mean()
+                values |= {
+                    f"{name}_{letter}": MISSING if np.isnan(mean[value]) else f"{mean[value]:.{DECIMALS}f}"
+                    for letter, value in LETTERS.items()
+                }
+            rows.append(
+                {
+                    **{"source": READOUT, "group": "", "system": title, "experiment": experiment},
+                    **values,
+                    **{"splits": str(len(splits)), "citation": ""},
+                    "note": "classes of true boxes from frozen embeddings: not to be compared with rows that detect",
+                }
+            )
+    return rows
 
 
 def scored_with(splits: pd.DataFrame) -> Mapping[str, object]:
