@@ -2,7 +2,7 @@
 
 Inputs: the slide (file) and the model. Output: GeoParquet, a rectangle around each nucleus (px of level 0), and score.
 Params: settings (slides.detection), on_damage, patch_size (px) and mpp (um per px) of the model, slide_mpp (um per px,
-or null), nucleus_threshold, batch_size. Wildcard: slide.
+or null), nucleus_threshold. Wildcard: slide.
 """
 
 import logging
@@ -22,6 +22,7 @@ def main(snakemake):
     params = snakemake.params
     torch.set_num_threads(snakemake.threads)
     device = best_device()
+    settings = DetectionSettings.from_dict(params.settings, "slides.detection")
     found = detect_file(
         snakemake.input.file,
         model_detector(load_model(snakemake.input.model, device), params.nucleus_threshold, device),
@@ -29,8 +30,8 @@ def main(snakemake):
         slide_mpp=params.slide_mpp,
         size=params.patch_size,
         mpp=params.mpp,
-        margin_um=DetectionSettings.from_dict(params.settings, "slides.detection").margin_um,
-        batch_size=params.batch_size,
+        margin_um=settings.margin_um,
+        batch_size=settings.batch_size,
         on_damage=params.on_damage,
         workers=snakemake.threads,
     )

@@ -34,7 +34,11 @@ SMALL = {
         "images": [24, 12, 24],
         "reference_cells": 1200,
         "xenium": {"drawn_1": {"size_um": [330, 260]}, "drawn_2": {"size_um": [330, 260]}},
+        "slides": {"drawn_slide_1": [300, 240], "drawn_slide_2": [300, 240]},
     },
+    "slides": {"total": 40},
+    "figure4": {"patches": 2},
+    "readout": {"k": 3},
     "xenium": {"cells_per_type": 60, "split": {"block_um": 64.0}},
 }
 
@@ -42,8 +46,13 @@ SMALL = {
 TRAINING_LOG = "results/logs/train/celldetr_p_split1.log"
 
 
-FIGURES = ("attention", "figure3", "figure5b")
+FIGURES = ("attention", "figure3", "figure4c", "figure5b")
 AFTER_PATCHES = ("split_xenium", "figure5a", "figure5b", "train", "predict", "score", "table", "overlays")
+
+AFTER_SLIDES = (
+    *("train", "figure4b", "figure4c", "similarity", "readout"),
+    *("predict", "score", "table", "overlays"),
+)
 
 
 def smoke():
@@ -113,6 +122,31 @@ def test_zero_shot_and_finetuned_rows_stand_in_table_3(finished):
     assert set(scores["class"]) == {"Detection", *ST_TYPES}
 
 
+def test_probe_finetuned_and_readout_rows_stand_in_table_2(finished):
+    table = pd.read_csv(finished.folder / "results" / "table2.tsv", sep="\t", keep_default_na=False)
+    assert list(table.loc[table["source"] == "measured", "experiment"]) == ["ssl_probe", "ssl_finetune"]
+    readout = table[table["source"] == "readout"]
+    assert list(readout["system"]) == ["Nearest neighbours", "Logistic regression"]
+    assert (readout["Detection_F"] == "NA").all()
+    assert (readout["Neoplastic_F"].astype(float) > 0).any()
+
+
+def test_slides_give_patches_without_labels_and_the_probe_moves_the_class_head_alone(finished):
+    results = finished.folder / "results"
+    for slide in ("drawn_slide_1", "drawn_slide_2"):
+        store = open_store(results / "slides" / slide / f"{slide}.zarr")
+        assert store.classes == ()
+        assert (store.labels == -1).all()
+    split = pd.read_csv(results / "slides" / "split.tsv", sep="\t")
+    assert set(split["part"]) == {"train", "val"}
+    assert len(split) == SMALL["slides"]["total"]
+    models = [load_model(results / "models" / name / "split1" / "model.pt") for name in ("ssl_pretrain", "ssl_probe")]
+    before, after = (model.state_dict() for model in models)
+    shared = [name for name in after if name in before]
+    assert {name.split(".")[0] for name in after if name not in before} == {"class_head"}
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+
+
 def test_xenium_samples_are_registered_labelled_and_split_without_shared_tissue(finished):
     folder = finished.folder / "results" / "xenium"
     for sample, origin in (("drawn_1", "file, refined"), ("drawn_2", "estimated")):
@@ -170,6 +204,13 @@ def test_every_rule_wrote_its_log_and_benchmark(finished):
             "split_xenium",
             "figure5b",
             "table3",
+            "download_slide",
+            "detect_slide",
+            "extract_slide",
+            "choose_slide_patches",
+            "similarity",
+            "figure4b",
+            "readout",
         } <= names
 
 
@@ -195,7 +236,10 @@ def test_nothing_reruns_when_nothing_changed(finished):
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"overlays": {"patches": 3}}, {"overlays"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
-        ({"inference": {"batch_size": 4}}, {"predict", "score", "table", "overlays", *FIGURES}),
+        (
+            {"inference": {"batch_size": 4}},
+            {"predict", "score", "table", "overlays", "similarity", "readout", *FIGURES},
+        ),
         (
             {"experiments": {"celldetr_s": {"training": {"lr": 5.0e-4}}}},
             {"train", "predict", "score", "table", "overlays", "attention", "figure3"},
@@ -204,6 +248,9 @@ def test_nothing_reruns_when_nothing_changed(finished):
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium", *AFTER_PATCHES}),
         ({"xenium": {"patches": {"min_nuclei": 2}}}, {"extract_xenium", *AFTER_PATCHES}),
         ({"xenium": {"split": {"block_um": 96.0}}}, set(AFTER_PATCHES) - {"figure5a"}),
+        ({"slides": {"total": 30}}, {"choose_slide_patches", *AFTER_SLIDES}),
+        ({"readout": {"k": 2}}, {"readout", "table"}),
+        ({"figure4": {"patches": 1}}, {"similarity", "figure4c"}),
     ],
 )
 def test_a_setting_reruns_what_depends_on_it(finished, changes, rules):
@@ -318,9 +365,10 @@ def test_slurm_profile_plans_the_paper_from_a_clone_as_typed():
     done = run("snakemake", "--profile", "slurm", "-n", "all", cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
     jobs = counted_jobs(done.stdout)
-    assert jobs["train"] == 13
+    assert jobs["train"] == 20
     assert jobs["download_pannuke"] == 3
     assert jobs["register_xenium"] == 4
+    assert jobs["extract_slide"] == 15
 
 
 def test_example_profile_plans_from_a_clone_as_typed(tmp_path):

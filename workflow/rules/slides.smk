@@ -101,7 +101,6 @@ rule detect_slide:
         mpp=CONFIG.patch.mpp,
         slide_mpp=lambda wildcards: SLIDES[wildcards.slide].mpp,
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
-        batch_size=CONFIG.inference.batch_size,
         code=code("detect_slide"),
     message:
         "Finding the nuclei of {wildcards.slide}"

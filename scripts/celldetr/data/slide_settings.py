@@ -32,6 +32,7 @@ class DetectionSettings(Settings):
     margin_um: Annotated[float, Field(ge=0)] = Field(
         8.0, description="strip around the middle of a tile in which the detector's findings do not count, um"
     )
+    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="tiles at once")
 
 
 class SlideSettings(Settings):
