@@ -111,6 +111,17 @@ def test_a_nucleus_on_the_corner_of_four_cores_is_one():
     assert len(findings.unique()[0]) == 1
 
 
+def test_nuclei_that_lie_over_each_other_at_a_border_stay_two():
+    tiling = Tiling(96, 1.0, 24)
+    truth = np.array([[60, 30, 80, 50], [64, 30, 84, 50.0]])  # centres to either side of the border at 72
+    findings = _Findings(tiling, np.array([200.0, 96.0]))
+    for tile, corner in enumerate(np.array([[0, -24], [48, -24]])):  # cores 24 to 72 and 72 to 120
+        findings.add(tile, corner, truth - np.tile(corner, 2) + 0.1 * tile, np.ones(2))
+    found, _ = findings.unique()
+    assert np.abs(in_order(found) - truth).max() < 0.2
+    assert len(found) == 2
+
+
 def test_glass_is_not_looked_at(tmp_path):
     image, boxes = draw(800, 400)
     image[:, 400:] = WHITE

@@ -46,7 +46,7 @@ def write(kind, folder, shapes=SHAPES):
     elif kind == "wkb":
         pd.DataFrame({"class": "Dead", "geometry": shapely.to_wkb(list(shapes))}).to_parquet(path)
     elif kind == "renamed":
-        frame.rename_geometry("outline").to_parquet(path)
+        frame.rename_geometry("outline").assign(geometry=b"thumbnail").to_parquet(path)
     elif kind == "collection":
         write_json(path, {"type": "FeatureCollection", "bbox": [0, 0, 1, 1], "features": features, "name": "n"})
     elif kind == "list":

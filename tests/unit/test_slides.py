@@ -168,6 +168,7 @@ def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut):
     np.testing.assert_array_equal(np.diff(store.box_ptr), np.diff(whole.box_ptr)[kept])
     rows = {name: count for kind, name, count in summary_rows(found, store) if kind == "damaged"}
     assert rows["patches"] == 2
+    assert ("not taken", "patches damaged", 2) in summary_rows(found, store)
     assert "row 2, column 2" in store.attrs["damage"]["patches"][0]
     write_picture(tmp_path / "p.png", slide, found, "skip")
     write_page(tmp_path / "p.html", slide, found, store, summary_rows(found, store), "skip")
@@ -311,6 +312,14 @@ def test_tissues_get_equal_shares_and_validation_is_on_other_slides():
     assert notes[val["store"].iloc[0]] == "held out for validation"
     other = choose_patches(slides, total=900, val_share=0.1, seed=1).split
     assert not other.equals(choice.split)
+
+
+def test_no_slide_is_held_out_that_training_needs():
+    slides = [make_patches("a", "lung", 100), make_patches("b", "lung", 60)]
+    choice = choose_patches(slides, total=150, val_share=0.1, seed=0)
+    assert len(choice.split) == 150
+    assert (choice.split["part"] == "val").sum() == 15
+    assert set(choice.split[choice.split["part"] == "train"]["store"]) == {"a", "b"}
 
 
 def test_slides_of_a_donor_validate_together():
