@@ -111,9 +111,10 @@ def test_a_nucleus_on_the_corner_of_four_cores_is_one():
     assert len(findings.unique()[0]) == 1
 
 
-def test_nuclei_that_lie_over_each_other_at_a_border_stay_two():
+@pytest.mark.parametrize("left", [[60, 64], [54, 57]])  # on either side of the border at 72, and on one side of it
+def test_nuclei_that_lie_over_each_other_at_a_border_stay_two(left):
     tiling = Tiling(96, 1.0, 24)
-    truth = np.array([[60, 30, 80, 50], [64, 30, 84, 50.0]])  # centres to either side of the border at 72
+    truth = np.array([[x, 30, x + 20, 50.0] for x in left])
     findings = _Findings(tiling, np.array([200.0, 96.0]))
     for tile, corner in enumerate(np.array([[0, -24], [48, -24]])):  # cores 24 to 72 and 72 to 120
         findings.add(tile, corner, truth - np.tile(corner, 2) + 0.1 * tile, np.ones(2))
