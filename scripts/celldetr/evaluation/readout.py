@@ -16,10 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn import exceptions, linear_model, neighbors, preprocessing
 
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.metrics import row_names
@@ -192,14 +189,15 @@ def classify(
     dict
         ``converged`` (whether the logistic regression did) and ``iterations``.
     """
-    neighbours = KNeighborsClassifier(k, metric="euclidean", algorithm="brute")  # ordered as by cosine, at length 1
-    neighbours.fit(normalize(train), labels)
-    scaler = StandardScaler().fit(train.astype(np.float64))
-    logistic = LogisticRegression(C=_C, max_iter=_ITERATIONS, random_state=seed)
+    # vectors of length 1 are as near to each other as their cosine is large
+    nearest = neighbors.KNeighborsClassifier(k, metric="euclidean", algorithm="brute")
+    nearest.fit(preprocessing.normalize(train), labels)
+    scaler = preprocessing.StandardScaler().fit(train.astype(np.float64))
+    logistic = linear_model.LogisticRegression(C=_C, max_iter=_ITERATIONS, random_state=seed)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", category=ConvergenceWarning)
+        warnings.filterwarnings("always", category=exceptions.ConvergenceWarning)
         logistic.fit(scaler.transform(train.astype(np.float64)), labels)
-    converged = not any(issubclass(item.category, ConvergenceWarning) for item in caught)
+    converged = not any(issubclass(item.category, exceptions.ConvergenceWarning) for item in caught)
     iterations = int(logistic.n_iter_.max())
     if not converged:
         log.warning(
@@ -207,7 +205,7 @@ def classify(
             iterations,
         )
     predicted = {
-        "knn": neighbours.predict(normalize(test)),
+        "knn": nearest.predict(preprocessing.normalize(test)),
         "logistic": logistic.predict(scaler.transform(test.astype(np.float64))),
         "majority": np.full(len(test), np.bincount(labels).argmax()),
     }

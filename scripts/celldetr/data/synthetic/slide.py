@@ -31,7 +31,7 @@ from celldetr.errors import ConfigError
 from celldetr.files import atomic
 
 _STEP, _LEVELS, _TILE = 4, 3, 256  # each level is 4 times as coarse as the one before
-_BLOCK = 512  # rows that are held in memory at once
+_BLOCK = 64  # rows that are held in memory at once; a multiple of the step
 _INK = np.array([2.2, 1.1, 0.35])  # optical density of the pen in red, green and blue
 _PEN_UM = 28.0  # width of its stroke
 _PEN_OUT = 6.0  # um by which the middle of the stroke lies outside of the tissue
@@ -153,9 +153,18 @@ def write_slide(
         labels = [*classes.tolist(), *[str(classes[0])] * (len(shapes) - len(classes))]
         with atomic(outlines) as temporary:
             (_write_parquet if outlines.suffix == ".parquet" else _write_geojson)(temporary, shapes, labels)
-    tissue = frames.he_px(frames.tissue)
     return SlideTruth(
-        name, file, outlines, mpp, frames.he_size, tissue, pen / mpp, _PEN_UM / mpp, nuclei, classes, invalid
+        name=name,
+        image=file,
+        polygons=outlines,
+        mpp=mpp,
+        size=frames.he_size,
+        tissue=frames.he_px(frames.tissue),
+        pen=pen / mpp,
+        pen_width=_PEN_UM / mpp,
+        nuclei=nuclei,
+        classes=classes,
+        invalid=invalid,
     )
 
 
@@ -204,7 +213,7 @@ def _write_levels(path: Path, image: NDArray[np.uint8], mpp: float | None, name:
                 photometric="rgb",
                 tile=(_TILE, _TILE),
                 compression="jpeg",
-                subsampling=(1, 1),
+                subsampling=(1, 1),  # halved, the colour of the tissue would spread over the glass in coarse levels
                 compressionargs={"level": 90},
                 maxworkers=1,
                 resolution=None if per_cm is None else (per_cm, per_cm),
