@@ -1,8 +1,9 @@
 """How well frozen embeddings tell classes apart: simple classifiers on the true boxes of PanNuke.
 
-Nuclei are given by their true boxes, so that these scores say nothing about detection and must not stand beside those
-of the tables. No choice is made on validation or test patches: a vote of the nearest training nuclei and a logistic
-regression with fixed settings are fitted to training nuclei, and every labelled nucleus of the test fold is classified.
+Nuclei are given by their true boxes: these scores say nothing about detection and are not to be compared with those of
+systems that must find the nuclei first. No choice is made on validation or test patches. A vote of the nearest training
+nuclei and a logistic regression with fixed settings are fitted to training nuclei, and every labelled nucleus of the
+test fold is classified.
 """
 
 import logging
