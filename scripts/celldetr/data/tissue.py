@@ -16,8 +16,9 @@ from celldetr.errors import InputError
 CELL_UM = 8.0
 """Size of a cell of the map, about; a nucleus is as large, and blur of the focus is not seen."""
 _BLOCK = 4096  # px; side of what is read at once
-_SPREAD = (0.05, 0.10)  # smallest and largest threshold: an empty slide has no tissue, a full one is all tissue
-_GLASS = (200.0, 12.0)  # the brightest colour of a slide is its glass if as bright as this, its channels as alike
+_SPREAD = (0.04, 0.06)  # smallest and largest threshold: an empty slide has no tissue, a full one is all tissue
+_GLASS = (200.0, 12.0)  # cells are glass if as bright as this, their channels as alike
+_GLASS_SHARE = 1e-3  # of all cells, from which on they tell the white of the slide
 _SMALLEST_UM2 = 2000.0  # pieces and holes below are dust and lumina
 _PEN_RIM = 3  # cells around a pen mark that it shades
 _GAP_UM = 200.0  # half the width of a blank gap between fields of view that is no gap
@@ -113,9 +114,7 @@ def cell_means(image: Pyramid, level: int, factor: int) -> NDArray[np.float32]:
 
 def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     """Tissue among cells of mean colours (H, W, 3) that are `mpp` um wide."""
-    white = np.percentile(colours.reshape(-1, 3), 99.5, axis=0)
-    if white.min() < _GLASS[0] or np.ptp(white) > _GLASS[1]:
-        white = np.full(3, 255.0)
+    white = _white(colours.reshape(-1, 3))
     density = -np.log(np.clip(colours, 1, None) / white)
     pen = ndimage.binary_dilation(_pen(density), iterations=_PEN_RIM)
     smooth = ndimage.gaussian_filter(density, (1, 1, 0))
@@ -124,6 +123,12 @@ def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     smallest = _SMALLEST_UM2 / mpp**2
     stained = _without_small(stained, smallest)
     return ~_without_small(~stained, smallest) & ~pen
+
+
+def _white(colours: NDArray[np.float32]) -> NDArray[np.floating]:
+    """Colour of the glass (3,): the median of the bright cells without colour, which a few ringing ones cannot move."""
+    glass = colours[(colours.min(axis=1) >= _GLASS[0]) & (np.ptp(colours, axis=1) <= _GLASS[1])]
+    return np.median(glass, axis=0) if len(glass) > _GLASS_SHARE * len(colours) else np.full(3, 255.0)
 
 
 def _threshold(spread: NDArray[np.floating]) -> float:

@@ -7,4 +7,5 @@
 `xenium` cuts a scene as an H&E and writes it with a Xenium output folder of the same nuclei: `xenium_tissue` places
 and segments them, `xenium_images` draws, `xenium_layout` and `xenium_files` know the folders of all versions.
 `expression` gives cells types and transcripts, of the genes in `xenium_panel`, and writes the reference that fits them.
+`slide` draws a whole slide with outlines of its nuclei.
 """
