@@ -1,13 +1,20 @@
 """Runs of contrastive pretraining: they learn, log, stop and go on, share a batch, and hand on their weights."""
 
-import json
 import os
 import signal
 
 import numpy as np
 import pytest
 import torch
-from tiny_training import make_crowded_store, make_experiment, make_split, make_ssl_experiment, make_store
+from tiny_training import (
+    assert_same_result,
+    make_crowded_store,
+    make_experiment,
+    make_split,
+    make_ssl_experiment,
+    make_store,
+    read_log,
+)
 
 from celldetr.errors import ConfigError
 from celldetr.experiment import Experiment
@@ -41,18 +48,6 @@ def one_thread():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def read_log(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
-
-
-def assert_same_result(first, second):
-    a, b = (read_checkpoint(path / "model.pt") for path in (first, second))
-    assert a["extra"] == b["extra"]
-    assert [name for name in a["state"] if not torch.equal(a["state"][name], b["state"][name])] == []
-    assert read_log(first) == read_log(second)
 
 
 def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(store):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_training import CLASSES, make_experiment, make_split, make_store
+from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log
 
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
@@ -42,18 +42,6 @@ def one_thread():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def read_log(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
-
-
-def assert_same_result(first, second):
-    a, b = (read_checkpoint(path / "model.pt") for path in (first, second))
-    assert a["extra"] == b["extra"]
-    assert [name for name in a["state"] if not torch.equal(a["state"][name], b["state"][name])] == []
-    assert read_log(first) == read_log(second)
 
 
 @pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])

@@ -1,9 +1,13 @@
 """A tiny store and a tiny experiment, shared by the tests of training."""
 
+import json
+
 import numpy as np
 import pandas as pd
+import torch
 
 from celldetr.experiment import Experiment
+from celldetr.model.checkpoints import read_checkpoint
 from celldetr.store import StoreWriter, open_store
 
 CLASSES = ("round", "long")
@@ -100,3 +104,17 @@ def make_crowded_store(path, n_patches, seed=0):
     with StoreWriter(path, patch_size=SIZE, classes=(), mpp=0.5) as writer:
         writer.append(images, [boxes] * n_patches, [np.full(16, -1, np.int8)] * n_patches, patches=columns)
     return open_store(path)
+
+
+def read_log(run_dir):
+    """Lines of log.jsonl without what differs from run to run."""
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def assert_same_result(first, second):
+    """Two runs ended with the same weights and the same log."""
+    a, b = (read_checkpoint(path / "model.pt") for path in (first, second))
+    assert a["extra"] == b["extra"]
+    assert [name for name in a["state"] if not torch.equal(a["state"][name], b["state"][name])] == []
+    assert read_log(first) == read_log(second)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.scoring import TruthStore
 from celldetr.files import atomic
+from celldetr.npz import read_npz, write_npz
 
 MARGIN = 0.125  # of the patch: nuclei to draw keep this distance from its edge where there are enough of them
 EDGE = 1e-3  # px; points of the box-constrained attention may lie exactly on the edge, up to rounding
@@ -153,9 +154,7 @@ def share_inside(
 
 def write_drawn(path: str | os.PathLike[str], drawn: DrawnNuclei) -> None:
     """Write the nuclei to draw as an NPZ file."""
-    arrays = {item.name: np.asarray(getattr(drawn, item.name)) for item in fields(drawn)}
-    with atomic(path) as temporary, temporary.open("wb") as handle:
-        np.savez_compressed(handle, allow_pickle=False, **arrays)
+    write_npz(path, drawn)
 
 
 def read_drawn(path: str | os.PathLike[str]) -> DrawnNuclei:
@@ -166,11 +165,7 @@ def read_drawn(path: str | os.PathLike[str]) -> DrawnNuclei:
     InputError
         Not such a file.
     """
-    try:
-        with np.load(Path(path), allow_pickle=False) as file:
-            arrays = {item.name: file[item.name] for item in fields(DrawnNuclei)}
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: got {error}, expected a file of the attention rule; run that rule again") from error
+    arrays = read_npz(path, DrawnNuclei, "attention")
     plain = {"classes": tuple(map(str, arrays["classes"])), "mpp": float(arrays["mpp"])}
     return DrawnNuclei(**{**arrays, **plain})
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from celldetr.errors import InputError
 from celldetr.evaluation.figures import STYLE
 from celldetr.files import atomic
+from celldetr.npz import read_npz, write_npz
 
 READABLE = (6, 40)
 """Nuclei of a patch that make a readable heat map."""
@@ -74,9 +75,7 @@ def choose_readable(box_ptr: NDArray[np.int64], count: int, seed: int) -> NDArra
 
 def write_similarities(path: str | os.PathLike[str], drawn: DrawnSimilarities) -> None:
     """Write the heat maps as an NPZ file."""
-    arrays = {item.name: np.asarray(getattr(drawn, item.name)) for item in fields(drawn)}
-    with atomic(path) as temporary, temporary.open("wb") as handle:
-        np.savez_compressed(handle, allow_pickle=False, **arrays)
+    write_npz(path, drawn)
 
 
 def read_similarities(path: str | os.PathLike[str]) -> DrawnSimilarities:
@@ -87,11 +86,7 @@ def read_similarities(path: str | os.PathLike[str]) -> DrawnSimilarities:
     InputError
         Not such a file.
     """
-    try:
-        with np.load(Path(path), allow_pickle=False) as file:
-            return DrawnSimilarities(**{item.name: file[item.name] for item in fields(DrawnSimilarities)})
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: got {error}, expected a file of the similarity rule; run that rule again") from error
+    return DrawnSimilarities(**read_npz(path, DrawnSimilarities, "similarity"))
 
 
 def write_retrieval(path: str | os.PathLike[str], measured: Mapping[str, Any]) -> None:
