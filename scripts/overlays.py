@@ -11,6 +11,8 @@ from celldetr.evaluation.predictions import read_predictions
 from celldetr.rule import run_rule
 from celldetr.store import open_store
 
+DPI = 120  # a picture for each experiment and split: the report must stay small
+
 
 def main(snakemake):
     store = open_store(snakemake.input.store)
@@ -23,7 +25,7 @@ def main(snakemake):
         title=f"{snakemake.wildcards.experiment}, split {snakemake.wildcards.split}: "
         f"test patches of {Path(snakemake.input.store).stem}",
     )
-    save(figure, snakemake.output[0])
+    save(figure, snakemake.output[0], dpi=DPI)
 
 
 if "snakemake" in globals():

@@ -356,12 +356,12 @@ def _class_legend(figure: Figure, labels: Sequence[int], classes: Sequence[str])
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9, borderaxespad=0.3)
 
 
-def save(figure: Figure, path: str | os.PathLike[str], metadata: Mapping[str, str | None] | None = None) -> None:
+def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = DPI) -> None:
     """Write a figure under its name when it is complete; the ending (png, svg, pdf) tells the format.
 
-    The same figure gives the same bytes: neither the time nor the version of matplotlib is written.
+    The same figure gives the same bytes: neither the time nor the version of matplotlib is written. `dpi` is for png.
     """
     kind = Path(path).suffix[1:].lower()
     fixed: dict[str, str | None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {"Software": None})  # type: ignore[assignment]
     with atomic(path) as temporary, matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, format=kind, dpi=DPI, metadata={**fixed, **(metadata or {})})
+        figure.savefig(temporary, format=kind, dpi=dpi, metadata=fixed)
