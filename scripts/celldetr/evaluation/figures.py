@@ -1,7 +1,7 @@
 """Pictures for people: attention on a few nuclei (paper, figure 3), and predictions beside the truth."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
