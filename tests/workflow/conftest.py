@@ -15,7 +15,7 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments, cwd=ROOT, timeout=600, environment=None):
+def run(*arguments, cwd=ROOT, timeout=2000, environment=None):
     """Run a program of this environment; return its completed process with all output in `stdout`."""
     return subprocess.run(
         [str(argument) for argument in arguments],

@@ -21,7 +21,7 @@ from celldetr.model.checkpoints import load_model
 from celldetr.settings import merge
 from celldetr.store import open_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SMALL = {
     "patch": {"size": 64, "mpp": 0.5},
