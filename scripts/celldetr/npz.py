@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from celldetr.data.npy_zip import BROKEN_ZIP
 from celldetr.errors import InputError
 from celldetr.files import atomic
 
@@ -29,5 +30,5 @@ def read_npz(path: str | os.PathLike[str], kind: Any, rule: str) -> dict[str, An
     try:
         with np.load(Path(path), allow_pickle=False) as file:
             return {item.name: file[item.name] for item in fields(kind)}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SyntaxError, *BROKEN_ZIP) as error:
         raise InputError(f"{path}: got {error}, expected a file of the {rule} rule; run that rule again") from error

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from celldetr.errors import ConfigError
 
+_VALUES = "expected numbers, texts, lists and mappings with texts as keys, none of which holds itself"
+
 
 class Settings(BaseModel):
     """A frozen block of settings; unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
@@ -32,7 +34,11 @@ class Settings(BaseModel):
             Unknown keys, missing keys, wrong types and values out of range; all of them, a line each.
         """
         try:
-            return cls.model_validate_json(json.dumps(values, default=_not_json), strict=True)
+            text = json.dumps(values, default=_not_json)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{where or 'config'}: got values that are no settings ({error}); {_VALUES}") from error
+        try:
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             lines = [_explain(cls, dict(problem), where) for problem in error.errors()]
             raise ConfigError("\n".join(dict.fromkeys(lines))) from error
@@ -53,6 +59,8 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], sorted(_keys(cls)), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind == "json_invalid":
+        return f"{key}: got values that are no settings ({problem['ctx']['error']}); {_VALUES}"
     if kind == "missing":
         return f"{key}: missing; every configuration needs it"
     if kind == "value_error":

@@ -160,7 +160,10 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); expected a TSV file in UTF-8") from error
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    table = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        table = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); expected a TSV file") from error
     if not table:
         raise ConfigError(
             f"{file}: got an empty sheet, expected a line with the columns {', '.join(kind.model_fields)}"

@@ -50,6 +50,8 @@ class JsonStream:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
+            except RecursionError as error:
+                raise JsonError(f"arrays nested too deep at character {self._before + self._at}") from error
             except json.JSONDecodeError as error:
                 if len(self._text) - self._at > _LARGEST:
                     return False, None
@@ -57,6 +59,8 @@ class JsonStream:
                     raise JsonError(f"{error.msg} at character {self._before + error.pos}") from error
                 self._more()
                 continue
+            except ValueError as error:  # Python refuses whole numbers of thousands of digits
+                raise JsonError(f"{error} at character {self._before + self._at}") from error
             if isinstance(value, (int, float)) and len(self._text) - end < _NUMBER and not self._ended:
                 self._more()  # the number may go on
                 continue

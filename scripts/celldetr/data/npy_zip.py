@@ -1,7 +1,10 @@
 """Arrays inside zip archives, read item by item without unpacking: memory holds one item."""
 
 import io
+import math
 import os
+import sys
+import tokenize
 import zipfile
 import zlib
 from types import TracebackType
@@ -12,7 +15,10 @@ from numpy.typing import NDArray
 
 from celldetr.errors import InputError
 
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+"""What reading a damaged archive raises, beside OSError."""
+_NO_HEADER = (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, TypeError)
+_BROKEN = (*BROKEN_ZIP, OSError, ValueError)
 
 
 def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
@@ -53,14 +59,19 @@ class NpyMember:
         try:
             self._stream: IO[bytes] = self._archive.open(name)
             self.shape, fortran, self.dtype = _header(self._stream)
-        except (*_BROKEN, NotImplementedError, RuntimeError) as error:
+        except (*_BROKEN, *_NO_HEADER, KeyError, RuntimeError) as error:
             self._archive.close()
             raise InputError(f"{self.label}: cannot be read as an array ({error}); get the archive again") from error
+        if not self.dtype.itemsize or not all(0 <= length <= sys.maxsize for length in self.shape):
+            self._archive.close()
+            raise InputError(
+                f"{self.label}: got {self.dtype} of shape {self.shape}, which no array has; get the archive again"
+            )
         if self.dtype.hasobject:
             raise InputError(f"{self.label}: got Python objects (a pickle), expected numbers or text; it is not read")
         if fortran and len(self.shape) > 1:
             raise InputError(f"{self.label}: got Fortran order, expected C order; save it with numpy.ascontiguousarray")
-        self._item_bytes = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        self._item_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def __enter__(self) -> Self:
         return self
@@ -85,7 +96,7 @@ class NpyMember:
         wanted = count * self._item_bytes
         try:
             data = self._stream.read(wanted)
-        except _BROKEN as error:
+        except (*_BROKEN, OverflowError, MemoryError) as error:
             raise InputError(f"{self.label}: the data is damaged ({error}); get the archive again") from error
         if len(data) < wanted:
             raise InputError(f"{self.label}: the data ends early; get the archive again")

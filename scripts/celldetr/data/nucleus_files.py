@@ -27,6 +27,7 @@ import shapely
 from numpy.typing import NDArray
 
 from celldetr.data.json_stream import JsonError, JsonStream
+from celldetr.data.npy_zip import BROKEN_ZIP
 from celldetr.data.patches import Nuclei, boxes_from_polygons
 from celldetr.errors import InputError
 from celldetr.store import NO_LABEL
@@ -164,7 +165,7 @@ def _member(path: Path) -> Iterator[io.TextIOWrapper]:
                 raise InputError(f"{path}: got {len(names)} GeoJSON files in the archive, expected one")
             with archive.open(names[0]) as file:
                 yield io.TextIOWrapper(file, encoding="utf-8-sig")
-    except zipfile.BadZipFile as error:
+    except (OSError, RuntimeError, *BROKEN_ZIP) as error:
         raise InputError(f"{path}: is no whole zip archive ({error}); get it again") from error
 
 
@@ -211,7 +212,7 @@ def _geojson(path: Path, text: Any) -> Iterator[NDArray[Any]]:
             if len(rings) == _BATCH:
                 yield _polygons(rings)
                 rings = []
-    except (JsonError, UnicodeDecodeError, zipfile.BadZipFile, EOFError) as error:
+    except (JsonError, UnicodeDecodeError, OSError, *BROKEN_ZIP) as error:
         raise InputError(f"{path}: cannot be read as GeoJSON ({error}); is the file complete?") from error
     yield _polygons(rings)
 
@@ -290,7 +291,7 @@ def _polygons(found: list[Any]) -> NDArray[Any]:
             else:
                 shapes[index] = shapely.Point(0, 0) if kind else None
                 continue
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, LookupError, OverflowError):
             continue
         rings += pieces
         owner += [index] * len(pieces)

@@ -93,14 +93,24 @@ def read_split(path: str | os.PathLike[str]) -> pd.DataFrame:
     Raises
     ------
     InputError
-        Not a split file, an unknown part, or a patch that occurs twice.
+        Not a split file, an unknown part, a patch that no store has, or one that occurs twice.
     """
     try:
-        table = pd.read_csv(path, sep="\t", dtype={"store": "str", "patch": "int64", "part": "str"})
-    except (OSError, ValueError) as error:
+        table = pd.read_csv(
+            path,
+            sep="\t",
+            dtype={"store": "str", "patch": "int64", "part": "str"},
+            keep_default_na=False,
+            na_values={"store": [""]},
+        )
+    except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as a split ({error}); make it again") from error
     if tuple(table.columns) != COLUMNS:
         raise InputError(f"{path}: got columns {list(table.columns)}, expected {list(COLUMNS)}")
+    bad = table["store"].isna() | (table["patch"] < 0)
+    if bad.any():
+        row = table[bad].iloc[0]
+        raise InputError(f"{path}: got patch {row['patch']} of {row['store']}, expected a store and its patch from 0")
     unknown = set(table["part"]) - set(PARTS)
     if unknown:
         raise InputError(f"{path}: column part: got {sorted(map(str, unknown))}, expected {', '.join(PARTS)}")

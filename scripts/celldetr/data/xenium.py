@@ -98,7 +98,7 @@ def read_specs(outs: str | os.PathLike[str]) -> Specs:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         size = float(content["pixel_size"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: got no readable key 'pixel_size' ({error}); expected the file of a Xenium run"
         ) from error
@@ -157,15 +157,18 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
     try:
         table = pq.read_table(path)
         cell = table.column("cell_id").combine_chunks()
-        corners = np.column_stack([table.column(name).to_numpy() for name in ("vertex_x", "vertex_y")])
-    except (OSError, KeyError, pa.ArrowException) as error:
+        ids = cell.dictionary_encode() if not pa.types.is_dictionary(cell.type) else cell
+        key = ids.indices.to_numpy().astype(np.int64)
+        cells = np.array([_text(value) for value in ids.dictionary.to_pylist()], dtype=object)
+        corners = np.column_stack(
+            [table.column(name).cast(pa.float64()).to_numpy() for name in ("vertex_x", "vertex_y")]
+        )
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); expected cell_id, vertex_x, vertex_y: get it again"
         ) from error
     if not len(corners):
         return GeoDataFrame({"cell_id": np.empty(0, object)}, geometry=[])
-    ids = cell.dictionary_encode() if not pa.types.is_dictionary(cell.type) else cell
-    key = ids.indices.to_numpy().astype(np.int64)
     if "label_id" in table.column_names:
         starts = _changes(table.column("label_id").to_numpy())
     else:
@@ -178,8 +181,7 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
         )
     ring = np.repeat(np.arange(len(starts)), ends - starts)
     polygons = shapely.polygons(shapely.linearrings(corners.astype(np.float64), indices=ring))
-    names = np.array([_text(value) for value in ids.dictionary.to_pylist()], dtype=object)
-    return GeoDataFrame({"cell_id": names[key[starts]]}, geometry=polygons)
+    return GeoDataFrame({"cell_id": cells[key[starts]]}, geometry=polygons)
 
 
 def _changes(values: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -188,7 +188,7 @@ def read_share(path: str | os.PathLike[str]) -> tuple[float, int]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         mean, nuclei = record["share_true_box"], int(record["nuclei"])
         return (float("nan") if mean is None else float(mean)), nuclei
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: got {error!r}, expected a JSON file of the attention rule; run that rule again"
         ) from error

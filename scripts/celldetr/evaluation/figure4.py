@@ -106,7 +106,7 @@ def read_retrieval(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         measured = json.loads(Path(path).read_text(encoding="utf-8"))
         return {name: measured[name] for name in ("store", "retrieval", "chance", "anchors", "patches")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: got {error!r}, expected a JSON file of the similarity rule; run that rule again"
         ) from error
@@ -123,9 +123,10 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
         parts = [part for line in lines for part in (line["train"], line["val"]) if part]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        contrastive = bool(parts) and all("contrastive" in part for part in parts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}), expected the log of a training run") from error
-    if not parts or not all("contrastive" in part for part in parts):
+    if not contrastive:
         raise InputError(f"{path}: got no contrastive losses, expected the log of an experiment of stage ssl")
     return lines
 

@@ -193,7 +193,9 @@ class PredictionsWriter:
 
     def __enter__(self) -> Self:
         temporary = self._stack.enter_context(atomic(self.path))
-        self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, self._schema, compression="zstd"))
+        self._writer = self._stack.enter_context(
+            pq.ParquetWriter(temporary, self._schema, compression="zstd", write_page_checksum=True)
+        )
         return self
 
     def __exit__(
@@ -271,7 +273,7 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
         Not a predictions file, or a column holds what it must not; names file, column and row.
     """
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({error}); predict this split again") from error
     metadata = _metadata(path, table.schema.metadata or {})

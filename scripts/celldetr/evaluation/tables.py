@@ -8,6 +8,7 @@ the splits in which the class has truth.
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def read_published(path: str | os.PathLike[str]) -> pd.DataFrame:
         A column is missing, a value is no number in [0, 1], or an F cannot come from its P and R and the note
         does not say so.
     """
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    table = _read_tsv(path, "a table of published values", dtype=str)
     values = [name for name in table.columns if name not in _PUBLISHED_TEXT]
     classes = published_classes(values)
     wanted = {*_PUBLISHED_TEXT, *value_columns(classes)}
@@ -165,10 +166,7 @@ def read_scores(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     """
     frames = []
     for path in paths:
-        try:
-            frame = pd.read_csv(path, sep="\t", keep_default_na=False, na_values=[MISSING])
-        except ValueError as error:
-            raise InputError(f"{path}: got {error}, expected a TSV file of the score rule") from error
+        frame = _read_tsv(path, "a file of the score rule", na_values=[MISSING])
         missing = [name for name in _SCORE_COLUMNS if name not in frame.columns]
         if missing or frame.empty:
             raise InputError(
@@ -320,12 +318,20 @@ def read_readouts(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
     """
     frames = []
     for path in paths:
-        frame = pd.read_csv(path, sep="\t", keep_default_na=False, na_values=[MISSING])
+        frame = _read_tsv(path, "a file of the readout rule", na_values=[MISSING])
         missing = [name for name in ("experiment", "split", "readout", "class", *VALUES) if name not in frame.columns]
         if missing:
             raise InputError(f"{path}: got no columns {missing}, expected a file of the readout rule; make it again")
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
+
+
+def _read_tsv(path: str | os.PathLike[str], expected: str, **options: Any) -> pd.DataFrame:
+    """Read a table whose empty cells are texts; one that cannot be read is refused."""
+    try:
+        return pd.read_csv(path, sep="\t", keep_default_na=False, **options)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: got {error}, expected {expected} (TSV)") from error
 
 
 def _readout_rows(readouts: pd.DataFrame, classes: Sequence[str], splits: Sequence[int]) -> list[dict[str, str]]:

@@ -26,6 +26,11 @@ ARRAYS = {
     "centroids": ("float32", 2),
     "box_ptr": ("int64", 1),
 }
+ATTRIBUTES: dict[str, tuple[Any, str]] = {
+    "classes": (list, "a list of names"),
+    "mpp": (int | float, "a number"),
+    "counts": (dict, "a number of nuclei per class"),
+}
 NO_LABEL = -1
 
 
@@ -264,14 +269,18 @@ def _open(path: Path) -> zarr.Group:
     found = group.attrs.get("format")
     if found != FORMAT:
         raise InputError(f"{path}: attribute format: got {found!r}, expected {FORMAT}; make the store again")
-    for key in ("classes", "mpp", "counts"):
-        if key not in group.attrs:
-            raise InputError(f"{path}: attribute {key}: got none; make the store again")
+    for key, (kind, words) in ATTRIBUTES.items():
+        got = group.attrs.get(key)
+        if not isinstance(got, kind) or (key == "classes" and not all(isinstance(name, str) for name in got)):
+            raise InputError(f"{path}: attribute {key}: got {got!r}, expected {words}; make the store again")
     return group
 
 
 def _array(path: Path, group: zarr.Group, name: str) -> zarr.Array:
-    found = group.get(name)
+    try:
+        found = group.get(name)
+    except Exception as error:  # Zarr has many kinds of error for damaged metadata
+        raise InputError(f"{path}: {name}: cannot be opened ({error}); the store is damaged: make it again") from error
     if not isinstance(found, zarr.Array):
         raise InputError(f"{path}: {name}: got no such array; make the store again")
     dtype, dimensions = ARRAYS.get(name, (None, 1))

@@ -42,9 +42,7 @@ class ShardedImages:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        meta = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
-        self.shape: tuple[int, ...] = tuple(meta["shape"])
-        self.per_shard = self._layout(meta)
+        self.shape, self.per_shard = self._layout(json.loads((folder / "zarr.json").read_text(encoding="utf-8")))
         shards = range(-(-self.shape[0] // self.per_shard))
         places = [np.empty((0, 2), np.uint64), *(self._index(shard) for shard in shards)]
         self._places = np.concatenate(places)[: self.shape[0]]
@@ -98,9 +96,10 @@ class ShardedImages:
     def _file(self, shard: int) -> Path:
         return self.folder / "c" / str(shard) / "0" / "0" / "0"
 
-    def _layout(self, meta: dict[str, Any]) -> int:
-        """Patches per shard; refuses an array that is not stored as `StoreWriter` does it."""
+    def _layout(self, meta: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+        """Shape, and patches per shard; refuses an array that is not stored as `StoreWriter` does it."""
         try:
+            shape = tuple(int(length) for length in meta["shape"])
             (codec,) = meta["codecs"]
             settings = codec["configuration"]
             inner = [step["name"] for step in settings["codecs"]]
@@ -108,7 +107,8 @@ class ShardedImages:
             index = [step["name"] for step in settings["index_codecs"]]
             fits = (
                 (codec["name"], settings["index_location"], index) == ("sharding_indexed", "end", ["bytes", "crc32c"])
-                and chunk == list(self.shape[1:])
+                and chunk == list(shape[1:])
+                and per_shard >= 1
                 and settings["chunk_shape"] == [1, *chunk]
                 and inner == ["bytes", "zstd"]
             )
@@ -119,7 +119,7 @@ class ShardedImages:
                 f"{self.folder.parent}: images: got an array without shards of one zstd chunk per patch; "
                 "write the store with celldetr.store.StoreWriter"
             )
-        return int(per_shard)
+        return shape, int(per_shard)
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         """Offset and length (P, 2) of each patch in a shard."""

@@ -115,10 +115,11 @@ def write_cells(path: str | os.PathLike[str], table: DataFrame, metadata: Mappin
     metadata
         JSON values to keep with it: settings, shared genes, versions; the names of the types are added.
     """
-    content = json.dumps({"classes": list(ST_TYPES), **metadata}).encode()
-    schema = _SCHEMA.with_metadata({_METADATA: content})
+    kept = json.dumps({"classes": list(ST_TYPES), **metadata}).encode()
+    schema = _SCHEMA.with_metadata({_METADATA: kept})
     with atomic(path) as temporary:
-        pq.write_table(pa.Table.from_pandas(table, schema=schema, preserve_index=False), temporary, compression="zstd")
+        content = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
+        pq.write_table(content, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_cells(path: str | os.PathLike[str]) -> tuple[DataFrame, dict[str, Any]]:
@@ -135,25 +136,35 @@ def read_cells(path: str | os.PathLike[str]) -> tuple[DataFrame, dict[str, Any]]
         The file is damaged or no such table.
     """
     try:
-        found = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        found = pq.read_table(path, page_checksum_verification=True)
+        values = found.replace_schema_metadata().to_pandas()
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error}); annotate the sample again") from error
     kinds = dict(zip(found.schema.names, map(str, found.schema.types), strict=True))
     wanted = dict(zip(_SCHEMA.names, map(str, _SCHEMA.types), strict=True))
     wrong = [
         f"{name}: {kinds.get(name, 'missing')}, not {kind}" for name, kind in wanted.items() if kinds.get(name) != kind
     ]
-    metadata = json.loads((found.schema.metadata or {}).get(_METADATA, b"{}"))
+    metadata = _metadata(found.schema)
     if wrong or metadata.get("classes") != list(ST_TYPES):
         raise InputError(
             f"{path}: got columns that differ ({'; '.join(wrong) or 'none'}) and the classes "
             f"{metadata.get('classes')}, expected a table of cell types with {', '.join(ST_TYPES)}: annotate "
             "the sample again"
         )
-    table = found.select(_SCHEMA.names).to_pandas()
+    table = values[_SCHEMA.names].copy()
     _check(table, str(path))
     table["reason"] = pd.Categorical(table["reason"].astype(str), categories=list(REASONS))
     return table, metadata
+
+
+def _metadata(schema: pa.Schema) -> dict[str, Any]:
+    """Values kept with the table, none where they cannot be read."""
+    try:
+        content = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _check(table: DataFrame, path: str) -> None:

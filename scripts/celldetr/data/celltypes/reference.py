@@ -1,10 +1,11 @@
 """Annotated single-cell references: raw counts, symbols, the ten types, and a balanced sample of the cells."""
 
+import contextlib
 import csv
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from scipy import sparse
 from celldetr.classes import ST_TYPES
 from celldetr.data.celltypes.counts import RawCounts, find_counts, read_rows, why_not_raw
 from celldetr.data.celltypes.genes import sum_duplicates, symbols_and_ids
-from celldetr.errors import ConfigError, InputError
+from celldetr.errors import CellDETRError, ConfigError, InputError
 from celldetr.files import atomic
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,10 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a table (TSV) of labels and types") from error
     numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and line[0] != "#"]
-    rows = list(csv.reader([line for _, line in numbered], delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        rows = list(csv.reader([line for _, line in numbered], delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); expected a table (TSV) of labels and types") from error
     if not rows or rows[0] != ["label", "type"]:
         raise ConfigError(f"{path}: got the columns {rows[0] if rows else []}, expected label and type, tab-separated")
     mapping: dict[str, str] = {}
@@ -168,13 +172,15 @@ def prepare_reference(
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error}); expected an .h5ad file") from error
     with file:
-        labels = _labels(file, where, label_column)
+        with _reading(where):
+            labels = _labels(file, where, label_column)
         numbers = _label_numbers(labels, mapping, where, label_column)
         types = {kind: sum(numbers[name] for name in numbers if mapping[name] == kind) for kind in ST_TYPES}
         _check_types(types, where)
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
         names = labels[rows].astype(str)
-        raw, matrix = _raw_rows(file, rows, where)
+        with _reading(where):
+            raw, matrix = _raw_rows(file, rows, where)
     symbols, ids = symbols_and_ids(raw.genes, f"{where}: genes of {raw.location}")
     matrix, symbols, ids, summed = sum_duplicates(matrix, symbols, ids)
     kinds = np.array([mapping[name] for name in names])
@@ -222,10 +228,8 @@ def read_reference(path: str | os.PathLike[str]) -> AnnData:
     InputError
         The file is none.
     """
-    try:
+    with _reading(Path(path)):
         reference = anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError, anndata.io.AnnDataReadError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); prepare the reference again") from error
     wanted = {"type", "label", "held_out"}
     unknown = set(reference.obs["type"].astype(str)) - set(ST_TYPES) if "type" in reference.obs else set()
     if (
@@ -241,6 +245,16 @@ def read_reference(path: str | os.PathLike[str]) -> AnnData:
         )
     reference.X = sparse.csr_matrix(reference.X)
     return reference
+
+
+@contextlib.contextmanager
+def _reading(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except CellDETRError:
+        raise
+    except Exception as error:  # h5py and anndata have many kinds of error for damaged bytes
+        raise InputError(f"{where}: cannot be read ({error}); the file is damaged: get or make it again") from error
 
 
 def _labels(file: h5py.File, where: Path, column: str) -> NDArray[Any]:

@@ -37,6 +37,8 @@ Matrix = Annotated[
 class RegionQuality(Settings):
     """Figures of one region."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
     x: float = Field(description="Centre in the Xenium frame, um")
     y: float = Field(description="Centre in the Xenium frame, um")
     nuclei: int = Field(description="DAPI nuclei in the window")
@@ -50,6 +52,8 @@ class RegionQuality(Settings):
 
 class Quality(Settings):
     """Figures of a check, over all regions, and its verdict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
     passed: bool
     failures: tuple[str, ...] = Field(description="Each figure that is not as expected, with what was expected")
@@ -171,7 +175,7 @@ def read_registration(path: str | os.PathLike[str]) -> Registration:
             raise ValueError(f"got {type(content).__name__}, expected an object")
         content.pop("parts", None)
         found = Registration.model_validate(content)
-    except (OSError, ValidationError, ValueError) as error:
+    except (OSError, ValidationError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no registration that can be read; run the registration again ({error})") from error
     effective = found.pixel_size * decompose(found.matrix).scale
     if abs(effective / found.he_mpp - 1) > 1e-3:

@@ -1,0 +1,486 @@
+"""Files of every kind: a damaged one is refused with its name by our own error, or gives what the whole one gives."""
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import shapely
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+from strategies import DEEP, NUMBERS, VALUES, damages, dump, mutations, refused, tries
+
+from celldetr.classes import ST_TYPES
+from celldetr.data import json_stream
+from celldetr.data.celltypes.labels import FRACTIONS, read_cells, write_cells
+from celldetr.data.celltypes.reference import prepare_reference, read_reference, write_reference
+from celldetr.data.npy_zip import NpyMember
+from celldetr.data.nucleus_files import read_nucleus_file
+from celldetr.data.registration.result import read_registration
+from celldetr.data.registration.transform import read_alignment
+from celldetr.data.synthetic.xenium import write_xenium
+from celldetr.data.xenium import read_counts, read_nuclei, read_specs
+from celldetr.evaluation.attention import DrawnNuclei, read_share
+from celldetr.evaluation.figure4 import read_log, read_retrieval
+from celldetr.evaluation.predictions import METADATA_KEY, PredictionsWriter, read_predictions
+from celldetr.evaluation.tables import read_published, read_readouts, read_scores
+from celldetr.npz import read_npz
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("files")
+
+
+def read_damaged(path, content, read):
+    """Write and read a file; return what came, None when it was refused with its name."""
+    path.write_bytes(content)
+    error, found = refused(read, path)
+    assert error is None or str(path) in str(error), error
+    return found
+
+
+def same(first, second):
+    """Whether two arrays are the same to the bit."""
+    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+# Alignment files and registrations
+
+
+KEYPOINTS = "fixedX,fixedY,alignmentX,alignmentY\n" + "".join(
+    f"{x},{y},{2 * x + y},{2 * y - x}\n" for x, y in ((0, 0), (900, 10), (30, 700), (800, 600))
+)
+MATRIX = "2.1,-0.2,30\n0.2,2.1,-10\n0,0,1\n"
+
+
+@tries(400)
+@given(data=st.data(), text=st.sampled_from([KEYPOINTS, MATRIX]), damage=st.one_of(st.none(), damages()))
+def test_alignments(folder, data, text, damage):
+    rows = [line.split(",") for line in text.splitlines()]
+    if damage is None:
+        row = data.draw(st.sampled_from(rows))
+        place = data.draw(st.integers(0, len(row) - 1))
+        row[place] = str(data.draw(st.one_of(NUMBERS, st.sampled_from(["1e308", "-1e308", "", "x", "5e-324", '"']))))
+    content = ("\n".join(map(",".join, rows)) + "\n").encode()
+    found = read_damaged(folder / "alignment.csv", damage(content) if damage else content, read_alignment)
+    if found is not None:
+        assert np.isfinite(found.matrix).all()
+        assert np.isfinite(np.linalg.inv(found.matrix)).all()
+        assert np.isfinite(found.residuals).all()
+
+
+QUALITY = {
+    **{"passed": True, "failures": [], "distance": 1.5, "chance": 4.0, "contrast": None, "z": 9.0, "inside": 1.0},
+    **{"he_nuclei": 50, "regions_passed": 1.0, "regions": []},
+}
+REGISTRATION = {
+    **{"format": "celldetr registration 1", "direction": "H&E level-0 pixel (x, y, 1) -> Xenium pixel"},
+    **{"units": "px; um = Xenium pixel * pixel_size", "matrix": [[2.0, 0, 5], [0, 2.0, 6], [0, 0, 1]]},
+    **{"pixel_size": 0.25, "he_mpp": 0.5, "origin": "file", "quality": QUALITY},
+}
+
+
+def check_registration(found):
+    if found is not None:
+        assert np.isfinite(found.um_to_he()).all()
+        assert np.isfinite(found.he_mpp)
+
+
+@tries(500)
+@given(data=st.data(), damage=st.one_of(st.none(), damages()))
+def test_registrations(folder, data, damage):
+    content = damage(dump(REGISTRATION)) if damage else dump(data.draw(mutations(REGISTRATION))[0])
+    check_registration(read_damaged(folder / "registration.json", content, read_registration))
+
+
+def test_numbers_without_end_are_no_registration(folder):
+    for size in ("Infinity", "NaN", "1e400"):
+        content = dump(REGISTRATION).replace(b"0.25", size.encode()).replace(b"0.5", size.encode())
+        assert read_damaged(folder / "registration.json", content, read_registration) is None
+
+
+# Small JSON and TSV files between rules
+
+
+LOG = [{"epoch": 0, "train": None, "val": {"contrastive": 1.0}}, {"epoch": 1, "train": {"contrastive": 2.0}, "val": {}}]
+RETRIEVAL = {"store": "a", "retrieval": [0.5, 0.6], "chance": 0.1, "anchors": 30, "patches": 4}
+SHARE = {"share_true_box": 0.5, "nuclei": 30}
+
+
+@pytest.mark.parametrize("read", [read_registration, read_log, read_retrieval, read_share])
+def test_what_is_nested_too_deep_is_refused(folder, read):
+    assert read_damaged(folder / "deep.json", DEEP, read) is None
+
+
+@tries(400)
+@given(data=st.data(), damage=st.one_of(st.none(), damages()))
+def test_json_between_rules(folder, data, damage):
+    lines = data.draw(mutations(LOG))[0]
+    texts = map(dump, lines) if isinstance(lines, list) else [dump(lines)]
+    log = b"\n".join(map(dump, LOG)) if damage else b"\n".join(texts)
+    read_damaged(folder / "log.jsonl", damage(log) if damage else log, read_log)
+    for name, value, read in (("retrieval", RETRIEVAL, read_retrieval), ("share", SHARE, read_share)):
+        content = damage(dump(value)) if damage else dump(data.draw(mutations(value))[0])
+        read_damaged(folder / f"{name}.json", content, read)
+
+
+@tries(250)
+@given(damage=damages(), more=damages())
+def test_tables(folder, damage, more):
+    published = (ROOT / "config" / "published" / "table1.tsv").read_bytes()
+    readouts = b"experiment\tsplit\treadout\tclass\tprecision\trecall\tf1\nx\t1\tknn\tDetection\t0.5\t0.5\t0.5\n"
+    read_damaged(folder / "published.tsv", damage(published), read_published)
+    for read in (read_readouts, read_scores):
+        read_damaged(folder / "rows.tsv", more(damage(readouts)), lambda path, read=read: read([path]))
+
+
+# Outlines of nuclei
+
+
+def square(x, y, side=30.0):
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+
+
+GEOJSON = {
+    "type": "FeatureCollection",
+    "features": [
+        {"type": "Feature", "properties": {"a": 1}, "geometry": {"type": "Polygon", "coordinates": [square(10, 20)]}},
+        {"geometry": {"type": "MultiPolygon", "coordinates": [[square(100, 20)], [square(900, 40)]]}},
+        {
+            "geometry": {"type": "Polygon", "coordinates": []},
+            "nucleusGeometry": {"type": "Point", "coordinates": [1, 2]},
+        },
+        {"geometry": None},
+    ],
+}
+
+
+def outlines(path):
+    return read_nucleus_file(path, image_mpp=0.25, mpp=0.25)
+
+
+def check_nuclei(found):
+    if found is not None:
+        boxes = found.nuclei.boxes
+        assert np.isfinite(boxes).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert np.isfinite(found.nuclei.centroids).all()
+
+
+@tries(700)
+@given(data=st.data(), damage=st.one_of(st.none(), damages()))
+def test_geojson(folder, data, damage):
+    content = damage(dump(GEOJSON)) if damage else dump(data.draw(mutations(GEOJSON, most=3))[0])
+    check_nuclei(read_damaged(folder / "a.geojson", content, outlines))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        b'{"features": ' + DEEP,
+        b'{"features": [{"geometry": {"type": "Polygon", "coordinates": [[[1, 2], [3, '
+        + b"9" * 5000
+        + b"], [5, 6]]]}}]}",
+        b'{"features": [{"geometry": {"type": "Polygon", "coordinates": {"0": 1}}}]}',
+    ],
+    ids=["deep", "deep features", "long number", "object of rings"],
+)
+def test_odd_geojson(folder, text):
+    check_nuclei(read_damaged(folder / "a.geojson", text, outlines))
+
+
+@tries(300)
+@given(value=VALUES, piece=st.integers(1, 7), most=st.integers(1, 40))
+def test_json_read_in_pieces_is_that_read_at_once(value, piece, most):
+    text = json.dumps(value)
+    kept = json_stream._PIECE, json_stream._LARGEST
+    json_stream._PIECE, json_stream._LARGEST = piece, most
+    try:
+        stream = json_stream.JsonStream(io.StringIO(text))
+        assert json.dumps(read_any(stream)) == text
+        assert stream.peek() == ""
+    except json_stream.JsonError:
+        assert len(text) > most
+    finally:
+        json_stream._PIECE, json_stream._LARGEST = kept
+
+
+def read_any(stream):
+    """Read a value step by step."""
+    if stream.peek() == "[":
+        return [read_any(stream) for _ in stream.elements()]
+    if stream.peek() == "{":
+        return {key: read_any(stream) for key in stream.members()}
+    return stream.value()
+
+
+@pytest.fixture(scope="module")
+def outline_files(folder):
+    """Bytes of the same outlines as Parquet with WKB, as GeoParquet, and as zipped GeoJSON."""
+    polygons = [shapely.Polygon(square(50 * i, 70 * i)) for i in range(20)]
+    table = pa.table({"geometry": pa.array(shapely.to_wkb(polygons).tolist(), pa.binary())})
+    geo = {"primary_column": "geometry", "columns": {"geometry": {"encoding": "WKB"}}, "version": "1.0.0"}
+    files = {}
+    for name, metadata in (("plain", None), ("geo", {"geo": json.dumps(geo)})):
+        pq.write_table(table.replace_schema_metadata(metadata), folder / "a.parquet")
+        files[name] = (folder / "a.parquet").read_bytes()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.geojson", json.dumps(GEOJSON))
+    files["zip"] = buffer.getvalue()
+    return files
+
+
+@tries(600)
+@given(name=st.sampled_from(["plain", "geo", "zip"]), damage=damages())
+def test_parquet_and_zipped_outlines(folder, outline_files, name, damage):
+    check_nuclei(read_damaged(folder / "a.outlines", damage(outline_files[name]), outlines))
+
+
+@tries(200)
+@given(
+    geo=st.one_of(VALUES, mutations({"primary_column": "g", "columns": {"g": {"encoding": "WKB"}}}).map(lambda m: m[0]))
+)
+def test_metadata_of_geoparquet(folder, geo):
+    table = pa.table({"g": pa.array([shapely.Polygon(square(0, 0)).wkb, b"broken", None], pa.binary())})
+    path = folder / "geo.parquet"
+    pq.write_table(table.replace_schema_metadata({"geo": dump(geo)}), path)
+    check_nuclei(read_damaged(path, path.read_bytes(), outlines))
+
+
+# Predictions and cells
+
+
+@pytest.fixture(scope="module")
+def predicted(folder):
+    """Bytes of a predictions file."""
+    rng = np.random.default_rng(4)
+    options = {"classes": CLASSES, "n_patches": 6, "nucleus_threshold": 0.4, "metadata": {"experiment": "x"}}
+    with PredictionsWriter(folder / "p.parquet", **options) as writer:
+        low = rng.uniform(0, 200, (40, 2))
+        boxes = np.concatenate([low, low + rng.uniform(1, 30, (40, 2))], axis=1)
+        patch = np.sort(rng.integers(0, 6, 40))
+        writer.append(patch, np.arange(40), boxes, rng.uniform(0.4, 1, 40), rng.uniform(0, 1, (40, 3)))
+    return (folder / "p.parquet").read_bytes()
+
+
+@tries(600)
+@given(damage=damages())
+def test_damaged_predictions(folder, predicted, damage):
+    whole = read_damaged(folder / "whole.parquet", predicted, read_predictions)
+    found = read_damaged(folder / "damaged.parquet", damage(predicted), read_predictions)
+    if found is not None:
+        for name in ("patch", "query", "boxes", "nucleus_score", "class_scores", "labels"):
+            assert same(getattr(found, name), getattr(whole, name)), name
+
+
+@tries(250)
+@given(data=st.data())
+def test_metadata_of_predictions(folder, predicted, data):
+    path = folder / "meta.parquet"
+    path.write_bytes(predicted)
+    table = pq.read_table(path)
+    metadata = data.draw(mutations({"classes": ["a", "b", "c"], "n_patches": 6, "nucleus_threshold": 0.4}))[0]
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: dump(metadata)}), path)
+    found = read_damaged(path, path.read_bytes(), read_predictions)
+    if found is not None:
+        assert len(found.ptr) == found.n_patches + 1
+        assert found.ptr[-1] == len(found)
+
+
+@pytest.fixture(scope="module")
+def labelled(folder):
+    """Bytes of a table of cells with their types."""
+    rng = np.random.default_rng(5)
+    label = rng.integers(-1, len(ST_TYPES), 50)
+    table = pd.DataFrame({"cell_id": [f"cell-{i}" for i in range(50)], "transcripts": rng.integers(0, 99, 50)})
+    table = table.assign(label=label, second_label=label, reason=np.where(label < 0, "no counts", "labelled"))
+    table = pd.concat([table, pd.DataFrame(rng.uniform(0, 1, (50, len(FRACTIONS))), columns=FRACTIONS)], axis=1)
+    write_cells(folder / "cells.parquet", table, {"settings": {"a": 1}})
+    return (folder / "cells.parquet").read_bytes()
+
+
+@tries(500)
+@given(damage=damages())
+def test_damaged_cells(folder, labelled, damage):
+    whole, _ = read_damaged(folder / "whole.parquet", labelled, read_cells)
+    found = read_damaged(folder / "damaged.parquet", damage(labelled), read_cells)
+    if found is not None:
+        pd.testing.assert_frame_equal(found[0], whole)
+
+
+@tries(200)
+@given(metadata=VALUES)
+def test_metadata_of_cells(folder, labelled, metadata):
+    path = folder / "meta.parquet"
+    path.write_bytes(labelled)
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"celldetr": dump(metadata)}), path)
+    assert read_damaged(path, path.read_bytes(), read_cells) is None
+
+
+# Arrays in archives
+
+
+def packed(header, body=b"\x01" * 64, version=1):
+    """Bytes of an archive with one .npy of a given header."""
+    text = header + b" " * (16 - len(header) % 16) + b"\n"
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY" + bytes([version, 0]) + length + text + body)
+    return buffer.getvalue()
+
+
+def read_all(path):
+    with NpyMember(path, "a.npy") as member:
+        parts = [member.read() for _ in range(min(len(member), 100))]
+        member.finish()
+        return np.concatenate(parts) if parts else np.empty(member.shape)
+
+
+HEADER = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4, 16), }"
+HEADERS = st.one_of(
+    st.tuples(
+        st.sampled_from(["'|u1'", "'<f8'", "'|O'", "'<U3'", "[('a', '<i4')]", "'<M8[ns]'", "1", "'zz'", "'|V0'"]),
+        st.sampled_from(["False", "True", "None"]),
+        st.sampled_from(
+            ["(4, 16)", "()", "(-4, 16)", "(4, -16)", "(2,) * 70", f"({10**30}, {10**30})", "(1.5,)", "4", "(0, 4)"]
+        ),
+    ).map(lambda parts: "{{'descr': {}, 'fortran_order': {}, 'shape': {}, }}".format(*parts).encode()),
+    st.binary(max_size=40),
+    st.sampled_from([b"(" * 300, b"{'a': ", b"  x\n y", b"'''", b"9" * 5000, b"\\", b"(1)(2)", b"-" * 5000]),
+)
+
+
+@tries(500)
+@given(header=HEADERS, version=st.sampled_from([1, 2, 3]))
+def test_headers_of_arrays(folder, header, version):
+    read_damaged(folder / "a.zip", packed(header, version=version), read_all)
+
+
+@tries(400)
+@given(damage=damages())
+def test_damaged_archives(folder, damage):
+    whole = packed(HEADER)
+    found = read_damaged(folder / "a.zip", damage(whole), read_all)
+    assert found is None or same(found, np.full((4, 16), 1, np.uint8))
+
+
+@tries(400)
+@given(damage=damages())
+def test_damaged_arrays_of_figures(folder, damage):
+    names = DrawnNuclei.__dataclass_fields__
+    arrays = {name: np.arange(12.0).reshape(3, 4) for name in names}
+    np.savez_compressed(folder / "whole.npz", **arrays)
+    content = damage((folder / "whole.npz").read_bytes())
+    found = read_damaged(folder / "a.npz", content, lambda path: read_npz(path, DrawnNuclei, "attention"))
+    assert found is None or all(same(found[name], arrays[name]) for name in names)
+
+
+# References of cell types
+
+
+@pytest.fixture(scope="module")
+def references(folder):
+    """Bytes of a raw and of a prepared reference."""
+    rng = np.random.default_rng(6)
+    counts = rng.poisson(rng.lognormal(0, 0.5, (60, 1)) * rng.uniform(0, 1, 30)).astype(np.float32)
+    obs = pd.DataFrame({"kind": pd.Categorical(["CD4", "tumour", "CD8"] * 20)}, index=[f"c{i}" for i in range(60)])
+    table = anndata.AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(30)]))
+    table.write_h5ad(folder / "raw.h5ad")
+    write_reference(folder / "prepared.h5ad", prepare(folder / "raw.h5ad")[0])
+    return {name: (folder / f"{name}.h5ad").read_bytes() for name in ("raw", "prepared")}
+
+
+def prepare(path):
+    mapping = {"CD4": "T", "CD8": "T", "tumour": "Malignant"}
+    return prepare_reference(path, mapping, label_column="kind", cells_per_type=10, seed=1)
+
+
+@tries(60)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_raw_references_that_end_early(folder, references, share):
+    whole = references["raw"]
+    assert read_damaged(folder / "a.h5ad", whole[: int(share * len(whole))], prepare) is None
+
+
+@tries(200)
+@given(damage=damages())
+def test_damaged_prepared_references(folder, references, damage):
+    found = read_damaged(folder / "b.h5ad", damage(references["prepared"]), read_reference)
+    assert found is None or set(found.obs["type"].astype(str)) <= set(ST_TYPES)
+
+
+# Xenium output folders
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory):
+    made = write_xenium(tmp_path_factory.mktemp("x"), seed=5, size_um=(60, 60), rim_um=0, he_mpp=0.5, alignment=None)
+    return made.outs
+
+
+@tries(400)
+@given(data=st.data(), damage=st.one_of(st.none(), damages()))
+def test_damaged_specifications(folder, outs, data, damage):
+    content = (outs / "experiment.xenium").read_bytes()
+    content = (
+        damage(content) if damage else dump(data.draw(mutations({"pixel_size": 0.2125, "analysis_sw_version": "x"}))[0])
+    )
+    (folder / "specs").mkdir(exist_ok=True)
+    path = folder / "specs" / "experiment.xenium"
+    found = read_damaged(path, content, lambda path: read_specs(path.parent))
+    assert found is None or 0.01 < found.pixel_size < 10
+
+
+@tries(400)
+@given(damage=damages())
+def test_damaged_nuclei(folder, outs, damage):
+    (folder / "nuclei").mkdir(exist_ok=True)
+    path = folder / "nuclei" / "nucleus_boundaries.parquet"
+    content = damage((outs / path.name).read_bytes())
+    found = read_damaged(path, content, lambda path: read_nuclei(path.parent))
+    assert found is None or np.isfinite(found.bounds.to_numpy()).all()
+
+
+ODD_COLUMNS = st.sampled_from(
+    [pa.array([None] * 8, pa.float64()), pa.array(["x"] * 8), pa.array([[1.0]] * 8), pa.array([float("nan")] * 8)]
+    + [pa.array([True] * 8), pa.array([10**9] * 8), pa.array([None, "a"] * 4), pa.array([b"\xff"] * 8)]
+)
+
+
+@tries(200)
+@given(name=st.sampled_from(["cell_id", "vertex_x", "vertex_y", "label_id"]), column=ODD_COLUMNS)
+def test_nuclei_with_odd_columns(folder, name, column):
+    (folder / "nuclei").mkdir(exist_ok=True)
+    corner = pa.array([0.0, 1, 1, 0, 0.0, 1, 1, 0])
+    columns = {"cell_id": pa.array(["a"] * 4 + ["b"] * 4), "vertex_x": corner, "vertex_y": pa.array([0.0, 0, 1, 1] * 2)}
+    path = folder / "nuclei" / "nucleus_boundaries.parquet"
+    pq.write_table(pa.table({**columns, name: column}), path)
+    read_damaged(path, path.read_bytes(), lambda path: read_nuclei(path.parent))
+
+
+@tries(20)
+@given(damage=damages(), name=st.sampled_from(["cell_feature_matrix.h5", "cells.parquet", "cells.zarr.zip"]))
+def test_damaged_counts(outs, tmp_path_factory, damage, name):
+    copy = tmp_path_factory.mktemp("outs")
+    for file in ("experiment.xenium", "cell_feature_matrix.h5", "cells.parquet", "cells.zarr.zip"):
+        shutil.copy(outs / file, copy / file)
+    (copy / name).write_bytes(damage((outs / name).read_bytes()))
+    error, found = refused(read_counts, copy)
+    assert error is None or str(copy) in str(error)
+    assert error is not None or found.n_obs > 0
+    shutil.rmtree(copy)

@@ -1,0 +1,150 @@
+"""Sheets and small tables: valid rows come back; anything else is read as it stands or refused with file and place."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import damages, refused, tries
+
+from celldetr.classes import ST_TYPES
+from celldetr.data.celltypes.reference import LEFT_OUT, read_mapping
+from celldetr.data.splits import PARTS, read_split
+from celldetr.errors import ConfigError
+from celldetr.sheets import ReferenceRow, SlideRow, XeniumRow, read_sheet
+
+ROOT = Path(__file__).parents[2]
+SHEETS = {
+    "xenium": (XeniumRow, "sample"),
+    "slides": (SlideRow, "slide"),
+    "references": (ReferenceRow, "reference"),
+}
+FILES = [
+    (name, (ROOT / "config" / folder / f"{name}.tsv").read_bytes()) for name in SHEETS for folder in (".", "example")
+]
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True)
+CELLS = st.text(st.characters(categories=["L", "N", "P", "S"], exclude_characters="|#"), min_size=1, max_size=9)
+ODD = st.sampled_from(
+    ["", "..", "../x", "a/b", "a\\b", "\x00", "\u2028", '"', "nan", "-", "|", " | ", "x" * 200_000, "1e999"]
+)
+
+
+@tries(200)
+@given(data=st.data(), end=st.sampled_from(["\n", "\r\n"]), mark=st.sampled_from(["", "\ufeff"]))
+def test_valid_rows_come_back(tmp_path_factory, data, end, mark):
+    names = data.draw(st.lists(NAMES, min_size=1, max_size=5, unique_by=str.lower))
+    columns = data.draw(st.permutations(["slide", "use", "tissue", "group", "file", "nuclei", "mpp", "note"]))
+    rows = [
+        {
+            "slide": name,
+            "use": data.draw(st.sampled_from(["yes", "no"])),
+            "tissue": data.draw(CELLS),
+            "group": data.draw(CELLS),
+            "file": " | ".join(f"{cell}.tif" for cell in data.draw(st.lists(CELLS, min_size=1, max_size=3))),
+            "nuclei": data.draw(st.sampled_from(["detect", "a.parquet", "https://x/y | b.json"])),
+            "mpp": data.draw(st.sampled_from(["", "0.25", "1"])),
+            "note": data.draw(st.one_of(st.just(""), CELLS)),
+        }
+        for name in names
+    ]
+    lines = ["# a comment", "\t".join(columns), "", *("\t".join(row[column] for column in columns) for row in rows)]
+    lines = [line if line.strip() else "" for line in lines]
+    path = tmp_path_factory.mktemp("s") / "slides.tsv"
+    path.write_bytes((mark + end.join(lines) + end).encode())
+    first = columns[0]
+    found = read_sheet(path, SlideRow, "slide")
+    rows = [row for row in rows if not row[first].startswith("#")]
+    assert list(found) == [row["slide"] for row in rows]
+    for row in rows:
+        got = found[row["slide"]]
+        assert got.use == (row["use"] == "yes")
+        assert (got.tissue, got.group, got.note) == (row["tissue"], row["group"], row["note"])
+        assert got.file == tuple(row["file"].split(" | "))
+        assert got.mpp == (float(row["mpp"]) if row["mpp"] else None)
+
+
+def check(path, name):
+    """Return whether a sheet is refused; one that is not has names that are names of folders."""
+    kind, key = SHEETS[name]
+    error, found = refused(read_sheet, path, kind, key)
+    if error is not None:
+        assert isinstance(error, ConfigError)
+        assert str(path) in str(error)
+        assert "pydantic" not in str(error)
+        return True
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", row) for row in found)
+    assert len({row.lower() for row in found}) == len(found)
+    return False
+
+
+@tries(500)
+@given(file=st.sampled_from(FILES), damage=damages(), more=st.one_of(st.none(), damages()))
+def test_a_damaged_sheet_is_read_or_refused(tmp_path_factory, file, damage, more):
+    name, content = file
+    path = tmp_path_factory.mktemp("s") / f"{name}.tsv"
+    content = damage(content)
+    path.write_bytes(more(content) if more else content)
+    check(path, name)
+
+
+@tries(400)
+@given(data=st.data(), file=st.sampled_from(FILES))
+def test_a_sheet_with_odd_cells_is_read_or_refused(tmp_path_factory, data, file):
+    name, content = file
+    lines = [line.split("\t") for line in content.decode().splitlines() if line and not line.startswith("#")]
+    for _ in range(data.draw(st.integers(1, 3))):
+        row = data.draw(st.sampled_from(lines))
+        if not row:
+            continue
+        place = data.draw(st.integers(0, len(row) - 1))
+        kind = data.draw(st.sampled_from(["set", "set", "remove", "add"]))
+        if kind == "remove":
+            del row[place]
+        else:
+            row[place : place + (kind == "set")] = [data.draw(st.one_of(ODD, CELLS))]
+    path = tmp_path_factory.mktemp("s") / f"{name}.tsv"
+    path.write_bytes("\n".join("\t".join(row) for row in lines).encode("utf-8", "surrogatepass"))
+    check(path, name)
+
+
+@pytest.mark.parametrize("column", ["slide", "tissue", "group", "use", "nuclei"])
+def test_an_empty_cell_that_is_needed_is_named(tmp_path, column):
+    row = {"slide": "a", "use": "yes", "tissue": "t", "group": "g", "file": "f", "nuclei": "detect"} | {column: " "}
+    path = tmp_path / "slides.tsv"
+    path.write_text("\t".join(row) + "\n" + "\t".join(row.values()) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=column):
+        read_sheet(path, SlideRow, "slide")
+
+
+SPLIT = b"store\tpatch\tpart\nfold1\t0\ttrain\nfold1\t1\tval\nfold1\t2\ttrain\nfold2\t0\ttest\nfold2\t1\ttest\n"
+ODD_CELLS = st.sampled_from([b"", b"-1", b"1.5", b"NA", b"nan", b"9" * 30, b"\xff", b"\x00", b'"', b"a b", b"1\t2"])
+
+
+@tries(400)
+@given(data=st.data(), damage=st.one_of(st.none(), damages()))
+def test_a_changed_split_is_whole_or_refused(tmp_path_factory, data, damage):
+    cells = [line.split(b"\t") for line in SPLIT.splitlines()]
+    row = data.draw(st.sampled_from(cells))
+    row[data.draw(st.integers(0, 2))] = data.draw(ODD_CELLS)
+    content = b"\n".join(map(b"\t".join, cells)) + b"\n"
+    path = tmp_path_factory.mktemp("s") / "split.tsv"
+    path.write_bytes(damage(SPLIT) if damage else content)
+    error, table = refused(read_split, path)
+    assert error is None or str(path) in str(error)
+    if error is None:
+        assert set(table["part"]) <= set(PARTS)
+        assert (table["patch"] >= 0).all()
+        assert table["store"].map(lambda name: isinstance(name, str) and bool(name)).all()
+        assert not table.duplicated(["store", "patch"]).any()
+
+
+@tries(300)
+@given(damage=damages(), more=st.one_of(st.none(), damages()))
+def test_a_changed_mapping_is_whole_or_refused(tmp_path_factory, damage, more):
+    content = damage(b"# labels\nlabel\ttype\nCD4\tT\nCD8 \xc3\xa9\tT\ntumour\tMalignant\ndoublet\t-\n" + b"x" * 8)
+    path = tmp_path_factory.mktemp("m") / "mapping.tsv"
+    path.write_bytes(more(content) if more else content)
+    error, mapping = refused(read_mapping, path)
+    assert error is None or str(path) in str(error)
+    assert error is not None or (set(mapping.values()) <= {*ST_TYPES, LEFT_OUT} and all(mapping))
