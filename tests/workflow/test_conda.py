@@ -18,7 +18,7 @@ from celldetr.settings import merge
 SMALLER = {"training": {"epochs": 1}, "example": {"images": [16, 8, 16]}, "slides": {"total": 24}}
 NOT_IN_THE_EXAMPLE = {"download_imagenet"}  # the example starts from random weights; its script is download_pannuke's
 ABSENT = {
-    "data": ("torch", "tacco", "snakemake_interface_common", "hypothesis"),
+    "data": ("torch", "tacco", "anndata", "hypothesis"),
     "report": ("torch", "tacco", "anndata"),
     "spatial": ("torch", "lightning", "kornia"),
     "training": ("tacco", "anndata", "spatialdata"),
