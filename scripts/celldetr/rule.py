@@ -1,5 +1,6 @@
 """How a rule's script runs: output goes to the rule's log as well; a user's error is printed without a traceback."""
 
+import errno
 import logging
 import sys
 import traceback
@@ -8,6 +9,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from celldetr.errors import CellDETRError
+
+_WRITING = {
+    errno.ENOSPC: "the disk is full; free some space and start again",
+    errno.EDQUOT: "your quota of this disk is used up; free some space and start again",
+    errno.EFBIG: "the file grew larger than the system allows (see ulimit -f); raise that limit and start again",
+    errno.EROFS: "the file system is read-only; make it writable, or run in another folder",
+    errno.EACCES: "not permitted; change the permissions of the file and its folder, or run in another folder",
+}
 
 
 class _Tee:
@@ -36,7 +45,8 @@ class _Tee:
 def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run `main(snakemake)` with stdout and stderr copied to the rule's log.
 
-    A `CellDETRError` ends the process with status 1 and its message alone; any other error keeps its traceback.
+    A `CellDETRError`, a full or read-only disk and a lack of memory end the process with status 1 and a message alone;
+    any other error keeps its traceback.
 
     Parameters
     ----------
@@ -65,9 +75,21 @@ def _run(main: Callable[[Any], None], snakemake: Any) -> None:
     )
     try:
         main(snakemake)
-    except CellDETRError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            traceback.print_exc()
+        else:
+            print(f"error: {message}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
         sys.exit(1)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+
+
+def _message(error: Exception) -> str | None:
+    """Return what to tell a user instead of a traceback; None for an error that is not theirs to mend."""
+    if isinstance(error, CellDETRError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); give the rule more mem_mb (--set-resources) and start again"
+    if isinstance(error, OSError) and error.errno in _WRITING:
+        return f"{error.filename or error}: {_WRITING[error.errno]}"
+    return None

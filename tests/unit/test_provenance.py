@@ -1,5 +1,6 @@
 """Hashes of code, provenance files, and the frame around rule scripts."""
 
+import errno
 import json
 import re
 import shutil
@@ -124,7 +125,14 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "shown", "hidden"),
-    [(InputError("say"), "error: say", "Traceback"), (KeyError("k"), "Traceback", "error: ")],
+    [
+        (InputError("say"), "error: say", "Traceback"),
+        (KeyError("k"), "Traceback", "error: "),
+        (OSError(errno.ENOSPC, "No space", "a.zarr"), "error: a.zarr: the disk is full; free some space", "Traceback"),
+        (OSError(errno.EROFS, "Read-only", "a.zarr"), "error: a.zarr: the file system is read-only", "Traceback"),
+        (OSError(errno.EINVAL, "wrong"), "Traceback", "error: "),
+        (MemoryError("2 GiB"), "error: out of memory (2 GiB); give the rule more mem_mb", "Traceback"),
+    ],
 )
 def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, shown, hidden):
     def main(snakemake):
