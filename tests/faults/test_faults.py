@@ -1,0 +1,265 @@
+"""Faults at the worst moments: each ends in a clear error or is recovered from, and no output is damaged.
+
+Faults with tests elsewhere: broken transfers, wrong checksums, disks that fill up in a download (test_download.py,
+test_members.py), archives with damage, pickles or members that leave their folder (test_pannuke.py, test_members.py),
+each array of a patch store (test_store.py), killed and stopped training, a loss that is no number, checkpoints of other
+runs (test_training.py), hostile model files (test_checkpoints.py), cells of sheets (test_sheets.py), settings
+(test_config.py).
+"""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from run_job import checksum
+from small_run import small_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KILLED = (
+    *("make_example", "download_pannuke", "download_xenium", "convert_pannuke", "split_pannuke"),
+    *("register_xenium", "prepare_reference", "annotate_xenium", "extract_xenium", "split_xenium", "save_spatialdata"),
+    *("detect_slide", "extract_slide", "choose_slide_patches"),
+    *("train", "predict", "score", "similarity", "readout", "table", "figure5a"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return small_run(tmp_path_factory)
+
+
+@pytest.fixture
+def work(finished, tmp_path):
+    copy = finished.copy(tmp_path / "work")
+    yield copy
+    shutil.rmtree(copy.work)
+
+
+def leftovers(folder):
+    """Temporary files and folders below a folder."""
+    return [path for path in (folder / "results").rglob(".*") if path.name.endswith((".incomplete", ".part", ".copy"))]
+
+
+def fails(attempt, *words):
+    """Check that an attempt ended in an error for people: the words, no traceback, no output."""
+    assert attempt["status"] == 1, attempt["text"][-3000:]
+    assert "Traceback" not in attempt["text"], attempt["text"][-3000:]
+    error = attempt["text"].partition("error: ")[2]
+    for word in words:
+        assert word in error
+    assert set(attempt["outputs"].values()) == {None}
+
+
+@pytest.mark.parametrize("rule", KILLED)
+def test_a_killed_job_leaves_no_damage_and_the_next_try_gives_the_same(work, rule):
+    draw = random.Random(rule)
+    moments = [f"kill_change={draw.random():.3f}", f"kill_change={draw.random():.3f}", "kill_change=1"]
+    moments.append(f"kill_seconds={draw.random():.3f}")
+    first, *killed, last = work.run_job(rule, "none", *moments, "none")
+    assert first["status"] == 0, first["text"][-3000:]
+    wanted = first["outputs"]
+    assert None not in wanted.values()
+    for attempt in killed:
+        assert attempt["status"] in (-9, 0), attempt["text"][-3000:]  # 0: it had ended before that moment
+        for path, content in attempt["outputs"].items():
+            assert content in (None, wanted[path]), f"{path} is damaged after {attempt['fault']}"
+    assert killed[0]["status"] == -9
+    assert last["status"] == 0, last["text"][-3000:]
+    assert last["outputs"] == wanted
+    assert leftovers(work.work) == []
+
+
+def undamaged(finished, rule, attempt):
+    """Check that an output that is there is the one of the finished run."""
+    for path, content in attempt["outputs"].items():
+        assert content in (None, checksum(finished.work / path)), f"{path} is damaged"
+
+
+@pytest.mark.parametrize(
+    "rule", ["make_example", "download_xenium", "convert_pannuke", "extract_xenium", "predict", "attention"]
+)
+def test_a_disk_that_fills_up_is_named_and_nothing_half_written_gets_a_name(finished, work, rule):
+    full, after = work.run_job(rule, "file_bytes=1500", "none")
+    assert full["status"] == 1
+    assert "Traceback" not in full["text"], full["text"][-3000:]
+    assert re.search(r"error: [\s\S]*(larger than the system allows|File too large)", full["text"])
+    undamaged(finished, rule, full)
+    assert after["status"] == 0, after["text"][-3000:]
+    undamaged(finished, rule, after)
+    assert leftovers(work.work) == []
+
+
+@pytest.fixture
+def small_disk(work):
+    """Put the stores of PanNuke on a disk of 64 KiB; skipped where the user may not mount."""
+    folder = work.work / "results" / "pannuke"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_and_a_read_only_one_are_named(finished, work, small_disk):
+    (full,) = work.run_job("convert_pannuke", "none")
+    fails(full, "the disk is full; free some space and start again")
+    assert list(small_disk.iterdir()) == []
+    subprocess.run(["mount", "-o", "remount,ro,size=64m", str(small_disk)], check=True)
+    (read_only,) = work.run_job("convert_pannuke", "none")
+    fails(read_only, str(small_disk.relative_to(work.work)), "the file system is read-only")
+    subprocess.run(["mount", "-o", "remount,rw,size=64m", str(small_disk)], check=True)
+    (after,) = work.run_job("convert_pannuke", "none")
+    assert after["status"] == 0, after["text"]
+    undamaged(finished, "convert_pannuke", after)
+
+
+@pytest.mark.parametrize("rule", ["convert_pannuke", "predict"])
+def test_too_little_memory_ends_the_job_and_damages_nothing(finished, work, rule):
+    attempts = work.run_job(rule, *(f"more_memory={size << 20}" for size in (1, 8, 32)), "none")
+    for attempt in attempts:
+        undamaged(finished, rule, attempt)
+    assert attempts[0]["status"] != 0
+    assert attempts[-1]["status"] == 0, attempts[-1]["text"][-3000:]
+
+
+def flip(path, at=0.5):
+    """Change one bit in a file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 16
+    path.unlink()  # it may be linked to the original
+    path.write_bytes(content)
+
+
+def damage_archive(folder):
+    path = next((folder / "example-input" / "xenium").glob("*_outs.zip"))
+    for path in (folder / "example-input" / "xenium").glob("*_outs.zip"):
+        with zipfile.ZipFile(path) as archive:
+            member = next(item for item in archive.infolist() if item.filename.endswith("cell_feature_matrix.h5"))
+        flip(path, (member.header_offset + 200 + member.compress_size // 2) / path.stat().st_size)
+
+
+def damage_images(folder):
+    for store in (folder / "results").rglob("*.zarr"):
+        for shard in (path for path in (store / "images" / "c").rglob("*") if path.is_file()):
+            flip(shard)
+
+
+def damage_boxes(folder):
+    for store in (folder / "results").rglob("*.zarr"):
+        for chunk in (path for path in (store / "boxes" / "c").rglob("*") if path.is_file()):
+            chunk.write_bytes(chunk.read_bytes()[:-4])
+
+
+def models(folder):
+    return list((folder / "results" / "models").rglob("model.pt"))
+
+
+def cut_model(folder):
+    for path in models(folder):
+        path.write_bytes(path.read_bytes()[:-3000])
+
+
+def no_number(folder):
+    for path in models(folder):
+        content = torch.load(path, weights_only=True)
+        next(iter(content["state"].values())).view(-1)[0] = float("nan")
+        torch.save(content, path)
+
+
+class Hostile:
+    """Would make a file when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def hostile_model(folder):
+    for path in models(folder):
+        torch.save({"format": 1, "settings": {}, "state": {}, "extra": Hostile()}, path)
+
+
+def hostile_checkpoint(folder):
+    for path in models(folder):
+        checkpoints = path.parent / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        torch.save({"training_format": 1, "experiment": Hostile()}, checkpoints / "last.ckpt")
+
+
+def cut(pattern):
+    def damage(folder):
+        for path in (folder / "results").rglob(pattern):
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content[: len(content) // 2])
+
+    damage.__name__ = f"cut {pattern}"
+    return damage
+
+
+DAMAGES = [
+    ("download_xenium", damage_archive, "cell_feature_matrix.h5"),
+    ("predict", damage_images, ".zarr"),
+    ("attention", damage_images, ".zarr"),
+    ("train", damage_boxes, ".zarr"),
+    ("score", damage_boxes, ".zarr"),
+    ("split_xenium", damage_boxes, ".zarr"),
+    ("choose_slide_patches", damage_boxes, ".zarr"),
+    ("predict", cut_model, "model.pt"),
+    ("similarity", cut_model, "model.pt"),
+    ("detect_slide", no_number, "not finite"),
+    ("readout", no_number, "not finite"),
+    ("attention", hostile_model, "could run code"),
+    ("train", hostile_checkpoint, "could run code"),
+    ("score", cut("*.parquet"), ".parquet"),
+    ("extract_xenium", cut("registration.json"), "registration.json"),
+    ("extract_xenium", cut("cells.parquet"), "cells.parquet"),
+    ("extract_xenium", cut("he_image.tif"), "he_image.tif"),
+    ("register_xenium", cut("he_image.tif"), "he_image.tif"),
+    ("annotate_xenium", cut("drawn.h5ad"), "drawn.h5ad"),
+    ("prepare_reference", cut("drawn.h5ad"), "drawn.h5ad"),
+    ("figure3", cut("*.npz"), ".npz"),
+    ("figure3", cut("*.json"), ".json"),
+    ("figure4b", cut("log.jsonl"), "log.jsonl"),
+    ("figure4c", cut("*.npz"), ".npz"),
+]
+
+
+@pytest.mark.parametrize(("rule", "damage", "word"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_damaged_input_is_refused_by_name(work, rule, damage, word):
+    damage(work.work)
+    (attempt,) = work.run_job(rule, "none")
+    fails(attempt, word)
+    assert not (work.work / "it-ran").exists()
+    assert leftovers(work.work / "results" / "pannuke") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("\n", "\r\n"), None),
+        (lambda text: "\ufeff" + text, None),
+        (lambda text: text.replace("drawn_2\tyes", "../drawn_2\tyes"), "row 2: sample: got '../drawn_2'"),
+        (lambda text: text.replace("drawn_2\tyes", "drawn_1\tyes"), "row 2: sample: got 'drawn_1' twice"),
+        (lambda text: text.replace("\the\t", "\thelp\t"), "columns: unknown ['help'], missing ['he']"),
+    ],
+    ids=["Windows line ends", "byte order mark", "path", "twice", "column"],
+)
+def test_sheets_of_other_systems_are_read_and_wrong_ones_stop_the_driver(work, change, message):
+    sheet = work.work / "xenium.tsv"
+    text = (work.source / "config" / "example" / "xenium.tsv").read_text(encoding="utf-8")
+    sheet.write_text(change(text), encoding="utf-8", newline="")
+    config = work.work / "config.yaml"
+    config.write_text(config.read_text().replace("config/example/xenium.tsv", str(sheet)), encoding="utf-8")
+    done = work.snakemake("all", "--dry-run")
+    assert (done.returncode == 0) == (message is None), done.stdout[-3000:]
+    assert (message or "Nothing to be done") in done.stdout
