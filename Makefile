@@ -47,8 +47,8 @@ example: $(STAMP) ## make the example data, train the three small models, write 
 	snakemake --profile example --cores $(CORES) all
 	snakemake --profile example --cores $(CORES) --report report.html
 
-test: $(STAMP) ## run the tests; those on a real Slurm and of conda environments: pytest tests/slurm tests/workflow/test_conda.py
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope -m "not slurm" --ignore tests/workflow/test_conda.py
+test: $(STAMP) ## run all tests
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope
 
 lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)
 	ruff check .
