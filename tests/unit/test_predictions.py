@@ -159,6 +159,9 @@ def test_other_files_are_refused(tmp_path):
     for key in ("classes", "n_patches", "nucleus_threshold"):
         without = json.dumps({k: v for k, v in own.items() if k != key}).encode()
         refused(table.replace_schema_metadata({METADATA_KEY: without}), f"key '{key}': got None")
+    for count in (-1, 10**19):
+        wrong = json.dumps({**own, "n_patches": count}).encode()
+        refused(table.replace_schema_metadata({METADATA_KEY: wrong}), "key 'n_patches': got a count out of range")
     path.write_bytes(b"not parquet")
     with pytest.raises(InputError, match=r"a.parquet: cannot be read as Parquet"):
         read_predictions(path)

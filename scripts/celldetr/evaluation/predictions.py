@@ -320,6 +320,11 @@ def _metadata(path: str | os.PathLike[str], raw: Mapping[bytes, bytes]) -> dict[
         if not isinstance(metadata, dict) or not isinstance(metadata.get(key), kind):
             got = metadata.get(key) if isinstance(metadata, dict) else metadata
             raise InputError(f"{path}: metadata 'celldetr', key {key!r}: got {got!r}, expected {words}")
+    most = np.iinfo(np.int32).max  # patches are numbered in 32 bits
+    if not 0 <= metadata["n_patches"] <= most:
+        raise InputError(
+            f"{path}: metadata 'celldetr', key 'n_patches': got a count out of range, expected 0 to {most}"
+        )
     if not metadata["classes"]:
         raise InputError(f"{path}: metadata 'celldetr', key 'classes': got none, expected at least one name")
     return metadata
