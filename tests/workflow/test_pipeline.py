@@ -353,6 +353,22 @@ def test_a_wrong_configuration_stops_before_anything_runs(tmp_path, changes, mes
     assert not (tmp_path / "results").exists()
 
 
+def test_two_drivers_in_one_folder_are_refused(tmp_path):
+    workflow = Workflow(tmp_path)
+    command = workflow.command("results/pannuke/split1.tsv")
+    first = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob(".snakemake/locks/*")) and first.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        second = workflow("results/pannuke/fold1.zarr")
+        assert second.returncode != 0
+        assert "cannot be locked" in second.stdout
+    finally:
+        assert first.wait(600) == 0
+    assert (tmp_path / "results" / "pannuke" / "split1.tsv").is_file()
+
+
 def test_a_missing_archive_is_named(tmp_path):
     workflow = Workflow(tmp_path)
     workflow.config["example"] = None
