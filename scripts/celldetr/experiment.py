@@ -71,7 +71,9 @@ class ModelConfig(Settings):
     position_offset: Share = Field(
         0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
     )
-    sampling: Literal["fast", "reference"] = Field("fast", description="form of the deformable sampling; same result")
+    fast: bool = Field(
+        True, description="false: plain grid_sample form of the sampling, and fp32 in training; the same result, slowly"
+    )
     projection: Annotated[int, Field(ge=0)] = Field(
         0, description="outputs of the projection head of contrastive pretraining (stage ssl; paper: 128); 0: no head"
     )
@@ -187,7 +189,11 @@ class TrainingConfig(Settings):
     )
     workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes when cache is none")
     gpus: Count = Field(1, description="devices that share a batch")
-    compile: bool = Field(False, description="torch.compile the deformable sampling (needs a compiler)")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="torch.compile the deformable sampling; auto: on GPUs, where there is a C compiler and no package "
+        "deformops",
+    )
     probe: Literal["none", "head", "representation"] = Field(
         "none",
         description="what trains: none: everything; head: the class head alone (linear probe); representation: it and "

@@ -22,7 +22,7 @@ from celldetr.classes import PANNUKE_CLASSES
 from celldetr.experiment import LossSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import DeformableAttention
-from celldetr.model.sampling import sampler
+from celldetr.model.sampling import choose
 from celldetr.training.data import Targets
 from celldetr.training.losses import class_loss, detection_losses, weighted
 from celldetr.training.matching import match
@@ -43,7 +43,7 @@ def build(mode: str) -> CellDETR:
 
 def use(model: CellDETR, form: str) -> None:
     """Let every attention of a model sample by a form: reference, fast or compiled."""
-    sample = sampler("fast", compiled=True) if form == "compiled" else sampler(form)
+    sample = choose("cpu", fast=form != "reference", compiled=form == "compiled").function
     for module in model.modules():
         if isinstance(module, DeformableAttention):
             module.sample = sample
@@ -65,7 +65,7 @@ def training_step(model: CellDETR, images: torch.Tensor, targets: Targets, optim
     matches = match(logits.detach(), boxes.detach(), targets, weights)
     losses = detection_losses(logits, boxes, targets, matches, NUCLEI)
     if mode == "sequential":
-        last = matches.of_layer(len(logits) - 1)
+        last = matches.of_layer(len(logits) - 1, len(logits))
         classes = model.classify(model.represent(features, boxes[-1])[last.image, last.query])
         losses["classes"] = class_loss(classes, targets.labels[last.image, last.box], NUCLEI)
     elif mode == "parallel":

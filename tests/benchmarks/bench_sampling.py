@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from celldetr.model.sampling import sample_fast, sample_reference, sampler
+from celldetr.model.sampling import choose, sample_portable, sample_reference
 
 SHAPES = ((64, 64), (32, 32), (16, 16), (8, 8))
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -64,10 +64,10 @@ def main() -> None:
     torch.set_num_threads(1)
     tensors = inputs()
     print(f"torch {torch.__version__}, one thread; faster than the grid_sample form by:")
-    compare("forward", sample_fast, tensors, backward=False, repeats=repeats)
-    compare("forward + backward", sample_fast, tensors, backward=True, repeats=repeats)
+    compare("forward", sample_portable, tensors, backward=False, repeats=repeats)
+    compare("forward + backward", sample_portable, tensors, backward=True, repeats=repeats)
     if shutil.which("gcc") or shutil.which("clang"):
-        compiled = sampler("fast", compiled=True)
+        compiled = choose("cpu", fast=True, compiled=True).function
         compare("forward, compiled", compiled, tensors, backward=False, repeats=repeats)
         compare("forward + backward, compiled", compiled, tensors, backward=True, repeats=repeats)
     else:

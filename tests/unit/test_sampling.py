@@ -1,5 +1,8 @@
-"""The two forms of deformable sampling agree with each other and with published reference numbers."""
+"""The forms of deformable sampling agree with each other and with published reference numbers."""
 
+import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,9 @@ from hypothesis import strategies as st
 
 from celldetr.errors import ConfigError
 from celldetr.model import sampling
-from celldetr.model.sampling import sample_fast, sample_reference, sampler
+from celldetr.model.sampling import choose, sample_portable, sample_reference
 
-FORMS = {"reference": sample_reference, "fast": sample_fast}
+FORMS = {"reference": sample_reference, "portable": sample_portable}
 SHAPES = ((6, 9), (3, 4), (1, 1))
 
 
@@ -60,7 +63,7 @@ def test_reproduces_reference_numbers(form):
 )
 def test_forms_agree_in_value_and_gradient(shapes, batch, queries, heads, points, spread, seed):
     tensors = draw(batch, queries, heads, 3, points, tuple(shapes), seed=seed, spread=spread)
-    for fast, plain in zip(run("fast", tensors, shapes), run("reference", tensors, shapes), strict=True):
+    for fast, plain in zip(run("portable", tensors, shapes), run("reference", tensors, shapes), strict=True):
         torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-9)
 
 
@@ -80,7 +83,7 @@ def test_gradients_are_those_of_finite_differences():
         place = locations[..., level, :, :] * torch.tensor([width, height]) - 0.5
         assert (place - place.round()).abs().min() > 1e-4
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda v, loc, w: sample_fast(v, ((3, 4), (2, 2)), loc, w), leaves)
+    assert torch.autograd.gradcheck(lambda v, loc, w: sample_portable(v, ((3, 4), (2, 2)), loc, w), leaves)
 
 
 def test_a_pixel_centre_gives_the_pixel_and_far_outside_is_zero():
@@ -93,7 +96,7 @@ def test_a_pixel_centre_gives_the_pixel_and_far_outside_is_zero():
 
 def test_half_precision_values_are_sampled_in_single_precision():
     value, locations, weights = draw(dtype=torch.float32)
-    result = sample_fast(value.bfloat16(), SHAPES, locations, weights)
+    result = sample_portable(value.bfloat16(), SHAPES, locations, weights)
     assert result.dtype == torch.bfloat16
     exact = sample_reference(value.bfloat16().float(), SHAPES, locations, weights)
     torch.testing.assert_close(result.float(), exact, atol=1e-2, rtol=1e-2)
@@ -101,50 +104,88 @@ def test_half_precision_values_are_sampled_in_single_precision():
 
 def test_no_queries():
     value, locations, weights = draw()
-    assert sample_fast(value, SHAPES, locations[:, :0], weights[:, :0]).shape == (2, 0, 6)
+    assert sample_portable(value, SHAPES, locations[:, :0], weights[:, :0]).shape == (2, 0, 6)
 
 
 def test_images_and_queries_do_not_see_each_other():
     value, locations, weights = draw()
-    whole = sample_fast(value, SHAPES, locations, weights)
+    whole = sample_portable(value, SHAPES, locations, weights)
     order = torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(sample_fast(value, SHAPES, locations[:, order], weights[:, order]), whole[:, order])
-    torch.testing.assert_close(sample_fast(value[1:], SHAPES, locations[1:], weights[1:]), whole[1:])
+    torch.testing.assert_close(sample_portable(value, SHAPES, locations[:, order], weights[:, order]), whole[:, order])
+    torch.testing.assert_close(sample_portable(value[1:], SHAPES, locations[1:], weights[1:]), whole[1:])
 
 
 def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
     value, locations, weights = draw(batch=3, queries=7, dtype=torch.float32)
-    whole = sample_fast(value.requires_grad_(), SHAPES, locations, weights)
+    whole = sample_portable(value.requires_grad_(), SHAPES, locations, weights)
     for at_once in (1, 12, 48, 60):  # points; a query has 12
         monkeypatch.setattr(sampling, "_POINTS_AT_ONCE", at_once)
-        assert torch.equal(sample_fast(value.detach(), SHAPES, locations, weights), whole)
+        assert torch.equal(sample_portable(value.detach(), SHAPES, locations, weights), whole)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_a_location_that_is_not_a_number_shows_in_the_result_of_its_query_only(heads):
     value, locations, weights = draw(heads=heads)
     locations[0, 1, :, 0, 0, 0] = float("nan")
-    result = run("fast", (value, locations, weights))[0]
+    result = run("portable", (value, locations, weights))[0]
     assert result[0, 1].isnan().all()
     assert torch.equal(result.isnan().any(dim=-1).nonzero(), torch.tensor([[0, 1]]))
-
-
-def test_kernels_are_told_sizes_and_starts_of_the_levels():
-    sizes, starts = sampling._level_table(SHAPES, torch.device("cpu"))
-    assert sizes.tolist() == [[6, 9], [3, 4], [1, 1]]
-    assert starts.tolist() == [0, 54, 66]
 
 
 def test_geometry_made_without_gradients_serves_training():
     shapes = ((5, 7),)
     tensors = draw(shapes=shapes)
     with torch.inference_mode():
-        sample_fast(tensors[0], shapes, *tensors[1:])
-    run("fast", tensors, shapes)
+        sample_portable(tensors[0], shapes, *tensors[1:])
+    run("portable", tensors, shapes)
 
 
-def test_names_of_the_settings():
-    assert sampler("fast") is sample_fast
-    assert sampler("reference") is sample_reference
-    with pytest.raises(ConfigError, match="got 'fastest', expected one of fast, reference"):
-        sampler("fastest")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_form_agrees_in_value_and_gradient(monkeypatch, fused):
+    """`fused` is the form that a GPU compiles."""
+    if fused:
+        monkeypatch.setattr(sampling, "_row_sum", lambda device: sampling._gathered_rows)
+    monkeypatch.setitem(FORMS, "compiled", choose("cpu", fast=True, compiled=True).function)
+    tensors = draw()
+    for compiled, plain in zip(run("compiled", tensors), run("reference", tensors), strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-10, rtol=1e-9)
+
+
+def form(monkeypatch, device, *, compiler=True, kernels=False, **options):
+    """Name of the form that is chosen where there are such tools."""
+    monkeypatch.setattr(sampling.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+    monkeypatch.setattr(sampling.importlib.util, "find_spec", lambda name: "found" if kernels else None)
+    return choose(device, **options).name
+
+
+def test_choice_of_the_form(monkeypatch):
+    def chosen(*given, **options):
+        return form(monkeypatch, *given, **options)
+
+    assert chosen("cuda", fast=True, kernels=True) == "kernels of deformops"
+    assert chosen("cuda", fast=True) == chosen("cpu", fast=True, compiled=True) == "portable form, compiled"
+    assert chosen("cuda", fast=True, compiler=False) == chosen("cuda", fast=True, compiled=False) == "portable form"
+    assert chosen("cpu", fast=True, kernels=True) == "portable form"
+    assert chosen("cuda", fast=False, kernels=True, compiled=True) == "plain form (grid_sample)"
+    with pytest.raises(ConfigError, match=r"training.compile: got true, but there is no C\+\+ compiler"):
+        chosen("cpu", fast=True, compiled=True, compiler=False)
+
+
+def test_kernels_get_what_they_ask_for(monkeypatch):
+    """A stand-in for the package, on the CPU: levels by sizes and starts, all in float32."""
+
+    def msda(value, sizes, starts, locations, weights):
+        assert starts.tolist() == [0, 54, 66]
+        assert {x.dtype for x in (value, locations, weights)} == {torch.float32}
+        return sample_reference(value, [tuple(size) for size in sizes.tolist()], locations, weights)
+
+    package = types.SimpleNamespace(registry=types.SimpleNamespace(msda=msda))
+    monkeypatch.setitem(sys.modules, "deformops", package)
+    monkeypatch.setitem(sys.modules, "deformops.registry", package.registry)
+    value, locations, weights = draw()
+    found = sampling.sample_kernels(value.bfloat16(), SHAPES, locations, weights)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found.double(), sample_reference(value, SHAPES, locations, weights), atol=2e-2, rtol=2e-2
+    )

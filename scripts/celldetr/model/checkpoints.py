@@ -5,6 +5,7 @@ A model file holds {"format": 1, "settings": {...}, "classes": [...], "state": {
 """
 
 import argparse
+import logging
 import os
 import pickle
 import re
@@ -20,8 +21,11 @@ from celldetr.errors import ConfigError, InputError
 from celldetr.experiment import ModelSettings
 from celldetr.files import atomic
 from celldetr.model.celldetr import CellDETR
+from celldetr.model.deformable_attention import use_sampling
 
 FORMAT = 1
+
+log = logging.getLogger(__name__)
 
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _PLAIN: list[Any] = [
@@ -76,6 +80,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         raise InputError(f"{path}: its settings are not those of this version of celldetr; {error}") from error
     model = CellDETR(settings)
     load_exactly(model, content["state"], path)
+    log.info("deformable sampling: %s", use_sampling(model, device))
     return model.to(device).eval()
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from celldetr.model.sampling import Shapes, sampler
+from celldetr.constants import constant
+from celldetr.model.sampling import Compile, Shapes, choose
 
 OffsetInit = Literal["authors", "spread"]
 
@@ -41,8 +42,8 @@ class DeformableAttention(nn.Module):
     offset_init
         Distances of the points at the start: ``authors`` 1 to P (through tanh nearly all on the border of the box),
         ``spread`` at 1/(2P), 3/(2P), ... of the half box. Of constrained attention only.
-    sampling
-        Name of the sampling form, see `celldetr.model.sampling.sampler`.
+    fast
+        False: the plain form of the sampling. The fast form is that of the CPU until `use_sampling` takes another.
     """
 
     def __init__(
@@ -54,14 +55,15 @@ class DeformableAttention(nn.Module):
         *,
         constrained: bool = False,
         offset_init: OffsetInit = "authors",
-        sampling: str = "fast",
+        fast: bool = True,
     ) -> None:
         super().__init__()
         if d_model % heads:
             raise ValueError(f"d_model: got {d_model}, expected a multiple of heads ({heads})")
         self.heads, self.levels, self.points = heads, levels, points
         self.constrained = constrained
-        self.sample = sampler(sampling)
+        self.fast = fast
+        self.sample = choose("cpu", fast=fast, compiled=False).function
         self.sampling_offsets = nn.Linear(d_model, heads * levels * points * 2)
         self.attention_weights = nn.Linear(d_model, heads * levels * points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -150,5 +152,17 @@ class DeformableAttention(nn.Module):
         if reference.shape[-1] != 2 or self.constrained:
             wanted = "4 (box)" if self.constrained else "2 (point) or 4 (box)"
             raise ValueError(f"reference: got {reference.shape[-1]} numbers per query, expected {wanted}")
-        size = offsets.new_tensor([[width, height] for height, width in shapes])
+        size = constant(tuple((width, height) for height, width in shapes), offsets.device, offsets.dtype)
         return reference + offsets / size[:, None]
+
+
+def use_sampling(model: nn.Module, device: torch.device | str, *, compiled: Compile = "auto") -> str:
+    """Let all attentions of a model sample by the fastest form that a device has, and say which that is.
+
+    Parameters and errors are those of `celldetr.model.sampling.choose`.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, DeformableAttention)]
+    form = choose(device, fast=all(module.fast for module in attentions), compiled=compiled)
+    for module in attentions:
+        module.sample = form.function
+    return form.name

@@ -1,10 +1,10 @@
-"""Multi-scale deformable sampling (paper, eqs. 1 and 2) in two forms that compute the same.
+"""Multi-scale deformable sampling (paper, eqs. 1 and 2) in forms that compute the same; `choose` takes one.
 
-`sample_reference` says what is computed: `grid_sample` per level, then a weighted sum. `sample_fast`, the default, sees
-the sampled sum of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P
+`sample_reference` says what is computed: `grid_sample` per level, then a weighted sum. `sample_portable` sees the
+sampled sum of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P
 points, with attention times bilinear weight as the row's weight. The table gets a border of zeros around each level, so
-that a point outside of the map needs no case of its own. On CUDA, the kernels of the optional package `deformops` are
-used when it is installed.
+that a point outside of the map needs no case of its own. `sample_kernels` are those of the optional package
+`deformops`, for CUDA.
 
 Shapes, with B images, T tokens, H heads, D channels per head, Q queries, L levels, P points:
 value (B, T, H, D), levels one after another, row by row; shapes, (height, width) of the L levels;
@@ -15,9 +15,10 @@ weights (B, Q, H, L, P); result (B, Q, H * D).
 import functools
 import importlib.util
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.sparse import csr_array
@@ -33,28 +34,48 @@ _POINTS_AT_ONCE = 65536
 
 Shapes = Sequence[tuple[int, int]]
 Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
+Geometry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Compile = Literal["auto"] | bool
+
+_COMPILERS = {"cpu": ("c++", "g++", "clang++"), "cuda": ("cc", "gcc", "clang")}
 
 
-def sampler(name: str, *, compiled: bool = False) -> Sampler:
-    """Find a sampling function by its name in the settings: ``fast`` or ``reference``.
+class Sampling(NamedTuple):
+    """A form of the sampling, and what to call it in a log."""
+
+    function: Sampler
+    name: str
+
+
+def choose(device: torch.device | str, *, fast: bool, compiled: Compile = "auto") -> Sampling:
+    """Choose the fastest form that a device has.
 
     Parameters
     ----------
-    name
-        Name of the form.
+    device
+        Where it will run.
+    fast
+        False takes the plain form, `sample_reference`, everywhere.
     compiled
-        Pass it through `torch.compile`.
+        Whether the portable form passes through `torch.compile`. ``auto``: on CUDA, where a C compiler is found.
 
     Raises
     ------
     ConfigError
-        There is no form of this name.
+        `compiled` is true and there is no compiler.
     """
-    forms: dict[str, Sampler] = {"fast": sample_fast, "reference": sample_reference}
-    if name not in forms:
-        raise ConfigError(f"sampling: got {name!r}, expected one of {', '.join(forms)}")
-    function = forms[name]
-    return torch.compile(function) if compiled else function
+    if not fast:
+        return Sampling(sample_reference, "plain form (grid_sample)")
+    kind = torch.device(device).type
+    if kind == "cuda" and importlib.util.find_spec("deformops") is not None:
+        return Sampling(sample_kernels, "kernels of deformops")
+    compiler = next(filter(shutil.which, _COMPILERS["cuda" if kind == "cuda" else "cpu"]), None)
+    if compiled is True and compiler is None:
+        raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
+    if compiled is True or (compiled == "auto" and kind == "cuda" and compiler is not None):
+        compiled_core = torch.compile(_sample_rows)
+        return Sampling(functools.partial(sample_portable, core=compiled_core), "portable form, compiled")
+    return Sampling(sample_portable, "portable form")
 
 
 def sample_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -72,24 +93,42 @@ def sample_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
     return summed.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
 
 
-def sample_fast(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sample_kernels(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Sample with the kernels of `deformops`, in float32; shapes at the top of this module."""
+    from deformops.registry import msda
+
+    exact = value.float(), *_level_table(tuple(shapes), value.device), locations.float(), weights.float()
+    sampled: Tensor = msda(*exact)
+    return sampled.to(value.dtype)
+
+
+def sample_portable(
+    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, *, core: Callable[..., Tensor] | None = None
+) -> Tensor:
     """Sample by weighted sums over table rows; shapes at the top of this module.
 
-    Half precision values are sampled in float32 and returned in their own type.
+    Half precision values are sampled in float32 and returned in their own type. `core` is the compiled form of what
+    does it; the tables of the levels are made outside of it, once.
     """
+    heads, points = weights.shape[2], weights.shape[4]
+    geometry = _geometry(tuple(shapes), heads, points, locations.device)
+    return (core or _sample_rows)(value, tuple(shapes), locations, weights, geometry)
+
+
+def _sample_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, geometry: Geometry) -> Tensor:
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     values, locations, weights = value.to(exact), locations.to(exact), weights.to(exact)
-    if value.is_cuda and (kernels := _cuda_kernels()) is not None:
-        return kernels(values, *_level_table(tuple(shapes), value.device), locations, weights).to(value.dtype)
     table = _bordered(values, shapes)
     image = torch.arange(batch, dtype=torch.int32, device=value.device) * (table.shape[1] * heads)
-    points = locations.flatten(0, 1), weights.flatten(0, 1), image.view(-1, 1).expand(batch, queries).flatten()
-    size = _queries_at_once(table, *points[:2])
+    image = image.view(-1, 1).expand(batch, queries).flatten()
+    locations, weights = locations.flatten(0, 1), weights.flatten(0, 1)
+    size = _queries_at_once(table, locations, weights)
+    weighted_sum = _row_sum(value.device)
     sums = [
-        _weighted_rows(table.view(-1, channels), *_corners(*part, shapes=shapes))
-        for part in zip(*(tensor.split(size) for tensor in points), strict=True)
+        weighted_sum(table.view(-1, channels), *_corners(*part, geometry))
+        for part in zip(locations.split(size), weights.split(size), image.split(size), strict=True)
     ]
     return torch.cat(sums).view(batch, queries, heads * channels).to(value.dtype)
 
@@ -103,14 +142,14 @@ def _queries_at_once(table: Tensor, locations: Tensor, weights: Tensor) -> int:
     return max(1, _POINTS_AT_ONCE // math.prod(per_query))
 
 
-@functools.cache
-def _cuda_kernels() -> Callable[..., Tensor] | None:
-    if importlib.util.find_spec("deformops") is None:
-        return None
-    from deformops.registry import msda
+def _row_sum(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Way to sum table rows: a compiler for GPUs fuses the plain product with the arithmetic that leads to it."""
+    return _gathered_rows if device.type == "cuda" and torch.compiler.is_compiling() else _weighted_rows
 
-    found: Callable[..., Tensor] = msda
-    return found
+
+def _gathered_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum as `_weighted_rows` does, in operations that `torch.compile` turns into one kernel."""
+    return (table[rows] * weights[..., None]).sum(dim=1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -133,9 +172,7 @@ def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _geometry(
-    shapes: Shapes, heads: int, points: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _geometry(shapes: Shapes, heads: int, points: int, device: torch.device) -> Geometry:
     """Tables for each of the K = L * P points of a head.
 
     Width (K,), height (K,), row stride (K,), first row (H, K) of pixel (0, 0), and corner offsets (4, K).
@@ -154,14 +191,14 @@ def _geometry(
         return *sizes, stride * heads, first, corners
 
 
-def _corners(locations: Tensor, weights: Tensor, image: Tensor, *, shapes: Shapes) -> tuple[Tensor, Tensor]:
+def _corners(locations: Tensor, weights: Tensor, image: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Table rows and their weights, (N * H, 4 * L * P) each, of the pixels around each point.
 
     Of locations (N, H, L, P, 2), weights (N, H, L, P) and the first table row (N,) of each query's image. Levels and
     points are one dimension here: longer inner loops are faster.
     """
     _, heads, levels, points = weights.shape
-    width, height, stride, first, corners = _geometry(tuple(shapes), heads, points, locations.device)
+    width, height, stride, first, corners = geometry
     across, along = locations.flatten(2, 3).unbind(-1)
     column, right = _split(across, width.to(locations.dtype))
     line, down = _split(along, height.to(locations.dtype))

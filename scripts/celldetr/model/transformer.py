@@ -39,7 +39,7 @@ def deformable_attention(
         settings.points,
         constrained=constrained,
         offset_init="spread" if offset_init == "spread" else "authors",
-        sampling=settings.sampling,
+        fast=settings.fast,
     )
 
 

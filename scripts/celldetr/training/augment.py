@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from celldetr.boxes import xyxy_to_cxcywh
+from celldetr.constants import constant
 from celldetr.experiment import AugmentationSettings
 from celldetr.training.data import AUGMENTATION, Targets, random_stream
 
@@ -25,7 +26,9 @@ _ELLIPSE_POINTS = 16
 _INVERSE_STEPS = 6
 
 # Optical densities of hematoxylin, eosin and a residual: rows of unit length (Ruifrok and Johnston 2001).
-_STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+_RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_UNIT = _RUIFROK / np.linalg.norm(_RUIFROK, axis=1, keepdims=True)
+_STAINS, _UNMIXING = (tuple(map(tuple, table.tolist())) for table in (_UNIT, np.linalg.inv(_UNIT)))
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def augment(images: Tensor, targets: Targets, draws: Draws, settings: Augmentati
     for chosen, change in ((draws.blur, _blur), (draws.jitter, _jitter), (draws.hed, _stain_jitter)):
         index = np.flatnonzero(chosen)
         if len(index):
-            rows = torch.from_numpy(index).to(images.device)
+            rows = _device(index, images)
             images = images.index_copy(0, rows, change(images[rows], draws, index, settings))
     return images, Targets(boxes, targets.labels, targets.counts)
 
@@ -194,9 +197,9 @@ def _jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: Au
 
 
 def _stain_jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    stains = functional.normalize(images.new_tensor(_STAINS), dim=1)
+    stains, unmixing = (constant(table, images.device) for table in (_STAINS, _UNMIXING))
     density = -torch.log10(images.clamp(min=1 / 255))
-    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))
+    amounts = torch.einsum("bchw,cs->bshw", density, unmixing)
     factor, shift = _device(draws.stain[index], images).unbind(dim=1)
     changed = amounts[:, :2] * factor[..., None, None] + shift[..., None, None]
     amounts = torch.cat([changed, amounts[:, 2:]], dim=1)

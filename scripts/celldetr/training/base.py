@@ -31,7 +31,7 @@ from celldetr.training.data import (
 )
 from celldetr.training.errors import NonFinite
 from celldetr.training.losses import detection_losses, weighted
-from celldetr.training.matching import match
+from celldetr.training.matching import Matches, Matching
 from celldetr.training.probe import freeze
 
 LOG_STEPS = 10
@@ -69,6 +69,35 @@ class Outputs(NamedTuple):
     features: Features
     detections: Detections
     nuclei: Tensor | None
+
+
+class Report:
+    """Losses of a batch on their way to the log, in one transfer: the total and the last layer's parts."""
+
+    def __init__(self, batch: Batch, losses: Mapping[str, Tensor], total: Tensor) -> None:
+        self.batch = batch
+        self._names = ("loss", *losses)
+        last = [value if value.ndim == 0 else value[-1] for value in losses.values()]
+        self._values = torch.stack([total.detach(), *(value.detach() for value in last)]).to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if total.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def values(self) -> dict[str, float]:
+        """Numbers by the names of the losses.
+
+        Raises
+        ------
+        NonFinite
+            One of them is NaN or infinite.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found = dict(zip(self._names, self._values.tolist(), strict=True))
+        broken = [name for name, value in found.items() if not math.isfinite(value)]
+        if broken:
+            raise NonFinite(f"losses {', '.join(broken)}")
+        return found
 
 
 class Stage(pl.LightningModule, ABC):
@@ -119,6 +148,7 @@ class Stage(pl.LightningModule, ABC):
         self.total_steps = self.settings.epochs * self.steps_per_epoch
         self.train_sums: dict[str, float] = {}
         self.last_losses: dict[str, float] = {}
+        self._report: Report | None = None
         self._frozen = freeze(model, self.settings.probe)
         self.start_counting()
         self.train()
@@ -192,15 +222,35 @@ class Stage(pl.LightningModule, ABC):
         with self._naming(batch):
             losses = self.compute(images, targets, batch).losses
             total = self.total(losses)
-            self.last_losses = _checked(losses, total)
+        self.settle()
+        self._report = Report(batch, losses, total)
+        if not total.is_cuda:
+            self.settle()
+        return total
+
+    def settle(self) -> None:
+        """Check and count the losses of the last step.
+
+        On a GPU that is done a step later, when they have arrived: reading them at once would make every step wait.
+
+        Raises
+        ------
+        NonFinite
+            A loss is NaN or infinite; names the patches.
+        """
+        report, self._report = self._report, None
+        if report is None:
+            return
+        with self._naming(report.batch):
+            self.last_losses = report.values()
         for name, value in self.last_losses.items():
             self.train_sums[name] = self.train_sums.get(name, 0.0) + value
-        return total
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count the step and log it."""
         self.step += 1
         if self.logger is not None and (self.step % LOG_STEPS == 0 or self.step == 1):
+            self.settle()
             values = {f"train/{name}": value for name, value in self.last_losses.items()}
             values["learning_rate"] = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.logger.log_metrics(values, step=self.step)
@@ -219,7 +269,7 @@ class Stage(pl.LightningModule, ABC):
         images = pixels(batch.images)
         with self._naming(batch):
             outputs = self.compute(images, batch.targets, batch)
-            values = _checked(outputs.losses, self.total(outputs.losses))
+            values = Report(batch, outputs.losses, self.total(outputs.losses)).values()
         values["boxes"] = float(batch.boxes_global)
         for name, value in values.items():
             self.val_sums[name] = self.val_sums.get(name, 0.0) + value
@@ -247,14 +297,19 @@ class Stage(pl.LightningModule, ABC):
         """Weighted sum of the losses of `compute`."""
         return weighted(losses, self.settings.losses)
 
-    def detect(self, features: Features, targets: Targets, n_boxes: float) -> tuple[dict[str, Tensor], Detections, Any]:
-        """Losses of the detection decoder (see `detection_losses`), what it found, and the matches to the nuclei."""
+    def detect(self, features: Features, targets: Targets) -> tuple[Detections, Matching]:
+        """Find nuclei and begin to match them; what does not need the matches is best computed before their result."""
         detections = self.model.detect(features)
-        logits, boxes = detections
-        with torch.autocast(logits.device.type, enabled=False):
-            matches = match(logits.detach(), boxes.detach(), targets, self.settings.losses)
-            losses = detection_losses(logits, boxes, targets, matches, n_boxes)
-        return losses, detections, matches
+        logits, boxes = (values.detach() for values in detections)
+        return detections, Matching(logits, boxes, targets, self.settings.losses)
+
+    def detection_losses(
+        self, detections: Detections, targets: Targets, matching: Matching, n_boxes: float
+    ) -> tuple[dict[str, Tensor], Matches]:
+        """Losses of the detection decoder (see `celldetr.training.losses.detection_losses`), and the matches."""
+        matches = matching.result()
+        with torch.autocast(detections.logits.device.type, enabled=False):
+            return detection_losses(*detections, targets, matches, n_boxes), matches
 
     def n_boxes(self, batch: Batch) -> float:
         """Divisor of the losses: a process' share of the nuclei in the global batch; in validation they are summed."""
@@ -266,6 +321,7 @@ class Stage(pl.LightningModule, ABC):
         try:
             yield
         except NonFinite as error:
+            self.settle()  # what broke the step before breaks this one, too
             data = self.train_data if batch.training else self.val_data
             where = f"step {batch.step + 1}" if batch.training else f"validation after step {self.step}"
             names = [data.name(int(patch)) for patch in batch.patches]
@@ -321,6 +377,7 @@ class Stage(pl.LightningModule, ABC):
 
     def train_means(self) -> dict[str, float]:
         """Losses of the epoch so far, averaged over its steps (and processes)."""
+        self.settle()
         steps = (self.step - 1) % self.steps_per_epoch + 1
         return {name: value / steps for name, value in self.reduced(self.train_sums, mean=True).items()}
 
@@ -341,17 +398,6 @@ class Stage(pl.LightningModule, ABC):
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(summed)
         return summed.cpu().numpy()
-
-
-def _checked(losses: Mapping[str, Tensor], total: Tensor) -> dict[str, float]:
-    """Numbers for the log, in one transfer: the total and the last layer's parts."""
-    last = [value if value.ndim == 0 else value[-1] for value in losses.values()]
-    values = torch.stack([total.detach(), *(value.detach() for value in last)]).tolist()
-    found = dict(zip(("loss", *losses), values, strict=True))
-    broken = [name for name, value in found.items() if not math.isfinite(value)]
-    if broken:
-        raise NonFinite(f"losses {', '.join(broken)}")
-    return found
 
 
 def number(value: float) -> float | None:

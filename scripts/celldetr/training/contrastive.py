@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from celldetr import boxes as box_ops
+from celldetr.constants import constant
 from celldetr.experiment import NoiseSettings
 from celldetr.model.celldetr import CellDETR, Features
+from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream
 
 
@@ -97,15 +99,17 @@ def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once
         One anchor for each nucleus, and padding; else the nuclei take turns until all slots are filled.
     """
     device, slots = targets.boxes.device, uniforms.shape[1]
-    counts = targets.counts.to(device)
+    counts = targets.counts.to(device, non_blocking=True)
     slot, n = torch.arange(slots, device=device), counts[:, None]
     valid = (n > 0) & (slot < (2 * n if once else slots))
     nucleus = torch.where(valid, slot % n.clamp(min=1), 0)
     anchor = valid & (slot >= n)
     boxes = targets.boxes.gather(1, nucleus[..., None].expand(-1, -1, 4))
-    moved = box_ops.noise(boxes, uniforms.to(device), low=noise.low, high=noise.high, enlarge=noise.enlarge)
+    moved = box_ops.noise(
+        boxes, uniforms.to(device, non_blocking=True), low=noise.low, high=noise.high, enlarge=noise.enlarge
+    )
     boxes = torch.where(anchor[..., None], moved, boxes)
-    whole = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
+    whole = constant(FULL_IMAGE, device, boxes.dtype)
     return Views(torch.where(valid[..., None], boxes, whole), nucleus, valid, anchor, counts)
 
 

@@ -25,6 +25,9 @@ from celldetr.store import PatchStore
 ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
 """Purposes of random numbers: each has its own stream for a seed and a step."""
 
+SLOTS = 16
+"""Nuclei of a batch are padded to a multiple of this: what is compiled for a size serves many batches."""
+
 UNLABELLED = -1
 """Label of a nucleus without a label, and of padding."""
 
@@ -58,7 +61,8 @@ class Targets:
     def valid(self) -> Tensor:
         """(B, R) bool, False at padding."""
         return (
-            torch.arange(self.labels.shape[1], device=self.labels.device) < self.counts.to(self.labels.device)[:, None]
+            torch.arange(self.labels.shape[1], device=self.labels.device)
+            < self.counts.to(self.labels.device, non_blocking=True)[:, None]
         )
 
 
@@ -203,7 +207,7 @@ class PatchData:
     def read(self, patches: NDArray[np.int64]) -> Tensor:
         """Images (B, S, S, 3) uint8 of patches (B,)."""
         if self._images is not None:
-            return self._images[torch.from_numpy(patches).to(self._images.device)]
+            return self._images[torch.from_numpy(patches).to(self._images.device, non_blocking=True)]
         images = torch.empty((len(patches), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
         for store in np.unique(self.store_of[patches]):
             slots = np.flatnonzero(self.store_of[patches] == store)
@@ -212,9 +216,9 @@ class PatchData:
         return images
 
     def targets(self, patches: NDArray[np.int64]) -> Targets:
-        """Nuclei of patches (B,); at least one slot each, so that no tensor is empty."""
+        """Nuclei of patches (B,); at least one slot each, so that no tensor is empty, and few different sizes."""
         counts = self.ptr[patches + 1] - self.ptr[patches]
-        slots = max(1, int(counts.max(initial=0)))
+        slots = SLOTS * max(1, math.ceil(counts.max(initial=0) / SLOTS))
         boxes = np.tile(np.array([0, 0, self.patch_size, self.patch_size], np.float32), (len(patches), slots, 1))
         labels = np.full((len(patches), slots), UNLABELLED, dtype=np.int64)
         for row, (start, count) in enumerate(zip(self.ptr[patches], counts, strict=True)):

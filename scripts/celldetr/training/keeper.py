@@ -148,6 +148,7 @@ class RunKeeper(pl.Callback):
 
     def write(self, trainer: pl.Trainer, stage: Stage) -> None:
         """Write the state of the run; all processes take part, the first one writes."""
+        stage.settle()
         sums = stage.reduced(stage.train_sums, mean=True)
         if trainer.is_global_zero:
             write_state(
@@ -169,6 +170,7 @@ class RunKeeper(pl.Callback):
         steps = stage.step - self._shown_step
         if steps <= 0 or seconds < PROGRESS_SECONDS:
             return
+        stage.settle()
         if stage.global_rank == 0:
             left = (stage.total_steps - stage.step) * seconds / steps / 60
             log.info(

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +20,8 @@ from celldetr.errors import ConfigError, InputError
 from celldetr.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import initial_weights, load_exactly, read_checkpoint, save_model
-from celldetr.model.deformable_attention import DeformableAttention
-from celldetr.model.sampling import sampler
+from celldetr.model.deformable_attention import use_sampling
+from celldetr.model.sampling import choose
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
 from celldetr.training.base import Stage
@@ -137,8 +136,7 @@ def _check(run: Run) -> None:
         raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
     if run.accelerator == "cpu" and settings.gpus > 1:
         log.warning("training.gpus: %d, without a GPU: as many processes share the CPU", settings.gpus)
-    if settings.compile and run.accelerator == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
+    choose(run.accelerator, fast=run.experiment.model.fast, compiled=settings.compile)
     if settings.select == "best_val" and not (run.split["part"] == "val").any():
         raise InputError(
             "split: no patch has part 'val', and training.select is best_val; give it validation patches or set "
@@ -188,11 +186,9 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
             initial_weights(model, run.backbone)
         if run.initial is not None:
             _start_from(model, run.initial)
-    if run.experiment.training.compile:
-        function = sampler(settings.sampling, compiled=True)
-        for module in model.modules():
-            if isinstance(module, DeformableAttention):
-                module.sample = function
+    form = use_sampling(model, run.accelerator, compiled=run.experiment.training.compile)
+    if run.rank == 0:
+        log.info("deformable sampling: %s", form)
     return model
 
 
@@ -224,6 +220,7 @@ def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
         strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
     bf16 = settings.precision == "bf16" or (
         settings.precision == "auto"
+        and run.experiment.model.fast
         and run.accelerator == "cuda"
         and torch.cuda.is_bf16_supported(including_emulation=False)
     )

@@ -2,9 +2,13 @@
 
 The cost of a query for a nucleus is a weighted sum of the focal classification cost, the L1 distance of the
 normalised boxes and the negated generalised IoU. Costs are computed for an image's own nuclei only, for all images and
-layers at once, in float32, and cross to the CPU in one transfer.
+layers at once, in float32, and cross to the CPU in one transfer: the only thing that a training step waits for. The
+device goes on with what does not need the matches, and the assignments share CPU threads.
 """
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +34,10 @@ class Matches(NamedTuple):
     query: Tensor
     box: Tensor
 
-    def of_layer(self, layer: int) -> "Matches":
-        """Pairs of one layer."""
-        mine = self.layer == layer
-        return Matches(*(column[mine] for column in self))
+    def of_layer(self, layer: int, layers: int) -> "Matches":
+        """Pairs of one of `layers` layers: all have the same number."""
+        pairs = len(self.layer) // layers
+        return Matches(*(column[layer * pairs : (layer + 1) * pairs] for column in self))
 
 
 def costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> Tensor:
@@ -102,12 +106,51 @@ def assign(cost: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.i
         Rows (4, n) of layer, image, query and nucleus. An image with more nuclei than queries leaves the most
         expensive nuclei without a query.
     """
+    problems = [(layer, image) for layer in range(len(cost)) for image in range(len(counts)) if counts[image]]
+    solved = _threads().map(lambda at: linear_sum_assignment(cost[at][: counts[at[1]]]), problems)
     found = [np.empty((4, 0), dtype=np.int64)]
-    for layer, of_layer in enumerate(cost):
-        for image, count in enumerate(counts):
-            box, query = linear_sum_assignment(of_layer[image, :count])
-            found.append(np.stack([np.full_like(box, layer), np.full_like(box, image), query, box]))
+    for (layer, image), (box, query) in zip(problems, solved, strict=True):
+        found.append(np.stack([np.full_like(box, layer), np.full_like(box, image), query, box]))
     return np.concatenate(found, axis=1)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="assignment")
+
+
+class Matching:
+    """Matches that are on their way: the costs are computed and cross to the CPU while the caller goes on.
+
+    Parameters
+    ----------
+    logits, boxes, targets, weights
+        As those of `costs`.
+    """
+
+    def __init__(self, logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> None:
+        self._counts = targets.counts.numpy()
+        self._device = logits.device
+        self._costs = costs(logits, boxes, targets, weights).to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if logits.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def result(self) -> Matches:
+        """Wait for the costs and assign.
+
+        Raises
+        ------
+        NonFinite
+            A cost is not a finite number.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        table = self._costs.numpy()
+        if not all(np.isfinite(table[:, image, :count]).all() for image, count in enumerate(self._counts)):
+            raise NonFinite("costs of the matching")
+        rows = torch.from_numpy(assign(table, self._counts)).to(self._device, non_blocking=True)
+        return Matches(*rows)
 
 
 def match(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> Matches:
@@ -118,9 +161,4 @@ def match(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings
     NonFinite
         A cost is not a finite number.
     """
-    table = costs(logits, boxes, targets, weights).cpu().numpy()
-    counts = targets.counts.numpy()
-    if not all(np.isfinite(table[:, image, :count]).all() for image, count in enumerate(counts)):
-        raise NonFinite("costs of the matching")
-    rows = torch.from_numpy(assign(table, counts)).to(logits.device, non_blocking=True)
-    return Matches(*rows)
+    return Matching(logits, boxes, targets, weights).result()

@@ -50,8 +50,9 @@ class SslStage(Stage):
         """Losses of detection, and the contrastive loss of the views of each nucleus."""
         views, settings = self.views(targets, batch), self.settings.contrastive
         features = self.model.encode(images)
-        losses, detections, _ = self.detect(features, targets, self.n_boxes(batch))
+        detections, matching = self.detect(features, targets)
         projected = project_views(self.model, features, views)
+        losses, _ = self.detection_losses(detections, targets, matching, self.n_boxes(batch))
         n_images = max(1, int((batch.counts_global >= 2).sum())) / self.trainer.world_size if batch.training else 1.0
         with torch.autocast(images.device.type, enabled=False):
             loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)

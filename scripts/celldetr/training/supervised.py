@@ -11,7 +11,6 @@ from celldetr import boxes as box_ops
 from celldetr.training.base import Outputs, Stage, number
 from celldetr.training.data import NOISE, Batch, Targets, random_stream
 from celldetr.training.losses import class_loss
-from celldetr.training.matching import Matches
 
 LOSSES = {
     "baseline": ("loss", "nucleus", "l1", "giou"),
@@ -31,18 +30,19 @@ class SupervisedStage(Stage):
         """
         n_boxes = self.n_boxes(batch)
         features = self.model.encode(images)
-        losses, detections, matches = self.detect(features, targets, n_boxes)
+        detections, matching = self.detect(features, targets)
         embeddings = None
         if self.mode == "sequential":
-            boxes = detections.boxes
-            embeddings = self.model.represent(features, boxes[-1].detach())
-            last: Matches = matches.of_layer(len(boxes) - 1)
-            class_logits = self.model.classify(embeddings[last.image, last.query])
-            labels = targets.labels[last.image, last.box]
+            embeddings = self.model.represent(features, detections.boxes[-1].detach())
         elif self.mode == "parallel":
             given = self._noised(targets, batch) if batch.training else targets.boxes
             class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
             labels = targets.labels
+        losses, matches = self.detection_losses(detections, targets, matching, n_boxes)
+        if embeddings is not None:
+            last = matches.of_layer(-1 + len(detections.boxes), len(detections.boxes))
+            class_logits = self.model.classify(embeddings[last.image, last.query])
+            labels = targets.labels[last.image, last.box]
         if self.mode != "baseline":
             with torch.autocast(images.device.type, enabled=False):
                 losses["classes"] = class_loss(class_logits, labels, n_boxes)
