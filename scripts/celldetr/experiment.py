@@ -194,6 +194,9 @@ class TrainingConfig(Settings):
         description="torch.compile the deformable sampling; auto: on GPUs, where there is a C compiler and no package "
         "deformops",
     )
+    recompute: bool = Field(
+        False, description="compute the encoder again in the backward pass: less memory, more time, the same result"
+    )
     probe: Literal["none", "head", "representation"] = Field(
         "none",
         description="what trains: none: everything; head: the class head alone (linear probe); representation: it and "

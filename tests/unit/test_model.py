@@ -295,3 +295,20 @@ def test_both_forms_of_the_sampling_give_the_same_model():
     first, second = build("parallel"), build("parallel", fast=False)
     for found, expected in zip(first.predict(images(), 0.0), second.predict(images(), 0.0), strict=True):
         same(found, expected)
+
+
+def test_recomputing_the_encoder_keeps_less_for_the_backward_pass():
+    kept = {}
+    for again in (True, False):
+        model = build("parallel", encoder_layers=4).train()
+        model.encoder.recompute = again
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.encode(images())
+        kept[again] = sum(sizes.values())
+    assert kept[True] < 0.7 * kept[False]

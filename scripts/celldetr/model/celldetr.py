@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from celldetr.boxes import cxcywh_to_xyxy
+from celldetr.constants import constant
 from celldetr.experiment import ModelSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.deformable_attention import SamplingPoints
@@ -224,7 +225,7 @@ class CellDETR(nn.Module):
             scores = logits[-1].sigmoid()
             keep = scores.amax(dim=-1) >= nucleus_threshold
             kept = [image.nonzero().squeeze(1) for image in keep]
-            size = boxes.new_tensor([images.shape[-1], images.shape[-2]] * 2)
+            size = constant((images.shape[-1], images.shape[-2]) * 2, boxes.device, boxes.dtype)
             found = [
                 (query, cxcywh_to_xyxy(box[query]) * size, score[query].amax(dim=-1), score[query])
                 for query, box, score in zip(kept, boxes[-1], scores, strict=True)
@@ -256,7 +257,7 @@ class CellDETR(nn.Module):
             largest = max((len(query) for query in kept), default=0)
             padded = torch.stack([nn.functional.pad(query, (0, largest - len(query))) for query in kept])
             boxes = boxes.gather(1, padded[..., None].expand(-1, -1, 4))
-            counts = torch.tensor([len(query) for query in kept], device=boxes.device)
+            counts = torch.tensor([len(query) for query in kept]).to(boxes.device, non_blocking=True)
             valid = torch.arange(largest, device=boxes.device) < counts[:, None]
             rows = [torch.arange(len(query), device=boxes.device) for query in kept]
         embeddings, points = self.representation(features.memory, features.shapes, boxes, valid)

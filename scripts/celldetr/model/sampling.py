@@ -156,8 +156,9 @@ def _gathered_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 def _level_table(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
     """Height and width (L, 2), and first token (L,), of each level: what the kernels ask for."""
     with torch.inference_mode(False):  # what is cached may be needed with gradients later
-        sizes = torch.tensor(shapes, device=device)
-        return sizes, sizes.prod(dim=1).cumsum(0) - sizes.prod(dim=1)
+        sizes = torch.tensor(shapes)
+        starts = sizes.prod(dim=1).cumsum(0) - sizes.prod(dim=1)
+        return sizes.to(device, non_blocking=True), starts.to(device, non_blocking=True)
 
 
 def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
@@ -179,7 +180,8 @@ def _geometry(shapes: Shapes, heads: int, points: int, device: torch.device) -> 
     """
 
     def of_points(per_level: list[int]) -> Tensor:
-        return torch.tensor(per_level, dtype=torch.int32, device=device).repeat_interleave(points)
+        on_host = torch.tensor(per_level, dtype=torch.int32).repeat_interleave(points)
+        return on_host.to(device, non_blocking=True)
 
     with torch.inference_mode(False):  # what is cached may be needed with gradients later
         stride = of_points([width + 2 for _, width in shapes])

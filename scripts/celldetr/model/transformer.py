@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from celldetr.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
@@ -117,18 +118,28 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder layers; every token refers to its own place on all levels."""
+    """Encoder layers; every token refers to its own place on all levels.
+
+    Attributes
+    ----------
+    recompute
+        Keep only what enters each layer for the backward pass, and compute the rest there again: the same gradients
+        with less memory and more time.
+    """
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(settings, levels) for _ in range(settings.encoder_layers))
+        self.recompute = False
 
     def forward(self, tokens: Tensor, position: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
         """Transform tokens (B, T, C) with position (T, C) into the memory (B, T, C)."""
         grid = reference_grid(shapes, tokens.device).to(tokens.dtype)
         reference = grid.expand(len(tokens), -1, -1)
+        again = self.recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, shapes)
+            given = (tokens, position, reference, shapes)
+            tokens = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
         return tokens
 
 

@@ -176,12 +176,12 @@ def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:
     points = points.clamp(0, 1).unflatten(1, (boxes.shape[1], _ELLIPSE_POINTS))
     corners = torch.cat([points.amin(dim=2), points.amax(dim=2)], dim=-1)
     warped = xyxy_to_cxcywh(corners)
-    least = torch.minimum(boxes[..., 2:], warped.new_tensor(1e-4))
+    least = boxes[..., 2:].clamp(max=1e-4)
     return torch.cat([warped[..., :2], torch.maximum(warped[..., 2:], least)], dim=-1)
 
 
 def _blur(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    sigma = _device(draws.sigma[index], images)
+    sigma = torch.from_numpy(draws.sigma[index])  # on the CPU, where kornia looks at it
     kernel = (settings.blur_kernel, settings.blur_kernel)
     blurred: Tensor = filters.gaussian_blur2d(images, kernel, sigma[:, None].expand(-1, 2))
     return blurred

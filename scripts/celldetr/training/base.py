@@ -224,7 +224,7 @@ class Stage(pl.LightningModule, ABC):
             total = self.total(losses)
         self.settle()
         self._report = Report(batch, losses, total)
-        if not total.is_cuda:
+        if total.device.type == "cpu":
             self.settle()
         return total
 

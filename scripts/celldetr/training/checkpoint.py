@@ -13,7 +13,7 @@ from celldetr.files import atomic
 from celldetr.model.checkpoints import read_checkpoint
 
 FORMAT = 1
-FREE_SETTINGS = ("cache", "workers", "gpus", "compile")
+FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "recompute")
 """Settings of training that may change while a run is interrupted: they change nothing in its result."""
 
 log = logging.getLogger(__name__)

@@ -186,6 +186,7 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
             initial_weights(model, run.backbone)
         if run.initial is not None:
             _start_from(model, run.initial)
+    model.encoder.recompute = run.experiment.training.recompute
     form = use_sampling(model, run.accelerator, compiled=run.experiment.training.compile)
     if run.rank == 0:
         log.info("deformable sampling: %s", form)

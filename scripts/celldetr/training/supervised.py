@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from celldetr import boxes as box_ops
+from celldetr.constants import constant
+from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.base import Outputs, Stage, number
 from celldetr.training.data import NOISE, Batch, Targets, random_stream
 from celldetr.training.losses import class_loss
@@ -83,7 +85,7 @@ class SupervisedStage(Stage):
         else:
             counts = torch.bincount(image, minlength=len(boxes))
             slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
-            padded = boxes.new_tensor([0.5, 0.5, 1, 1]).repeat(len(boxes), max(1, int(counts.max())), 1)
+            padded = constant(FULL_IMAGE, boxes.device, boxes.dtype).repeat(len(boxes), max(1, int(counts.max())), 1)
             padded[image, slot] = boxes[image, query]
             valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
             chosen = self.model.represent(outputs.features, padded, valid)[image, slot]
