@@ -31,6 +31,7 @@ def main(snakemake):
         batch_size=params.batch_size,
         radius=params.radius,
         device=device,
+        precision=params.precision,
         progress=True,
     )
     write_drawn(snakemake.output.points, drawn)

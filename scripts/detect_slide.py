@@ -2,7 +2,7 @@
 
 Inputs: the slide (file) and the model. Output: GeoParquet, a rectangle around each nucleus (px of level 0), and score.
 Params: settings (slides.detection), on_damage, patch_size (px) and mpp (um per px) of the model, slide_mpp (um per px,
-or null), nucleus_threshold. Wildcard: slide.
+or null), nucleus_threshold, precision. Wildcard: slide.
 """
 
 import logging
@@ -22,10 +22,11 @@ def main(snakemake):
     params = snakemake.params
     torch.set_num_threads(snakemake.threads)
     device = best_device()
+    model = load_model(snakemake.input.model, device)
     settings = DetectionSettings.from_dict(params.settings, "slides.detection")
     found = detect_file(
         snakemake.input.file,
-        model_detector(load_model(snakemake.input.model, device), params.nucleus_threshold, device),
+        model_detector(model, params.nucleus_threshold, device, params.precision),
         slide=snakemake.wildcards.slide,
         slide_mpp=params.slide_mpp,
         size=params.patch_size,

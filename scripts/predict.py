@@ -31,6 +31,7 @@ def main(snakemake):
         "git_revision": git_revision(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "precision": snakemake.params.precision,
     }
     count = predict_fold(
         load_model(snakemake.input.model, device),
@@ -40,6 +41,7 @@ def main(snakemake):
         batch_size=snakemake.params.batch_size,
         class_map=snakemake.params.class_map,
         device=device,
+        precision=snakemake.params.precision,
         metadata=metadata,
         progress=True,
     )

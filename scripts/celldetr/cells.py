@@ -26,6 +26,7 @@ from celldetr.data.tissue import Raster, tissue_mask
 from celldetr.errors import ConfigError
 from celldetr.files import atomic
 from celldetr.model.celldetr import CellDETR
+from celldetr.precision import autocast
 
 log = logging.getLogger(__name__)
 
@@ -299,12 +300,13 @@ def _second(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArra
     return np.array(sorted(gone), dtype=np.int64)
 
 
-def model_detector(model: CellDETR, nucleus_threshold: float, device: str) -> Detector:
-    """Make a detector of a trained model that is on `device`."""
+def model_detector(model: CellDETR, nucleus_threshold: float, device: str, precision: str = "fp32") -> Detector:
+    """Make a detector of a trained model that is on `device`; for precision see `celldetr.precision.autocast`."""
 
     def find(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-        found = model.predict(pixels, nucleus_threshold)
+        with autocast(device, precision):
+            found = model.predict(pixels, nucleus_threshold)
         return [(one.boxes.double().cpu().numpy(), one.nucleus_score.double().cpu().numpy()) for one in found]
 
     return find

@@ -89,6 +89,7 @@ class InferenceConfig(Settings):
 
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
     batch_size: Count = Field(16, description="patches at once")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that have it, else fp32")
 
 
 class EvaluationConfig(Settings):

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from celldetr.errors import ConfigError, InputError
+from celldetr.errors import InputError
 from celldetr.evaluation.attention import DrawnNuclei, share_inside
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.predictions import PredictionsWriter
 from celldetr.model.celldetr import CellDETR
+from celldetr.precision import autocast
 from celldetr.store import PatchStore
 
-PRECISIONS = ("fp32", "bf16")
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +63,7 @@ def predict_fold(
     device
         Where the model is, e.g. ``cpu`` or ``cuda``.
     precision
-        ``fp32``, or ``bf16``: matrix products in bfloat16.
+        See `celldetr.precision.autocast`.
     metadata
         More JSON values to keep in the file.
     progress
@@ -282,19 +282,6 @@ def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, s
 def _mapped(scores: NDArray[np.float32], sources: list[list[int]]) -> NDArray[np.float32]:
     """Turn scores (D, K) of the model's classes into scores of the store's classes."""
     return np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
-
-
-def autocast(device: str, precision: str) -> torch.autocast:
-    """Context of a precision on a device.
-
-    Raises
-    ------
-    ConfigError
-        Unknown precision.
-    """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _batches(store: PatchStore, batch_size: int, device: str, progress: bool) -> Iterator[tuple[int, Tensor]]:

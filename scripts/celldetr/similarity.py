@@ -12,8 +12,8 @@ from tqdm import tqdm
 from celldetr.errors import InputError
 from celldetr.evaluation.figure4 import DrawnSimilarities
 from celldetr.experiment import NoiseSettings
-from celldetr.inference import autocast
 from celldetr.model.celldetr import CellDETR
+from celldetr.precision import autocast
 from celldetr.store import PatchStore
 from celldetr.training.contrastive import found_own, make_views, project_views, similarities, validation_uniforms
 from celldetr.training.data import PatchData, ValidationBatches

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from celldetr.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
-from celldetr.training.matching import match
+from celldetr.training.matching import Matches, match
 
 BATCH, QUERIES, NUCLEI = 16, 900, 100
 WEIGHTS = LossSettings()
@@ -32,36 +32,31 @@ def inputs(layers: int) -> tuple[torch.Tensor, torch.Tensor, Targets]:
     return torch.randn(layers, BATCH, QUERIES, 1), boxes, targets
 
 
-def plain(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> list[list[tuple]]:
-    """Match as Deformable DETR does: per layer the costs of all queries for all boxes of the batch."""
-    layers = []
-    true, labels = targets.boxes.flatten(0, 1), targets.labels.flatten()
-    for of_layer, box in zip(logits, boxes, strict=True):
-        p, box = of_layer.flatten(0, 1).sigmoid(), box.flatten(0, 1)
+def assign_all_by_all(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, weights: LossSettings) -> Matches:
+    """Match as Deformable DETR does: per layer the costs of all queries for all nuclei of the batch."""
+    counts = targets.counts.tolist()
+    true, labels = targets.boxes[targets.valid], targets.labels[targets.valid].clamp(min=0)
+    rows = []
+    for layer, (of_layer, box) in enumerate(zip(logits, boxes, strict=True)):
+        p, box = of_layer.flatten(0, 1).float().sigmoid(), box.flatten(0, 1).float()
         negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
         positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+        label = labels if p.shape[-1] > 1 else torch.zeros_like(labels)
         cost = (
-            WEIGHTS.l1 * torch.cdist(box, true, p=1)
-            + WEIGHTS.nucleus * (positive[:, labels] - negative[:, labels])
-            - WEIGHTS.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
+            weights.l1 * torch.cdist(box, true, p=1)
+            + weights.nucleus * (positive[:, label] - negative[:, label])
+            - weights.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
         )
-        parts = cost.view(BATCH, QUERIES, -1).split([NUCLEI] * BATCH, dim=-1)
-        layers.append([linear_sum_assignment(part[image]) for image, part in enumerate(parts)])
-    return layers
+        parts = cost.view(len(counts), -1, len(true)).cpu().split(counts, dim=-1)
+        for image, part in enumerate(parts):
+            query, nucleus = linear_sum_assignment(part[image])
+            rows.extend((layer, image, q, n) for q, n in zip(query.tolist(), nucleus.tolist(), strict=True))
+    return Matches(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).T.to(logits.device))
 
 
-def own(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets) -> list[list[tuple]]:
-    """Match as training does, in the other form's words."""
-    found = match(logits, boxes, targets, WEIGHTS)
-    layers = []
-    for layer in range(len(logits)):
-        rows = []
-        for image in range(BATCH):
-            mine = (found.layer == layer) & (found.image == image)
-            order = found.query[mine].argsort()
-            rows.append((found.query[mine][order].numpy(), found.box[mine][order].numpy()))
-        layers.append(rows)
-    return layers
+def pairs(matches: Matches) -> list[tuple[int, ...]]:
+    """Pairs in a fixed order."""
+    return sorted(zip(*(column.tolist() for column in matches), strict=True))
 
 
 def seconds(form, *given) -> float:
@@ -79,9 +74,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     given = inputs(options.layers)
-    pairs = zip(sum(plain(*given), []), sum(own(*given), []), strict=True)
-    same = all((a == b).all() for one, other in pairs for a, b in zip(one, other, strict=True))
-    times = [(seconds(plain, *given), seconds(match, *given, WEIGHTS)) for _ in range(options.repeats)]
+    given = (*given, WEIGHTS)
+    same = pairs(assign_all_by_all(*given)) == pairs(match(*given))
+    times = [(seconds(assign_all_by_all, *given), seconds(match, *given)) for _ in range(options.repeats)]
     ratio = statistics.median(a / b for a, b in times)
     slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
     print(f"{options.layers} layers: own-image costs {1e3 * fast:.0f} ms, all by all {1e3 * slow:.0f} ms, {ratio:.1f}x")

@@ -51,7 +51,7 @@ def losses(store, experiment, folder):
 
 
 def follow(fast, plain):
-    """Rounding alone drives them apart: slowly at first, then by a match that falls the other way."""
+    """Allow what rounding does: it drives them apart slowly at first, then by a match that falls the other way."""
     np.testing.assert_allclose(fast[:10], plain[:10], rtol=1e-3)
     np.testing.assert_allclose(fast, plain, rtol=0.03)
 

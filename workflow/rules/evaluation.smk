@@ -23,6 +23,7 @@ rule predict:
     params:
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         batch_size=CONFIG.inference.batch_size,
+        precision=CONFIG.inference.precision,
         class_map=lambda wildcards: class_map(wildcards.experiment),
         code=code("predict"),
     message:
@@ -166,6 +167,7 @@ rule attention:
         nuclei=CONFIG.figure3.nuclei if CONFIG.figure3 is not None else 4,
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         batch_size=CONFIG.inference.batch_size,
+        precision=CONFIG.inference.precision,
         radius=CONFIG.evaluation.radius,
         seed=CONFIG.seed,
         code=code("attention"),

@@ -101,6 +101,7 @@ rule detect_slide:
         mpp=CONFIG.patch.mpp,
         slide_mpp=lambda wildcards: SLIDES[wildcards.slide].mpp,
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
+        precision=CONFIG.inference.precision,
         code=code("detect_slide"),
     message:
         "Finding the nuclei of {wildcards.slide}"

@@ -22,6 +22,7 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import initial_weights, load_exactly, read_checkpoint, save_model
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.model.sampling import choose
+from celldetr.precision import has_bf16
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
 from celldetr.training.base import Stage
@@ -220,10 +221,7 @@ def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
         backend = "nccl" if run.accelerator == "cuda" else "gloo"
         strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
     bf16 = settings.precision == "bf16" or (
-        settings.precision == "auto"
-        and run.experiment.model.fast
-        and run.accelerator == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
+        settings.precision == "auto" and run.experiment.model.fast and run.accelerator == "cuda" and has_bf16()
     )
     return pl.Trainer(
         accelerator=run.accelerator,

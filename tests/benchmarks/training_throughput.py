@@ -1,0 +1,244 @@
+"""Training images per second: from the way the published code is built, one improvement after the other.
+
+Usage: python tests/benchmarks/training_throughput.py [--mode MODE] [--device D] [--size PX] [--batch N] [--rounds N].
+The paper's model at full width, drawn patches, real training steps (`Stage.training_step`, backward, clip, AdamW).
+The first variant: `grid_sample` sampling in fp32, costs of all images by all boxes, one loader process that reads and
+augments image by image. Prints images/s, the ratio to the first, peak memory (CUDA), where the time of the last
+variant goes, and the share of the measured matrix-product ceiling that it reaches.
+"""
+
+import contextlib
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from bench_matcher import assign_all_by_all
+from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, synchronize
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.experiment import Experiment
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.deformable_attention import DeformableAttention, use_sampling
+from celldetr.training import base
+from celldetr.training.augment import augment, draw
+from celldetr.training.base import Stage, pixels
+from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
+from celldetr.training.loop import STAGES
+from celldetr.training.matching import Matching
+
+BATCHES = 8
+
+
+class Trainer:
+    """What a stage asks of its trainer in a step."""
+
+    world_size, global_rank = 1, 0
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizers = [optimizer]
+
+
+class AugmentedImages(Dataset):
+    """Images read and augmented one by one, as a loader process does it: (S, S, 3) uint8 and its nuclei."""
+
+    def __init__(self, data: PatchData, experiment: Experiment) -> None:
+        self.data, self.settings = data, experiment.training
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Targets]:
+        patch = torch.tensor([index]).numpy()
+        draws = draw(self.settings.augmentation, 0, index, 1)
+        image, targets = augment(
+            pixels(self.data.read(patch)), self.data.targets(patch), draws, self.settings.augmentation
+        )
+        return (image.permute(0, 2, 3, 1) * 255).round().byte(), targets
+
+
+def collate(items: list[tuple[torch.Tensor, Targets]]) -> Batch:
+    """Pad single images to a batch."""
+    images, targets = zip(*items, strict=True)
+    slots = max(each.labels.shape[1] for each in targets)
+    whole = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    boxes = [torch.cat([t.boxes, whole.expand(1, slots - t.boxes.shape[1], 4)], dim=1) for t in targets]
+    labels = [torch.nn.functional.pad(t.labels, (0, slots - t.labels.shape[1]), value=-1) for t in targets]
+    counts = torch.cat([t.counts for t in targets])
+    joined = Targets(torch.cat(boxes), torch.cat(labels), counts)
+    share = slice(0, len(images))
+    return Batch(
+        torch.cat(images), joined, torch.arange(len(images)).numpy(), step=0, share=share, counts_global=counts.numpy()
+    )
+
+
+class AllByAll(Matching):
+    """Matching over the costs of all images by all boxes, layer after layer."""
+
+    def __init__(self, logits, boxes, targets, weights) -> None:
+        self._given = logits, boxes, targets, weights
+
+    def result(self):
+        """Match."""
+        return assign_all_by_all(*self._given)
+
+
+class Run:
+    """One variant of training with a model of its own."""
+
+    def __init__(
+        self, told, store, *, sampling: str, matcher: str, loader: bool, fused: bool, bf16: bool = False
+    ) -> None:
+        self.told, self.matcher, self.bf16 = told, matcher, bf16
+        self.experiment = experiment_of(told.mode, told.batch)
+        split = pd.DataFrame({"store": "drawn", "patch": range(store.n_patches), "part": "train"})
+        train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=told.device)
+        nothing = PatchData([store], split, "val", cache="none")
+        torch.manual_seed(0)
+        kind, model = STAGES[self.experiment.stage], CellDETR(self.experiment.model)
+        limits = {"nucleus_threshold": 0.4, "radius": 12.0}
+        self.stage: Stage = kind(self.experiment, model, train_data, nothing, **limits)
+        self.stage.to(told.device)
+        for module in model.modules():
+            if isinstance(module, DeformableAttention):
+                module.fast = sampling != "plain"
+        use_sampling(model, told.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
+        self.optimizer = self.stage.configure_optimizers()
+        if not fused:
+            for group in self.optimizer.param_groups:
+                group["fused"], group["foreach"] = False, False
+        self.stage.trainer = self.trainer = Trainer(self.optimizer)
+        self.augmentation = self.experiment.training.augmentation
+        self.loader = loader
+        if loader:
+            images = AugmentedImages(train_data, self.experiment)
+            told_loader = {"num_workers": 1, "collate_fn": collate, "drop_last": True, "persistent_workers": True}
+            batches = DataLoader(images, told.batch, **told_loader)
+            self.batches = itertools.chain.from_iterable(itertools.repeat(batches))
+        else:
+            ordered = TrainingBatches(train_data, told.batch, 0)
+            self.batches = (ordered[step] for step in itertools.cycle(range(BATCHES)))
+
+    def next_batch(self) -> Batch:
+        """Batch on the device."""
+        return next(self.batches).to(self.told.device)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Loss of a step."""
+        self.stage.step = 0
+        kind = self.told.device.split(":")[0]
+        with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
+            return self.stage.training_step(batch, 0)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients, limited."""
+        loss.backward()
+        self.stage.configure_gradient_clipping(self.optimizer)
+
+    def update(self) -> None:
+        """Step of the optimiser."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """One whole step."""
+        with self.as_told():
+            self.backward(self.forward(self.next_batch()))
+        self.update()
+
+    @contextlib.contextmanager
+    def as_told(self):
+        """Matcher of the variant; images that a loader has augmented are not augmented again."""
+        before = base.Matching, base.augment
+        base.Matching = AllByAll if self.matcher == "all" else Matching
+        if self.loader:
+            base.augment = lambda images, targets, *_: (images, targets)
+        try:
+            yield
+        finally:
+            base.Matching, base.augment = before
+
+
+def experiment_of(mode: str, batch: int) -> Experiment:
+    """Give the paper's experiment of a stage."""
+    model = {"mode": {"ssl": "parallel", "st": "parallel"}.get(mode, mode), "classes": list(PANNUKE_CLASSES)}
+    stage = "supervised"
+    if mode == "ssl":
+        stage, model = "ssl", {**model, "classes": [], "projection": 128}
+    if mode == "st":
+        stage, model = "st", {**model, "classes": list(ST_TYPES), "queries": 400}
+    training = {"batch_size": batch, "precision": "fp32", "noise": {"share": 0.6}}
+    return Experiment.from_dict({"name": mode, "stage": stage, "model": model, "training": training})
+
+
+def variants(told, store) -> list[tuple[str, Run]]:
+    """Build the ladder."""
+    on_cpu = told.device == "cpu"
+    rungs = [
+        ("as the published code is built", {"sampling": "plain", "matcher": "all", "loader": True, "fused": False}),
+        ("+ costs of an image's own nuclei", {"matcher": "own"}),
+        ("+ patches in memory, augmented in batches", {"loader": False}),
+        ("+ fused AdamW", {"fused": True}),
+        ("+ portable sampling", {"sampling": "portable"}),
+        ("+ what the device has: kernels or torch.compile", {"sampling": "compiled" if on_cpu else "auto"}),
+        ("+ bf16", {"bf16": True}),
+    ]
+    given, built = {}, []
+    for name, change in rungs:
+        given = given | change
+        built.append((name, Run(told, store, **given)))
+    return built
+
+
+def parts_of(run: Run, device: str) -> str:
+    """Where the time of a step goes."""
+    parts, model = Parts(device), run.stage.model
+    parts.watch(run, "next_batch", "data")
+    parts.watch(model.backbone, "forward", "backbone")
+    parts.watch(model.encoder, "forward", "encoder")
+    parts.watch(model.decoder, "forward", "detection decoder")
+    if hasattr(model, "representation"):
+        parts.watch(model.representation, "forward", "representation decoder")
+    parts.watch(base, "augment", "augmentation")
+    parts.watch(Matching, "result", "matching")
+    parts.watch(run, "backward", "backward")
+    parts.watch(run, "update", "optimiser")
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(3):
+        run.backward(run.forward(run.next_batch()))
+        run.update()
+    synchronize(device)
+    return parts.describe(time.perf_counter() - start)
+
+
+def main() -> None:
+    """Climb."""
+    told = options(__doc__).parse_args()
+    prepare(told)
+    classes = {"ssl": (), "st": ST_TYPES}.get(told.mode, PANNUKE_CLASSES)
+    with tempfile.TemporaryDirectory() as folder:
+        store = draw_store(Path(folder) / "drawn.zarr", BATCHES * told.batch, told.size, told.nuclei, classes)
+        ladder = variants(told, store)
+        where = torch.cuda.get_device_name() if told.device.startswith("cuda") else f"{told.threads} CPU threads"
+        print(f"torch {torch.__version__}, {where}, {told.mode}, {told.batch} patches of {told.size} px a step")
+        rungs = [Variant(name, run.step) for name, run in ladder]
+        climb(rungs, told.rounds, told.device, told.batch)
+        last = ladder[-1][1]
+        counter = FlopCounterMode(display=False)
+        with counter:
+            last.step()
+        seconds = sorted(rungs[-1].seconds)[len(rungs[-1].seconds) // 2]
+        top = ceiling(told.device, torch.bfloat16)
+        flops = counter.get_total_flops()
+        share = 100 * flops / seconds / top
+        print(f"{flops / told.batch / 1e9:.0f} GFLOP an image; {share:.0f} % of {top / 1e12:.2f} TFLOP/s (bf16)")
+        print(f"last variant: {parts_of(last, told.device)}")
+
+
+if __name__ == "__main__":
+    main()
