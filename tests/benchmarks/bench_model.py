@@ -65,7 +65,7 @@ def training_step(model: CellDETR, images: torch.Tensor, targets: Targets, optim
     matches = match(logits.detach(), boxes.detach(), targets, weights)
     losses = detection_losses(logits, boxes, targets, matches, NUCLEI)
     if mode == "sequential":
-        last = matches.of_layer(len(logits) - 1, len(logits))
+        last = matches.last(NUCLEI)
         classes = model.classify(model.represent(features, boxes[-1])[last.image, last.query])
         losses["classes"] = class_loss(classes, targets.labels[last.image, last.box], NUCLEI)
     elif mode == "parallel":

@@ -33,7 +33,7 @@ class Prediction:
         self.path = folder / "predictions.parquet"
         self.precision = "bf16" if bf16 else "fp32"
         torch.manual_seed(0)
-        self.model = CellDETR(experiment_of(told.mode, told.batch).model).to(told.device).eval()
+        self.model = CellDETR(experiment_of(told.mode, told.batch).model).to(told.device).eval().requires_grad_(False)
         for module in self.model.modules():
             if isinstance(module, DeformableAttention):
                 torch.nn.init.normal_(module.sampling_offsets.weight, std=0.03)  # points are spread, as after training

@@ -1,7 +1,6 @@
 """Training runs of a tiny model: they learn, stop, go on, and share a batch."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log
+from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log, stopping
 
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
@@ -158,18 +157,6 @@ def test_starting_from_a_model_with_other_classes_keeps_all_but_the_class_head(s
     changed = {name for name in after if before[name].shape != after[name].shape}
     assert changed == {"class_head.weight", "class_head.bias"}
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in after if name not in changed)
-
-
-def stopping(monkeypatch, at, number=signal.SIGTERM):
-    """Send a signal to this process in the middle of a step."""
-    step = SupervisedStage.training_step
-
-    def stop(self, batch, batch_idx):
-        if self.step == at:
-            os.kill(os.getpid(), number)
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(SupervisedStage, "training_step", stop)
 
 
 @pytest.mark.parametrize(("at", "number"), [(3, signal.SIGTERM), (4, signal.SIGUSR1), (8, signal.SIGTERM)])

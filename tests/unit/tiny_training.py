@@ -1,6 +1,8 @@
 """A tiny store and a tiny experiment, shared by the tests of training."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import torch
 from celldetr.experiment import Experiment
 from celldetr.model.checkpoints import read_checkpoint
 from celldetr.store import StoreWriter, open_store
+from celldetr.training.supervised import SupervisedStage
 
 CLASSES = ("round", "long")
 SIZE = 32
@@ -118,3 +121,15 @@ def assert_same_result(first, second):
     assert a["extra"] == b["extra"]
     assert [name for name in a["state"] if not torch.equal(a["state"][name], b["state"][name])] == []
     assert read_log(first) == read_log(second)
+
+
+def stopping(monkeypatch, at, number=signal.SIGTERM):
+    """Send a signal to this process in the middle of a step."""
+    step = SupervisedStage.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.step == at:
+            os.kill(os.getpid(), number)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SupervisedStage, "training_step", stop)

@@ -12,7 +12,7 @@ from celldetr.experiment import Experiment
 from celldetr.files import atomic
 from celldetr.model.checkpoints import read_checkpoint
 
-FORMAT = 1
+FORMAT = 2
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "recompute")
 """Settings of training that may change while a run is interrupted: they change nothing in its result."""
 
@@ -29,6 +29,7 @@ def write_state(
     total_steps: int,
     model: Mapping[str, Any],
     optimizer: Mapping[str, Any],
+    average: Mapping[str, Any] | None,
     sums: Mapping[str, float],
     history: list[dict[str, Any]],
     best: Mapping[str, Any] | None,
@@ -49,6 +50,8 @@ def write_state(
         Steps done, and steps of the whole run.
     model, optimizer
         Their states.
+    average
+        Moving average of the weights, if there is one.
     sums
         Sums of the losses of the unfinished epoch.
     history
@@ -65,6 +68,7 @@ def write_state(
         "total_steps": total_steps,
         "model": dict(model),
         "optimizer": dict(optimizer),
+        "average": None if average is None else dict(average),
         "sums": dict(sums),
         "history": history,
         "best": best,

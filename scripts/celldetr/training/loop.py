@@ -25,6 +25,7 @@ from celldetr.model.sampling import choose
 from celldetr.precision import has_bf16
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
+from celldetr.training.average import WeightAverage
 from celldetr.training.base import Stage
 from celldetr.training.checkpoint import read_state
 from celldetr.training.curves import draw_curves
@@ -171,6 +172,8 @@ def run_process(run: Run) -> None:
     if stage.step < stage.total_steps:
         with _quiet(), signals_restored():
             _trainer(run, stage, keeper).fit(stage)
+    elif state is not None and state["average"] is not None:
+        stage.average = WeightAverage(stage.model, stage.settings.average, state["average"])
     if run.rank == 0:
         _finish(run, stage, keeper, device)
 
@@ -267,6 +270,8 @@ def _finish(run: Run, stage: Stage, keeper: RunKeeper, device: str) -> None:
     chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
     if history and history[-1]["val"]:
         chosen["score"] = history[-1]["val"]["score"]
+    if stage.average is not None:
+        stage.average.swap()
     if settings.select == "best_val" and keeper.best is not None:
         content = read_checkpoint(keeper.best_path)
         load_exactly(stage.model, content["state"], keeper.best_path)

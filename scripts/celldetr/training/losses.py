@@ -3,7 +3,9 @@
 All are computed in float32 and divided by the number of nuclei in the global batch, at least 1.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +34,7 @@ def focal(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def detection_losses(
-    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, n_boxes: float
+    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, n_boxes: float, repeats: int = 1
 ) -> dict[str, Tensor]:
     """Losses of the detection decoder, layer by layer.
 
@@ -47,6 +49,8 @@ def detection_losses(
         Nuclei, and the queries matched to them.
     n_boxes
         Divisor of all losses.
+    repeats
+        Queries of each nucleus in all layers but the last: their losses are divided by it as well.
 
     Returns
     -------
@@ -72,14 +76,35 @@ def detection_losses(
     l1 = (predicted - true).abs().sum(dim=-1)
     apart = 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true))
     empty = torch.zeros(layers, device=logits.device)
+    divisor = n_boxes * torch.where(torch.arange(layers, device=logits.device) < layers - 1, float(repeats), 1.0)
     return {
-        "nucleus": by_query.sum(dim=(1, 2)) / n_boxes,
-        "l1": empty.index_add(0, layer, l1) / n_boxes,
-        "giou": empty.index_add(0, layer, apart) / n_boxes,
+        "nucleus": by_query.sum(dim=(1, 2)) / divisor,
+        "l1": empty.index_add(0, layer, l1) / divisor,
+        "giou": empty.index_add(0, layer, apart) / divisor,
     }
 
 
-def class_loss(logits: Tensor, labels: Tensor, n_boxes: float) -> Tensor:
+def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tuple[float, ...]:
+    """Weights (K,) of the classes in the class loss: inverse frequency to a power; their mean over the nuclei is 1.
+
+    Parameters
+    ----------
+    labels
+        Labels of all training nuclei, -1 where there is none. A class without nuclei weighs 1.
+    classes
+        Number of classes K.
+    exponent
+        0 weighs all alike, 1 gives each class the same sum.
+    """
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
+    if not exponent or not counts.sum():
+        return (1.0,) * classes
+    weights = np.where(counts > 0, np.maximum(counts, 1) ** -exponent, 0.0)
+    weights = weights * counts.sum() / (weights * counts).sum()
+    return tuple(np.where(counts > 0, weights, 1.0).tolist())
+
+
+def class_loss(logits: Tensor, labels: Tensor, n_boxes: float, weights: Tensor | None = None) -> Tensor:
     """Focal loss of the class head: mean over classes, summed over nuclei with a label.
 
     Parameters
@@ -90,10 +115,14 @@ def class_loss(logits: Tensor, labels: Tensor, n_boxes: float) -> Tensor:
         (...), -1 where there is no label or no nucleus.
     n_boxes
         Divisor.
+    weights
+        Weight of a nucleus by its class (K,); none: 1.
     """
     known = labels >= 0
     positive = functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()
     by_nucleus = focal(logits, positive).mean(dim=-1)
+    if weights is not None:
+        by_nucleus = by_nucleus * weights[labels.clamp(min=0)]
     return torch.where(known, by_nucleus, 0).sum() / n_boxes
 
 

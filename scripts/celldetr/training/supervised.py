@@ -1,5 +1,6 @@
 """Supervised training of any mode, on PanNuke or on cell types of Xenium (paper, 3.1, 3.2, 4.4 and A.1)."""
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ from celldetr.constants import constant
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.base import Outputs, Stage, number
 from celldetr.training.data import NOISE, Batch, Targets, random_stream
-from celldetr.training.losses import class_loss
+from celldetr.training.losses import class_loss, class_weights
 
 LOSSES = {
     "baseline": ("loss", "nucleus", "l1", "giou"),
@@ -42,17 +43,23 @@ class SupervisedStage(Stage):
             labels = targets.labels
         losses, matches = self.detection_losses(detections, targets, matching, n_boxes)
         if embeddings is not None:
-            last = matches.of_layer(-1 + len(detections.boxes), len(detections.boxes))
+            last = matches.last(int(targets.counts.clamp(max=detections.boxes.shape[2]).sum()))
             class_logits = self.model.classify(embeddings[last.image, last.query])
             labels = targets.labels[last.image, last.box]
         if self.mode != "baseline":
             with torch.autocast(images.device.type, enabled=False):
-                losses["classes"] = class_loss(class_logits, labels, n_boxes)
+                weights = constant(self._weights, images.device)
+                losses["classes"] = class_loss(class_logits, labels, n_boxes, weights)
         return Outputs(losses, features, detections, embeddings)
 
     def measure(self, batch: Batch, outputs: Outputs) -> None:
         """Count the detections and their classes."""
         self.count(batch.targets, batch.targets.labels, *self._found(outputs))
+
+    @functools.cached_property
+    def _weights(self) -> tuple[float, ...]:
+        """Weights of the classes, by their frequency among the training nuclei."""
+        return class_weights(self.train_data.labels, len(self.classes), self.settings.losses.class_balance)
 
     def _noised(self, targets: Targets, batch: Batch) -> Tensor:
         """Boxes for the representation decoder (paper, A.2)."""
