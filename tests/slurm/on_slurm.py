@@ -86,7 +86,7 @@ class Workflow:
         how = ["--cores", "2", "--workflow-profile", "none"] if local else self.profile
         return ["snakemake", *how, "--configfile", path, "--directory", self.folder, *arguments]
 
-    def __call__(self, *arguments, local=False):
+    def __call__(self, *arguments, local=False, seconds=600):
         done = subprocess.run(
             [str(word) for word in self.command(*arguments, local=local)],
             cwd=ROOT,
@@ -94,7 +94,7 @@ class Workflow:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=600,
+            timeout=seconds,
             check=False,
         )
         assert done.returncode == 0, done.stdout[-6000:]

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from on_slurm import Workflow, ask, end, jobs, wait_for
+from small_run import small_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -170,9 +171,17 @@ def test_two_processes_stop_before_the_time_limit_and_go_on(finished, unfinished
     assert provenance["processes"] == 2
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("cluster", [True], indirect=True, ids=["accounting"])
-def test_jobs_run_on_a_cluster_with_accounting(cluster, tmp_path):
+def test_the_whole_workflow_runs_on_a_cluster_with_accounting(cluster, tmp_path):
+    """From the raw files to all tables, the three stages of training included."""
     workflow = Workflow(tmp_path, accounting=cluster)
-    workflow("--until", "download_pannuke", local=True)
-    workflow("results/pannuke/split1.tsv")
-    assert ask("sacct", "-X", "-n", "-P", "-o", "State").split() == ["COMPLETED"]
+    workflow.config = small_config()
+    workflow("all", seconds=1500)
+    for number in (1, 2, 3):
+        assert (tmp_path / "results" / f"table{number}.tsv").is_file()
+    states = ask("sacct", "-X", "-n", "-P", "-o", "State").split()
+    assert set(states) == {"COMPLETED"}
+    trained = [job for job in of(workflow) if "rule_train" in job]
+    assert len(trained) == 3
+    assert any("xenium" in job for job in of(workflow)), "registration, cell types and patches of a sample share a job"
