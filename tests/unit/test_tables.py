@@ -203,6 +203,34 @@ def test_missing_repeated_and_foreign_scores_are_refused(tmp_path):
         read_scores([tmp_path / "empty.tsv"])
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9, 0.999])
+def test_a_file_that_was_cut_off_is_named(tmp_path, share):
+    readouts = [readout_file(tmp_path, split, 0.9) for split in (1, 2)]
+    for paths, read in ((make_scores(tmp_path), read_scores), (readouts, read_readouts)):
+        content = paths[1].read_bytes()
+        paths[1].write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=rf"^{paths[1]}: got .* delete it and start again"):
+            read(paths)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 6, 7, 8, 12])
+def test_a_file_that_ends_after_a_whole_line_is_named(tmp_path, keep):
+    paths = make_scores(tmp_path)
+    lines = paths[2].read_text().splitlines(keepends=True)
+    assert len(lines) == 13
+    paths[2].write_text("".join(lines[:keep]))
+    with pytest.raises(InputError, match=str(paths[2])):
+        read_scores(paths)
+
+
+@pytest.mark.parametrize(("old", "new"), [("0.5", "0.x"), ("False", "Fal5e"), ("celldetr_s\t", "celldetr_p\t")])
+def test_a_file_with_a_changed_cell_is_named(tmp_path, old, new):
+    paths = make_scores(tmp_path)
+    paths[3].write_text(paths[3].read_text().replace(old, new, 1))
+    with pytest.raises(InputError, match=rf"^{paths[3]}: got "):
+        read_scores(paths)
+
+
 def test_scores_of_other_classes_are_refused(tmp_path):
     paths = make_scores(tmp_path)
     scores = read_scores(paths).replace({"class": {"Necrotic": "Dead"}})

@@ -8,6 +8,7 @@ the splits in which the class has truth.
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,7 @@ def read_scores(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
                 f"{path}: got {'no rows' if frame.empty else f'no columns {missing}'}, expected a file of the "
                 "score rule; score this split again"
             )
+        _check_whole(path, frame, "metric", METRICS)
         frames.append(frame.loc[:, list(_SCORE_COLUMNS)])
         for key in _SCORED_WITH:
             first, here = frames[0][key].tolist()[0], frame[key].unique().tolist()
@@ -322,6 +324,7 @@ def read_readouts(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
         missing = [name for name in ("experiment", "split", "readout", "class", *VALUES) if name not in frame.columns]
         if missing:
             raise InputError(f"{path}: got no columns {missing}, expected a file of the readout rule; make it again")
+        _check_whole(path, frame, "readout", tuple(READOUT_TITLES))
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
@@ -332,6 +335,28 @@ def _read_tsv(path: str | os.PathLike[str], expected: str, **options: Any) -> pd
         return pd.read_csv(path, sep="\t", keep_default_na=False, **options)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: got {error}, expected {expected} (TSV)") from error
+
+
+def _check_whole(path: str | os.PathLike[str], frame: pd.DataFrame, column: str, kinds: Sequence[str]) -> None:
+    """Refuse a file that was cut off or changed: a file has one experiment and split, and each kind all classes."""
+    classes = {kind: frame.loc[frame[column] == kind, "class"].tolist() for kind in kinds}
+    found = []
+    if not all(names and names == classes[kinds[0]] for names in classes.values()):
+        found += [f"{len(names)} rows of {kind}" for kind, names in classes.items()]
+    found += [f"{name} {frame[name].tolist()}" for name in ("experiment", "split") if frame[name].nunique() != 1]
+    wanted = {**dict.fromkeys(VALUES, "fi"), "absent": "b"}
+    found += [
+        f"{name} {frame[name].tolist()}"
+        for name in wanted
+        if name in frame and frame[name].dtype.kind not in wanted[name]
+    ]
+    if not Path(path).read_bytes().endswith(b"\n"):
+        found.append("an unfinished last line")
+    if found:
+        raise InputError(
+            f"{path}: got {', '.join(found)}; expected one experiment and split, numbers, and a row of each class for "
+            f"each {column}: the file was cut off or changed; delete it and start again"
+        )
 
 
 def _readout_rows(readouts: pd.DataFrame, classes: Sequence[str], splits: Sequence[int]) -> list[dict[str, str]]:
