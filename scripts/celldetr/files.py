@@ -1,10 +1,13 @@
 """Outputs appear under their name only when they are complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -18,18 +21,35 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ----------
     path
         Final name. An existing file is replaced in one step; an existing folder is removed just before the rename.
+
+    Raises
+    ------
+    OSError
+        It cannot be written; the error of a full disk names `path`.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.incomplete")
     remove(temporary)
     try:
-        yield temporary
+        with naming(final):
+            yield temporary
         if final.is_dir():
             remove(final)
         os.replace(temporary, final)
     except BaseException:
         remove(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a full disk name what was to be written: that of an open file does not tell which."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            error.filename = str(path)
         raise
 
 

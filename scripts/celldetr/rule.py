@@ -1,14 +1,21 @@
 """How a rule's script runs: output goes to the rule's log as well; a user's error is printed without a traceback."""
 
+import contextlib
 import errno
 import logging
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-from celldetr.errors import CellDETRError
+from celldetr.errors import CellDETRError, InputError
+
+AHEAD_SECONDS = 600.0
+"""How much newer than now an input may be: less work than that is lost when Snakemake then removes the results."""
+_STAMP = ".snakemake_timestamp"  # its time is that of the folder it lies in
 
 _WRITING = {
     errno.ENOSPC: "the disk is full; free some space and start again",
@@ -20,33 +27,34 @@ _WRITING = {
 
 
 class _Tee:
-    """A text stream that writes to the terminal and to the log."""
+    """A text stream that writes to the terminal and to the log. A log that cannot be written is no reason to stop."""
 
-    def __init__(self, *streams: TextIO) -> None:
-        self.streams = streams
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
-        for stream in self.streams:
-            stream.write(text)
-            stream.flush()
+        self.terminal.write(text)
+        self.terminal.flush()
+        with contextlib.suppress(OSError):
+            self.log.write(text)
+            self.log.flush()
         return len(text)
 
     def flush(self) -> None:
-        for stream in self.streams:
-            stream.flush()
+        self.terminal.flush()
 
     def isatty(self) -> bool:
         return False
 
     def fileno(self) -> int:
-        return self.streams[0].fileno()
+        return self.terminal.fileno()
 
 
 def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run `main(snakemake)` with stdout and stderr copied to the rule's log.
 
-    A `CellDETRError`, a full or read-only disk and a lack of memory end the process with status 1 and a message alone;
-    any other error keeps its traceback.
+    A `CellDETRError`, a full or read-only disk, a lack of memory and a killed worker process end the process with
+    status 1 and a message alone; any other error keeps its traceback.
 
     Parameters
     ----------
@@ -56,40 +64,71 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         The object that Snakemake gives to a script (`input`, `output`, `params`, `log`, `threads`, `resources`).
     """
     if not snakemake.log:
-        _run(main, snakemake)
+        _run(main, snakemake, time.time())
         return
     path = Path(snakemake.log[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as log:
-        terminal = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(terminal[0], log), _Tee(terminal[1], log)
-        try:
-            _run(main, snakemake)
-        finally:
-            sys.stdout, sys.stderr = terminal
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("w", encoding="utf-8")
+    except OSError as error:
+        _fail(error)
+    terminal = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Tee(terminal[0], log), _Tee(terminal[1], log)
+    try:
+        _run(main, snakemake, path.stat().st_mtime)
+    finally:
+        sys.stdout, sys.stderr = terminal
+        with contextlib.suppress(OSError):
+            log.close()
 
 
-def _run(main: Callable[[Any], None], snakemake: Any) -> None:
+def _run(main: Callable[[Any], None], snakemake: Any, now: float) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     try:
+        _check_times(getattr(snakemake, "input", ()), now)
         main(snakemake)
     except Exception as error:
-        message = _message(error)
-        if message is None:
-            traceback.print_exc()
-        else:
-            print(f"error: {message}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
-        sys.exit(1)
+        _fail(error)
 
 
-def _message(error: Exception) -> str | None:
+def _fail(error: Exception) -> NoReturn:
+    message = explain(error)
+    if message is None:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
+    sys.exit(1)
+
+
+def _check_times(inputs: Iterable[str], now: float) -> None:
+    """Refuse inputs from the future: Snakemake throws away results that are older than what they were made from."""
+    for path in map(Path, inputs):
+        timed = path / _STAMP if (path / _STAMP).exists() else path
+        if timed.exists() and timed.stat().st_mtime > now + AHEAD_SECONDS:
+            raise InputError(
+                f"{path}: was changed at {_when(timed.stat().st_mtime)}, and now it is {_when(now)}: a clock is wrong, "
+                "or the time of the file. Results made now would count as older and be removed. Mend the clock, or "
+                f"give the file the time of now: touch {timed}"
+            )
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def explain(error: Exception) -> str | None:
     """Return what to tell a user instead of a traceback; None for an error that is not theirs to mend."""
     if isinstance(error, CellDETRError):
         return str(error)
     if isinstance(error, MemoryError):
         return f"out of memory ({error}); give the rule more mem_mb (--set-resources) and start again"
+    if isinstance(error, BrokenProcessPool):
+        return (
+            "a worker process was killed, most likely because the memory was used up; give the rule more mem_mb "
+            "(--set-resources), or fewer threads (--set-threads), and start again"
+        )
     if isinstance(error, OSError) and error.errno in _WRITING:
         return f"{error.filename or error}: {_WRITING[error.errno]}"
     return None

@@ -2,10 +2,13 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ import celldetr
 from celldetr import provenance
 from celldetr.errors import InputError
 from celldetr.files import atomic
-from celldetr.rule import run_rule
+from celldetr.rule import AHEAD_SECONDS, run_rule
 
 SCRIPTS = Path(celldetr.__file__).parents[1]
 
@@ -132,6 +135,7 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
         (OSError(errno.EROFS, "Read-only", "a.zarr"), "error: a.zarr: the file system is read-only", "Traceback"),
         (OSError(errno.EINVAL, "wrong"), "Traceback", "error: "),
         (MemoryError("2 GiB"), "error: out of memory (2 GiB); give the rule more mem_mb", "Traceback"),
+        (BrokenProcessPool("gone"), "error: a worker process was killed, most likely because the memory", "Traceback"),
     ],
 )
 def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, shown, hidden):
@@ -145,6 +149,69 @@ def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, sho
     assert shown in log.read_text()
     assert hidden not in log.read_text()
     assert shown in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_on_a_full_disk_stops_nothing(capsys):
+    def main(snakemake):
+        sys.stdout.write("said\n")
+        done.append(snakemake)
+
+    done = []
+    run_rule(main, SimpleNamespace(log=["/dev/full"]))
+    assert len(done) == 1
+    assert capsys.readouterr().out == "said\n"
+
+    def fails(snakemake):
+        raise InputError("say " * 5000)
+
+    with pytest.raises(SystemExit) as stop:
+        run_rule(fails, SimpleNamespace(log=["/dev/full"]))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: say say")
+
+
+def test_a_log_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "logs").touch()
+    with pytest.raises(SystemExit):
+        run_rule(print, SimpleNamespace(log=[str(tmp_path / "logs" / "a.log")]))
+    assert str(tmp_path / "logs") in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_the_error_of_a_full_disk_names_what_was_written(tmp_path):
+    with (
+        pytest.raises(OSError, match=re.escape(str(tmp_path / "a.pt"))),
+        atomic(tmp_path / "a.pt"),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_an_input_from_the_future_is_refused_before_anything_is_done(tmp_path, capsys, kind):
+    """Snakemake would remove the results afterwards, because they are older than the input."""
+    path, stamp = tmp_path / "input", tmp_path / "input"
+    if kind == "folder":
+        path.mkdir()
+        stamp = path / ".snakemake_timestamp"
+    stamp.touch()
+    job = SimpleNamespace(log=[str(tmp_path / "rule.log")], input=[str(path), str(tmp_path / "gone")])
+    done = []
+    for ahead in (-1000, AHEAD_SECONDS / 2):
+        os.utime(stamp, (time.time() + ahead,) * 2)
+        run_rule(done.append, job)
+    assert done == [job, job]
+    os.utime(stamp, (time.time() + 2 * AHEAD_SECONDS,) * 2)
+    if kind == "link":
+        (tmp_path / "link").symlink_to(path)
+        job.input = [str(tmp_path / "link")]
+    with pytest.raises(SystemExit):
+        run_rule(done.append, job)
+    assert done == [job, job]
+    shown = capsys.readouterr().err
+    assert re.search(rf"error: {job.input[0]}: was changed at .* touch {job.input[0]}", shown)
 
 
 def test_revision_is_that_of_the_checkout():

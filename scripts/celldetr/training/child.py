@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from celldetr.errors import CellDETRError
+from celldetr.rule import explain
 from celldetr.training.loop import run_process
 from celldetr.training.run import read_run
 
@@ -15,8 +15,11 @@ def main(job: Path, rank: int) -> int:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     try:
         run_process(read_run(job).of_rank(rank))
-    except CellDETRError as error:
-        report = {"kind": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        report = {"kind": type(error).__name__, "message": message}
         (job.parent / f"error{rank}.json").write_text(json.dumps(report), encoding="utf-8")
         return 1
     return 0
