@@ -234,6 +234,29 @@ def test_other_architectures_are_refused_by_name(tmp_path, change, message):
         import_checkpoint(path, "coco", "baseline")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("transformer.level_embed", "query_embed.weight", "class_embed.0.weight", "backbone.0.body.conv1.weight"),
+        *("transformer.encoder.layers.0.self_attn.attention_weights.weight", "input_proj.0.0.weight"),
+        *(
+            "transformer.encoder.layers.0.linear1.weight",
+            "backbone.0.body.layer1.0.conv3.weight",
+            "bbox_embed.0.layers.0.bias",
+        ),
+    ],
+)
+def test_tensors_that_tell_the_settings_are_refused_when_they_are_odd(tmp_path, name):
+    path, whole = tmp_path / "odd.pth", weights(deformable_detr_shapes())
+    odd = [None, torch.tensor(1.0), torch.zeros(3), torch.zeros(2, 0), torch.zeros(70_000, 2), torch.zeros(4, 3, 2, 1)]
+    odd += [whole[name].to_sparse(), whole[name].to("meta"), whole[name] * torch.nan]
+    for value in odd:
+        torch.save({"model": _drop(whole, name) if value is None else whole | {name: value}}, path)
+        with pytest.raises((InputError, ConfigError)) as error:
+            import_checkpoint(path, "coco", "baseline")
+        assert str(path) in str(error.value) or "heads" in str(error.value)
+
+
 def test_source_mode_classes_and_heads_that_do_not_fit_are_refused(tmp_path, coco_file):
     path = tmp_path / "authors.pth"
     torch.save({"model_state_dict": weights(celldetr_shapes())}, path)

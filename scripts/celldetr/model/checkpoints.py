@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ FORMAT = 1
 
 log = logging.getLogger(__name__)
 
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _PLAIN: list[Any] = [
     argparse.Namespace,
@@ -61,8 +63,7 @@ def save_model(
         "state": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
         "extra": dict(extra or {}),
     }
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    write_checkpoint(path, content)
 
 
 def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CellDETR:
@@ -73,15 +74,28 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     InputError
         Not a model file, or its weights do not fit its settings.
     """
-    content = _model_file(path, read_checkpoint(path))
-    try:
-        settings = ModelSettings.from_dict(content["settings"], "settings")
-    except ConfigError as error:
-        raise InputError(f"{path}: its settings are not those of this version of celldetr; {error}") from error
-    model = CellDETR(settings)
+    content = read_checkpoint(path)
+    model = _build(model_settings(content, path), content["state"], path)
     load_exactly(model, content["state"], path)
     log.info("deformable sampling: %s", use_sampling(model, device))
     return model.to(device).eval()
+
+
+def _build(settings: ModelSettings, state: Mapping[str, Any], path: str | os.PathLike[str]) -> CellDETR:
+    """Build the model of a file; sizes that its weights do not have are refused before memory is asked for them."""
+    layers = settings.encoder_layers + settings.decoder_layers + settings.representation.layers
+    blocks = sum(settings.backbone.layers)
+    if layers + blocks > len(state):
+        raise InputError(
+            f"{path}: got {len(state)} weights, expected those of {layers} layers and {blocks} blocks, as it says"
+        )
+    try:
+        with torch.device("meta"):
+            shell = CellDETR(settings)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: no model can be built from its settings ({error})") from error
+    _check_fit(shell, state, path)
+    return CellDETR(settings)
 
 
 def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Collection[str] = ()) -> list[str]:
@@ -123,13 +137,29 @@ def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Col
     return kept
 
 
+def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> ModelSettings:
+    """Return the settings in what `read_checkpoint` read of a model file.
+
+    Raises
+    ------
+    InputError
+        Not a model file, or settings that this version does not know.
+    """
+    try:
+        return ModelSettings.from_dict(_model_file(path, content)["settings"], "settings")
+    except ConfigError as error:
+        raise InputError(f"{path}: its settings are not those of this version of celldetr; {error}") from error
+
+
 def _model_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = content.get("format")
-    if found != FORMAT or not {"settings", "state"} <= content.keys():
+    found, state = content.get("format"), content.get("state")
+    if type(found) is not int or found != FORMAT or not {"settings", "state"} <= content.keys():
         raise InputError(
             f"{path}: got keys {sorted(map(str, content))[:8]} and format {found!r}, expected a model file of format "
             f"{FORMAT}; checkpoints of other codes are turned into one by scripts/import_checkpoint.py"
         )
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise InputError(f"{path}: state: got a {type(state).__name__}, expected weights by their names")
     return content
 
 
@@ -142,7 +172,7 @@ def _torchvision(model: CellDETR, content: Mapping[str, Any], path: str | os.Pat
         )
     last = max(model.settings.backbone.stages)
     unused = re.compile(rf"^fc\.|\.num_batches_tracked$|^layer[{last + 1}-9]\.")
-    return {f"backbone.{name}": tensor for name, tensor in content.items() if not unused.search(name)}
+    return {f"backbone.{name}": tensor for name, tensor in content.items() if not unused.search(str(name))}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -156,6 +186,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint")
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -164,14 +195,43 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             f"{path}: not read, because it is damaged, no file of PyTorch, or holds objects that could run code "
             f"({reason.strip()}); expected tensors and plain values: save the weights alone and use that file"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged bytes there are many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"{path}: cannot be read as a file of PyTorch ({str(error).splitlines()[0][:200]}); "
-            "is it complete? Download or write it again"
+            f"{path}: cannot be read as a file of PyTorch ({reason}); is it complete? Download or write it again"
         ) from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: got a {type(content).__name__}, expected a mapping with weights")
     return content
+
+
+def _check_sums(path: str | os.PathLike[str]) -> None:
+    """Compare the checksums that PyTorch writes and does not read: a changed bit would be another weight."""
+    if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are none, and have no checksums
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it has another checksum than was written")
+
+
+def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write what `read_checkpoint` reads; it appears under its name when it is complete.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
+    """
+    # Through a file of Python: PyTorch's own says of a full disk only that a position is unexpected.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -180,18 +240,18 @@ def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathL
     Raises
     ------
     InputError
-        Names or shapes differ, or a weight is not a number; the first few are listed.
+        Names, shapes or kinds differ, or a weight is not a number; the first few are listed.
     """
+    _check_fit(model, state, path)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def _check_fit(model: CellDETR, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     problems = [f"{name}: missing, expected {tuple(own[name].shape)}" for name in own if name not in state]
     problems += [f"{name}: not in this model" for name in state if name not in own]
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            problems.append(f"{name}: got a {type(tensor).__name__}, expected a tensor")
-        elif name in own and tensor.shape != own[name].shape:
-            problems.append(f"{name}: got {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        elif not tensor.isfinite().all():
-            problems.append(f"{name}: holds values that are not finite")
+    unfit = {name: why_unfit(tensor, own[name]) for name, tensor in state.items() if name in own}
+    problems += [f"{name}: {reason}" for name, reason in unfit.items() if reason]
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise InputError(
@@ -199,4 +259,15 @@ def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathL
             + "\n  ".join(problems[:8])
             + f"{more}\nUse the settings that the file was trained with, or name the parts that start afresh"
         )
-    model.load_state_dict(dict(state), strict=True)
+
+
+def why_unfit(tensor: Any, own: Tensor) -> str | None:
+    """Say why a value of a file cannot take the place of a tensor; None if it can."""
+    if not isinstance(tensor, Tensor):
+        return f"got a {type(tensor).__name__}, expected a tensor"
+    if tensor.shape != own.shape:
+        return f"got {tuple(tensor.shape)}, expected {tuple(own.shape)}"
+    kinds = _FLOATS if own.dtype in _FLOATS else (own.dtype,)
+    if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
+        return f"got {tensor.dtype}, {tensor.layout} on {tensor.device}, expected {own.dtype} with values"
+    return None if tensor.isfinite().all() else "holds values that are not finite"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from celldetr.classes import PANNUKE_CLASSES
@@ -118,7 +119,11 @@ def import_checkpoint(
     weights = _weights(path, source)
     core = {name.removeprefix("detr."): tensor for name, tensor in weights.items()}
     _refuse_other_architectures(core, path)
-    settings = _settings(core, source, mode, path, classes, global_tokens, heads)
+    try:
+        settings = _settings(core, source, mode, path, classes, global_tokens, heads)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise InputError(f"{path}: its sizes make no model ({problem['loc']}: {problem['msg']})") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CellDETR(settings)
@@ -147,9 +152,13 @@ def _weights(path: str | os.PathLike[str], source: Source) -> dict[str, Tensor]:
             f"{path}: got keys {sorted(map(str, content))[:8]}, expected {key!r} with the weights; "
             f"is this a checkpoint of source {source!r}?"
         )
-    strange = [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
+    strange = [
+        name
+        for name, tensor in weights.items()
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta
+    ]
     if strange:
-        raise InputError(f"{path}: {strange[:4]} in {key!r} are no tensors; expected weights alone")
+        raise InputError(f"{path}: {strange[:4]} in {key!r} are no tensors with values; expected weights alone")
     return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
 
 
@@ -184,10 +193,10 @@ def _refuse_other_architectures(core: Weights, path: str | os.PathLike[str]) -> 
             f"{path}: a two-stage Deformable DETR, whose queries are no parameters; "
             "use the checkpoint of the variant with iterative box refinement alone"
         )
-    if "transformer.level_embed" not in core:
+    if "transformer.level_embed" not in core or core["transformer.level_embed"].dim() != 2:
         raise InputError(
-            f"{path}: got names such as {sorted(core)[:4]} without transformer.level_embed, expected a Deformable "
-            "DETR or CellDETR; weights of a ResNet need no import, and a DETR cannot be imported"
+            f"{path}: got names such as {sorted(core)[:4]} without a table transformer.level_embed, expected a "
+            "Deformable DETR or CellDETR; weights of a ResNet need no import, and a DETR cannot be imported"
         )
     if len(core["transformer.level_embed"]) == 1:
         raise InputError(
@@ -280,9 +289,14 @@ def _backbone(core: Weights, levels: int, path: str | os.PathLike[str]) -> Backb
     """Blocks of the residual network, and which of its stages feed the levels."""
     body = r"^backbone\.0\.body\.layer{}\.(\d+)\."
     blocks = [_count(core, body.format(stage)) for stage in (1, 2, 3, 4)]
-    kernels = [core[name].shape[-1] for name in (f"input_proj.{i}.0.weight" for i in range(levels)) if name in core]
+    stem = core.get("backbone.0.body.conv1.weight")
+    kernels = [
+        core[name].shape[-1]
+        for name in (f"input_proj.{i}.0.weight" for i in range(levels))
+        if name in core and core[name].dim() == 4
+    ]
     used = kernels.count(1)
-    if 0 in blocks or len(kernels) != levels or not 1 <= used <= 4:
+    if stem is None or stem.dim() != 4 or 0 in blocks or len(kernels) != levels or not 1 <= used <= 4:
         raise InputError(
             f"{path}: got {blocks} blocks in the stages of the backbone and input projections with kernels {kernels}, "
             f"expected a ResNet of four stages and {levels} projections"
@@ -290,7 +304,7 @@ def _backbone(core: Weights, levels: int, path: str | os.PathLike[str]) -> Backb
     return BackboneSettings(
         block="bottleneck" if "backbone.0.body.layer1.0.conv3.weight" in core else "basic",
         layers=(blocks[0], blocks[1], blocks[2], blocks[3]),
-        width=int(core["backbone.0.body.conv1.weight"].shape[0]),
+        width=int(stem.shape[0]),
         stages=tuple(range(5 - used, 5)),
         extra_levels=levels - used,
         norm="frozen_batch",

@@ -3,20 +3,85 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, ValidationError, model_validator
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from celldetr.errors import InputError
 from celldetr.experiment import Experiment
-from celldetr.files import atomic
-from celldetr.model.checkpoints import read_checkpoint
+from celldetr.model.checkpoints import model_settings, read_checkpoint, why_unfit, write_checkpoint
+from celldetr.training.average import WeightAverage
 
 FORMAT = 2
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "recompute")
 """Settings of training that may change while a run is interrupted: they change nothing in its result."""
 
 log = logging.getLogger(__name__)
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Losses(_Block):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | dict[str, float | None] | None]
+    loss: float
+
+
+class _Validation(_Losses):
+    detection: dict[str, float | None]
+    score: float | None
+
+
+class _Line(_Block):
+    """A line of the log."""
+
+    model_config = ConfigDict(extra="forbid")
+    epoch: int
+    step: int
+    learning_rate: float | None
+    train: _Losses | None
+    val: _Validation | None
+    seconds: float
+    images_per_second: float | None
+
+
+class _Best(_Block):
+    epoch: int
+    score: float
+
+
+class _Told(_Block):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+    training: dict[str, JsonValue]
+
+
+class _State(_Block):
+    """What the state of a run is made of."""
+
+    training_format: Literal[2]
+    experiment: _Told
+    data: str
+    code: str
+    step: NonNegativeInt
+    total_steps: NonNegativeInt
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    average: dict[str, Any] | None
+    sums: dict[str, float]
+    history: list[_Line]
+    best: _Best | None
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        if self.step > self.total_steps:
+            raise ValueError(f"step: got {self.step}, expected at most {self.total_steps}")
+        return self
 
 
 def write_state(
@@ -73,8 +138,7 @@ def write_state(
         "history": history,
         "best": best,
     }
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    write_checkpoint(path, content)
 
 
 def read_state(path: Path, experiment: Experiment, data: str, code: str) -> Mapping[str, Any] | None:
@@ -101,8 +165,10 @@ def read_state(path: Path, experiment: Experiment, data: str, code: str) -> Mapp
         state = read_checkpoint(path)
     except InputError as error:
         raise InputError(f"{error}\n{afresh}, or put a whole copy of the file in its place") from error
-    if state.get("training_format") != FORMAT:
-        raise InputError(f"{path}: got no state of a run of format {FORMAT}. {afresh}")
+    try:
+        _State.model_validate(dict(state))
+    except ValidationError as error:
+        raise InputError(f"{path}: got no state of a run of format {FORMAT} ({_first(error)}). {afresh}") from error
     told = experiment.to_dict()
     for key in FREE_SETTINGS:
         told["training"].pop(key)
@@ -122,8 +188,86 @@ def read_state(path: Path, experiment: Experiment, data: str, code: str) -> Mapp
             f"{path}: was written with other patches or nuclei, or with another split. {afresh}, or give it the "
             "data it was written with"
         )
+    if (state["average"] is not None) != (experiment.training.average > 0):
+        raise InputError(
+            f"{path}: average: got {'one' if state['average'] else 'none'}, the settings ask for the other. {afresh}"
+        )
     log.info("going on from %s at step %d", path, state["step"])
     return state
+
+
+def read_best(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Read the weights of the best epoch by their names, and which epoch and score they are of.
+
+    Raises
+    ------
+    InputError
+        The file is missing, damaged, or none of a training run.
+    """
+    content = read_checkpoint(path)
+    model_settings(content, path)
+    try:
+        best = _Best.model_validate(content.get("extra"))
+    except ValidationError as error:
+        raise InputError(
+            f"{path}: got no epoch of a run ({_first(error)}). Train it again without {path.parent}"
+        ) from error
+    return content["state"], best.model_dump()
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], path: Path) -> None:
+    """Give an optimiser the state that a run left in a file.
+
+    Raises
+    ------
+    InputError
+        It is not the state of this optimiser.
+    """
+    try:
+        options = [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
+        optimizer.load_state_dict(dict(state))
+        for group, wanted in zip(optimizer.param_groups, options, strict=True):
+            if {name: type(value) for name, value in group.items()} != wanted:
+                raise ValueError(f"options {sorted(group)}, expected {sorted(wanted)} of the same kinds")
+            for parameter in group["params"]:
+                _check_moments(optimizer.state.get(parameter, {}), parameter)
+        if not any(optimizer.state.values()):
+            raise ValueError("it holds no moments")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"{path}: optimizer: does not fit the model ({error}). Delete {path} to start the run afresh"
+        ) from error
+
+
+def load_average(model: nn.Module, decay: float, weights: Mapping[str, Any], path: Path) -> WeightAverage:
+    """Return the moving average of a model's weights that a run left in a file.
+
+    Raises
+    ------
+    InputError
+        It is not of this model.
+    """
+    own = WeightAverage(model, decay).weights
+    odd = [name for name in {**own, **weights} if name not in own or why_unfit(weights.get(name), own[name])]
+    if odd:
+        raise InputError(
+            f"{path}: average: {odd[:4]} of {len(odd)} do not fit the model. Delete {path} to start the run afresh"
+        )
+    return WeightAverage(model, decay, weights)
+
+
+def _check_moments(moments: Mapping[str, Tensor], parameter: Tensor) -> None:
+    shapes = {name: value.shape for name, value in moments.items()}
+    wanted = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    if shapes and shapes != wanted:
+        raise ValueError(f"moments of shapes {shapes}, expected {wanted}")
+    if not all(value.isfinite().all() for value in moments.values()):
+        raise ValueError("moments that are not finite")
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"
 
 
 def _differences(was: Any, now: Any, key: str = "") -> list[str]:

@@ -16,9 +16,8 @@ import torch
 from celldetr.experiment import Experiment
 from celldetr.files import atomic
 from celldetr.model.checkpoints import save_model
-from celldetr.training.average import WeightAverage
 from celldetr.training.base import Stage
-from celldetr.training.checkpoint import write_state
+from celldetr.training.checkpoint import load_average, load_optimizer, write_state
 from celldetr.training.data import Batch
 from celldetr.training.errors import Interrupted
 
@@ -64,11 +63,11 @@ class RunKeeper(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the optimiser and the sums of the unfinished epoch."""
         if self.state is not None:
-            trainer.optimizers[0].load_state_dict(dict(self.state["optimizer"]))
+            load_optimizer(trainer.optimizers[0], self.state["optimizer"], self.last)
             stage = _stage(pl_module)
             stage.train_sums = dict(self.state["sums"])
             if self.state["average"] is not None:
-                stage.average = WeightAverage(stage.model, stage.settings.average, self.state["average"])
+                stage.average = load_average(stage.model, stage.settings.average, self.state["average"], self.last)
             self.state = None
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,18 +18,19 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from celldetr.errors import ConfigError, InputError
 from celldetr.experiment import Experiment
+from celldetr.files import naming
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.checkpoints import initial_weights, load_exactly, read_checkpoint, save_model
+from celldetr.model.checkpoints import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.model.sampling import choose
 from celldetr.precision import has_bf16
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
-from celldetr.training.average import WeightAverage
 from celldetr.training.base import Stage
-from celldetr.training.checkpoint import read_state
+from celldetr.training.checkpoint import load_average, read_best, read_state
 from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
+from celldetr.training.errors import ProcessFailed
 from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
 from celldetr.training.processes import launch
 from celldetr.training.run import Run
@@ -103,6 +104,8 @@ def train(
         A loss is not finite.
     Interrupted
         The run was stopped by a signal; its state is written.
+    ProcessFailed
+        A process of the run, or one that loads its patches, was killed.
     """
     run = Run(
         experiment,
@@ -170,10 +173,10 @@ def run_process(run: Run) -> None:
     )
     keeper = RunKeeper(run.run_dir, run.experiment, fingerprint, run.code, state)
     if stage.step < stage.total_steps:
-        with _quiet(), signals_restored():
+        with _quiet(), signals_restored(), naming(run.run_dir), _loaders_watched():
             _trainer(run, stage, keeper).fit(stage)
     elif state is not None and state["average"] is not None:
-        stage.average = WeightAverage(stage.model, stage.settings.average, state["average"])
+        stage.average = load_average(stage.model, settings.average, state["average"], keeper.last)
     if run.rank == 0:
         _finish(run, stage, keeper, device)
 
@@ -199,15 +202,14 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
 
 def _start_from(model: CellDETR, path: Path) -> None:
     """Take over what a model of another kind, or of other classes, can give, and say what it cannot."""
-    content = read_checkpoint(path)
-    settings, theirs = model.settings, content.get("settings", {})
-    mode, classes = theirs.get("mode", settings.mode), theirs.get("classes", settings.classes)
+    content, settings = read_checkpoint(path), model.settings
+    theirs = model_settings(content, path) if "format" in content else settings
     fresh = []
-    if (mode == "baseline") != (settings.mode == "baseline"):
+    if (theirs.mode == "baseline") != (settings.mode == "baseline"):
         fresh += ["class_head", "representation", "decoder.class_embed"]
-    elif list(classes) != list(settings.classes):
+    elif theirs.classes != settings.classes:
         fresh += ["decoder.class_embed"] if settings.mode == "baseline" else ["class_head"]
-    if theirs.get("projection", 0) != settings.projection:
+    if theirs.projection != settings.projection:
         fresh += ["projection"]
     kept = initial_weights(model, path, fresh=fresh)
     if kept:
@@ -248,6 +250,21 @@ def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
 
 
 @contextlib.contextmanager
+def _loaders_watched() -> Iterator[None]:
+    """Say what became of a loader process that was killed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ProcessFailed(
+            f"a process that loads patches was ended ({str(error).splitlines()[0]}), most likely because the memory "
+            "was used up; give the run more mem_mb (--set-resources) or fewer training.workers, and start it again to "
+            "go on"
+        ) from error
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what Lightning says about choices that are made here on purpose."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
@@ -273,9 +290,8 @@ def _finish(run: Run, stage: Stage, keeper: RunKeeper, device: str) -> None:
     if stage.average is not None:
         stage.average.swap()
     if settings.select == "best_val" and keeper.best is not None:
-        content = read_checkpoint(keeper.best_path)
-        load_exactly(stage.model, content["state"], keeper.best_path)
-        chosen = dict(content["extra"])
+        state, chosen = read_best(keeper.best_path)
+        load_exactly(stage.model, state, keeper.best_path)
     extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
     save_model(run.run_dir / "model.pt", stage.model, run.experiment.model, extra)
     write_log(run.run_dir / "log.jsonl", history)
