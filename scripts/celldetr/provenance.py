@@ -1,6 +1,7 @@
 """Where a result came from: versions, settings, inputs, and the hash of the code that a rule depends on."""
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -52,28 +53,40 @@ def source_hash(script: str | os.PathLike[str]) -> str:
     """
     root = Path(celldetr.__file__).parent.parent
     digest = hashlib.sha256()
-    waiting, seen = [Path(script)], set[Path]()
+    waiting, seen = [Path(script)], dict[Path, str]()
     while waiting:
         file = waiting.pop()
         if file in seen:
             continue
-        seen.add(file)
-        waiting += _imported(ast.parse(file.read_bytes()), root)
+        seen[file] = _parsed(file.read_bytes())[1]
+        waiting += imported_files(file, root)
     for file in sorted(seen):
-        digest.update(file.name.encode() + b"\0" + _code(file).encode() + b"\0")
+        digest.update(file.name.encode() + b"\0" + seen[file].encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _imported(tree: ast.AST, root: Path) -> list[Path]:
-    """Files of this library that a module imports; importing a module imports the packages around it."""
+@functools.cache  # the rules share most of their modules, and every job of the workflow asks for all of them
+def _parsed(source: bytes) -> tuple[frozenset[str], str]:
+    """Names that a module imports, and the text of its syntax tree without docstrings."""
+    tree = ast.parse(source)
     names = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                del body[0]
+    return frozenset(names), ast.dump(tree)
+
+
+def imported_files(file: Path, root: Path) -> list[Path]:
+    """Files of the library below `root` that a module imports; importing a module imports the packages around it."""
     files = set[Path]()
-    for name in names:
+    for name in _parsed(file.read_bytes())[0]:
         parts = name.split(".")
         if parts[0] != celldetr.__name__:
             continue
@@ -81,18 +94,6 @@ def _imported(tree: ast.AST, root: Path) -> list[Path]:
             base = root.joinpath(*parts[:depth])
             files |= {file for file in (base / "__init__.py", base.with_suffix(".py")) if file.is_file()}
     return sorted(files)
-
-
-def _code(file: Path) -> str:
-    """Text of a module's syntax tree without docstrings."""
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                del body[0]
-    return ast.dump(tree)
 
 
 def git_revision() -> str:

@@ -42,7 +42,7 @@ def imported(script):
             continue
         seen.add(path)
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += provenance._imported(tree, root)
+        waiting += provenance.imported_files(path, root)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
