@@ -5,7 +5,8 @@ Output: ``png``, ``svg``.
 """
 
 from celldetr.evaluation.attention import read_drawn, read_share
-from celldetr.evaluation.figures import SystemShare, figure3, save
+from celldetr.evaluation.figures import SystemShare, figure3
+from celldetr.evaluation.style import save
 from celldetr.rule import run_rule
 
 

@@ -4,7 +4,7 @@ Input: ``log`` (log.jsonl of an experiment of stage ssl). Output: ``png``, ``svg
 """
 
 from celldetr.evaluation.figure4 import figure4b, read_log
-from celldetr.evaluation.figures import save
+from celldetr.evaluation.style import save
 from celldetr.rule import run_rule
 
 

@@ -5,7 +5,7 @@ Output: ``png``, ``svg``. Params: title.
 """
 
 from celldetr.evaluation.figure4 import figure4c, read_log, read_retrieval, read_similarities
-from celldetr.evaluation.figures import save
+from celldetr.evaluation.style import save
 from celldetr.rule import run_rule
 
 

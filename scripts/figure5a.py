@@ -7,7 +7,7 @@ Params: titles (sample -> title).
 from pathlib import Path
 
 from celldetr.evaluation.figure5 import composition, figure5a
-from celldetr.evaluation.figures import save
+from celldetr.evaluation.style import save
 from celldetr.evaluation.tables import write_tsv
 from celldetr.rule import run_rule
 from celldetr.store import open_store

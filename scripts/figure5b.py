@@ -5,8 +5,8 @@ Input: ``predictions`` (Parquet of the predict rule), ``store`` (the test patche
 """
 
 from celldetr.evaluation.figure5 import confusion, figure5b
-from celldetr.evaluation.figures import save
 from celldetr.evaluation.predictions import read_predictions
+from celldetr.evaluation.style import save
 from celldetr.evaluation.tables import write_tsv
 from celldetr.rule import run_rule
 from celldetr.store import open_store

@@ -6,8 +6,9 @@ Output: PNG, patches twice: true boxes and predicted boxes, coloured by class.
 
 from pathlib import Path
 
-from celldetr.evaluation.figures import choose_patches, overlays, save
+from celldetr.evaluation.figures import choose_patches, overlays
 from celldetr.evaluation.predictions import read_predictions
+from celldetr.evaluation.style import save
 from celldetr.rule import run_rule
 from celldetr.store import open_store
 

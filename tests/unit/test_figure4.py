@@ -10,7 +10,7 @@ from tiny_training import make_crowded_store, make_experiment, make_split, make_
 
 from celldetr.errors import InputError
 from celldetr.evaluation import figure4
-from celldetr.evaluation.figures import save
+from celldetr.evaluation.style import save
 from celldetr.experiment import NoiseSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model

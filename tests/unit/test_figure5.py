@@ -8,8 +8,8 @@ import pytest
 
 from celldetr.errors import InputError
 from celldetr.evaluation.figure5 import MISSED, composition, confusion, figure5a, figure5b
-from celldetr.evaluation.figures import save
 from celldetr.evaluation.predictions import Predictions
+from celldetr.evaluation.style import save
 
 CLASSES = ("T", "B", "Mast")
 

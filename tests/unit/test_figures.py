@@ -9,10 +9,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 from celldetr.errors import ConfigError, InputError
-from celldetr.evaluation import attention, figures
+from celldetr.evaluation import attention
 from celldetr.evaluation.attention import DrawnNuclei, choose_nuclei, read_drawn, share_inside, write_drawn
-from celldetr.evaluation.figures import SystemShare, choose_patches, figure3, overlays, save
+from celldetr.evaluation.figures import SystemShare, choose_patches, figure3, overlays
 from celldetr.evaluation.predictions import Predictions
+from celldetr.evaluation.style import colour_of, save
 
 CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic", "epithelial")
 SIZE = 64
@@ -270,4 +271,4 @@ def test_patches_with_nuclei_are_chosen_first():
 
 
 def test_classes_have_colours_of_their_own():
-    assert len({figures.colour_of(label) for label in range(-1, 10)}) == 11
+    assert len({colour_of(label) for label in range(-1, 10)}) == 11

@@ -13,7 +13,7 @@ from celldetr.data.pages import SIDE, embed, patch_picture, write_page
 from celldetr.data.patches import Plan
 from celldetr.data.pyramid import Pyramid
 from celldetr.data.tissue import Raster
-from celldetr.evaluation.figures import CLASS_COLOURS, UNLABELLED_COLOUR
+from celldetr.evaluation.style import CLASS_COLOURS, UNLABELLED_COLOUR
 from celldetr.files import atomic
 from celldetr.store import PatchStore
 

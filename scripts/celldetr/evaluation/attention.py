@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celldetr.errors import ConfigError, InputError
-from celldetr.evaluation.scoring import TruthStore
+from celldetr.evaluation.truth import TruthStore
 from celldetr.files import atomic
 from celldetr.npz import read_npz, write_npz
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from celldetr.errors import InputError
-from celldetr.evaluation.figures import STYLE
+from celldetr.evaluation.style import STYLE
 from celldetr.files import atomic
 from celldetr.npz import read_npz, write_npz
 

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from celldetr.errors import InputError
-from celldetr.evaluation.figures import STYLE, UNLABELLED_COLOUR, colour_of
 from celldetr.evaluation.matching import pair_nuclei
 from celldetr.evaluation.predictions import Predictions, ScoreRule
-from celldetr.evaluation.scoring import TruthStore, predicted_nuclei, truth_nuclei
+from celldetr.evaluation.scoring import predicted_nuclei, truth_nuclei
+from celldetr.evaluation.style import STYLE, UNLABELLED_COLOUR, colour_of
+from celldetr.evaluation.truth import TruthStore
 
 MISSED = "missed"
 UNLABELLED = "unlabelled"

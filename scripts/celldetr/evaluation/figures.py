@@ -1,9 +1,7 @@
 """Pictures for people: attention on a few nuclei (paper, figure 3), and predictions beside the truth."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -21,24 +19,10 @@ from numpy.typing import NDArray
 from celldetr.errors import InputError
 from celldetr.evaluation.attention import DrawnNuclei, check_same_nuclei, share_inside
 from celldetr.evaluation.predictions import Predictions
-from celldetr.files import atomic
+from celldetr.evaluation.style import STYLE, colour_of
 
-# From the palettes of Okabe and Ito and of Tol (for colour-blind readers too); bright, as tissue is dark and pink.
-CLASS_COLOURS = (
-    *("#FF9A1F", "#4FC8FF", "#19DDA0", "#F7EC3C", "#FFFFFF"),
-    *("#D55E00", "#0057C2", "#F4A6D0", "#999933", "#AAAAAA"),
-)
-UNLABELLED_COLOUR = "#000000"
 TRUTH_COLOUR = "#D55E00"
 POINTS = LinearSegmentedColormap.from_list("points", ["#1B2A6B", "#2A7FB8", "#7FD3C4", "#FFF59A"])
-STYLE: Any = {  # rc parameters
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
-    "font.size": 9,
-    "svg.hashsalt": "celldetr",
-    "axes.linewidth": 0.6,
-}
-DPI = 200
 VIEW_SHARE = 0.9  # of every model's attention that the view of a nucleus shows
 VIEW_BOXES = (3.0, 7.0)  # smallest and largest side of a view, in sides of the nucleus' box
 
@@ -328,11 +312,6 @@ def overlays(
     return figure
 
 
-def colour_of(label: int) -> str:
-    """Colour of a class; -1 = nucleus without a label."""
-    return UNLABELLED_COLOUR if label < 0 else CLASS_COLOURS[label % len(CLASS_COLOURS)]
-
-
 def _draw_boxes(axis: Axes, boxes: NDArray[np.floating], labels: NDArray[np.integer]) -> None:
     for box, label in zip(boxes, labels, strict=True):
         x0, y0, x1, y1 = map(float, box)
@@ -354,14 +333,3 @@ def _class_legend(figure: Figure, labels: Sequence[int], classes: Sequence[str])
         for label in labels
     ]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9, borderaxespad=0.3)
-
-
-def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = DPI) -> None:
-    """Write a figure under its name when it is complete; the ending (png, svg, pdf) tells the format.
-
-    The same figure gives the same bytes: neither the time nor the version of matplotlib is written. `dpi` is for png.
-    """
-    kind = Path(path).suffix[1:].lower()
-    fixed: dict[str, str | None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {"Software": None})  # type: ignore[assignment]
-    with atomic(path) as temporary, matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, format=kind, dpi=dpi, metadata=fixed)

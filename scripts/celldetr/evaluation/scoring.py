@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,39 +13,12 @@ from celldetr.evaluation import bootstrap
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, row_names, scores
 from celldetr.evaluation.predictions import Predictions, ScoreRule
+from celldetr.evaluation.truth import TruthStore
 from celldetr.files import atomic
 
 CENTRES = ("box", "mask")
 MISSING = "NA"
 VALUES = ("precision", "recall", "f1")
-
-
-class TruthStore(Protocol):
-    """What scoring reads of a patch store (`celldetr.store.PatchStore`)."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in order."""
-
-    @property
-    def n_patches(self) -> int:
-        """Number of patches N."""
-
-    @property
-    def box_ptr(self) -> NDArray[np.int64]:
-        """Offsets (N + 1,)."""
-
-    @property
-    def boxes(self) -> NDArray[np.float32]:
-        """Boxes (M, 4), xyxy px, half-open."""
-
-    @property
-    def labels(self) -> NDArray[np.int8]:
-        """Labels (M,), -1 = unlabelled."""
-
-    @property
-    def centroids(self) -> NDArray[np.float32]:
-        """Mask centroids (M, 2), x then y, px; NaN = unknown."""
 
 
 def truth_nuclei(store: TruthStore, centres: str = "box") -> Nuclei:
