@@ -1,10 +1,12 @@
 """Run a rule's script with what Snakemake gave to it, once per fault, each in a process of its own.
 
-    run_job.py JOB REPORT [none | kill_change=SHARE | kill_seconds=SHARE | file_bytes=N | more_memory=N]...
+    run_job.py JOB REPORT FAULT...
 
+A fault is none | kill_change=SHARE | kill_seconds=SHARE | kill_worker | file_bytes=N | more_memory=N.
 kill_change: SIGKILL before a change of the file system (a file opened to be written, a renaming, a removal, a folder
 made), after this share of those of the first attempt; kill_seconds: SIGKILL after this share of the time of the first
-attempt; file_bytes: no file may grow beyond; more_memory: bytes that the process may get beyond those of its imports.
+attempt; kill_worker: SIGKILL of the first process that the script starts; file_bytes: no file may grow beyond;
+more_memory: bytes that the process may get beyond those of its imports.
 The outputs are removed before each attempt, as Snakemake does. The report is a JSON list: fault, status, changes,
 seconds, text (all output), outputs (path -> checksum, or null if missing).
 """
@@ -94,6 +96,14 @@ def child(job, script, fault, amount, count):
         os._exit(status)
 
 
+def kill_worker(process):
+    """Kill the first process that a process starts, as the kernel does when memory is used up."""
+    children = Path(f"/proc/{process}/task/{process}/children")
+    while not (started := children.read_text().split()):
+        time.sleep(0.01)
+    os.kill(int(started[0]), signal.SIGKILL)
+
+
 def attempt(job, script, fault, first):
     """Run the script in a child process under a fault; return what came of it. `first` is the first attempt."""
     for output in map(Path, job.output):
@@ -118,6 +128,8 @@ def attempt(job, script, fault, first):
         if name == "kill_seconds":
             time.sleep(amount)
             os.kill(process, signal.SIGKILL)
+        if name == "kill_worker":
+            kill_worker(process)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         text.seek(0)
         count.seek(0)

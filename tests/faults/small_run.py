@@ -1,6 +1,7 @@
 """A small finished run of the whole workflow, with the objects that Snakemake gave to its scripts.
 
-The run is made once for all test processes, from a copy of the workflow; tests work in copies of it.
+The run is made once for all test processes, from a copy of the workflow; tests work in copies of it. A test module gets
+the fixtures `finished` (not to be changed) and `work` (a copy) with ``pytest_plugins = ["small_run"]``.
 """
 
 import ast
@@ -15,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import yaml
 
 from celldetr.settings import merge
@@ -115,9 +117,10 @@ class SmallRun:
         return {rule: int(count) for rule, count in counts.items() if rule not in ("all", "total")}
 
     def copy(self, folder):
-        """Return the run in a folder of its own; the times of its files are kept."""
-        shutil.copytree(self.work, folder, symlinks=True)
-        return SmallRun(folder, self.source, self.jobs)
+        """Return the run and its workflow in a folder of their own; the times of their files are kept."""
+        for part in (self.work, self.source):
+            shutil.copytree(part, folder / part.name, symlinks=True)
+        return SmallRun(folder / self.work.name, folder / self.source.name, self.jobs)
 
     def job(self, rule):
         """Return the path of a recorded job of a rule and what Snakemake gave to it."""
@@ -144,18 +147,27 @@ class SmallRun:
         return attempts
 
 
-def small_run(tmp_path_factory):
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
     """Return the finished run; the first test process that asks makes it, the others wait."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_run"
     folder.mkdir(exist_ok=True)
-    finished = SmallRun(folder / "work", folder / "source", folder / "jobs")
+    run = SmallRun(folder / "work", folder / "source", folder / "jobs")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            _make(finished)
+            _make(run)
             (folder / "done").touch()
-    return finished
+    return run
+
+
+@pytest.fixture
+def work(finished, tmp_path):
+    """Return a copy of the finished run and of its workflow, to be changed; it is removed after the test."""
+    copy = finished.copy(tmp_path / "run")
+    yield copy
+    shutil.rmtree(tmp_path / "run")
 
 
 def _make(run):
@@ -168,8 +180,7 @@ def _make(run):
     path = os.pathsep.join([str(site), run.environment["PYTHONPATH"]])
     done = run.snakemake("all", *MORE, PYTHONPATH=path, RECORDED_JOBS=str(recorded))
     assert done.returncode == 0, done.stdout[-6000:]
-    for file in sorted(recorded.iterdir()):
-        job = _given(file)
+    for job in sorted(map(_given, recorded.iterdir()), key=lambda job: list(job.output)):  # the last one is kept
         (run.jobs / f"{job.rule}.pickle").write_bytes(pickle.dumps(job))
 
 

@@ -2,9 +2,9 @@
 
 Faults with tests elsewhere: broken transfers, wrong checksums, disks that fill up in a download (test_download.py,
 test_members.py), archives with damage, pickles or members that leave their folder (test_pannuke.py, test_members.py),
-each array of a patch store (test_store.py), killed and stopped training, a loss that is no number, checkpoints of other
-runs (test_training.py), hostile model files (test_checkpoints.py), cells of sheets (test_sheets.py), settings
-(test_config.py).
+each array of a patch store (test_store.py), killed and stopped training, its processes killed one by one, a loss that
+is no number, checkpoints of other runs (test_training.py), hostile model files (test_checkpoints.py), cells of sheets
+(test_sheets.py), settings (test_config.py).
 """
 
 import os
@@ -17,8 +17,8 @@ import zipfile
 import pytest
 import torch
 from run_job import checksum
-from small_run import small_run
 
+pytest_plugins = ["small_run"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KILLED = (
@@ -27,18 +27,6 @@ KILLED = (
     *("detect_slide", "extract_slide", "choose_slide_patches"),
     *("train", "predict", "score", "similarity", "readout", "table", "figure5a"),
 )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return small_run(tmp_path_factory)
-
-
-@pytest.fixture
-def work(finished, tmp_path):
-    copy = finished.copy(tmp_path / "work")
-    yield copy
-    shutil.rmtree(copy.work)
 
 
 def leftovers(folder):
@@ -82,7 +70,7 @@ def undamaged(finished, rule, attempt):
 
 
 @pytest.mark.parametrize(
-    "rule", ["make_example", "download_xenium", "convert_pannuke", "extract_xenium", "predict", "attention"]
+    "rule", ["make_example", "download_xenium", "convert_pannuke", "extract_xenium", "train", "predict", "attention"]
 )
 def test_a_disk_that_fills_up_is_named_and_nothing_half_written_gets_a_name(finished, work, rule):
     full, after = work.run_job(rule, "file_bytes=1500", "none")
@@ -96,31 +84,85 @@ def test_a_disk_that_fills_up_is_named_and_nothing_half_written_gets_a_name(fini
 
 
 @pytest.fixture
-def small_disk(work):
-    """Put the stores of PanNuke on a disk of 64 KiB; skipped where the user may not mount."""
+def disk():
+    """Put an empty disk of a size on a folder, or change its options; skipped where the user may not mount."""
+    mounted = []
+
+    def put(folder, options):
+        if folder in mounted:
+            options = f"remount,{options}"
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        if folder not in mounted:
+            mounted.append(folder)
+
+    yield put
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_and_a_read_only_one_are_named(finished, work, disk):
     folder = work.work / "results" / "pannuke"
-    shutil.rmtree(folder)
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_and_a_read_only_one_are_named(finished, work, small_disk):
+    disk(folder, "size=64k")
     (full,) = work.run_job("convert_pannuke", "none")
-    fails(full, "the disk is full; free some space and start again")
-    assert list(small_disk.iterdir()) == []
-    subprocess.run(["mount", "-o", "remount,ro,size=64m", str(small_disk)], check=True)
+    fails(full, ".zarr", "the disk is full; free some space and start again")
+    assert list(folder.iterdir()) == []
+    disk(folder, "ro,size=64m")
     (read_only,) = work.run_job("convert_pannuke", "none")
-    fails(read_only, str(small_disk.relative_to(work.work)), "the file system is read-only")
-    subprocess.run(["mount", "-o", "remount,rw,size=64m", str(small_disk)], check=True)
+    fails(read_only, str(folder.relative_to(work.work)), "the file system is read-only")
+    disk(folder, "rw,size=64m")
     (after,) = work.run_job("convert_pannuke", "none")
     assert after["status"] == 0, after["text"]
     undamaged(finished, "convert_pannuke", after)
+
+
+def test_training_on_a_disk_that_fills_up_keeps_its_checkpoint_and_goes_on(finished, work, disk):
+    """The disk has room for the checkpoint of the first epoch, and not for a second one beside it."""
+    model = next(path for path in work.job("train")[1].output if path.endswith("model.pt"))
+    folder = (work.work / model).parent
+    kept = (folder / "checkpoints" / "last.ckpt").stat().st_size
+    best = (folder / "checkpoints" / "best.ckpt").stat().st_size
+    disk(folder, f"size={kept + 2 * best + kept // 2}")
+    (full,) = work.run_job("train", "none")
+    assert full["status"] == 1
+    assert "Traceback" not in full["text"], full["text"][-3000:]
+    assert re.search(r"error: .*checkpoints/last\.ckpt: the disk is full; free some space", full["text"])
+    assert full["outputs"][model] is None
+    assert leftovers(work.work) == []
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["history"][-1]["epoch"] == 1
+    disk(folder, "size=64m")
+    (after,) = work.run_job("train", "none")
+    assert after["status"] == 0, after["text"][-3000:]
+    assert f"at step {state['step']}" in after["text"]
+    assert after["outputs"][model] == checksum(finished.work / model)
+
+
+def test_training_whose_curves_fill_the_disk_says_so(work, disk):
+    model = next(path for path in work.job("train")[1].output if path.endswith("model.pt"))
+    folder = (work.work / model).parent
+    shutil.rmtree(folder / "checkpoints")
+    disk(folder / "tensorboard", "size=4k")
+    (full,) = work.run_job("train", "none")
+    assert full["status"] == 1
+    assert re.search(rf"error: \S*{folder.name}: the disk is full; free some space", full["text"])
+
+
+def test_a_worker_killed_for_lack_of_memory_ends_the_job_at_once(finished, work):
+    killed, after = work.run_job("make_example", "kill_worker", "none", timeout=120)
+    assert killed["status"] == 1, killed["text"][-3000:]
+    assert "Traceback" not in killed["text"], killed["text"][-3000:]
+    assert "error: a worker process was killed" in killed["text"]
+    undamaged(finished, "make_example", killed)
+    assert after["status"] == 0, after["text"][-3000:]
+    undamaged(finished, "make_example", after)
+    assert leftovers(work.work) == []
+    assert [path for path in (work.work / "example-input").rglob(".*") if path.name.endswith(".incomplete")] == []
 
 
 @pytest.mark.parametrize("rule", ["convert_pannuke", "predict"])
@@ -231,6 +273,7 @@ DAMAGES = [
     ("figure3", cut("*.json"), ".json"),
     ("figure4b", cut("log.jsonl"), "log.jsonl"),
     ("figure4c", cut("*.npz"), ".npz"),
+    ("table", cut("scores/*/*.tsv"), "results/scores/"),
 ]
 
 

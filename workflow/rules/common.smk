@@ -1,5 +1,6 @@
 """The validated configuration, wildcards, and the small functions that several rules share."""
 
+import os
 import re
 import sys
 
@@ -35,6 +36,11 @@ wildcard_constraints:
 def code(script: str) -> str:
     """Hash of a rule's script and of the library below it: editing either reruns the rule."""
     return source_hash(ROOT / "scripts" / f"{script}.py")
+
+
+def own_file(path: str) -> str:
+    """A file of the workflow, seen from the working folder: the same path after both were moved."""
+    return path if Path(path).is_absolute() else os.path.relpath(ROOT / path)
 
 
 def local_files(urls) -> list[str]:

@@ -1,6 +1,6 @@
 """Predictions on the test folds, scores, tables and figures."""
 
-PUBLISHED = {name: str(ROOT / table.published) for name, table in CONFIG.tables.items()}
+PUBLISHED = {name: own_file(table.published) for name, table in CONFIG.tables.items()}
 
 
 rule predict:

@@ -176,7 +176,7 @@ rule register_xenium:
 rule prepare_reference:
     input:
         h5ad="results/raw/references/{reference}.h5ad",
-        mapping=lambda wildcards: ROOT / REFERENCES[wildcards.reference].mapping,
+        mapping=lambda wildcards: own_file(REFERENCES[wildcards.reference].mapping),
     output:
         reference="results/references/{reference}.h5ad",
         summary="results/references/{reference}_summary.json",
