@@ -1,11 +1,14 @@
 """Training runs of a tiny model: they learn, stop, go on, and share a batch."""
 
 import json
+import multiprocessing
+import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model, read_checkpoint, save_model
 from celldetr.training.base import learning_rate_factor
 from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
-from celldetr.training.errors import Interrupted, NonFinite
+from celldetr.training.errors import Interrupted, NonFinite, ProcessFailed
 from celldetr.training.loop import train
 from celldetr.training.supervised import SupervisedStage
 
@@ -259,6 +262,86 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(store, tmp_path, monk
     with pytest.raises(InputError, match=r"other patches"):
         train(make_experiment(), [store], make_split(store, 7, 5), tmp_path / "run")
     train(make_experiment(cache="none", workers=0), [store], split, tmp_path / "run")  # changes no result
+
+
+def odd_moments(state):
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(2)
+
+
+def odd_line(state):
+    del state["history"][0]["val"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (odd_moments, "optimizer: does not fit the model"),
+        (odd_line, r"history\.0\.val\.loss: Field required"),
+        (lambda state: state.pop("step"), "step: Field required"),
+        (lambda state: state.update(step=99), "step: got 99, expected at most 6"),
+        (lambda state: state["model"].update(level_embed=torch.zeros(1)), r"level_embed: got \(1,\)"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(store, tmp_path, monkeypatch, change, message):
+    path = interrupt(store, tmp_path, monkeypatch)
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(InputError, match=rf"last\.ckpt[\s\S]*{message}"):
+        train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_a_best_epoch_that_is_not_whole_is_refused_by_name(store, tmp_path):
+    train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=True)
+    for damaged in ({**content, "extra": {}}, {key: content[key] for key in content if key != "state"}):
+        torch.save(damaged, path)
+        with pytest.raises(InputError, match=r"best\.ckpt"):
+            train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_a_killed_loader_process_is_said_at_once_and_the_run_goes_on(store, tmp_path, monkeypatch):
+    experiment, split = make_experiment(cache="none", workers=1), make_split(store, 8, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    load = TrainingBatches.__getitem__
+
+    def killed(batches, step):
+        if step == 3 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(batches, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "__getitem__", killed)
+        start = time.monotonic()
+        with pytest.raises(ProcessFailed, match=r"a process that loads patches was ended .*DataLoader worker.* memory"):
+            train(experiment, [store], split, tmp_path / "run")
+        assert time.monotonic() - start < 60
+    assert not (tmp_path / "run" / "model.pt").exists()
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def kill_a_child():
+    """SIGKILL the second of two processes that this one starts, a moment later."""
+    children, until = [], time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < until:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        time.sleep(0.05)
+    time.sleep(2)
+    os.kill(int(children[1]), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
+def test_one_of_two_processes_killed_ends_the_run_with_its_name(store, tmp_path):
+    experiment = make_experiment(gpus=2, epochs=500)
+    threading.Thread(target=kill_a_child, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(ProcessFailed, match="process [01] of the run was ended by SIGKILL"):
+        train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")
+    assert time.monotonic() - start < 120
+    assert not (tmp_path / "run" / "model.pt").exists()
 
 
 @pytest.mark.slow
