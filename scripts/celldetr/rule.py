@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import faulthandler
 import logging
 import sys
 import time
@@ -54,7 +55,7 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run `main(snakemake)` with stdout and stderr copied to the rule's log.
 
     A `CellDETRError`, a full or read-only disk, a lack of memory and a killed worker process end the process with
-    status 1 and a message alone; any other error keeps its traceback.
+    status 1 and a message alone; any other error keeps its traceback. A crash of a library leaves one in the log.
 
     Parameters
     ----------
@@ -74,10 +75,15 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         _fail(error)
     terminal = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Tee(terminal[0], log), _Tee(terminal[1], log)
+    watched = faulthandler.is_enabled()
+    if not watched:
+        faulthandler.enable(log)
     try:
         _run(main, snakemake, path.stat().st_mtime)
     finally:
         sys.stdout, sys.stderr = terminal
+        if not watched:
+            faulthandler.disable()
         with contextlib.suppress(OSError):
             log.close()
 

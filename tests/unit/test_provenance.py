@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -169,6 +170,17 @@ def test_a_log_on_a_full_disk_stops_nothing(capsys):
         run_rule(fails, SimpleNamespace(log=["/dev/full"]))
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: say say")
+
+
+def test_a_crash_leaves_its_line_in_the_log(tmp_path):
+    log = tmp_path / "a.log"
+    program = "import os, signal\nfrom types import SimpleNamespace\nfrom celldetr.rule import run_rule\n"
+    program += "def crashes(snakemake):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    program += f"run_rule(crashes, SimpleNamespace(log=[{str(log)!r}]))\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in log.read_text()
+    assert "in crashes" in log.read_text()
 
 
 def test_a_log_that_cannot_be_made_is_named(tmp_path, capsys):

@@ -19,12 +19,14 @@ from geopandas import GeoDataFrame
 from numpy.typing import NDArray
 from scipy import sparse
 
+from celldetr.data.hdf5 import check_heaps
 from celldetr.errors import InputError
 
 SPECS = "experiment.xenium"
 NUCLEI = "nucleus_boundaries.parquet"
+COUNTS = "cell_feature_matrix.h5"
 READ_MEMBERS = (
-    *(SPECS, "cells.zarr.zip", "cells.parquet", "cell_feature_matrix.h5"),
+    *(SPECS, "cells.zarr.zip", "cells.parquet", COUNTS),
     *(NUCLEI, "cell_boundaries.parquet"),
 )
 """Files that every version has and that are read here; `DAPI_IMAGES` names the image."""
@@ -119,6 +121,7 @@ def read_counts(outs: str | os.PathLike[str]) -> AnnData:
 
     for name in READ_MEMBERS[:4]:
         _member(outs, name)
+    check_heaps(Path(outs) / COUNTS)
     nothing = dict.fromkeys(
         ("cells_boundaries", "nucleus_boundaries", "cells_labels", "nucleus_labels", "transcripts"), False
     )

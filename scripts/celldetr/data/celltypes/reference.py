@@ -22,6 +22,7 @@ from scipy import sparse
 from celldetr.classes import ST_TYPES
 from celldetr.data.celltypes.counts import RawCounts, find_counts, read_rows, why_not_raw
 from celldetr.data.celltypes.genes import sum_duplicates, symbols_and_ids
+from celldetr.data.hdf5 import check_heaps
 from celldetr.errors import CellDETRError, ConfigError, InputError
 from celldetr.files import atomic
 
@@ -167,6 +168,7 @@ def prepare_reference(
     """
     where = Path(path)
     generator = np.random.default_rng(seed)
+    check_heaps(where)
     try:
         file = h5py.File(where, "r")
     except OSError as error:
@@ -228,6 +230,7 @@ def read_reference(path: str | os.PathLike[str]) -> AnnData:
     InputError
         The file is none.
     """
+    check_heaps(path)
     with _reading(Path(path)):
         reference = anndata.read_h5ad(path)
     wanted = {"type", "label", "held_out"}
