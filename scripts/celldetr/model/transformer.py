@@ -290,12 +290,13 @@ class DetectionDecoder(nn.Module):
         self.query_embed = nn.Embedding(settings.queries, channels if self.proposals else 2 * channels)
         if self.proposals is None:
             self.reference_points = nn.Linear(channels, 2)
-            nn.init.xavier_uniform_(self.reference_points.weight)
-            nn.init.zeros_(self.reference_points.bias)
         self.layers = nn.ModuleList(DecoderLayer(settings, levels) for _ in layers)
         self.class_embed = nn.ModuleList(class_head(channels, classes) for _ in layers)
         points = self.proposals is None
         self.bbox_embed = nn.ModuleList(BoxHead(channels, first=points and index == 0) for index in layers)
+        if points:
+            nn.init.xavier_uniform_(self.reference_points.weight)
+            nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: Tensor, shapes: tuple[Shape, ...]) -> tuple[Tensor, Tensor, SamplingPoints]:
         """Detect.
