@@ -1,0 +1,73 @@
+"""One training step on the pretended device, in a process of its own: PyTorch counts devices at the first backward pass.
+
+Usage: step_on_pretended_device.py MODE STORE. Prints JSON: ``device`` of the loss, ``to_host`` (shapes that the host
+read), ``waited`` (shapes of the copies that it waited for), ``costs`` (shape that the costs should have), ``blurred``.
+"""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from pretended_device import Copies, moved, pretended_device
+from tiny_training import make_experiment, make_split, make_ssl_experiment
+
+from celldetr.model.celldetr import CellDETR
+from celldetr.store import open_store
+from celldetr.training.augment import draw
+from celldetr.training.data import PatchData, TrainingBatches
+from celldetr.training.matching import Matches, Matching
+from celldetr.training.ssl import SslStage
+from celldetr.training.supervised import SupervisedStage
+
+BATCH = 8
+
+
+class Trainer:
+    """What a stage asks of its trainer in a step."""
+
+    world_size, global_rank = 1, 0
+
+    def __init__(self, optimizer):
+        self.optimizers = [optimizer]
+
+
+def make_stage(store, mode):
+    experiment = make_ssl_experiment(batch_size=BATCH) if mode == "ssl" else make_experiment(mode, batch_size=BATCH)
+    data = [PatchData([store], make_split(store, 24, 4), part) for part in ("train", "val")]
+    kind = SslStage if mode == "ssl" else SupervisedStage
+    return kind(experiment, CellDETR(experiment.model), *data, nucleus_threshold=0.4, radius=3.0)
+
+
+def any_matches(matching):
+    """Match anything, without a look at the costs."""
+    layers = range(len(matching._costs))
+    pairs = [(layer, i, k, k) for layer in layers for i, n in enumerate(matching._counts) for k in range(n)]
+    rows = torch.from_numpy(np.array(pairs).T.copy()).to(matching._device, non_blocking=True)
+    return Matches(*rows)
+
+
+def main(mode, path):
+    device, fakes = pretended_device()
+    Matching.result = any_matches
+    stage = make_stage(open_store(path), mode)
+    settings, stage.step = stage.settings, 1
+    batch = TrainingBatches(stage.train_data, BATCH, settings.seed)[stage.step]
+    blurred = draw(settings.augmentation, settings.seed, stage.step, BATCH).blur.sum()
+    with fakes, Copies() as copies:
+        moved(stage.model, device)
+        stage._device = device
+        optimizer = stage.configure_optimizers()
+        stage.trainer = trainer = Trainer(optimizer)
+        loss = stage.training_step(batch.to(device), 0)
+        loss.backward()
+        stage.configure_gradient_clipping(trainer.optimizers[0])
+        optimizer.step()
+    model = stage.model.settings
+    costs = (model.decoder_layers, BATCH, batch.targets.labels.shape[1], model.queries)
+    found = {"device": str(loss.device), "to_host": copies.to_host, "waited": copies.waited, "costs": costs}
+    print(json.dumps({**found, "blurred": int(blurred), "nuclei": int(batch.targets.counts.sum())}))  # noqa: T201 - the result
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
