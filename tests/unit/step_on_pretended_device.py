@@ -1,4 +1,4 @@
-"""One training step on the pretended device, in a process of its own: PyTorch counts devices at the first backward pass.
+"""One training step on the pretended device, in a process of its own: PyTorch counts devices at its first backward.
 
 Usage: step_on_pretended_device.py MODE STORE. Prints JSON: ``device`` of the loss, ``to_host`` (shapes that the host
 read), ``waited`` (shapes of the copies that it waited for), ``costs`` (shape that the costs should have), ``blurred``.
