@@ -36,7 +36,13 @@ def one_thread():
 
 def experiment_of(kind, **settings):
     """Make an experiment of one step per epoch; settings by the block that they belong to."""
-    recipe = {"epochs": STEPS, "select": "last", "noise": {"share": 0.5} if kind == "parallel" else {}}
+    recipe = {
+        "epochs": STEPS,
+        "select": "last",
+        "lr": 5e-4,
+        "backbone_lr": 5e-4,
+        "noise": {"share": 0.5} if kind == "parallel" else {},
+    }
     experiment = make_ssl_experiment(**recipe) if kind == "ssl" else make_experiment(kind, **recipe)
     told = experiment.to_dict()
     for block, values in settings.items():
@@ -53,8 +59,7 @@ def losses(store, experiment, folder):
 def follow(fast, plain):
     """Allow what rounding does: it drives them apart slowly at first, then by a match that falls the other way."""
     np.testing.assert_allclose(fast[:10], plain[:10], rtol=1e-3)
-    np.testing.assert_allclose(fast, plain, rtol=0.15)
-    assert fast[-10:].mean() == pytest.approx(plain[-10:].mean(), rel=0.03)
+    np.testing.assert_allclose(fast, plain, rtol=0.03)
 
 
 @pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
