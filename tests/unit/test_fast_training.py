@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from tiny_training import (
     assert_same_result,
     make_crowded_store,
@@ -25,13 +24,6 @@ PLAIN = {"model": {"fast": False}}
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def experiment_of(kind, **settings):

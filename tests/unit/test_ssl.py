@@ -43,13 +43,6 @@ def crowded(tmp_path_factory):
     return make_crowded_store(tmp_path_factory.mktemp("stores") / "crowd.zarr", 32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(store):
     data = PatchData([store], make_split(store, 9, 0), "train")
     seen = []

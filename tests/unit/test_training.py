@@ -39,13 +39,6 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
 def test_a_run_leaves_all_its_results(store, tmp_path, mode):
     experiment = make_experiment(mode, noise={"share": 0.5})

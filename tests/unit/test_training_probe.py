@@ -19,13 +19,6 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 10)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def make_stage(store, mode, probe):
     experiment = make_experiment(mode, probe=probe)
     data = PatchData([store], make_split(store, 8, 0), "train")
