@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 MODEL = "results/models/celldetr_p/split1/model.pt"
 GOING_ON = re.compile(r"going on from .*last\.ckpt at step (\d+)")
-STOPPED = re.compile(r"stopped by SIGTERM after step (\d+)")
+STOPPED = re.compile(r"stopped by SIGUSR1 after step (\d+)")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_two_processes_stop_before_the_time_limit_and_go_on(finished, unfinished
         110 / log_of(finished)[-1]["seconds"]
     )  # longer than the first attempt may be, however fast it is here
     unfinished.config["training"] |= {"epochs": max(epochs, 60), "gpus": 2}
-    limit = "--signal=TERM@45"  # Slurm looks every 30 s: between 45 and 75 s after the start
+    limit = "--signal=USR1@45"  # Slurm looks every 30 s: between 45 and 75 s after the start
     driver = unfinished.start(
         MODEL, "--set-resources", "train:runtime=2 if attempt == 1 else 60", f"train:slurm_extra='{limit}'"
     )
