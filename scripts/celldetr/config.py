@@ -139,8 +139,14 @@ class TableConfig(Settings):
     """A table: measured rows and the published ones beside them."""
 
     experiments: tuple[str, ...] = Field(min_length=1)
+    ours: tuple[str, ...] = Field((), description="experiments beyond the paper, in rows that say so")
     published: str = Field(description="file with the published rows, from the root of the workflow")
     readouts: tuple[str, ...] = Field((), description="experiments whose frozen embeddings are read out, as extra rows")
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Experiments of the measured rows, in their order."""
+        return self.experiments + self.ours
 
 
 class Figure3Config(Settings):
@@ -210,6 +216,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _known(self) -> Self:
         named = {f"tables.{name}.experiments": table.experiments for name, table in self.tables.items()}
+        named |= {f"tables.{name}.ours": table.ours for name, table in self.tables.items()}
+        for name, table in self.tables.items():
+            if twice := set(table.experiments) & set(table.ours):
+                raise ValueError(f"tables.{name}.ours: got {sorted(twice)}, which are in experiments too")
         if self.figure3 is not None:
             named["figure3.experiments"] = self.figure3.experiments
         readouts = {f"tables.{name}.readouts": table.readouts for name, table in self.tables.items()}

@@ -140,6 +140,8 @@ def test_settings_survive_json():
         ("experiments.celldetr_s.model.backbone.norm", "group", "experiments.celldetr_s.initial: got 'imagenet'"),
         ("experiments.celldetr_s.training.gpus", 5, "experiments.celldetr_s.training: batch_size: got 16"),
         ("tables.table1.experiments", ["celldetr_x"], "expected names of experiments"),
+        ("tables.table1.ours", ["celldetr_x"], "tables.table1.ours: got ['celldetr_x'], expected names of experiments"),
+        ("tables.table1.ours", ["celldetr_s"], "tables.table1.ours: got ['celldetr_s'], which are in experiments too"),
         ("figure3.split", 4, "figure3.split: got 4, expected less than or equal to 3"),
         ("pannuke.splits", [1, 5], "pannuke.splits.1: got 5"),
         ("experiments.st_finetune.initial", "st_pretran", "experiments.st_finetune.initial: got 'st_pretran'"),

@@ -138,6 +138,19 @@ def test_measured_values_are_means_over_the_splits(tmp_path):
     assert list(table.rows["source"]) == ["paper"] * 7 + ["other"] * 5 + ["measured"] * 2
 
 
+def test_what_goes_beyond_the_paper_says_so(tmp_path):
+    values = {("celldetr_s", 1): {"Neoplastic": 0.6}}
+    systems = [SYSTEMS[0], System("celldetr_s", "CellDETR+", ours=True)]
+    table = make_table(make_scores(tmp_path, values, splits=(1,)), systems=systems, splits=(1,))
+    assert list(table.rows["source"])[-2:] == ["measured", "ours"]
+    page = Page(html(table))
+    shown = [row[0] for row, measured in zip(page.rows, page.measured, strict=True) if measured]
+    assert shown == ["Deformable DETR", "CellDETR+"]
+    assert ("CellDETR+", 3, "0.600") in page.bold  # compared with the other measured rows
+    lines = [line.split("|")[1].strip() for line in markdown(table).splitlines() if line.startswith("|")]
+    assert lines[lines.index("CellDETR+") - 1] == "**Measured here: ours, beyond the paper**"
+
+
 def test_the_metric_that_is_asked_for_is_shown(tmp_path):
     paths = make_scores(tmp_path)
     strict, compat = (make_table(paths, metric=metric).rows.iloc[-1] for metric in METRICS)

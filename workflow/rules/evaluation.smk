@@ -100,7 +100,7 @@ rule table:
     input:
         scores=lambda wildcards: expand(
             "results/scores/{experiment}/split{split}.tsv",
-            experiment=CONFIG.tables[wildcards.table].experiments,
+            experiment=CONFIG.tables[wildcards.table].systems,
             split=CONFIG.pannuke.splits,
         ),
         readouts=lambda wildcards: expand(
@@ -131,8 +131,12 @@ rule table:
         runtime=10,
     params:
         systems=lambda wildcards: [
-            {"experiment": name, "title": CONFIG.experiments[name].title}
-            for name in CONFIG.tables[wildcards.table].experiments
+            {
+                "experiment": name,
+                "title": CONFIG.experiments[name].title,
+                "ours": name in CONFIG.tables[wildcards.table].ours,
+            }
+            for name in CONFIG.tables[wildcards.table].systems
         ],
         splits=CONFIG.pannuke.splits,
         metric=CONFIG.evaluation.metric,

@@ -6,7 +6,7 @@ import jinja2
 import pandas as pd
 
 from celldetr.evaluation.scoring import MISSING
-from celldetr.evaluation.tables import LETTERS, MEASURED, OTHER, PAPER, READOUT, Table, scored_with, value_columns
+from celldetr.evaluation.tables import LETTERS, MEASURED, OTHER, OURS, PAPER, READOUT, Table, scored_with, value_columns
 
 BANNER = "Synthetic example data; says nothing about tissue."
 DASH = "–"
@@ -68,6 +68,7 @@ def _sections(table: Table) -> tuple[list[_Section], list[str]]:
         PAPER: "Published in the paper",
         OTHER: "Published elsewhere",
         MEASURED: "Measured here",
+        OURS: "Measured here: ours, beyond the paper",
         READOUT: "Measured here: true boxes, frozen embeddings",
     }
     sections: list[_Section] = []
@@ -79,7 +80,7 @@ def _sections(table: Table) -> tuple[list[_Section], list[str]]:
         if note and note not in notes:
             notes.append(note)
         mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
-        measured = row["source"] in (MEASURED, READOUT)
+        measured = row["source"] in (MEASURED, OURS, READOUT)
         cells = [
             _Cell(_shown(row[name], measured), best=(index, name) in best) for name in value_columns(table.classes)
         ]
@@ -97,7 +98,7 @@ def _shown(text: str, measured: bool) -> str:
 
 def _best(table: Table) -> set[tuple[object, str]]:
     """Cells (row, column) with the best measured value as shown; nothing is best of one."""
-    rows = table.rows[table.rows["source"] == MEASURED]
+    rows = table.rows[table.rows["source"].isin((MEASURED, OURS))]
     found: set[tuple[object, str]] = set()
     for name in value_columns(table.classes):
         numbers = pd.to_numeric(rows[name], errors="coerce").round(SHOWN_DECIMALS).dropna()

@@ -19,7 +19,7 @@ from celldetr.evaluation.metrics import COUNTS, METRICS
 from celldetr.evaluation.scoring import MISSING, VALUES
 from celldetr.files import atomic
 
-PAPER, OTHER, MEASURED, READOUT = "paper", "other", "measured", "readout"
+PAPER, OTHER, MEASURED, OURS, READOUT = "paper", "other", "measured", "ours", "readout"
 READOUT_TITLES = {"knn": "Nearest neighbours", "logistic": "Logistic regression"}
 LETTERS = dict(zip("PRF", VALUES, strict=True))
 PRINTED_MISSING = ("-", "", "NA")
@@ -36,10 +36,21 @@ _SCORE_COLUMNS = (
 
 @dataclass(frozen=True)
 class System:
-    """A measured row: name of the experiment in the configuration and its title in the table."""
+    """A measured row.
+
+    Attributes
+    ----------
+    experiment
+        Its name in the configuration.
+    title
+        Its name in the table.
+    ours
+        It goes beyond the paper.
+    """
 
     experiment: str
     title: str
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Table:
     name
         Name of the table, e.g. ``table1``.
     rows
-        Text of the table, a row per system: ``source`` (paper, other, measured, readout), ``group``, ``system``,
+        Text of the table, a row per system: ``source`` (paper, other, measured, ours, readout), ``group``, ``system``,
         ``experiment``, ``{Class}_{P,R,F}`` with NA for what does not exist, ``splits`` (how many were
         averaged), ``citation``, ``note``.
     splits
@@ -299,7 +310,7 @@ def _measured_row(system: System, scores: pd.DataFrame, classes: Sequence[str]) 
         elif known < n_splits:
             notes.append(f"{name}: truth in {known} of {n_splits} splits")
     return {
-        "source": MEASURED,
+        "source": OURS if system.ours else MEASURED,
         "group": "",
         "system": system.title,
         "experiment": system.experiment,
