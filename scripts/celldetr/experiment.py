@@ -148,6 +148,15 @@ class LossSettings(Settings):
     )
 
 
+class DenoisingSettings(Settings):
+    """Query denoising (beyond the paper)."""
+
+    groups: Annotated[int, Field(ge=0)] = Field(
+        0, description="noised copies of each nucleus' box that the decoder moves back; 0 = none"
+    )
+    noise: Share = Field(0.4, lt=1, description="largest relative change of a size, and of a place in half sizes")
+
+
 class AugmentationSettings(Settings):
     """Augmentation of training patches: probabilities and ranges."""
 
@@ -211,7 +220,8 @@ class TrainingConfig(Settings):
         "deformops",
     )
     recompute: bool = Field(
-        False, description="compute the encoder again in the backward pass: less memory, more time, the same result"
+        False,
+        description="compute layers again in the backward pass: a fifth of the memory, more time, the same result",
     )
     probe: Literal["none", "head", "representation"] = Field(
         "none",
@@ -221,6 +231,7 @@ class TrainingConfig(Settings):
     losses: LossSettings = LossSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     noise: NoiseSettings = NoiseSettings()
+    denoising: DenoisingSettings = DenoisingSettings()
     contrastive: ContrastiveSettings = ContrastiveSettings()
 
     @model_validator(mode="after")
@@ -264,6 +275,8 @@ class Experiment(Settings):
                 "model.classes": (list(model.classes), "at least one", bool(model.classes)),
                 "training.probe": (probe, "none in mode baseline", probe == "none" or model.mode != "baseline"),
             }
+        groups, possible = self.training.denoising.groups, model.query_selection == "mixed"
+        wrong["training.denoising.groups"] = (groups, "0 without model.query_selection: mixed", possible or not groups)
         lines = [f"{where}.{key}: got {got!r}, expected {want}" for key, (got, want, good) in wrong.items() if not good]
         if lines:
             raise ConfigError("\n".join(lines))

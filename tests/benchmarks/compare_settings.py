@@ -54,6 +54,7 @@ VARIANTS = {
     "average": {"training": {"average": 0.99}},
     "stain": {"training": {"augmentation": {"hed": 0.5}}},
     "encoder_1": {"model": {"encoder_layers": 1}},
+    "denoising": {"model": {"query_selection": "mixed"}, "training": {"denoising": {"groups": 4}}},
 }
 
 

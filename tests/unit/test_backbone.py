@@ -6,7 +6,7 @@ from golden_weights import authors_shapes
 from torch import nn
 
 from celldetr.experiment import BackboneSettings
-from celldetr.model.backbone import Backbone, FrozenBatchNorm
+from celldetr.model.backbone import Backbone, FrozenBatchNorm, normalised
 from celldetr.model.position import reference_grid, sine_code
 
 
@@ -34,8 +34,9 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation_and_is_never_trained():
     state = {name: torch.rand(6, generator=generator) + 0.1 for name in frozen.state_dict()}
     plain.load_state_dict(state | {"num_batches_tracked": torch.tensor(0)})
     frozen.load_state_dict(state)
-    x = torch.randn(2, 6, 3, 4, generator=generator)
-    torch.testing.assert_close(frozen.train()(x), plain(x))
+    convolution = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
+    x = torch.randn(2, 3, 9, 9, generator=generator)
+    torch.testing.assert_close(normalised(convolution, frozen.train(), x), plain(convolution(x)))
     assert not list(frozen.parameters())
     assert torch.equal(frozen.running_mean, state["running_mean"])
 

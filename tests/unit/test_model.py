@@ -3,6 +3,8 @@ import torch
 
 from celldetr.experiment import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
+from celldetr.model.recompute import use_recompute
+from celldetr.model.transformer import relu_dropout
 
 MODES = ("baseline", "sequential", "parallel")
 BOXED = ("sequential", "parallel")
@@ -297,11 +299,11 @@ def test_both_forms_of_the_sampling_give_the_same_model():
         same(found, expected)
 
 
-def test_recomputing_the_encoder_keeps_less_for_the_backward_pass():
-    kept = {}
+def test_recomputing_keeps_less_for_the_backward_pass_and_gives_the_same_gradients():
+    kept, gradients = {}, {}
     for again in (True, False):
         model = build("parallel", encoder_layers=4).train()
-        model.encoder.recompute = again
+        use_recompute(model, again)
         sizes = {}
 
         def keep(tensor, sizes=sizes):
@@ -309,6 +311,28 @@ def test_recomputing_the_encoder_keeps_less_for_the_backward_pass():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.encode(images())
+            torch.manual_seed(1)
+            features = model.encode(images())
+            logits, boxes = model.detect(features)
+            embeddings = model.represent(features, boxes[-1])
         kept[again] = sum(sizes.values())
-    assert kept[True] < 0.7 * kept[False]
+        (logits.sum() + boxes.sum() + embeddings.square().sum()).backward()
+        gradients[again] = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert kept[True] < 0.4 * kept[False]
+    for first, second in zip(gradients[True], gradients[False], strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_relu_and_dropout_together_are_relu_then_dropout(p):
+    x = torch.randn(7, 50, dtype=torch.float64)
+    first, second = (x.clone().requires_grad_() for _ in range(2))
+    torch.manual_seed(2)
+    together = relu_dropout(first * 1, p)
+    torch.manual_seed(2)
+    apart = torch.nn.functional.dropout(torch.relu(second * 1), p)
+    torch.testing.assert_close(together, apart)
+    weights = torch.randn_like(x)
+    (together * weights).sum().backward()
+    (apart * weights).sum().backward()
+    torch.testing.assert_close(first.grad, second.grad)

@@ -1,5 +1,7 @@
 """What goes beyond the paper: mixed query selection, one-to-many layers, balanced classes, averaged weights."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,16 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import assert_same_result, make_experiment, make_split, make_store, stopping
 
+from celldetr.errors import ConfigError
 from celldetr.experiment import LossSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import load_model, read_checkpoint
 from celldetr.model.position import anchor_boxes, box_code
 from celldetr.training.average import WeightAverage
-from celldetr.training.data import Targets
+from celldetr.training.base import pixels
+from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
+from celldetr.training.denoising import noised_boxes, own_matches
 from celldetr.training.errors import Interrupted
 from celldetr.training.loop import train
 from celldetr.training.losses import class_loss, class_weights, detection_losses
 from celldetr.training.matching import assign, match
+from celldetr.training.supervised import SupervisedStage
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,7 @@ def test_losses_of_repeated_layers_are_means_over_the_repeats():
     logits, boxes = torch.zeros(2, 1, 4, 1), torch.full((2, 1, 4, 4), 0.5)
     targets = Targets(torch.full((1, 1, 4), 0.25), torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]))
     found = match(logits, boxes, targets, LossSettings(repeats=3))
-    losses = detection_losses(logits, boxes, targets, found, 1.0, 3)
+    losses = detection_losses(logits, boxes, targets, found, 1.0, repeats=3)
     assert losses["l1"].tolist() == pytest.approx([1.0, 1.0])
     assert len(found.last(1).query) == 1
     assert found.last(1).layer.tolist() == [1]
@@ -174,3 +180,105 @@ def test_an_averaged_run_keeps_the_average_and_goes_on_to_the_same_end(store, tm
             train(averaged(epochs=4), [store], split, folder)
     train(averaged(epochs=4), [store], split, folder)
     assert_same_result(tmp_path / "whole", folder)
+
+
+def denoising(**training):
+    model = {"query_selection": "mixed", "dropout": 0.0}
+    return make_experiment("sequential", model, denoising={"groups": 3, "noise": 0.3}, **training)
+
+
+def denoising_stage(store):
+    experiment = denoising()
+    data = [PatchData([store], make_split(store, 10, 4), part) for part in ("train", "val")]
+    torch.manual_seed(0)
+    stage = SupervisedStage(experiment, CellDETR(experiment.model), *data, nucleus_threshold=0.4, radius=3.0)
+    return stage, TrainingBatches(data[0], 10, 1)[0]
+
+
+def test_noised_boxes_lie_near_their_nuclei_and_do_not_depend_on_the_devices(store):
+    stage, batch = denoising_stage(store)
+    settings, targets = stage.settings.denoising, batch.targets
+    noised = noised_boxes(targets, batch, settings, seed=1)
+    moved = (noised - targets.boxes[:, None])[targets.valid[:, None].expand(-1, 3, -1)]
+    size = targets.boxes[:, None].expand_as(noised)[targets.valid[:, None].expand(-1, 3, -1)][:, 2:]
+    assert (moved[:, :2].abs() <= 0.5 * size + 1e-6).all()
+    assert (moved[:, 2:].abs() <= 0.45 * size + 1e-6).all()
+    assert (moved.abs() > 0).any(dim=0).all()
+    for share in (slice(0, 5), slice(5, 10)):
+        slots = int(targets.counts[share].max())
+        part = Batch(
+            batch.images[share],
+            Targets(targets.boxes[share, :slots], targets.labels[share, :slots], targets.counts[share]),
+            batch.patches[share],
+            step=batch.step,
+            share=share,
+            counts_global=batch.counts_global,
+        )
+        again, valid = noised_boxes(part.targets, part, settings, seed=1), part.targets.valid
+        assert torch.equal(again.transpose(1, 2)[valid], noised[share, :, :slots].transpose(1, 2)[valid])
+
+
+def test_noised_boxes_are_matched_to_their_nuclei():
+    targets = Targets(torch.full((2, 3, 4), 0.5), torch.tensor([[0, 1, -1], [-1, -1, -1]]), torch.tensor([2, 0]))
+    assert torch.stack(own_matches(targets, 2, layers=2)).T.tolist() == [
+        [layer, 0, 3 * group + box, box] for layer in (0, 1) for group in (0, 1) for box in (0, 1)
+    ]
+
+
+def test_groups_of_noised_boxes_do_not_see_each_other():
+    model = mixed(dropout=0.0)
+    features = model.encode(torch.rand(1, 3, 32, 32))
+    boxes, valid = torch.rand(1, 2, 3, 4), torch.tensor([[True, True, False]])
+    before = model.restore(features, boxes, valid).logits.unflatten(2, (2, 3))
+    moved = boxes.clone()
+    moved[0, 0, 0] = torch.rand(4)  # one of the first group
+    after = model.restore(features, moved, valid).logits.unflatten(2, (2, 3))
+    assert torch.equal(before[:, :, 1], after[:, :, 1])
+    assert not torch.equal(before[-1, 0, 0, 1], after[-1, 0, 0, 1])
+    moved = boxes.clone()
+    moved[0, :, 2] = torch.rand(4)  # padding
+    after = model.restore(features, moved, valid).logits.unflatten(2, (2, 3))
+    assert torch.equal(before[:, :, :, :2], after[:, :, :, :2])
+
+
+def test_padding_of_noised_boxes_counts_for_nothing(store):
+    stage, batch = denoising_stage(store)
+    features = stage.model.encode(torch.rand(10, 3, 32, 32))
+    losses = stage.denoising_losses(features, batch.targets, batch, 5.0)
+    wider = Targets(
+        torch.cat([batch.targets.boxes, torch.rand(10, 4, 4)], dim=1),
+        torch.nn.functional.pad(batch.targets.labels, (0, 4), value=-1),
+        batch.targets.counts,
+    )
+    again = stage.denoising_losses(features, wider, batch, 5.0)
+    assert losses.keys() == {"denoising_nucleus", "denoising_l1", "denoising_giou"}
+    for name, value in again.items():
+        torch.testing.assert_close(losses[name], value)
+        assert value.shape == (2,)
+
+
+def test_the_decoder_learns_to_restore_noised_boxes(store):
+    stage, batch = denoising_stage(store)
+    images, optimizer = pixels(batch.images), torch.optim.Adam(stage.model.parameters(), lr=5e-3)
+    seen = []
+    for _ in range(120):
+        losses = stage.denoising_losses(stage.model.encode(images), batch.targets, batch, 20.0)
+        seen.append(float(losses["denoising_giou"][-1].detach()))
+        optimizer.zero_grad()
+        sum(value.sum() for value in losses.values()).backward()
+        optimizer.step()
+    assert seen[-1] < 0.5 * seen[0]
+
+
+def test_losses_of_denoising_are_logged_in_training_alone(store, tmp_path):
+    train(denoising(epochs=1), [store], make_split(store, 10, 4), tmp_path, radius=3.0)
+    line = json.loads((tmp_path / "log.jsonl").read_text(encoding="utf-8"))
+    parts = {"nucleus", "l1", "giou", "classes"}
+    assert line["train"].keys() >= parts | {"denoising_nucleus", "denoising_l1", "denoising_giou"}
+    assert line["val"].keys() >= parts
+    assert not any(name.startswith("denoising") for name in line["val"])
+
+
+def test_denoising_needs_mixed_queries():
+    with pytest.raises(ConfigError, match=r"experiments.tiny.training.denoising.groups: got 1, expected 0 without"):
+        make_experiment("sequential", denoising={"groups": 1})

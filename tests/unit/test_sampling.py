@@ -1,5 +1,6 @@
 """The forms of deformable sampling agree with each other and with published reference numbers."""
 
+import functools
 import shutil
 import sys
 import types
@@ -15,7 +16,8 @@ from celldetr.errors import ConfigError
 from celldetr.model import sampling
 from celldetr.model.sampling import choose, sample_portable, sample_reference
 
-FORMS = {"reference": sample_reference, "portable": sample_portable}
+LEAN = functools.partial(sample_portable, core=sampling._sample_lean)
+FORMS = {"reference": sample_reference, "portable": sample_portable, "lean": LEAN}
 SHAPES = ((6, 9), (3, 4), (1, 1))
 
 
@@ -74,6 +76,13 @@ def test_forms_agree_in_single_precision_at_the_size_of_the_encoder():
     torch.testing.assert_close(result[0][0], result[1][0], atol=3e-6, rtol=1e-5)
     for fast, plain in zip(result[1][1:], result[0][1:], strict=True):
         torch.testing.assert_close(fast, plain, atol=2e-3, rtol=1e-3)
+
+
+def test_forms_agree_on_maps_smaller_than_the_points_of_a_query():
+    shapes = ((1, 1),)
+    tensors = draw(1, 3, 2, 3, 8, shapes)
+    for fast, plain in zip(run("portable", tensors, shapes), run("reference", tensors, shapes), strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-9)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -150,6 +159,23 @@ def test_compiled_form_agrees_in_value_and_gradient(monkeypatch, fused):
     tensors = draw()
     for compiled, plain in zip(run("compiled", tensors), run("reference", tensors), strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-10, rtol=1e-9)
+
+
+def test_lean_form_keeps_what_it_was_given_and_nothing_else():
+    value, locations, weights = (tensor.requires_grad_() for tensor in draw(queries=40))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = LEAN(value, SHAPES, locations, weights)
+    large = {pointer for pointer, tensor in kept.items() if tensor.numel() > 100}
+    assert large <= {tensor.untyped_storage().data_ptr() for tensor in (value, locations, weights)}
+    assert result.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(LEAN(value, SHAPES, locations, weights), result.detach())
 
 
 def form(monkeypatch, device, *, compiler=True, kernels=False, **options):

@@ -23,7 +23,7 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 30)
 
 
-@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl"])
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl", "denoising"])
 def test_a_step_reads_costs_and_losses_and_nothing_else(store, mode):
     """Any other read of the device, shape that depends on values, or tensor on the wrong device is an error."""
     done = subprocess.run(

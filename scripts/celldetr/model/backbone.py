@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn, ones, zeros
 
 from celldetr.experiment import BackboneSettings
+from celldetr.model.recompute import Recomputing
 
 Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics, weight and bias: all four are buffers and are never trained."""
+    """Batch norm with fixed statistics, weight and bias: four buffers, used by `normalised`."""
 
     weight: Tensor
     bias: Tensor
@@ -26,9 +27,10 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_mean", zeros(channels))
         self.register_buffer("running_var", ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise maps (B, channels, h, w)."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=1e-5)
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Factor and shift of each channel."""
+        factor = self.weight * (self.running_var + 1e-5).rsqrt()
+        return factor, self.bias - self.running_mean * factor
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -40,6 +42,29 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
     layer = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
+
+
+def normalised(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolve and normalise maps (B, inputs, h, w).
+
+    A norm with fixed statistics goes into the weights of the convolution: no pass over its result, which need not be
+    kept for the backward pass either.
+    """
+    if not isinstance(norm, FrozenBatchNorm):
+        out: Tensor = norm(convolution(x))
+        return out
+    factor, shift = norm.affine()
+    weight = convolution.weight * factor.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, shift, convolution.stride, convolution.padding)
+
+
+def _passed_by(shortcut: nn.Module, x: Tensor) -> Tensor:
+    """Give maps the shape of a block's result."""
+    if isinstance(shortcut, nn.Sequential):
+        convolution, norm = shortcut
+        assert isinstance(convolution, nn.Conv2d)
+        return normalised(convolution, norm, x)
+    return x
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
@@ -61,9 +86,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn maps (B, inputs, h, w) into (B, width, h / stride, w / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        y = F.relu(normalised(self.conv1, self.bn1, x), inplace=True)
+        y = normalised(self.conv2, self.bn2, y)
+        return F.relu(y + _passed_by(self.downsample, x), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -81,13 +106,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn maps (B, inputs, h, w) into (B, 4 * width, h / stride, w / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        y = F.relu(normalised(self.conv1, self.bn1, x), inplace=True)
+        y = F.relu(normalised(self.conv2, self.bn2, y), inplace=True)
+        y = normalised(self.conv3, self.bn3, y)
+        return F.relu(y + _passed_by(self.downsample, x), inplace=True)
 
 
-class Backbone(nn.Module):
+class Backbone(Recomputing):
     """Residual network that returns the maps of the stages asked for; later stages do not exist.
 
     Parameters
@@ -126,11 +151,12 @@ class Backbone(nn.Module):
         list of Tensor
             For each stage s in order, maps (B, channels, h / 2^(s+1), w / 2^(s+1)), rounded up.
         """
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.relu(normalised(self.conv1, self.bn1, images), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         maps = []
         for stage in range(1, max(self.stages) + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
+            for block in self.get_submodule(f"layer{stage}").children():
+                x = self.run(block, x)
             if stage in self.stages:
                 maps.append(x)
         return maps

@@ -135,7 +135,11 @@ class CellDETR(nn.Module):
     def encode(self, images: Tensor) -> Features:
         """Encode images (B, 3, h, w), RGB in [0, 1]."""
         tokens, position, shapes = self.tokens(images)
-        return Features(self.encoder(tokens, position, shapes), shapes)
+        memory = self.encoder(tokens, position, shapes)
+        kind = memory.device.type
+        if torch.is_autocast_enabled(kind):  # once, instead of in each layer of the decoders
+            memory = memory.to(torch.get_autocast_dtype(kind))
+        return Features(memory, shapes)
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Shape, ...]]:
         """Tokens (B, T, C) before the encoder, their position code (T, C), and the shapes of the levels."""
@@ -151,6 +155,10 @@ class CellDETR(nn.Module):
         """Find nuclei; every layer's result is returned, for auxiliary losses."""
         logits, boxes, _ = self.decoder(*features)
         return Detections(logits, boxes)
+
+    def restore(self, features: Features, boxes: Tensor, valid: Tensor) -> Detections:
+        """Move groups of noised boxes (B, G, R, 4) back to their nuclei: see `DetectionDecoder.restore`."""
+        return Detections(*self.decoder.restore(*features, boxes, valid))
 
     def represent(
         self,

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from celldetr.experiment import ModelSettings
 from celldetr.model.deformable_attention import SamplingPoints
 from celldetr.model.position import Shape
+from celldetr.model.recompute import Recomputing
 from celldetr.model.transformer import DecoderLayer, full_precision
 
 FULL_IMAGE = (0.5, 0.5, 1.0, 1.0)
 
 
-class RepresentationDecoder(nn.Module):
+class RepresentationDecoder(Recomputing):
     """Turn given boxes into embeddings.
 
     Where no layer attends among nuclei, global tokens reach no nucleus and are left out.
@@ -85,7 +86,8 @@ class RepresentationDecoder(nn.Module):
             x = self.size_project(slots[..., 2:])
             location = self.location_project(slots[..., :2])
         for layer in self.layers:
-            x, points = layer(
+            x, points = self.run(
+                layer,
                 x,
                 slots,
                 memory,

@@ -24,6 +24,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from celldetr.errors import ConfigError
 
@@ -73,8 +74,10 @@ def choose(device: torch.device | str, *, fast: bool, compiled: Compile = "auto"
     if compiled is True and compiler is None:
         raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
     if compiled is True or (compiled == "auto" and kind == "cuda" and compiler is not None):
-        compiled_core = torch.compile(_sample_rows)
+        compiled_core = torch.compile(_sample_lean)
         return Sampling(functools.partial(sample_portable, core=compiled_core), "portable form, compiled")
+    if kind == "cuda":
+        return Sampling(functools.partial(sample_portable, core=_sample_lean), "portable form")
     return Sampling(sample_portable, "portable form")
 
 
@@ -107,8 +110,8 @@ def sample_portable(
 ) -> Tensor:
     """Sample by weighted sums over table rows; shapes at the top of this module.
 
-    Half precision values are sampled in float32 and returned in their own type. `core` is the compiled form of what
-    does it; the tables of the levels are made outside of it, once.
+    Half precision values are sampled in float32 and returned in their own type. `core` is another form of what does
+    it; the tables of the levels are made outside of it, once.
     """
     heads, points = weights.shape[2], weights.shape[4]
     geometry = _geometry(tuple(shapes), heads, points, locations.device)
@@ -131,6 +134,15 @@ def _sample_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tens
         for part in zip(locations.split(size), weights.split(size), image.split(size), strict=True)
     ]
     return torch.cat(sums).view(batch, queries, heads * channels).to(value.dtype)
+
+
+def _sample_lean(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, geometry: Geometry) -> Tensor:
+    """Sample; of the corners of the points nothing is kept for the backward pass, they are cheap to compute again."""
+    if not torch.is_grad_enabled():
+        return _sample_rows(value, shapes, locations, weights, geometry)
+    given = value, shapes, locations, weights, geometry
+    sampled: Tensor = checkpoint(_sample_rows, *given, use_reentrant=False, preserve_rng_state=False)
+    return sampled
 
 
 def _queries_at_once(table: Tensor, locations: Tensor, weights: Tensor) -> int:
@@ -273,6 +285,8 @@ def _transposed_product(table: Tensor, rows: Tensor, weights: Tensor, gradient: 
 
 def _row_products(table: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
     """Gradient of the weights: products of the gradient (N, D) with the rows that were summed."""
+    if len(table) < rows.shape[1]:  # PyTorch refuses patterns with more values in a row than the matrix has columns
+        return (table[rows] * gradient[:, None]).sum(dim=-1)
     ends = torch.arange(0, rows.numel() + 1, rows.shape[1])
     pattern = torch.sparse_csr_tensor(
         ends, rows.flatten().long(), table.new_zeros(rows.numel()), (len(rows), len(table)), check_invariants=False

@@ -1,15 +1,16 @@
 """Encoder and detection decoder of Deformable DETR with iterative box refinement (paper, 3.1, eqs. 1-3)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from celldetr.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
 from celldetr.model.position import Shape, anchor_boxes, box_code, reference_grid
+from celldetr.model.recompute import Recomputing
 
 PRIOR = 0.01
 """Score that every class starts with, so that the many queries without a nucleus do not swamp the focal loss."""
@@ -81,6 +82,30 @@ class SelfAttention(nn.Module):
         return out
 
 
+class _ReluDropout(torch.autograd.Function):
+    """See `relu_dropout`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        result = F.dropout(F.relu(x), p, training=True, inplace=True)
+        ctx.p = p
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return torch.where(result > 0, gradient / (1 - ctx.p), 0), None
+
+
+def relu_dropout(x: Tensor, p: float) -> Tensor:
+    """ReLU, then dropout; `x` may be overwritten. What passed both is above 0, so nothing but the result is kept."""
+    if not p or not torch.is_grad_enabled():
+        return F.dropout(F.relu(x, inplace=True), p, training=p > 0)
+    passed: Tensor = _ReluDropout.apply(x, p)
+    return passed
+
+
 class FeedForward(nn.Module):
     """Two linear layers with ReLU beside a shortcut, then layer norm."""
 
@@ -95,7 +120,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., C)."""
-        y = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        y = self.linear2(relu_dropout(self.linear1(x), self.dropout.p if self.training else 0.0))
         out: Tensor = self.norm(x + self.dropout(y))
         return out
 
@@ -117,29 +142,19 @@ class EncoderLayer(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
-    """Encoder layers; every token refers to its own place on all levels.
-
-    Attributes
-    ----------
-    recompute
-        Keep only what enters each layer for the backward pass, and compute the rest there again: the same gradients
-        with less memory and more time.
-    """
+class Encoder(Recomputing):
+    """Encoder layers; every token refers to its own place on all levels."""
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(settings, levels) for _ in range(settings.encoder_layers))
-        self.recompute = False
 
     def forward(self, tokens: Tensor, position: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
         """Transform tokens (B, T, C) with position (T, C) into the memory (B, T, C)."""
         grid = reference_grid(shapes, tokens.device).to(tokens.dtype)
         reference = grid.expand(len(tokens), -1, -1)
-        again = self.recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            given = (tokens, position, reference, shapes)
-            tokens = checkpoint(layer, *given, use_reentrant=False) if again else layer(*given)
+            tokens = self.run(layer, tokens, position, reference, shapes)
         return tokens
 
 
@@ -270,7 +285,7 @@ class Proposals(nn.Module):
         return out
 
 
-class DetectionDecoder(nn.Module):
+class DetectionDecoder(Recomputing):
     """Learned queries that become boxes: each layer refines the detached box of the layer before it.
 
     Parameters
@@ -313,8 +328,52 @@ class DetectionDecoder(nn.Module):
             proposals these come first, as a further layer.
         """
         x, position, reference, logits, boxes = self._queries(memory, shapes)
+        more_logits, more_boxes, points = self._refine(x, position, reference, memory, shapes)
+        return torch.stack([*logits, *more_logits]), torch.stack([*boxes, *more_boxes]), points
+
+    def restore(self, memory: Tensor, shapes: tuple[Shape, ...], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Refine given boxes as if they were proposals; only with proposals, learned queries begin at points.
+
+        Parameters
+        ----------
+        memory, shapes
+            Encoded tokens (B, T, C), and height and width of the levels.
+        boxes
+            G groups of R boxes (B, G, R, 4), cxcywh in [0, 1]; groups do not see each other.
+        valid
+            False (B, R) at padding, which nothing sees.
+
+        Returns
+        -------
+        Tensor, Tensor
+            Logits (L, B, G R, classes) and boxes (L, B, G R, 4), group after group.
+        """
+        assert self.proposals is not None
+        groups, slots = boxes.shape[1:3]
+        content, device = self.query_embed.weight, boxes.device
+        content = content[torch.arange(slots, device=device) % len(content)].repeat(groups, 1)
+        group = torch.arange(groups, device=device).repeat_interleave(slots)
+        seen = (group[:, None] == group) & valid.repeat(1, groups)[:, None]
+        mask = (seen | torch.eye(len(group), dtype=torch.bool, device=device))[:, None]
+        reference = boxes.flatten(1, 2)
+        given = content.expand(len(boxes), -1, -1), self.proposals.place(reference), reference
+        logits, refined, _ = self._refine(*given, memory, shapes, mask)
+        return torch.stack(logits), torch.stack(refined)
+
+    def _refine(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: tuple[Shape, ...],
+        mask: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], SamplingPoints]:
+        """Logits and boxes of each layer, and where the last one looked."""
+        logits, boxes = [], []
         for layer, classify, move in zip(self.layers, self.class_embed, self.bbox_embed, strict=True):
-            x, points = layer(x, reference, memory, shapes, self_position=position, cross_position=position)
+            positions = {"self_position": position, "cross_position": position}
+            x, points = self.run(layer, x, reference, memory, shapes, **positions, mask=mask)
             with full_precision(memory):
                 exact = x.to(self.query_embed.weight.dtype)
                 moved, before = move(exact), inverse_sigmoid(reference)
@@ -322,7 +381,7 @@ class DetectionDecoder(nn.Module):
                 boxes.append((moved + before).sigmoid())
                 logits.append(classify(exact))
             reference = boxes[-1].detach()
-        return torch.stack(logits), torch.stack(boxes), points
+        return logits, boxes, points
 
     def _queries(
         self, memory: Tensor, shapes: tuple[Shape, ...]

@@ -30,8 +30,9 @@ from celldetr.training.data import (
     ValidationBatches,
     random_stream,
 )
+from celldetr.training.denoising import noised_boxes, own_matches
 from celldetr.training.errors import NonFinite
-from celldetr.training.losses import detection_losses, weighted
+from celldetr.training.losses import RESTORED, detection_losses, weighted
 from celldetr.training.matching import Matches, Matching
 from celldetr.training.probe import freeze
 
@@ -326,8 +327,21 @@ class Stage(pl.LightningModule, ABC):
         """Losses of the detection decoder (see `celldetr.training.losses.detection_losses`), and the matches."""
         matches = matching.result()
         with torch.autocast(detections.logits.device.type, enabled=False):
-            losses = detection_losses(*detections, targets, matches, n_boxes, self.settings.losses.repeats)
+            losses = detection_losses(*detections, targets, matches, n_boxes, repeats=self.settings.losses.repeats)
         return losses, matches
+
+    def denoising_losses(self, features: Features, targets: Targets, batch: Batch, n_boxes: float) -> dict[str, Tensor]:
+        """Losses of query denoising, layer by layer, if the recipe has it; in validation there are none."""
+        settings = self.settings.denoising
+        if not settings.groups or not batch.training:
+            return {}
+        given, valid = noised_boxes(targets, batch, settings, self.settings.seed), targets.valid
+        restored = self.model.restore(features, given, valid)
+        matches = own_matches(targets, settings.groups, len(restored.boxes))
+        real = valid.repeat(1, settings.groups)
+        with torch.autocast(given.device.type, enabled=False):
+            losses = detection_losses(*restored, targets, matches, n_boxes * settings.groups, real=real)
+        return {RESTORED + name: value for name, value in losses.items()}
 
     def n_boxes(self, batch: Batch) -> float:
         """Divisor of the losses: a process' share of the nuclei in the global batch; in validation they are summed."""

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from celldetr.boxes import xyxy_to_cxcywh
+from celldetr.boxes import NOISE_DRAWS, xyxy_to_cxcywh
 from celldetr.errors import ConfigError, InputError
 from celldetr.store import PatchStore
 
-ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
+ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION, DENOISING = range(6)
 """Purposes of random numbers: each has its own stream for a seed and a step."""
 
 SLOTS = 16
@@ -126,6 +126,19 @@ class Batch:
             self.targets.counts,
         )
         return self
+
+
+def noise_uniforms(batch: Batch, targets: Targets, seed: int, purpose: int, copies: int = 1) -> Tensor:
+    """Random numbers (B, copies, R, 9) for `celldetr.boxes.noise`, the same for a nucleus on any number of devices.
+
+    They are 1 at padding, which no share of the boxes reaches.
+    """
+    drawn = random_stream(seed, batch.step, purpose).random((batch.boxes_global, copies, NOISE_DRAWS), dtype=np.float32)
+    mine = drawn[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
+    slots = targets.labels.shape[1]
+    padded = torch.ones(len(targets.counts), slots, copies, NOISE_DRAWS)
+    padded[torch.arange(slots) < targets.counts[:, None]] = torch.from_numpy(mine)
+    return padded.transpose(1, 2).to(targets.boxes.device, non_blocking=True)
 
 
 class PatchData:

@@ -22,6 +22,7 @@ from celldetr.files import naming
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
 from celldetr.model.deformable_attention import use_sampling
+from celldetr.model.recompute import use_recompute
 from celldetr.model.sampling import choose
 from celldetr.precision import has_bf16
 from celldetr.provenance import write_provenance
@@ -193,7 +194,7 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
             initial_weights(model, run.backbone)
         if run.initial is not None:
             _start_from(model, run.initial)
-    model.encoder.recompute = run.experiment.training.recompute
+    use_recompute(model, run.experiment.training.recompute)
     form = use_sampling(model, run.accelerator, compiled=run.experiment.training.compile)
     if run.rank == 0:
         log.info("deformable sampling: %s", form)

@@ -14,6 +14,9 @@ from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
 
+RESTORED = "denoising_"
+"""What the names of the losses of query denoising begin with."""
+
 
 def focal(logits: Tensor, positive: Tensor) -> Tensor:
     """Sigmoid focal loss of each logit (...), without reduction.
@@ -34,7 +37,14 @@ def focal(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def detection_losses(
-    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, n_boxes: float, repeats: int = 1
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Targets,
+    matches: Matches,
+    n_boxes: float,
+    *,
+    repeats: int = 1,
+    real: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Losses of the detection decoder, layer by layer.
 
@@ -51,6 +61,8 @@ def detection_losses(
         Divisor of all losses.
     repeats
         Queries of each nucleus in all layers but the last: their losses are divided by it as well.
+    real
+        False (B, Q) at queries that count for nothing; none: all count.
 
     Returns
     -------
@@ -71,6 +83,8 @@ def detection_losses(
     by_query = focal(logits, positive).sum(dim=-1)
     if ignored is not None:
         by_query = by_query.masked_fill(ignored, 0)
+    if real is not None:
+        by_query = by_query.masked_fill(~real, 0)
 
     predicted, true = boxes[layer, image, query].float(), targets.boxes[image, box]
     l1 = (predicted - true).abs().sum(dim=-1)
@@ -132,11 +146,18 @@ def weighted(losses: dict[str, Tensor], weights: LossSettings) -> Tensor:
     Parameters
     ----------
     losses
-        Of `detection_losses`, with ``classes`` where there is a class loss.
+        Of `detection_losses`, with ``classes`` where there is a class loss, and those of denoising if there are any.
     weights
         Weight of each.
     """
-    total = (weights.nucleus * losses["nucleus"] + weights.l1 * losses["l1"] + weights.giou * losses["giou"]).sum()
+
+    def detection(prefix: str = "") -> Tensor:
+        nucleus, l1, apart = (losses[prefix + part] for part in ("nucleus", "l1", "giou"))
+        return (weights.nucleus * nucleus + weights.l1 * l1 + weights.giou * apart).sum()
+
+    total = detection()
+    if RESTORED + "nucleus" in losses:
+        total = total + detection(RESTORED)
     if "classes" in losses:
         total = total + weights.classes * weights.class_scale * losses["classes"]
     return total

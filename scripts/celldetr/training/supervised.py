@@ -12,7 +12,7 @@ from celldetr import boxes as box_ops
 from celldetr.constants import constant
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.base import Outputs, Stage, number
-from celldetr.training.data import NOISE, Batch, Targets, random_stream
+from celldetr.training.data import NOISE, Batch, Targets, noise_uniforms
 from celldetr.training.losses import class_loss, class_weights
 
 LOSSES = {
@@ -41,7 +41,9 @@ class SupervisedStage(Stage):
             given = self._noised(targets, batch) if batch.training else targets.boxes
             class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
             labels = targets.labels
+        restored = self.denoising_losses(features, targets, batch, n_boxes)
         losses, matches = self.detection_losses(detections, targets, matching, n_boxes)
+        losses |= restored
         if embeddings is not None:
             last = matches.last(int(targets.counts.clamp(max=detections.boxes.shape[2]).sum()))
             class_logits = self.model.classify(embeddings[last.image, last.query])
@@ -66,15 +68,9 @@ class SupervisedStage(Stage):
         noise = self.settings.noise
         if self.mode != "parallel" or not noise.share:
             return targets.boxes
-        random = random_stream(self.settings.seed, batch.step, NOISE)
-        uniforms = random.random((batch.boxes_global, box_ops.NOISE_DRAWS), dtype=np.float32)
-        mine = uniforms[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
-        padded = torch.ones((*targets.labels.shape, box_ops.NOISE_DRAWS))  # 1 is no share: padding stays as it is
-        slots = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
-        padded[slots] = torch.from_numpy(mine)
         return box_ops.noise(
             targets.boxes,
-            padded.to(targets.boxes.device),
+            noise_uniforms(batch, targets, self.settings.seed, NOISE)[:, 0],
             low=noise.low,
             high=noise.high,
             enlarge=noise.enlarge,
