@@ -12,6 +12,12 @@ def has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on GPUs may round to 10 bits, for the whole process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def autocast(device: str, precision: str) -> torch.autocast:
     """Context of a precision on a device.
 

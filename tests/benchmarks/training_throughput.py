@@ -91,10 +91,19 @@ class Run:
     """One variant of training with a model of its own."""
 
     def __init__(
-        self, told, store, *, sampling: str, matcher: str, loader: bool, fused: bool, bf16: bool = False
+        self,
+        told,
+        store,
+        *,
+        sampling: str,
+        matcher: str,
+        loader: bool,
+        fused: bool,
+        bf16: bool = False,
+        experiment: Experiment | None = None,
     ) -> None:
         self.told, self.matcher, self.bf16 = told, matcher, bf16
-        self.experiment = experiment_of(told.mode, told.batch)
+        self.experiment = experiment or experiment_of(told.mode, told.batch)
         split = pd.DataFrame({"store": "drawn", "patch": range(store.n_patches), "part": "train"})
         train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=told.device)
         nothing = PatchData([store], split, "val", cache="none")

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from tiny_training import (
     assert_same_result,
     make_crowded_store,
@@ -42,9 +43,9 @@ def experiment_of(kind, **settings):
     return Experiment.from_dict(told)
 
 
-def losses(store, experiment, folder):
+def losses(store, experiment, folder, accelerator="cpu"):
     """Total loss of each step (S,)."""
-    train(experiment, [store], make_split(store, 4, 2), folder)
+    train(experiment, [store], make_split(store, 4, 2), folder, accelerator=accelerator)
     return np.array([line["train"]["loss"] for line in read_log(folder) if line["train"]])
 
 
@@ -63,6 +64,24 @@ def test_fifty_steps_follow_those_of_the_plain_form(store, tmp_path, kind):
     assert len(fast) == STEPS
     assert fast[-5:].mean() < 0.9 * fast[:5].mean()  # it is training that is compared
     follow(fast, plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
+def test_fifty_steps_on_a_gpu_follow_those_of_the_plain_form(store, tmp_path, kind):
+    if kind == "ssl":
+        store = make_crowded_store(tmp_path / "crowded.zarr", 6)
+    fast = losses(store, experiment_of(kind, training={"precision": "fp32"}), tmp_path / "fast", "cuda")
+    plain = losses(store, experiment_of(kind, **PLAIN), tmp_path / "plain", "cuda")
+    np.testing.assert_allclose(fast[:10], plain[:10], rtol=0.02)  # the fast form rounds products to TF32
+    assert fast[-5:].mean() == pytest.approx(plain[-5:].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_plain_form_rounds_nothing(store, tmp_path, fast):
+    losses(store, experiment_of("parallel", model={"fast": fast}, training={"epochs": 1}), tmp_path)
+    assert torch.get_float32_matmul_precision() == ("high" if fast else "highest")
+    assert torch.backends.cudnn.allow_tf32 == fast
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

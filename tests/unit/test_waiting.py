@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_on_pretended_device import BATCH, make_stage
+from step_on_pretended_device import BATCH, Trainer, make_stage
 from tiny_training import make_store
 
 from celldetr.training.base import Report
@@ -38,6 +38,26 @@ def test_a_step_reads_costs_and_losses_and_nothing_else(store, mode):
     assert len(found["to_host"]) == 2
     # kornia moves the blur's deviations; on CUDA without waiting
     assert found["waited"] in ([], [[found["blurred"], 2]])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl", "denoising"])
+def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
+    """PyTorch itself tells of any other wait; what an event is awaited for is not told."""
+    stage = make_stage(store, mode).to("cuda")
+    stage.trainer = trainer = Trainer(stage.configure_optimizers())
+    batches = TrainingBatches(stage.train_data, BATCH, 1)
+    for step in range(3):
+        batch = batches[step].to("cuda")
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills the caches
+        try:
+            stage.training_step(batch, step).backward()
+            stage.configure_gradient_clipping(trainer.optimizers[0])
+            trainer.optimizers[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        trainer.optimizers[0].zero_grad()
+        stage.step += 1
 
 
 def test_losses_that_arrive_late_name_their_own_patches(store):

@@ -24,7 +24,7 @@ from celldetr.model.checkpoints import initial_weights, load_exactly, model_sett
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.model.recompute import use_recompute
 from celldetr.model.sampling import choose
-from celldetr.precision import has_bf16
+from celldetr.precision import allow_tf32, has_bf16
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
 from celldetr.training.base import Stage
@@ -154,7 +154,7 @@ def run_process(run: Run) -> None:
     """Do the work of one process of a run; the first one writes the results."""
     settings = run.experiment.training
     torch.set_num_threads(max(1, run.threads // settings.gpus))
-    torch.set_float32_matmul_precision("high")
+    allow_tf32(run.experiment.model.fast)
     device = f"cuda:{run.rank}" if run.accelerator == "cuda" else "cpu"
     train_data, val_data = (
         PatchData(run.stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")

@@ -1,0 +1,126 @@
+"""Hours of training that a configuration asks of this machine, from steps that are measured here.
+
+Usage: python tests/benchmarks/cost_table.py [--config FILE] [--device D] [--batch N] [--rounds N]
+[--xenium-patches N]. For each experiment that trains: real steps and validation of its own model and recipe on drawn
+patches, in the fastest form that the device has (bf16 on GPUs). Prints a Markdown table. The patches of PanNuke are
+those of the official folds, those of the slides the configuration's; those of Xenium are known when they are cut.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from ladder import draw_store, synchronize
+from training_throughput import BATCHES, Run
+
+from celldetr.config import Config
+from celldetr.data.pannuke import OFFICIAL
+from celldetr.data.splits import FOLDS, pannuke_split
+from celldetr.experiment import Experiment
+from celldetr.precision import has_bf16
+
+CONFIG = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
+
+
+def patches(config: Config, name: str, xenium: int) -> tuple[float, float]:
+    """Patches that train and that validate in an epoch, over all runs of an experiment."""
+    stage = config.experiments[name].stage
+    if stage == "ssl":
+        assert config.slides is not None
+        val = config.slides.val_share * config.slides.total
+        return config.slides.total - val, val
+    if stage == "st":
+        assert config.xenium is not None
+        return config.xenium.split.train * xenium, config.xenium.split.val * xenium
+    sizes = {f"fold{fold}": OFFICIAL[getattr(config.pannuke, f"fold{fold}").sha256][0] for fold in FOLDS}
+    told = {"protocol": config.pannuke.protocol, "train_share": config.pannuke.train_share, "seed": config.seed}
+    parts = [pannuke_split(sizes, split, **told)["part"] for split in config.pannuke.splits]
+    return float(sum((part == "train").sum() for part in parts)), float(sum((part == "val").sum() for part in parts))
+
+
+def seconds_of(work, device: str, rounds: int) -> float:
+    """Median time of a piece of work, after two rounds of warm-up."""
+    found = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[2:])
+
+
+def measure(experiment: Experiment, told: argparse.Namespace) -> tuple[float, float, float]:
+    """Seconds of a trained patch and of a validated one, and the peak memory in GB (CUDA)."""
+    on_gpu = told.device.startswith("cuda")
+    given = SimpleNamespace(device=told.device, batch=told.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "drawn.zarr"
+        store = draw_store(path, BATCHES * told.batch, told.size, told.nuclei, experiment.model.classes)
+        how = {"matcher": "own", "loader": False, "fused": True, "bf16": on_gpu and has_bf16()}
+        run = Run(given, store, sampling="auto", experiment=experiment, **how)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        train = seconds_of(run.step, told.device, told.rounds)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
+
+        def validate() -> None:
+            run.stage.eval()
+            batch = run.next_batch()
+            batch.step = -1
+            with torch.no_grad(), torch.autocast(told.device.split(":")[0], torch.bfloat16, enabled=how["bf16"]):
+                run.stage.validation_step(batch, 0)
+
+        run.stage.start_counting()
+        run.stage.val_data = run.stage.train_data
+        return train / told.batch, seconds_of(validate, told.device, told.rounds) / told.batch, peak
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, help="patches at once; default that of the recipe on CUDA, 2 on a CPU")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--nuclei", type=int, default=24, help="mean number in a patch (PanNuke: 24)")
+    parser.add_argument("--xenium-patches", type=int, default=21000, help="of all samples together")
+    told = parser.parse_args()
+    config = Config.from_dict(yaml.safe_load(told.config.read_text(encoding="utf-8")))
+    on_gpu = told.device.startswith("cuda")
+    told.size = config.patch.size
+    torch.set_num_threads(told.threads)
+    torch.set_float32_matmul_precision("high")
+    where = torch.cuda.get_device_name() if on_gpu else f"{told.threads} threads of {platform.processor() or 'a CPU'}"
+    print(f"torch {torch.__version__}, {where}, patches of {told.size} px\n")
+    print("| experiment | runs | million images trained | trained images/s | validated images/s | hours | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    batch, total = told.batch, 0.0
+    for name, block in config.experiments.items():
+        if block.stage == "zero_shot":
+            continue
+        experiment = config.experiment(name)
+        told.batch = batch or (experiment.training.batch_size if on_gpu else 2)
+        train, val, peak = measure(experiment, told)
+        n_train, n_val = (experiment.training.epochs * number for number in patches(config, name, told.xenium_patches))
+        hours = (n_train * train + n_val * val) / 3600
+        total += hours
+        memory = f"{peak:.1f}" if on_gpu else "-"
+        rates = f"{1 / train:.3g} | {1 / val:.3g}"
+        print(
+            f"| `{name}` | {len(config.splits(name))} | {n_train / 1e6:.2f} | {rates} | {hours:.3g} | {memory} |",
+            flush=True,
+        )
+    print(f"| together | | | | | {total:.3g} | |")
+
+
+if __name__ == "__main__":
+    main()
