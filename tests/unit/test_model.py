@@ -35,7 +35,7 @@ def build(mode, **options):
     model = CellDETR(settings(mode, **options)).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.2 * torch.randn(parameter.shape, dtype=parameter.dtype))  # whatever its layout
     return model
 
 

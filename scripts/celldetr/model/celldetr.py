@@ -131,6 +131,9 @@ class CellDETR(nn.Module):
             self.class_head = class_head(settings.d_model, classes)
         if settings.projection:
             self.projection = projection_head(settings.d_model, settings.projection)
+        self.layout = torch.channels_last if settings.fast else torch.contiguous_format
+        for part in (self.backbone, self.input_projection):  # convolutions, which are faster so
+            part.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Features:
         """Encode images (B, 3, h, w), RGB in [0, 1]."""
@@ -143,12 +146,13 @@ class CellDETR(nn.Module):
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Shape, ...]]:
         """Tokens (B, T, C) before the encoder, their position code (T, C), and the shapes of the levels."""
-        maps = self.input_projection(self.backbone((images - self.image_mean) / self.image_std))
+        normed = ((images - self.image_mean) / self.image_std).contiguous(memory_format=self.layout)
+        maps = self.input_projection(self.backbone(normed))
         shapes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
         kind, channels, offset = self.level_embed.dtype, self.settings.d_model, self.settings.position_offset
         codes = [sine_code(shape, channels, offset, images.device).to(kind) for shape in shapes]
         position = torch.cat([code + level for code, level in zip(codes, self.level_embed, strict=True)])
-        tokens = torch.cat([x.flatten(2) for x in maps], dim=2).transpose(1, 2).to(kind).contiguous()
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1).to(kind)
         return tokens, position, shapes
 
     def detect(self, features: Features) -> Detections:
