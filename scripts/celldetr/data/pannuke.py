@@ -307,14 +307,16 @@ def nuclei_of(masks: NDArray[Any], where: str = "masks") -> Nuclei:
     """
     size = masks.shape[1]
     flat = masks.reshape(-1, CHANNELS)
-    pixel, channel = np.nonzero(flat[:, :-1])
+    claimed = flat != 0  # of floats, np.nonzero takes five times as long
+    background = claimed[:, -1].copy()
+    claimed[:, -1] = False
+    pixel, channel = np.divmod(np.flatnonzero(claimed), CHANNELS)
     values = flat[pixel, channel]
     ids = values.astype(np.int64)
     if (ids != values).any() or (ids < 0).any():
         wrong = values[(ids != values) | (ids < 0)][0]
         raise InputError(f"{where}: got the id {wrong}, expected whole numbers from 0")
     claims = np.bincount(pixel, minlength=len(flat))
-    background = flat[:, -1] != 0
     odd = {
         "empty images": int(len(ids) == 0),
         "overlap pixels": int((claims > 1).sum()),
