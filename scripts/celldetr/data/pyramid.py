@@ -10,7 +10,6 @@ level 0. Nothing but the tiles that a region touches is read, and any number of 
 import functools
 import os
 import re
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,16 +185,26 @@ class _Tiff(Pyramid):
         try:
             # OME metadata is not followed: it may name sister files (channels of a morphology image) that are not here
             self._file = tifffile.TiffFile(path, is_ome=False)
-            series = self._file.series[0]
-            pages = [[page.aspage() for page in level.pages if page is not None] for level in series.levels]
-        except (tifffile.TiffFileError, IndexError, OSError, ValueError, struct.error) as error:
-            raise InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?") from error
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        try:
+            self._read_structure(mpp, plane)
+        except (InputError, MemoryError):
+            self._file.close()
+            raise
+        except Exception as error:
+            self._file.close()
+            raise _unreadable(path, error) from error
+
+    def _read_structure(self, mpp: float | None, plane: int | None) -> None:
+        series = self._file.series[0]
+        pages = [[page.aspage() for page in level.pages if page is not None] for level in series.levels]
         first = pages[0][0]
-        self._planes = [_tile_planes(page_list, plane, path) for page_list in pages]
+        self._planes = [_tile_planes(page_list, plane, self.path) for page_list in pages]
         self.channels = sum(reader.samples for reader in self._planes[0])
         self.dtype = np.dtype(first.dtype)
         if self.channels == 3 and self.dtype != np.uint8:
-            raise InputError(f"{path}: got colour of type {self.dtype}, expected uint8 (8 bit a channel)")
+            raise InputError(f"{self.path}: got colour of type {self.dtype}, expected uint8 (8 bit a channel)")
         self.background = 255 if self.channels == 3 else 0
         self.levels = _levels([(level[0].imagewidth, level[0].imagelength) for level in pages])
         self.mpp = mpp or self._mpp(first)
@@ -223,6 +232,11 @@ class _Tiff(Pyramid):
         for reader in (reader for readers in self._planes for reader in readers):
             reader.forget()
         self._file.close()
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    """Error of a file whose structure is damaged: tifffile trusts it, and each damage has its own kind of error."""
+    return InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?")
 
 
 def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
@@ -282,6 +296,12 @@ class _Tiles:
         self._across = -(-page.imagewidth // self._width)
         down = -(-page.imagelength // self._height)
         self._offset = plane * self._across * down
+        there = min(len(page.dataoffsets), len(page.databytecounts))
+        if there < self._offset + self._across * down:
+            raise InputError(
+                f"{self._path}: the level {page.imagewidth} x {page.imagelength} px needs more than its {there} tiles; "
+                "the file is damaged: get it again"
+            )
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
