@@ -87,6 +87,9 @@ def test_jobs_ask_for_what_they_need(finished):
     assert "mem=32000M" in train["TRES"]
     assert train["TimeLimit"] == "2-00:00:00"
     assert train["Requeue"] == "1"
+    predict = asked["rule_predict_wildcards_celldetr_p_1"]
+    assert "mem=16000M" in predict["TRES"]
+    assert predict["TimeLimit"] == "02:00:00"
     assert {job["JobState"] for job in asked.values()} == {"COMPLETED"}
 
 
