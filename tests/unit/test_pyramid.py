@@ -157,6 +157,10 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     deep = write(tmp_path / "deep.tif", [IMAGE.astype(np.uint16)], **RGB, **TILE)
     with pytest.raises(InputError, match="uint16, expected uint8"):
         open_pyramid(deep)
+    for kind in (np.float32, np.int16):
+        plane = write(tmp_path / "plane.tif", [np.zeros((99, 99), kind)], **PLANES, **TILE)
+        with pytest.raises(InputError, match=f"plane.tif: got a plane of type {np.dtype(kind)}, expected uint8"):
+            open_pyramid(plane, plane=0)
 
 
 def test_threads_read_what_one_reads(tmp_path):
