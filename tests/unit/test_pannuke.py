@@ -208,7 +208,7 @@ def test_summary_for_people(tmp_path):
     lines = dict(line.split("\t")[1:3] for line in (tmp_path / "s.tsv").read_text().splitlines()[1:])
     assert int(lines["nuclei"]) == sum(summary.nuclei.values()) > 0
     html = (tmp_path / "s.html").read_text()
-    assert len(re.findall("data:image/png;base64,", html)) >= 6
+    assert len(re.findall("data:image/jpeg;base64,", html)) >= 6
     assert "images without a nucleus (kept)" in html
 
 

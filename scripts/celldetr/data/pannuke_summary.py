@@ -28,7 +28,7 @@ _BODY = """<p>{{ images }} images, {{ total }} nuclei, at most {{ most }} in one
 <span style="background:{{ colour }}"></span>{{ name }}{% endfor %}</p>
 {% for title, pictures in groups %}<h3>{{ title }}</h3>
 {% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
-src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endfor %}
+src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endfor %}
 """
 
 

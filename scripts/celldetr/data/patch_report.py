@@ -28,12 +28,12 @@ _BODY = """
 <td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
 <h2>The slide</h2>
 <p>Green outline: tissue. Blue squares: patches that were taken.</p>
-<img alt="the slide with its tissue and patches" src="data:image/png;base64,{{ overview }}">
+<img alt="the slide with its tissue and patches" src="data:image/jpeg;base64,{{ overview }}">
 <h2>Patches</h2>
 <p class="key">Boxes:{% for name, colour in key %}
 <span style="background:{{ colour }}; outline: 1px solid #999"></span>{{ name }}{% endfor %}</p>
 {% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
-src="data:image/png;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
+src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
 """
 
 
