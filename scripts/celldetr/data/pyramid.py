@@ -207,8 +207,8 @@ class _Tiff(Pyramid):
             raise InputError(f"{self.path}: got colour of type {self.dtype}, expected uint8 (8 bit a channel)")
         if self.channels == 1 and self.dtype.kind != "u":
             raise InputError(
-                f"{self.path}: got a plane of type {self.dtype}, expected uint8 or uint16; other types may hold negative "
-                "values or NaN: convert the image"
+                f"{self.path}: got a plane of type {self.dtype}, expected uint8 or uint16; other types may hold "
+                "negative values or NaN: convert the image"
             )
         self.background = 255 if self.channels == 3 else 0
         self.levels = _levels([(level[0].imagewidth, level[0].imagelength) for level in pages])
