@@ -25,6 +25,11 @@ _WRITING = {
     errno.EROFS: "the file system is read-only; make it writable, or run in another folder",
     errno.EACCES: "not permitted; change the permissions of the file and its folder, or run in another folder",
 }
+_LACKING = ("can't start new thread", "can't allocate memory", "out of memory")  # the words of Python, torch and CUDA
+_MORE_MEMORY = "give the rule more mem_mb (--set-resources) and start again"
+_MORE_GPU_MEMORY = (
+    "set training.recompute: true, or a smaller inference.batch_size, or take a GPU with more memory, and start again"
+)
 
 
 class _Tee:
@@ -126,10 +131,12 @@ def _when(seconds: float) -> str:
 
 def explain(error: Exception) -> str | None:
     """Return what to tell a user instead of a traceback; None for an error that is not theirs to mend."""
+    lack = _lack_of_memory(error)
+    more = _MORE_GPU_MEMORY if lack is not None and lack.startswith("CUDA") else _MORE_MEMORY
     if isinstance(error, CellDETRError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return f"out of memory ({error}); give the rule more mem_mb (--set-resources) and start again"
+        return str(error) if lack is None else f"{error}\nOr it is whole, and memory was used up: {more}"
+    if lack is not None:
+        return f"out of memory ({lack}); {more}"
     if isinstance(error, BrokenProcessPool):
         return (
             "a worker process was killed, most likely because the memory was used up; give the rule more mem_mb "
@@ -137,4 +144,18 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, OSError) and error.errno in _WRITING:
         return f"{error.filename or error}: {_WRITING[error.errno]}"
+    return None
+
+
+def _lack_of_memory(error: BaseException | None) -> str | None:
+    """Return the words of a lack of memory that an error is or comes from: readers take it for damage of their file."""
+    while error is not None:
+        text = str(error)
+        if (
+            isinstance(error, MemoryError)
+            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+            or (isinstance(error, RuntimeError) and any(words in text for words in _LACKING))
+        ):
+            return text.partition("\n")[0]
+        error = error.__cause__
     return None

@@ -127,6 +127,11 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
     assert list(target.iterdir()) == []
 
 
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "shown", "hidden"),
     [
@@ -136,6 +141,15 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
         (OSError(errno.EROFS, "Read-only", "a.zarr"), "error: a.zarr: the file system is read-only", "Traceback"),
         (OSError(errno.EINVAL, "wrong"), "Traceback", "error: "),
         (MemoryError("2 GiB"), "error: out of memory (2 GiB); give the rule more mem_mb", "Traceback"),
+        (OSError(errno.ENOMEM, "Cannot allocate"), "Cannot allocate); give the rule more mem_mb", "Traceback"),
+        (RuntimeError("can't start new thread"), "error: out of memory (can't start new thread); give", "Traceback"),
+        (RuntimeError("CUDA out of memory. Tried"), "set training.recompute: true, or a smaller", "mem_mb"),
+        (RuntimeError("wrong shape"), "Traceback", "error: "),
+        (
+            caused(InputError("a.zarr: damaged"), MemoryError()),
+            "error: a.zarr: damaged\nOr it is whole, and",
+            "Traceback",
+        ),
         (BrokenProcessPool("gone"), "error: a worker process was killed, most likely because the memory", "Traceback"),
     ],
 )

@@ -13,3 +13,7 @@ class Interrupted(CellDETRError):
 
 class ProcessFailed(CellDETRError):
     """One of the processes that share a run ended with an error."""
+
+
+class Occupied(CellDETRError):
+    """Another job trains in the folder of the run."""

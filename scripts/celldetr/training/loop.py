@@ -33,6 +33,7 @@ from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
 from celldetr.training.errors import ProcessFailed
 from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
+from celldetr.training.lock import alone
 from celldetr.training.processes import launch
 from celldetr.training.run import Run
 from celldetr.training.ssl import SslStage
@@ -107,6 +108,8 @@ def train(
         The run was stopped by a signal; its state is written.
     ProcessFailed
         A process of the run, or one that loads its patches, was killed.
+    Occupied
+        Another job trains in `run_dir`.
     """
     run = Run(
         experiment,
@@ -122,11 +125,11 @@ def train(
         code,
     )
     _check(run)
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    if experiment.training.gpus > 1:
-        launch(run)
-    else:
-        run_process(run)
+    with alone(run.run_dir):
+        if experiment.training.gpus > 1:
+            launch(run)
+        else:
+            run_process(run)
     return run.run_dir / "model.pt"
 
 

@@ -69,7 +69,7 @@ def _start(job: Path, rank: int, world: int, port: int) -> "subprocess.Popen[str
     return subprocess.Popen(
         [sys.executable, "-m", "celldetr.training.child", str(job), str(rank)],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # nothing is written: that it ends tells the process that this one is no more
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -130,6 +130,8 @@ def _end(processes: "list[subprocess.Popen[str]]") -> None:
         if process.poll() is None:
             process.kill()
         process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def _error(folder: Path, rank: int, code: int) -> CellDETRError:
