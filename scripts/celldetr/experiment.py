@@ -68,11 +68,6 @@ class ModelConfig(Settings):
     encoder_layers: Count = 6
     decoder_layers: Count = Field(3, description="layers of the detection decoder")
     queries: Annotated[int, Field(ge=1, le=32767)] = Field(900, description="most nuclei found in one patch")
-    query_selection: Literal["learned", "mixed"] = Field(
-        "learned",
-        description="where queries begin: learned places (paper), or the best proposals of the encoder (DINO's mixed "
-        "query selection)",
-    )
     position_offset: Share = Field(
         0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
     )
@@ -91,8 +86,6 @@ class ModelConfig(Settings):
             raise ValueError(f"d_model: got {self.d_model}, expected a multiple of heads ({self.heads})")
         if self.d_model % 4:
             raise ValueError(f"d_model: got {self.d_model}, expected a multiple of 4 (sine code of y and x)")
-        if self.query_selection == "mixed" and self.d_model % 8:
-            raise ValueError(f"d_model: got {self.d_model}, expected a multiple of 8 (sine code of boxes)")
         return self
 
 
@@ -143,18 +136,6 @@ class LossSettings(Settings):
     class_balance: Share = Field(
         0.0, description="exponent of the inverse class frequency that weighs the class loss; 0 = all nuclei alike"
     )
-    repeats: Count = Field(
-        1, description="queries matched to a nucleus in all layers but the last (one-to-many matching; 1 = paper)"
-    )
-
-
-class DenoisingSettings(Settings):
-    """Query denoising (beyond the paper)."""
-
-    groups: Annotated[int, Field(ge=0)] = Field(
-        0, description="noised copies of each nucleus' box that the decoder moves back; 0 = none"
-    )
-    noise: Share = Field(0.4, lt=1, description="largest relative change of a size, and of a place in half sizes")
 
 
 class AugmentationSettings(Settings):
@@ -202,9 +183,6 @@ class TrainingConfig(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(600, description="linear from warmup_from to 1, then cosine to 0")
     warmup_from: Share = 0.1
     weight_decay: NotNegative = 1e-4
-    average: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="decay of the moving average of the weights that validates and is kept; 0 = the weights"
-    )
     gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0 = no limit")
     select: Literal["best_val", "last"] = Field("best_val", description="which epoch's weights become the model")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that have it, else fp32")
@@ -231,7 +209,6 @@ class TrainingConfig(Settings):
     losses: LossSettings = LossSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     noise: NoiseSettings = NoiseSettings()
-    denoising: DenoisingSettings = DenoisingSettings()
     contrastive: ContrastiveSettings = ContrastiveSettings()
 
     @model_validator(mode="after")
@@ -275,8 +252,6 @@ class Experiment(Settings):
                 "model.classes": (list(model.classes), "at least one", bool(model.classes)),
                 "training.probe": (probe, "none in mode baseline", probe == "none" or model.mode != "baseline"),
             }
-        groups, possible = self.training.denoising.groups, model.query_selection == "mixed"
-        wrong["training.denoising.groups"] = (groups, "0 without model.query_selection: mixed", possible or not groups)
         lines = [f"{where}.{key}: got {got!r}, expected {want}" for key, (got, want, good) in wrong.items() if not good]
         if lines:
             raise ConfigError("\n".join(lines))

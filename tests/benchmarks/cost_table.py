@@ -1,9 +1,10 @@
 """Hours of training that a configuration asks of this machine, from steps that are measured here.
 
-Usage: python tests/benchmarks/cost_table.py [--config FILE] [--device D] [--batch N] [--rounds N]
-[--xenium-patches N]. For each experiment that trains: real steps and validation of its own model and recipe on drawn
-patches, in the fastest form that the device has (bf16 on GPUs). Prints a Markdown table. The patches of PanNuke are
-those of the official folds, those of the slides the configuration's; those of Xenium are known when they are cut.
+Usage: python tests/benchmarks/cost_table.py [--config FILE] [--experiments NAME ...] [--device D] [--batch N]
+[--rounds N] [--xenium-patches N]. For each experiment that trains: real steps and validation of its own model and
+recipe on drawn patches, in the fastest form that the device has (bf16 on GPUs). Prints a Markdown table. The patches of
+PanNuke are those of the official folds, those of the slides the configuration's; those of Xenium are known when they
+are cut.
 """
 
 import argparse
@@ -87,6 +88,7 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--experiments", nargs="+", help="default: all that train, those beyond the paper as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="patches at once; default that of the recipe on CUDA, 2 on a CPU")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
@@ -104,8 +106,8 @@ def main() -> None:
     print("| experiment | runs | million images trained | trained images/s | validated images/s | hours | peak GB |")
     print("|---|---|---|---|---|---|---|")
     batch, total = told.batch, 0.0
-    for name, block in config.experiments.items():
-        if block.stage == "zero_shot":
+    for name in told.experiments or config.experiments:
+        if config.experiments[name].stage == "zero_shot":
             continue
         experiment = config.experiment(name)
         told.batch = batch or (experiment.training.batch_size if on_gpu else 2)

@@ -16,8 +16,7 @@ from celldetr.errors import InputError
 from celldetr.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.checkpoints import initial_weights, load_exactly, load_model, save_model
-from celldetr.training.average import WeightAverage
-from celldetr.training.checkpoint import load_average, load_optimizer, read_best, read_state, write_state
+from celldetr.training.checkpoint import FORMAT, load_optimizer, read_best, read_state, write_state
 
 EXPERIMENT = Experiment.from_dict(
     {
@@ -27,7 +26,6 @@ EXPERIMENT = Experiment.from_dict(
             **{"encoder_layers": 1, "decoder_layers": 1, "queries": 3, "representation": {"layers": 1}},
             "backbone": {"block": "basic", "layers": [1, 1, 1, 1], "width": 8, "stages": [1, 2], "norm": "group"},
         },
-        "training": {"average": 0.9},
     }
 )
 LINE = {
@@ -52,7 +50,7 @@ def files(tmp_path_factory):
         folder / "whole.ckpt",
         **{"experiment": EXPERIMENT, "data": "d", "code": "c", "step": 5, "total_steps": 8},
         **{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sums": {"loss": 1.5}},
-        **{"average": WeightAverage(model, 0.9).weights, "history": [LINE], "best": BEST},
+        **{"history": [LINE], "best": BEST},
     )
     return folder
 
@@ -81,8 +79,7 @@ def go_on(path):
     model, optimizer = new()
     load_exactly(model, state["model"], path)
     load_optimizer(optimizer, state["optimizer"], path)
-    average = load_average(model, 0.9, state["average"], path).weights
-    return digest([model.state_dict(), optimizer.state_dict(), average, state["sums"], state["history"], state["best"]])
+    return digest([model.state_dict(), optimizer.state_dict(), state["sums"], state["history"], state["best"]])
 
 
 def finish(path):
@@ -246,7 +243,7 @@ def test_no_file_runs_code(files, monkeypatch, write):
     source = "__import__('os').mkdir('it-ran')"
     hostile = [Runs(os.mkdir, "it-ran"), Runs(eval, source), Runs(exec, source), Runs(os.system, "mkdir it-ran")]
     for value in hostile:
-        keys = {"format": 1, "training_format": 2, "settings": EXPERIMENT.model.to_dict(), "state": {}, "extra": BEST}
+        keys = {"format": 1, "training_format": FORMAT, "settings": EXPERIMENT.model.to_dict(), "state": {}, "extra": BEST}
         for content in (value, {**keys, "state": value}, {**keys, "extra": [value]}, {value: 1}):
             write(files / "a.pt", content)
             for readers in READERS.values():

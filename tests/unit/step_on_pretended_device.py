@@ -33,13 +33,7 @@ class Trainer:
 
 
 def make_stage(store, mode):
-    if mode == "ssl":
-        experiment = make_ssl_experiment(batch_size=BATCH)
-    elif mode == "denoising":
-        mixed = {"query_selection": "mixed"}
-        experiment = make_experiment("sequential", mixed, batch_size=BATCH, denoising={"groups": 2})
-    else:
-        experiment = make_experiment(mode, batch_size=BATCH)
+    experiment = make_ssl_experiment(batch_size=BATCH) if mode == "ssl" else make_experiment(mode, batch_size=BATCH)
     data = [PatchData([store], make_split(store, 24, 4), part) for part in ("train", "val")]
     kind = SslStage if mode == "ssl" else SupervisedStage
     return kind(experiment, CellDETR(experiment.model), *data, nucleus_threshold=0.4, radius=3.0)
@@ -70,8 +64,7 @@ def main(mode, path):
         stage.configure_gradient_clipping(trainer.optimizers[0])
         optimizer.step()
     model = stage.model.settings
-    layers = model.decoder_layers + (model.query_selection == "mixed")
-    costs = (layers, BATCH, batch.targets.labels.shape[1], model.queries)
+    costs = (model.decoder_layers, BATCH, batch.targets.labels.shape[1], model.queries)
     found = {"device": str(loss.device), "to_host": copies.to_host, "waited": copies.waited, "costs": costs}
     print(json.dumps({**found, "blurred": int(blurred), "nuclei": int(batch.targets.counts.sum())}))  # noqa: T201 - the result
 

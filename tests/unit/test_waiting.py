@@ -23,7 +23,7 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 30)
 
 
-@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl", "denoising"])
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl"])
 def test_a_step_reads_costs_and_losses_and_nothing_else(store, mode):
     """Any other read of the device, shape that depends on values, or tensor on the wrong device is an error."""
     done = subprocess.run(
@@ -41,7 +41,7 @@ def test_a_step_reads_costs_and_losses_and_nothing_else(store, mode):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl", "denoising"])
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl"])
 def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
     """PyTorch itself tells of any other wait; what an event is awaited for is not told."""
     stage = make_stage(store, mode).to("cuda")

@@ -65,6 +65,13 @@ def test_the_paper_is_planned_quickly(paper, tmp_path):
     assert memory < BYTES
 
 
+def test_what_goes_beyond_the_paper_runs_when_it_is_listed(paper, tmp_path):
+    assert "celldetr_plus" in paper["experiments"]
+    paper["tables"]["table1"]["ours"] = ["celldetr_plus"]
+    jobs, _, _ = plan(tmp_path, paper)
+    assert (jobs["train"], jobs["score"], jobs["overlays"]) == (23, 25, 25)
+
+
 def test_many_slides_and_samples_are_planned_quickly(paper, tmp_path):
     paper["slides"]["sheet"] = widen("slides.tsv", "slide", SLIDES, tmp_path)
     paper["xenium"]["samples"] = widen("xenium.tsv", "sample", SAMPLES, tmp_path)

@@ -191,10 +191,12 @@ def all_results() -> list[str]:
     if CONFIG.figure3 is not None:
         wanted += [f"results/figures/figure3.{kind}" for kind in ("png", "svg")]
     for experiment in CONFIG.experiments:
-        if stage_of(experiment) == "ssl":
-            continue
-        for split in CONFIG.splits(experiment):
-            wanted.append(f"results/figures/overlays_{experiment}_split{split}.png")
+        in_table = any(experiment in table.systems for table in CONFIG.tables.values())
+        if in_table or stage_of(experiment) == "st":
+            wanted += [
+                f"results/figures/overlays_{experiment}_split{split}.png"
+                for split in CONFIG.splits(experiment)
+            ]
     wanted += expand("results/pannuke/fold{fold}_summary.html", fold=FOLDS)
     if SAMPLES:
         wanted += expand(

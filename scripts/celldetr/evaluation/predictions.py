@@ -27,6 +27,7 @@ from celldetr.files import atomic
 METADATA_KEY = b"celldetr"
 SCORE_RULES = ("both_thresholds", "class", "product")
 _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+_ROWS = 10_000  # detections in a row group, about; each group costs time to write and to read
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,15 @@ class PredictionsWriter:
         }
         self._schema = schema(self.classes, {**(metadata or {}), **own})
         self._stack = contextlib.ExitStack()
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
 
     def __enter__(self) -> Self:
         temporary = self._stack.enter_context(atomic(self.path))
         self._writer = self._stack.enter_context(
             pq.ParquetWriter(temporary, self._schema, compression="zstd", write_page_checksum=True)
         )
+        self._stack.push(lambda kind, error, trace: None if error else self._flush())
         return self
 
     def __exit__(
@@ -244,8 +248,16 @@ class PredictionsWriter:
         columns |= zip((f"score_{name}" for name in self.classes), scores.T, strict=True)
         columns["label"] = scores.argmax(axis=1)
         arrays = [pa.array(columns[field.name], type=field.type) for field in self._schema]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
         self.n_detections += count
+        self._rows += count
+        if self._rows >= _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._waiting, self._rows = [], 0
 
 
 def _index(values: ArrayLike, count: int, stop: int, name: str) -> NDArray[np.int64]:

@@ -160,10 +160,6 @@ class CellDETR(nn.Module):
         logits, boxes, _ = self.decoder(*features)
         return Detections(logits, boxes)
 
-    def restore(self, features: Features, boxes: Tensor, valid: Tensor) -> Detections:
-        """Move groups of noised boxes (B, G, R, 4) back to their nuclei: see `DetectionDecoder.restore`."""
-        return Detections(*self.decoder.restore(*features, boxes, valid))
-
     def represent(
         self,
         features: Features,

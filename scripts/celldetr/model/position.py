@@ -54,39 +54,6 @@ def _axis_code(size: int, offset: float, wavelength: Tensor) -> Tensor:
     return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1)
 
 
-def box_code(boxes: Tensor, channels: int) -> Tensor:
-    """Sine code of boxes: a quarter of the channels for each of centre x, centre y, width and height.
-
-    Parameters
-    ----------
-    boxes
-        (..., 4), cxcywh in [0, 1].
-    channels
-        Features of the code, a multiple of 8.
-
-    Returns
-    -------
-    Tensor
-        (..., channels); sine and cosine alternate, with wavelengths from 1 to 10,000 sides of the image.
-    """
-    index = torch.arange(channels // 8, dtype=boxes.dtype, device=boxes.device)
-    angles = boxes[..., None] * (2 * math.pi) / TEMPERATURE ** (8 * index / channels)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-3)
-
-
-@functools.lru_cache(maxsize=256)
-def anchor_boxes(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
-    """Box (T, 4) float32, cxcywh in [0, 1], around the centre of each pixel of all levels, rows first.
-
-    Its sides are 1/20 of the image on the first level and twice as long on each further one, as in the two-stage form
-    of Deformable DETR. Cached: never change it.
-    """
-    with torch.inference_mode(False):
-        sides = [0.05 * 2.0**level for level, (height, width) in enumerate(shapes) for _ in range(height * width)]
-        size = torch.tensor(sides).clamp(max=1.0).to(device, non_blocking=True)[:, None]
-        return torch.cat((reference_grid(shapes, device), size, size), dim=-1)
-
-
 @functools.lru_cache(maxsize=256)
 def reference_grid(shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
     """Centres (T, 2) float32 of the pixels of all levels, x and y in [0, 1], rows first. Cached: never change it."""

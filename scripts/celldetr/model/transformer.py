@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from celldetr.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
-from celldetr.model.position import Shape, anchor_boxes, box_code, reference_grid
+from celldetr.model.position import Shape, reference_grid
 from celldetr.model.recompute import Recomputing
 
 PRIOR = 0.01
@@ -253,38 +253,6 @@ class BoxHead(nn.Module):
         return out
 
 
-class Proposals(nn.Module):
-    """Boxes that the encoder's tokens propose; the best ones are where queries begin.
-
-    The content of a query stays a learned one (mixed query selection of DINO, Zhang et al., ICLR 2023; the proposals
-    are those of two-stage Deformable DETR, Zhu et al., ICLR 2021).
-    """
-
-    def __init__(self, channels: int, classes: int) -> None:
-        super().__init__()
-        self.transform = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
-        self.class_embed = class_head(channels, classes)
-        self.bbox_embed = BoxHead(channels, first=False)
-        self.place_embed = nn.Linear(channels, channels)
-
-    def forward(self, memory: Tensor, shapes: tuple[Shape, ...], count: int) -> tuple[Tensor, Tensor]:
-        """Logits (B, Q, classes) and boxes (B, Q, 4) of the best proposals; Q is `count`, or all tokens if fewer."""
-        with full_precision(memory):
-            x = self.transform(memory.to(self.place_embed.weight.dtype))
-            logits = self.class_embed(x)
-            best = logits.amax(dim=-1).topk(min(count, logits.shape[1]), dim=1).indices[..., None]
-            x = x.gather(1, best.expand(-1, -1, x.shape[-1]))
-            anchors = anchor_boxes(shapes, memory.device).to(x.dtype)[best[..., 0]]
-            boxes = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()
-            return logits.gather(1, best.expand(-1, -1, logits.shape[-1])), boxes
-
-    def place(self, boxes: Tensor) -> Tensor:
-        """Position (B, Q, C) of queries in boxes (B, Q, 4)."""
-        with full_precision(boxes):
-            out: Tensor = self.place_embed(box_code(boxes, self.place_embed.in_features))
-        return out
-
-
 class DetectionDecoder(Recomputing):
     """Learned queries that become boxes: each layer refines the detached box of the layer before it.
 
@@ -301,17 +269,13 @@ class DetectionDecoder(Recomputing):
     def __init__(self, settings: ModelSettings, levels: int, classes: int) -> None:
         super().__init__()
         channels, layers = settings.d_model, range(settings.decoder_layers)
-        self.proposals = Proposals(channels, classes) if settings.query_selection == "mixed" else None
-        self.query_embed = nn.Embedding(settings.queries, channels if self.proposals else 2 * channels)
-        if self.proposals is None:
-            self.reference_points = nn.Linear(channels, 2)
+        self.query_embed = nn.Embedding(settings.queries, 2 * channels)
+        self.reference_points = nn.Linear(channels, 2)
         self.layers = nn.ModuleList(DecoderLayer(settings, levels) for _ in layers)
         self.class_embed = nn.ModuleList(class_head(channels, classes) for _ in layers)
-        points = self.proposals is None
-        self.bbox_embed = nn.ModuleList(BoxHead(channels, first=points and index == 0) for index in layers)
-        if points:
-            nn.init.xavier_uniform_(self.reference_points.weight)
-            nn.init.zeros_(self.reference_points.bias)
+        self.bbox_embed = nn.ModuleList(BoxHead(channels, first=index == 0) for index in layers)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: Tensor, shapes: tuple[Shape, ...]) -> tuple[Tensor, Tensor, SamplingPoints]:
         """Detect.
@@ -324,56 +288,16 @@ class DetectionDecoder(Recomputing):
         Returns
         -------
         Tensor, Tensor, SamplingPoints
-            Logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and where the last layer looked. With
-            proposals these come first, as a further layer.
+            Logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and where the last layer looked.
         """
-        x, position, reference, logits, boxes = self._queries(memory, shapes)
-        more_logits, more_boxes, points = self._refine(x, position, reference, memory, shapes)
-        return torch.stack([*logits, *more_logits]), torch.stack([*boxes, *more_boxes]), points
-
-    def restore(self, memory: Tensor, shapes: tuple[Shape, ...], boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Refine given boxes as if they were proposals; only with proposals, learned queries begin at points.
-
-        Parameters
-        ----------
-        memory, shapes
-            Encoded tokens (B, T, C), and height and width of the levels.
-        boxes
-            G groups of R boxes (B, G, R, 4), cxcywh in [0, 1]; groups do not see each other.
-        valid
-            False (B, R) at padding, which nothing sees.
-
-        Returns
-        -------
-        Tensor, Tensor
-            Logits (L, B, G R, classes) and boxes (L, B, G R, 4), group after group.
-        """
-        assert self.proposals is not None
-        groups, slots = boxes.shape[1:3]
-        content, device = self.query_embed.weight, boxes.device
-        content = content[torch.arange(slots, device=device) % len(content)].repeat(groups, 1)
-        group = torch.arange(groups, device=device).repeat_interleave(slots)
-        seen = (group[:, None] == group) & valid.repeat(1, groups)[:, None]
-        mask = (seen | torch.eye(len(group), dtype=torch.bool, device=device))[:, None]
-        reference = boxes.flatten(1, 2)
-        given = content.expand(len(boxes), -1, -1), self.proposals.place(reference), reference
-        logits, refined, _ = self._refine(*given, memory, shapes, mask)
-        return torch.stack(logits), torch.stack(refined)
-
-    def _refine(
-        self,
-        x: Tensor,
-        position: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        shapes: tuple[Shape, ...],
-        mask: Tensor | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], SamplingPoints]:
-        """Logits and boxes of each layer, and where the last one looked."""
+        position, content = self.query_embed.weight.chunk(2, dim=-1)
+        with full_precision(memory):
+            reference = self.reference_points(position).sigmoid().expand(len(memory), -1, -1)
+        x = content.expand(len(memory), -1, -1)
         logits, boxes = [], []
         for layer, classify, move in zip(self.layers, self.class_embed, self.bbox_embed, strict=True):
             positions = {"self_position": position, "cross_position": position}
-            x, points = self.run(layer, x, reference, memory, shapes, **positions, mask=mask)
+            x, points = self.run(layer, x, reference, memory, shapes, **positions)
             with full_precision(memory):
                 exact = x.to(self.query_embed.weight.dtype)
                 moved, before = move(exact), inverse_sigmoid(reference)
@@ -381,22 +305,7 @@ class DetectionDecoder(Recomputing):
                 boxes.append((moved + before).sigmoid())
                 logits.append(classify(exact))
             reference = boxes[-1].detach()
-        return logits, boxes, points
-
-    def _queries(
-        self, memory: Tensor, shapes: tuple[Shape, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Content (B, Q, C), position, and reference of the queries, and logits and boxes that they come from."""
-        batch = len(memory)
-        if self.proposals is None:
-            position, content = self.query_embed.weight.chunk(2, dim=-1)
-            with full_precision(memory):
-                reference = self.reference_points(position).sigmoid()
-            return content.expand(batch, -1, -1), position, reference.expand(batch, -1, -1), [], []
-        logits, boxes = self.proposals(memory, shapes, self.query_embed.num_embeddings)
-        reference = boxes.detach()
-        content = self.query_embed.weight[: boxes.shape[1]]
-        return content.expand(batch, -1, -1), self.proposals.place(reference), reference, [logits], [boxes]
+        return torch.stack(logits), torch.stack(boxes), points
 
 
 def class_head(channels: int, classes: int) -> nn.Linear:

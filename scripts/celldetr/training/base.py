@@ -20,7 +20,6 @@ from celldetr.evaluation.metrics import COUNTS, count_images, scores
 from celldetr.experiment import Experiment, TrainingSettings
 from celldetr.model.celldetr import CellDETR, Detections, Features
 from celldetr.training.augment import augment, draw
-from celldetr.training.average import WeightAverage
 from celldetr.training.data import (
     DROPOUT,
     Batch,
@@ -30,9 +29,8 @@ from celldetr.training.data import (
     ValidationBatches,
     random_stream,
 )
-from celldetr.training.denoising import noised_boxes, own_matches
 from celldetr.training.errors import NonFinite
-from celldetr.training.losses import RESTORED, detection_losses, weighted
+from celldetr.training.losses import detection_losses, weighted
 from celldetr.training.matching import Matches, Matching
 from celldetr.training.probe import freeze
 
@@ -151,7 +149,6 @@ class Stage(pl.LightningModule, ABC):
         self.train_sums: dict[str, float] = {}
         self.last_losses: dict[str, float] = {}
         self._report: Report | None = None
-        self.average: WeightAverage | None = None
         self._frozen = freeze(model, self.settings.probe)
         self.start_counting()
         self.train()
@@ -166,12 +163,6 @@ class Stage(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Begin in training mode, with the weights on their device."""
         self.train()
-        if self.settings.average and self.average is None:
-            self.average = WeightAverage(self.model, self.settings.average)
-
-    def kept_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the model has the weights that validate and are kept."""
-        return self.average.applied() if self.average is not None else contextlib.nullcontext()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from the next step to the end of its epoch; made anew for every epoch."""
@@ -258,8 +249,6 @@ class Stage(pl.LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count the step and log it."""
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
         if self.logger is not None and (self.step % LOG_STEPS == 0 or self.step == 1):
             self.settle()
             values = {f"train/{name}": value for name, value in self.last_losses.items()}
@@ -267,15 +256,8 @@ class Stage(pl.LightningModule, ABC):
             self.logger.log_metrics(values, step=self.step)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin anew, with the weights that are kept."""
+        """Begin anew."""
         self.start_counting()
-        if self.average is not None:
-            self.average.swap()
-
-    def on_validation_epoch_end(self) -> None:
-        """Go back to the weights that train."""
-        if self.average is not None:
-            self.average.swap()
 
     def start_counting(self) -> None:
         """Forget the last validation."""
@@ -327,21 +309,8 @@ class Stage(pl.LightningModule, ABC):
         """Losses of the detection decoder (see `celldetr.training.losses.detection_losses`), and the matches."""
         matches = matching.result()
         with torch.autocast(detections.logits.device.type, enabled=False):
-            losses = detection_losses(*detections, targets, matches, n_boxes, repeats=self.settings.losses.repeats)
+            losses = detection_losses(*detections, targets, matches, n_boxes)
         return losses, matches
-
-    def denoising_losses(self, features: Features, targets: Targets, batch: Batch, n_boxes: float) -> dict[str, Tensor]:
-        """Losses of query denoising, layer by layer, if the recipe has it; in validation there are none."""
-        settings = self.settings.denoising
-        if not settings.groups or not batch.training:
-            return {}
-        given, valid = noised_boxes(targets, batch, settings, self.settings.seed), targets.valid
-        restored = self.model.restore(features, given, valid)
-        matches = own_matches(targets, settings.groups, len(restored.boxes))
-        real = valid.repeat(1, settings.groups)
-        with torch.autocast(given.device.type, enabled=False):
-            losses = detection_losses(*restored, targets, matches, n_boxes * settings.groups, real=real)
-        return {RESTORED + name: value for name, value in losses.items()}
 
     def n_boxes(self, batch: Batch) -> float:
         """Divisor of the losses: a process' share of the nuclei in the global batch; in validation they are summed."""

@@ -7,15 +7,14 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, ValidationError, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from celldetr.errors import InputError
 from celldetr.experiment import Experiment
-from celldetr.model.checkpoints import model_settings, read_checkpoint, why_unfit, write_checkpoint
-from celldetr.training.average import WeightAverage
+from celldetr.model.checkpoints import model_settings, read_checkpoint, write_checkpoint
 
-FORMAT = 2
+FORMAT = 3
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "recompute")
 """Settings of training that may change while a run is interrupted: they change nothing in its result."""
 
@@ -64,7 +63,7 @@ class _Told(_Block):
 class _State(_Block):
     """What the state of a run is made of."""
 
-    training_format: Literal[2]
+    training_format: Literal[3]
     experiment: _Told
     data: str
     code: str
@@ -72,7 +71,6 @@ class _State(_Block):
     total_steps: NonNegativeInt
     model: dict[str, Any]
     optimizer: dict[str, Any]
-    average: dict[str, Any] | None
     sums: dict[str, float]
     history: list[_Line]
     best: _Best | None
@@ -94,7 +92,6 @@ def write_state(
     total_steps: int,
     model: Mapping[str, Any],
     optimizer: Mapping[str, Any],
-    average: Mapping[str, Any] | None,
     sums: Mapping[str, float],
     history: list[dict[str, Any]],
     best: Mapping[str, Any] | None,
@@ -115,8 +112,6 @@ def write_state(
         Steps done, and steps of the whole run.
     model, optimizer
         Their states.
-    average
-        Moving average of the weights, if there is one.
     sums
         Sums of the losses of the unfinished epoch.
     history
@@ -133,7 +128,6 @@ def write_state(
         "total_steps": total_steps,
         "model": dict(model),
         "optimizer": dict(optimizer),
-        "average": None if average is None else dict(average),
         "sums": dict(sums),
         "history": history,
         "best": best,
@@ -188,10 +182,6 @@ def read_state(path: Path, experiment: Experiment, data: str, code: str) -> Mapp
             f"{path}: was written with other patches or nuclei, or with another split. {afresh}, or give it the "
             "data it was written with"
         )
-    if (state["average"] is not None) != (experiment.training.average > 0):
-        raise InputError(
-            f"{path}: average: got {'one' if state['average'] else 'none'}, the settings ask for the other. {afresh}"
-        )
     log.info("going on from %s at step %d", path, state["step"])
     return state
 
@@ -237,23 +227,6 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], path: Path) -
         raise InputError(
             f"{path}: optimizer: does not fit the model ({error}). Delete {path} to start the run afresh"
         ) from error
-
-
-def load_average(model: nn.Module, decay: float, weights: Mapping[str, Any], path: Path) -> WeightAverage:
-    """Return the moving average of a model's weights that a run left in a file.
-
-    Raises
-    ------
-    InputError
-        It is not of this model.
-    """
-    own = WeightAverage(model, decay).weights
-    odd = [name for name in {**own, **weights} if name not in own or why_unfit(weights.get(name), own[name])]
-    if odd:
-        raise InputError(
-            f"{path}: average: {odd[:4]} of {len(odd)} do not fit the model. Delete {path} to start the run afresh"
-        )
-    return WeightAverage(model, decay, weights)
 
 
 def _check_moments(moments: Mapping[str, Tensor], parameter: Tensor) -> None:

@@ -22,7 +22,7 @@ from celldetr.boxes import NOISE_DRAWS, xyxy_to_cxcywh
 from celldetr.errors import ConfigError, InputError
 from celldetr.store import PatchStore
 
-ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION, DENOISING = range(6)
+ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
 """Purposes of random numbers: each has its own stream for a seed and a step."""
 
 SLOTS = 16
@@ -128,17 +128,17 @@ class Batch:
         return self
 
 
-def noise_uniforms(batch: Batch, targets: Targets, seed: int, purpose: int, copies: int = 1) -> Tensor:
-    """Random numbers (B, copies, R, 9) for `celldetr.boxes.noise`, the same for a nucleus on any number of devices.
+def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
+    """Random numbers (B, R, 9) for `celldetr.boxes.noise`, the same for a nucleus on any number of devices.
 
     They are 1 at padding, which no share of the boxes reaches.
     """
-    drawn = random_stream(seed, batch.step, purpose).random((batch.boxes_global, copies, NOISE_DRAWS), dtype=np.float32)
+    drawn = random_stream(seed, batch.step, NOISE).random((batch.boxes_global, NOISE_DRAWS), dtype=np.float32)
     mine = drawn[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
     slots = targets.labels.shape[1]
-    padded = torch.ones(len(targets.counts), slots, copies, NOISE_DRAWS)
+    padded = torch.ones(len(targets.counts), slots, NOISE_DRAWS)
     padded[torch.arange(slots) < targets.counts[:, None]] = torch.from_numpy(mine)
-    return padded.transpose(1, 2).to(targets.boxes.device, non_blocking=True)
+    return padded.to(targets.boxes.device, non_blocking=True)
 
 
 class PatchData:

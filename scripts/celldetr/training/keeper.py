@@ -17,7 +17,7 @@ from celldetr.experiment import Experiment
 from celldetr.files import atomic
 from celldetr.model.checkpoints import save_model
 from celldetr.training.base import Stage
-from celldetr.training.checkpoint import load_average, load_optimizer, write_state
+from celldetr.training.checkpoint import load_optimizer, write_state
 from celldetr.training.data import Batch
 from celldetr.training.errors import Interrupted
 
@@ -64,10 +64,7 @@ class RunKeeper(pl.Callback):
         """Restore the optimiser and the sums of the unfinished epoch."""
         if self.state is not None:
             load_optimizer(trainer.optimizers[0], self.state["optimizer"], self.last)
-            stage = _stage(pl_module)
-            stage.train_sums = dict(self.state["sums"])
-            if self.state["average"] is not None:
-                stage.average = load_average(stage.model, stage.settings.average, self.state["average"], self.last)
+            _stage(pl_module).train_sums = dict(self.state["sums"])
             self.state = None
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,8 +140,7 @@ class RunKeeper(pl.Callback):
             self.best = {"epoch": line["epoch"], "score": score}
         if trainer.is_global_zero:
             if better:
-                with stage.kept_weights():
-                    save_model(self.best_path, stage.model, self.experiment.model, self.best)
+                save_model(self.best_path, stage.model, self.experiment.model, self.best)
             write_log(self.run_dir / "log.jsonl", self.history)
             _to_tensorboard(trainer, line)
             log.info("%s%s", describe(line, self.experiment.training.epochs), ", best so far" if better else "")
@@ -164,7 +160,6 @@ class RunKeeper(pl.Callback):
                 total_steps=stage.total_steps,
                 model=stage.model.state_dict(),
                 optimizer=trainer.optimizers[0].state_dict(),
-                average=stage.average.weights if stage.average is not None else None,
                 sums=sums,
                 history=self.history,
                 best=self.best,

@@ -28,7 +28,7 @@ from celldetr.precision import allow_tf32, has_bf16
 from celldetr.provenance import write_provenance
 from celldetr.store import PatchStore
 from celldetr.training.base import Stage
-from celldetr.training.checkpoint import load_average, read_best, read_state
+from celldetr.training.checkpoint import read_best, read_state
 from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
 from celldetr.training.errors import ProcessFailed
@@ -179,8 +179,6 @@ def run_process(run: Run) -> None:
     if stage.step < stage.total_steps:
         with _quiet(), signals_restored(), naming(run.run_dir), _loaders_watched():
             _trainer(run, stage, keeper).fit(stage)
-    elif state is not None and state["average"] is not None:
-        stage.average = load_average(stage.model, settings.average, state["average"], keeper.last)
     if run.rank == 0:
         _finish(run, stage, keeper, device)
 
@@ -291,8 +289,6 @@ def _finish(run: Run, stage: Stage, keeper: RunKeeper, device: str) -> None:
     chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
     if history and history[-1]["val"]:
         chosen["score"] = history[-1]["val"]["score"]
-    if stage.average is not None:
-        stage.average.swap()
     if settings.select == "best_val" and keeper.best is not None:
         state, chosen = read_best(keeper.best_path)
         load_exactly(stage.model, state, keeper.best_path)

@@ -14,9 +14,6 @@ from celldetr.experiment import LossSettings
 from celldetr.training.data import Targets
 from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
 
-RESTORED = "denoising_"
-"""What the names of the losses of query denoising begin with."""
-
 
 def focal(logits: Tensor, positive: Tensor) -> Tensor:
     """Sigmoid focal loss of each logit (...), without reduction.
@@ -42,9 +39,6 @@ def detection_losses(
     targets: Targets,
     matches: Matches,
     n_boxes: float,
-    *,
-    repeats: int = 1,
-    real: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Losses of the detection decoder, layer by layer.
 
@@ -59,10 +53,6 @@ def detection_losses(
         Nuclei, and the queries matched to them.
     n_boxes
         Divisor of all losses.
-    repeats
-        Queries of each nucleus in all layers but the last: their losses are divided by it as well.
-    real
-        False (B, Q) at queries that count for nothing; none: all count.
 
     Returns
     -------
@@ -83,23 +73,23 @@ def detection_losses(
     by_query = focal(logits, positive).sum(dim=-1)
     if ignored is not None:
         by_query = by_query.masked_fill(ignored, 0)
-    if real is not None:
-        by_query = by_query.masked_fill(~real, 0)
 
     predicted, true = boxes[layer, image, query].float(), targets.boxes[image, box]
     l1 = (predicted - true).abs().sum(dim=-1)
     apart = 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true))
     empty = torch.zeros(layers, device=logits.device)
-    divisor = n_boxes * torch.where(torch.arange(layers, device=logits.device) < layers - 1, float(repeats), 1.0)
     return {
-        "nucleus": by_query.sum(dim=(1, 2)) / divisor,
-        "l1": empty.index_add(0, layer, l1) / divisor,
-        "giou": empty.index_add(0, layer, apart) / divisor,
+        "nucleus": by_query.sum(dim=(1, 2)) / n_boxes,
+        "l1": empty.index_add(0, layer, l1) / n_boxes,
+        "giou": empty.index_add(0, layer, apart) / n_boxes,
     }
 
 
 def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tuple[float, ...]:
     """Weights (K,) of the classes in the class loss: inverse frequency to a power; their mean over the nuclei is 1.
+
+    Beyond the paper: weights by frequency of the class-balanced loss (Cui et al., CVPR 2019), here by its power, of
+    which the square root is common (Mahajan et al., ECCV 2018).
 
     Parameters
     ----------
@@ -146,18 +136,12 @@ def weighted(losses: dict[str, Tensor], weights: LossSettings) -> Tensor:
     Parameters
     ----------
     losses
-        Of `detection_losses`, with ``classes`` where there is a class loss, and those of denoising if there are any.
+        Of `detection_losses`, with ``classes`` where there is a class loss.
     weights
         Weight of each.
     """
-
-    def detection(prefix: str = "") -> Tensor:
-        nucleus, l1, apart = (losses[prefix + part] for part in ("nucleus", "l1", "giou"))
-        return (weights.nucleus * nucleus + weights.l1 * l1 + weights.giou * apart).sum()
-
-    total = detection()
-    if RESTORED + "nucleus" in losses:
-        total = total + detection(RESTORED)
+    nucleus, l1, apart = (losses[part] for part in ("nucleus", "l1", "giou"))
+    total = (weights.nucleus * nucleus + weights.l1 * l1 + weights.giou * apart).sum()
     if "classes" in losses:
         total = total + weights.classes * weights.class_scale * losses["classes"]
     return total

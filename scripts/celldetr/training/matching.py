@@ -89,7 +89,7 @@ def _l1(predicted: Tensor, true: Tensor) -> Tensor:
     return total
 
 
-def assign(cost: NDArray[np.float32], counts: NDArray[np.int64], repeats: int = 1) -> NDArray[np.int64]:
+def assign(cost: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Cheapest assignment of every layer and image.
 
     Parameters
@@ -98,9 +98,6 @@ def assign(cost: NDArray[np.float32], counts: NDArray[np.int64], repeats: int = 
         Costs (L, B, R, Q) float32.
     counts
         Nuclei of each image (B,); the slots behind them are padding.
-    repeats
-        Queries of each nucleus in all layers but the last, which has one (one-to-many matching of hybrid matching;
-        Jia et al., CVPR 2023).
 
     Returns
     -------
@@ -110,9 +107,8 @@ def assign(cost: NDArray[np.float32], counts: NDArray[np.int64], repeats: int = 
     """
 
     def solve(at: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        times = repeats if at[0] < len(cost) - 1 else 1
-        box, query = linear_sum_assignment(np.tile(cost[at][: counts[at[1]]], (times, 1)))
-        return box % counts[at[1]], query
+        box, query = linear_sum_assignment(cost[at][: counts[at[1]]])  # rows are nuclei
+        return box, query
 
     problems = [(layer, image) for layer in range(len(cost)) for image in range(len(counts)) if counts[image]]
     solved = _threads().map(solve, problems)
@@ -137,7 +133,7 @@ class Matching:
     """
 
     def __init__(self, logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> None:
-        self._counts, self._repeats = targets.counts.numpy(), weights.repeats
+        self._counts = targets.counts.numpy()
         self._device = logits.device
         self._costs = costs(logits, boxes, targets, weights).to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if logits.is_cuda else None
@@ -157,7 +153,7 @@ class Matching:
         table = self._costs.numpy()
         if not all(np.isfinite(table[:, image, :count]).all() for image, count in enumerate(self._counts)):
             raise NonFinite("costs of the matching")
-        rows = torch.from_numpy(assign(table, self._counts, self._repeats)).to(self._device, non_blocking=True)
+        rows = torch.from_numpy(assign(table, self._counts)).to(self._device, non_blocking=True)
         return Matches(*rows)
 
 

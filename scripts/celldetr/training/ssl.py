@@ -52,9 +52,7 @@ class SslStage(Stage):
         features = self.model.encode(images)
         detections, matching = self.detect(features, targets)
         projected = project_views(self.model, features, views)
-        restored = self.denoising_losses(features, targets, batch, self.n_boxes(batch))
         losses, _ = self.detection_losses(detections, targets, matching, self.n_boxes(batch))
-        losses |= restored
         n_images = max(1, int((batch.counts_global >= 2).sum())) / self.trainer.world_size if batch.training else 1.0
         with torch.autocast(images.device.type, enabled=False):
             loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)

@@ -12,7 +12,7 @@ from celldetr import boxes as box_ops
 from celldetr.constants import constant
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.base import Outputs, Stage, number
-from celldetr.training.data import NOISE, Batch, Targets, noise_uniforms
+from celldetr.training.data import Batch, Targets, noise_uniforms
 from celldetr.training.losses import class_loss, class_weights
 
 LOSSES = {
@@ -41,9 +41,7 @@ class SupervisedStage(Stage):
             given = self._noised(targets, batch) if batch.training else targets.boxes
             class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
             labels = targets.labels
-        restored = self.denoising_losses(features, targets, batch, n_boxes)
         losses, matches = self.detection_losses(detections, targets, matching, n_boxes)
-        losses |= restored
         if embeddings is not None:
             last = matches.last(int(targets.counts.clamp(max=detections.boxes.shape[2]).sum()))
             class_logits = self.model.classify(embeddings[last.image, last.query])
@@ -70,7 +68,7 @@ class SupervisedStage(Stage):
             return targets.boxes
         return box_ops.noise(
             targets.boxes,
-            noise_uniforms(batch, targets, self.settings.seed, NOISE)[:, 0],
+            noise_uniforms(batch, targets, self.settings.seed),
             low=noise.low,
             high=noise.high,
             enlarge=noise.enlarge,

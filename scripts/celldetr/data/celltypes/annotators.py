@@ -1,9 +1,11 @@
 """Annotators: fractions of the ten types in each cell, by optimal transport (TACCO) or by correlation."""
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -96,12 +98,23 @@ def _transport(counts: sparse.csr_matrix, reference: AnnData, prior: Series, lam
     index = pd.RangeIndex(counts.shape[0]).astype(str)
     part = AnnData(counts, obs=DataFrame(index=index), var=DataFrame(index=reference.var_names))
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), warnings.catch_warnings():
+    with contextlib.redirect_stdout(said), warnings.catch_warnings(), _little_garbage():
         warnings.simplefilter("ignore")
         fractions = tacco.tl.annotate(part, reference, "type", method="OT", annotation_prior=prior, lamb=lamb)
     for line in said.getvalue().splitlines():
         log.debug("tacco: %s", line)
     return fractions.reindex(index=index, columns=list(ST_TYPES), fill_value=0).to_numpy(np.float32)
+
+
+@contextlib.contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Keep what is there out of garbage collection: TACCO asks for one in each of its steps, a fifth of its time."""
+    gc.collect()  # what the part before has left is not kept
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def correlation(cells: AnnData, reference: AnnData, prior: Series | None = None) -> DataFrame:
