@@ -20,7 +20,7 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
-from celldetr.data.patches import Plan
+from celldetr.data.patches import Plan, stripe_order
 from celldetr.data.slide_reading import DamagedSlide, open_overview, open_slide, read_blocks, told
 from celldetr.data.tissue import Raster, tissue_mask
 from celldetr.errors import ConfigError
@@ -100,7 +100,7 @@ class SlideNuclei:
 
 
 def plan_tiles(image_size: tuple[int, int], image_mpp: float, tiling: Tiling, tissue: Raster) -> Plan:
-    """Tiles whose cores have tissue, row by row.
+    """Tiles whose cores have tissue, in the order in which the file is decoded least often.
 
     Parameters
     ----------
@@ -118,6 +118,7 @@ def plan_tiles(image_size: tuple[int, int], image_mpp: float, tiling: Tiling, ti
     columns, rows = np.meshgrid(np.arange(across), np.arange(down))
     cores = np.stack([columns.ravel(), rows.ravel()], axis=1) * tiling.core
     cores = cores[tissue.share(cores * ratio, tiling.core * ratio) > 0]
+    cores = cores[stripe_order(cores, tiling.core)]
     none = np.zeros(0, np.int64)
     return Plan(tiling.size, tiling.mpp, image_mpp, cores - tiling.margin, none, np.zeros(len(cores) + 1, np.int64), {})
 

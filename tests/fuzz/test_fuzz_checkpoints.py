@@ -243,7 +243,13 @@ def test_no_file_runs_code(files, monkeypatch, write):
     source = "__import__('os').mkdir('it-ran')"
     hostile = [Runs(os.mkdir, "it-ran"), Runs(eval, source), Runs(exec, source), Runs(os.system, "mkdir it-ran")]
     for value in hostile:
-        keys = {"format": 1, "training_format": FORMAT, "settings": EXPERIMENT.model.to_dict(), "state": {}, "extra": BEST}
+        keys = {
+            "format": 1,
+            "training_format": FORMAT,
+            "settings": EXPERIMENT.model.to_dict(),
+            "state": {},
+            "extra": BEST,
+        }
         for content in (value, {**keys, "state": value}, {**keys, "extra": [value]}, {value: 1}):
             write(files / "a.pt", content)
             for readers in READERS.values():

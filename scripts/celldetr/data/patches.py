@@ -16,10 +16,9 @@ from celldetr.data.tissue import Raster
 from celldetr.errors import InputError
 from celldetr.store import NO_LABEL
 
-__all__ = ["Nuclei", "PatchSettings", "Plan", "boxes_from_polygons", "plan_patches"]
+__all__ = ["Nuclei", "PatchSettings", "Plan", "boxes_from_polygons", "plan_patches", "stripe_order"]
 
-STRIPE = 16
-"""Columns of patches that are walked down together, so that a tile of the slide serves all its patches at once."""
+_STRIPE = 16  # columns of patches that are walked down together
 _THINNEST = 1e-3  # px; boxes that are thinner have no area
 _COVERED = 0.999  # share of a patch that must have been imaged: rounding of the map aside, all of it
 
@@ -201,9 +200,22 @@ def plan_patches(
     if settings.max_patches is not None and len(chosen) > settings.max_patches:
         passed_over["not drawn"] = len(chosen) - settings.max_patches
         chosen = np.random.default_rng(seed).permutation(chosen)[: settings.max_patches]
-    x, y = corners[chosen].T
-    chosen = chosen[np.lexsort((x, y, x // (STRIPE * size)))]
+    chosen = chosen[stripe_order(corners[chosen], size)]
     return Plan(size, mpp, image_mpp, corners[chosen], *_select(patch, nucleus, chosen, len(corners)), passed_over)
+
+
+def stripe_order(corners: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Order (n,) of patches in stripes of a few columns: a tile of the slide serves all its patches at once.
+
+    Parameters
+    ----------
+    corners
+        Left upper corners (n, 2), x and y in px.
+    size
+        Distance of the columns, px.
+    """
+    x, y = corners.T
+    return np.lexsort((x, y, x // (_STRIPE * size)))
 
 
 def _members(
