@@ -37,7 +37,8 @@ def draw(kinds: np.ndarray, profiles: np.ndarray, depth: float, generator: np.ra
     )
 
 
-def measure(cells: int, genes: int) -> dict[str, float]:
+def drawn(cells: int, genes: int) -> tuple[anndata.AnnData, anndata.AnnData, np.ndarray]:
+    """Draw a sample, its reference, and the true types of its cells."""
     generator = np.random.default_rng(0)
     base = generator.dirichlet(np.full(genes, 0.5))
     profiles = np.stack([0.6 * base + 0.4 * generator.dirichlet(np.full(genes, 0.1)) for _ in ST_TYPES])
@@ -47,7 +48,11 @@ def measure(cells: int, genes: int) -> dict[str, float]:
     reference.obs["held_out"] = False
     reference.uns["composition"] = dict.fromkeys(ST_TYPES, 2000)
     kinds = generator.choice(len(ST_TYPES), cells, p=generator.dirichlet(np.full(len(ST_TYPES), 2.0)))
-    sample = draw(kinds, profiles, 80, generator)
+    return draw(kinds, profiles, 80, generator), reference, kinds
+
+
+def measure(cells: int, genes: int) -> dict[str, float]:
+    sample, reference, kinds = drawn(cells, genes)
     annotate(sample[:500].copy(), reference, CellTypeSettings(), 0)  # compiles
     start = time.perf_counter()
     table = annotate(sample, reference, CellTypeSettings(), 0).table

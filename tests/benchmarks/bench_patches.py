@@ -86,18 +86,18 @@ def texture(seed: int) -> np.ndarray:
     return np.clip(image + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8)
 
 
-def write_slide(path: Path, side: int) -> None:
+def write_slide(path: Path, sides: tuple[int, int]) -> None:
     """Write the pyramid tile by tile, three levels; tiles are drawn from a set, turned and mirrored."""
     stock = [turned for seed in range(12) for turned in (lambda t: (t, t[::-1], t[:, ::-1]))(texture(seed))]
     with tifffile.TiffWriter(path, bigtiff=True) as writer:
         for level in range(3):
-            width = side >> (2 * level)
-            count = (-(-width // TILE)) ** 2
+            width, height = (side >> (2 * level) for side in sides)
+            count = -(-width // TILE) * -(-height // TILE)
             order = np.random.default_rng(level).integers(0, len(stock), count)
             kind = {"subifds": 2, "resolution": (1e4 / SLIDE_MPP,) * 2, "resolutionunit": "CENTIMETER"}
             writer.write(
                 (stock[index] for index in order),
-                shape=(width, width, 3),
+                shape=(height, width, 3),
                 dtype=np.uint8,
                 tile=(TILE, TILE),
                 photometric="rgb",
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         slide = Path(folder) / "slide.tif"
         start = time.perf_counter()
-        write_slide(slide, options.side)
+        write_slide(slide, (options.side, options.side))
         print(f"slide: {options.side} px each way, {slide.stat().st_size / 1e6:.0f} MB, "
               f"written in {time.perf_counter() - start:.0f} s; {options.workers} workers")  # fmt: skip
         for _ in range(options.repeats):
