@@ -72,7 +72,12 @@ def collate(items: list[tuple[torch.Tensor, Targets]]) -> Batch:
     joined = Targets(torch.cat(boxes), torch.cat(labels), counts)
     share = slice(0, len(images))
     return Batch(
-        torch.cat(images), joined, torch.arange(len(images)).numpy(), step=0, share=share, counts_global=counts.numpy()
+        torch.cat(images),
+        joined,
+        torch.arange(len(images)).numpy(),
+        step=0,
+        share=share,
+        counts_global=counts.numpy().copy(),
     )
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log, stopping
+from torch.utils.data import DataLoader
 
 from celldetr.errors import ConfigError, InputError
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
@@ -141,6 +142,16 @@ def test_streaming_gives_the_same_run_as_a_cache(store, tmp_path):
         train(make_experiment(cache=cache, workers=workers, epochs=2), [store], split, tmp_path / f"{cache}{workers}")
     assert_same_result(tmp_path / "ram0", tmp_path / "none0")
     assert_same_result(tmp_path / "ram0", tmp_path / "none2")
+
+
+@pytest.mark.parametrize("kind", [TrainingBatches, ValidationBatches])
+def test_large_batches_arrive_from_a_loader_process_as_they_were(tmp_path, kind):
+    store = make_store(tmp_path / "fold1.zarr", 320)
+    data = PatchData([store], make_split(store, 0, 320), "val", cache="none")
+    batches = kind(data, 160, 0) if kind is TrainingBatches else kind(data, 160)
+    here = [batches[index].counts_global.tolist() for index in range(2)]
+    loader = DataLoader(batches, batch_size=None, sampler=range(2), num_workers=1, collate_fn=lambda batch: batch)
+    assert [batch.counts_global.tolist() for batch in loader] == here
 
 
 def test_starting_from_a_model_with_other_classes_keeps_all_but_the_class_head(store, tmp_path):

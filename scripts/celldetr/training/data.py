@@ -325,12 +325,12 @@ class ValidationBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         patches = self.batches[index]
-        targets = self.data.targets(patches)
         return Batch(
             self.data.read(patches),
-            targets,
+            self.data.targets(patches),
             patches,
             step=-1,
             share=slice(0, len(patches)),
-            counts_global=targets.counts.numpy(),
+            # not the memory of a tensor, which is moved when a loader process sends it
+            counts_global=self.data.ptr[patches + 1] - self.data.ptr[patches],
         )
