@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.deformable_attention import DeformableAttention, use_sampling
+from celldetr.model.deformable_attention import use_sampling
 from celldetr.training import base
 from celldetr.training.augment import augment, draw
 from celldetr.training.base import Stage, pixels
@@ -113,13 +113,11 @@ class Run:
         train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=told.device)
         nothing = PatchData([store], split, "val", cache="none")
         torch.manual_seed(0)
-        kind, model = STAGES[self.experiment.stage], CellDETR(self.experiment.model)
+        settings = self.experiment.model.model_copy(update={"fast": sampling != "plain"})
+        kind, model = STAGES[self.experiment.stage], CellDETR(settings)
         limits = {"nucleus_threshold": 0.4, "radius": 12.0}
         self.stage: Stage = kind(self.experiment, model, train_data, nothing, **limits)
         self.stage.to(told.device)
-        for module in model.modules():
-            if isinstance(module, DeformableAttention):
-                module.fast = sampling != "plain"
         use_sampling(model, told.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
         self.optimizer = self.stage.configure_optimizers()
         if not fused:
@@ -197,7 +195,7 @@ def variants(told, store) -> list[tuple[str, Run]]:
         ("+ costs of an image's own nuclei", {"matcher": "own"}),
         ("+ patches in memory, augmented in batches", {"loader": False}),
         ("+ fused AdamW", {"fused": True}),
-        ("+ portable sampling", {"sampling": "portable"}),
+        ("+ model.fast: portable sampling, channels last", {"sampling": "portable"}),
         ("+ what the device has: kernels or torch.compile", {"sampling": "compiled" if on_cpu else "auto"}),
         ("+ bf16", {"bf16": True}),
     ]
