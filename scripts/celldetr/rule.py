@@ -25,7 +25,8 @@ _WRITING = {
     errno.EROFS: "the file system is read-only; make it writable, or run in another folder",
     errno.EACCES: "not permitted; change the permissions of the file and its folder, or run in another folder",
 }
-_LACKING = ("can't start new thread", "can't allocate memory", "out of memory")  # the words of Python, torch and CUDA
+_LACKING = ("can't start new thread", "can't allocate lock", "can't allocate memory", "out of memory")
+"""The words of Python, torch and CUDA."""
 _MORE_MEMORY = "give the rule more mem_mb (--set-resources) and start again"
 _MORE_GPU_MEMORY = (
     "set training.recompute: true, or a smaller inference.batch_size, or take a GPU with more memory, and start again"

@@ -6,12 +6,13 @@ A fault is none | kill_change=SHARE | kill_seconds=SHARE | kill_worker | file_by
 kill_change: SIGKILL before a change of the file system (a file opened to be written, a renaming, a removal, a folder
 made), after this share of those of the first attempt; kill_seconds: SIGKILL after this share of the time of the first
 attempt; kill_worker: SIGKILL of the first process that the script starts; file_bytes: no file may grow beyond;
-more_memory: bytes that the process may get beyond those of its imports; it may wait for ever, as Python's Thread.start
-does for a thread that gets no memory to begin, and is ended by SIGALRM after ALARM_SECONDS, as by a time limit.
+more_memory: bytes that the process may get beyond those of its imports; if it waits for ever, it prints where after
+WAIT_SECONDS and ends with status 1.
 The outputs are removed before each attempt, as Snakemake does. The report is a JSON list: fault, status, changes,
 seconds, text (all output), outputs (path -> checksum, or null if missing).
 """
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 NOT_FORKED = {"annotate_xenium"}  # TACCO starts the threads of OpenMP when it is imported: a fork may not use them
 STAMP = ".snakemake_timestamp"  # Snakemake's own, in folders
 TIMES = ("written", "wall_seconds")
-ALARM_SECONDS = 30
+WAIT_SECONDS = 60
 
 
 def checksum(path):
@@ -79,7 +80,7 @@ def child(job, script, fault, amount, count):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (amount, amount))
     if fault == "more_memory":
-        signal.alarm(ALARM_SECONDS)
+        faulthandler.dump_traceback_later(WAIT_SECONDS, exit=True)  # its thread starts before the limit
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + amount
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
