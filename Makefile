@@ -59,7 +59,7 @@ lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)
 	snakemake --lint
 
 format: $(STAMP) ## bring Python and Snakemake files into form, write the schemas of configuration and sheets
-	python -m celldetr.config $(SCHEMAS)
+	python -m celldetr.config.workflow $(SCHEMAS)
 	ruff check --fix .
 	ruff format .
 	snakefmt $(SNAKE_FILES)

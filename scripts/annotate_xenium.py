@@ -8,16 +8,16 @@ Params: settings (cell types), seed.
 import json
 from pathlib import Path
 
-from celldetr.data.celltypes.annotate import annotate, versions
-from celldetr.data.celltypes.labels import write_cells
-from celldetr.data.celltypes.qc import quality
-from celldetr.data.celltypes.qc_figure import draw
-from celldetr.data.celltypes.reference import read_reference
-from celldetr.data.celltypes.settings import CellTypeSettings
-from celldetr.data.xenium import SPECS, read_counts
-from celldetr.files import atomic
-from celldetr.provenance import write_provenance
-from celldetr.rule import run_rule
+from celldetr.config.xenium import CellTypeSettings
+from celldetr.report.cell_types import draw
+from celldetr.runtime.files import atomic
+from celldetr.runtime.provenance import write_provenance
+from celldetr.runtime.rule import run_rule
+from celldetr.xenium.celltypes.annotate import annotate, versions
+from celldetr.xenium.celltypes.labels import write_cells
+from celldetr.xenium.celltypes.qc import quality
+from celldetr.xenium.celltypes.reference import read_reference
+from celldetr.xenium.output import SPECS, read_counts
 
 
 def main(snakemake):

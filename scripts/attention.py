@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from celldetr.evaluation.attention import choose_nuclei, write_drawn, write_share
-from celldetr.inference import best_device, measure_attention
-from celldetr.model.checkpoints import load_model
-from celldetr.rule import run_rule
+from celldetr.inference.attention import choose_nuclei, write_drawn, write_share
+from celldetr.inference.predict import best_device, measure_attention
+from celldetr.model.weights import load_model
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 log = logging.getLogger("attention")

@@ -5,9 +5,9 @@ all, of each tissue and of each slide, beside those of the paper), TSV.
 Params: slides (tissue and group of each), total, val_share, seed.
 """
 
-from celldetr.data.slide_choice import SlidePatches, choose_patches
-from celldetr.files import atomic
-from celldetr.rule import run_rule
+from celldetr.runtime.files import atomic
+from celldetr.runtime.rule import run_rule
+from celldetr.slides.choice import SlidePatches, choose_patches
 from celldetr.store import open_store
 
 

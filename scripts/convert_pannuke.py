@@ -4,10 +4,10 @@ Input: the zip as published. Outputs: the store (boxes in px, half-open), and wh
 with pictures. Params: fold, patch_size (px), mpp (um per px).
 """
 
-from celldetr.data.pannuke import convert_fold
-from celldetr.data.pannuke_summary import write_html, write_tsv
-from celldetr.provenance import sha256
-from celldetr.rule import run_rule
+from celldetr.pannuke.convert import convert_fold
+from celldetr.report.pannuke import write_html, write_tsv
+from celldetr.runtime.provenance import sha256
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 

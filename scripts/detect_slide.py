@@ -9,11 +9,11 @@ import logging
 
 import torch
 
-from celldetr.cells import detect_file, model_detector, write_nuclei
-from celldetr.data.slide_settings import DetectionSettings
-from celldetr.inference import best_device
-from celldetr.model.checkpoints import load_model
-from celldetr.rule import run_rule
+from celldetr.config.slides import DetectionSettings
+from celldetr.inference.detection import detect_file, model_detector, write_nuclei
+from celldetr.inference.predict import best_device
+from celldetr.model.weights import load_model
+from celldetr.runtime.rule import run_rule
 
 log = logging.getLogger("detect_slide")
 

@@ -3,8 +3,8 @@
 Params: source with urls, bytes and sha256 (either may be null). Output: the file.
 """
 
-from celldetr.download import fetch
-from celldetr.rule import run_rule
+from celldetr.fetch.download import fetch
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

@@ -3,9 +3,9 @@
 Params: row of the references sheet. Output: the .h5ad.
 """
 
-from celldetr.cellxgene import dataset_url
-from celldetr.download import fetch
-from celldetr.rule import run_rule
+from celldetr.fetch.cellxgene import dataset_url
+from celldetr.fetch.download import fetch
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

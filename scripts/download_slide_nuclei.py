@@ -3,9 +3,9 @@
 Params: source with urls, hest (id in HEST-1k, instead of urls) and sha256 (may be null). Output: the file.
 """
 
-from celldetr.download import fetch
-from celldetr.hest import fetch_hest, nuclei_path
-from celldetr.rule import run_rule
+from celldetr.fetch.download import fetch
+from celldetr.fetch.huggingface import fetch_hest, nuclei_path
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

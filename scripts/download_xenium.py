@@ -3,9 +3,9 @@
 Params: source with urls, bytes and sha256 of the archive. Output: the folder (counts, outlines, DAPI image).
 """
 
-from celldetr.data.xenium import choose_members
-from celldetr.members import fetch_members
-from celldetr.rule import run_rule
+from celldetr.fetch.members import fetch_members
+from celldetr.runtime.rule import run_rule
+from celldetr.xenium.output import choose_members
 
 
 def main(snakemake):

@@ -8,10 +8,10 @@ the outlines), tissue, group, seed. Wildcard: slide.
 
 from pathlib import Path
 
-from celldetr.data.patch_report import write_rows
-from celldetr.data.slide_settings import SlidePatchSettings
-from celldetr.data.slides import Slide, extract_slide, summary_rows, write_page, write_picture
-from celldetr.rule import run_rule
+from celldetr.config.slides import SlidePatchSettings
+from celldetr.report.patches import write_rows
+from celldetr.runtime.rule import run_rule
+from celldetr.slides.patches import Slide, extract_slide, summary_rows, write_page, write_picture
 from celldetr.store import open_store
 
 

@@ -7,12 +7,12 @@ Params: settings (which patches), patch_size (px), mpp (um per px), tissue, grou
 
 from pathlib import Path
 
-from celldetr.data.patch_report import write_report, write_rows
-from celldetr.data.patches import PatchSettings
-from celldetr.data.pyramid import open_pyramid
-from celldetr.data.xenium_patches import SampleFiles, extract_sample, summary_rows
-from celldetr.rule import run_rule
+from celldetr.report.patches import write_report, write_rows
+from celldetr.runtime.rule import run_rule
+from celldetr.slides.grid import PatchSettings
+from celldetr.slides.pyramid import open_pyramid
 from celldetr.store import open_store
+from celldetr.xenium.patches import SampleFiles, extract_sample, summary_rows
 
 
 def main(snakemake):

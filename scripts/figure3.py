@@ -4,10 +4,10 @@ Input: ``points`` (NPZ files of the attention rule, one per model), ``shares`` (
 Output: ``png``, ``svg``.
 """
 
-from celldetr.evaluation.attention import read_drawn, read_share
-from celldetr.evaluation.figures import SystemShare, figure3
-from celldetr.evaluation.style import save
-from celldetr.rule import run_rule
+from celldetr.inference.attention import read_drawn, read_share
+from celldetr.report.figures import SystemShare, figure3
+from celldetr.report.style import save
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

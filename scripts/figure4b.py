@@ -3,9 +3,9 @@
 Input: ``log`` (log.jsonl of an experiment of stage ssl). Output: ``png``, ``svg``. Params: title.
 """
 
-from celldetr.evaluation.figure4 import figure4b, read_log
-from celldetr.evaluation.style import save
-from celldetr.rule import run_rule
+from celldetr.report.figure4 import figure4b, read_log
+from celldetr.report.style import save
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

@@ -4,9 +4,9 @@ Input: ``matrices`` and ``retrieval`` (of the similarity rule), ``log`` (log.jso
 Output: ``png``, ``svg``. Params: title.
 """
 
-from celldetr.evaluation.figure4 import figure4c, read_log, read_retrieval, read_similarities
-from celldetr.evaluation.style import save
-from celldetr.rule import run_rule
+from celldetr.report.figure4 import figure4c, read_log, read_retrieval, read_similarities
+from celldetr.report.style import save
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

@@ -6,10 +6,10 @@ Params: titles (sample -> title).
 
 from pathlib import Path
 
-from celldetr.evaluation.figure5 import composition, figure5a
-from celldetr.evaluation.style import save
-from celldetr.evaluation.tables import write_tsv
-from celldetr.rule import run_rule
+from celldetr.report.figure5 import composition, figure5a
+from celldetr.report.style import save
+from celldetr.report.tables import write_tsv
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 

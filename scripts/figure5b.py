@@ -4,11 +4,11 @@ Input: ``predictions`` (Parquet of the predict rule), ``store`` (the test patche
 (nuclei of each true type by predicted type). Params: nucleus_threshold, radius (px), title.
 """
 
-from celldetr.evaluation.figure5 import confusion, figure5b
 from celldetr.evaluation.predictions import read_predictions
-from celldetr.evaluation.style import save
-from celldetr.evaluation.tables import write_tsv
-from celldetr.rule import run_rule
+from celldetr.report.figure5 import confusion, figure5b
+from celldetr.report.style import save
+from celldetr.report.tables import write_tsv
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 

@@ -12,10 +12,10 @@ import argparse
 import logging
 import sys
 
-from celldetr.errors import CellDETRError
-from celldetr.model.checkpoints import save_model
 from celldetr.model.imports import import_checkpoint
-from celldetr.provenance import write_provenance
+from celldetr.model.weights import save_model
+from celldetr.runtime.errors import CellDETRError
+from celldetr.runtime.provenance import write_provenance
 
 log = logging.getLogger("import_checkpoint")
 

@@ -7,9 +7,9 @@ Params: images of each fold, patch_size (px), mpp (um per px), seed. All classes
 import logging
 from concurrent.futures import ProcessPoolExecutor
 
-from celldetr.data.synthetic.looks import mixture_named
-from celldetr.data.synthetic.pannuke import write_fold
-from celldetr.rule import run_rule
+from celldetr.example.looks import mixture_named
+from celldetr.example.pannuke import write_fold
+from celldetr.runtime.rule import run_rule
 
 log = logging.getLogger("make_example")
 

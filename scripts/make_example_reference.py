@@ -5,8 +5,8 @@ Output: the .h5ad. Params: cells, seed.
 
 import logging
 
-from celldetr.data.synthetic.expression import write_reference
-from celldetr.rule import run_rule
+from celldetr.example.expression import write_reference
+from celldetr.runtime.rule import run_rule
 
 log = logging.getLogger("make_example_reference")
 

@@ -7,8 +7,8 @@ Wildcard: slide.
 
 import logging
 
-from celldetr.data.synthetic.slide import write_slide
-from celldetr.rule import run_rule
+from celldetr.example.slide import write_slide
+from celldetr.runtime.rule import run_rule
 
 log = logging.getLogger("make_example_slide")
 

@@ -6,10 +6,10 @@ Output: PNG, patches twice: true boxes and predicted boxes, coloured by class.
 
 from pathlib import Path
 
-from celldetr.evaluation.figures import choose_patches, overlays
 from celldetr.evaluation.predictions import read_predictions
-from celldetr.evaluation.style import save
-from celldetr.rule import run_rule
+from celldetr.report.figures import choose_patches, overlays
+from celldetr.report.style import save
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 DPI = 120  # a picture for each experiment and split: the report must stay small

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from celldetr.inference import best_device, predict_fold
-from celldetr.model.checkpoints import load_model
-from celldetr.provenance import git_revision, sha256, versions
-from celldetr.rule import run_rule
+from celldetr.inference.predict import best_device, predict_fold
+from celldetr.model.weights import load_model
+from celldetr.runtime.provenance import git_revision, sha256, versions
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 log = logging.getLogger("predict")

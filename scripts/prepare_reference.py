@@ -6,9 +6,9 @@ type, label, held_out), ``summary`` (JSON: what was found). Params: label_column
 
 import json
 
-from celldetr.data.celltypes.reference import prepare_reference, read_mapping, write_reference
-from celldetr.files import atomic
-from celldetr.rule import run_rule
+from celldetr.runtime.files import atomic
+from celldetr.runtime.rule import run_rule
+from celldetr.xenium.celltypes.reference import prepare_reference, read_mapping, write_reference
 
 
 def main(snakemake):

@@ -11,14 +11,14 @@ import logging
 
 import torch
 
-from celldetr.data.splits import read_split
-from celldetr.embedding import embed_patches
-from celldetr.evaluation.readout import WHAT, measure_readout, write_readout
-from celldetr.evaluation.readout_settings import ReadoutSettings
-from celldetr.inference import best_device
-from celldetr.model.checkpoints import load_model
-from celldetr.provenance import write_provenance
-from celldetr.rule import run_rule
+from celldetr.config.evaluation import ReadoutSettings
+from celldetr.evaluation.frozen import WHAT, measure_readout, write_readout
+from celldetr.inference.embedding import embed_patches
+from celldetr.inference.predict import best_device
+from celldetr.model.weights import load_model
+from celldetr.pannuke.splits import read_split
+from celldetr.runtime.provenance import write_provenance
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 log = logging.getLogger("readout")

@@ -5,12 +5,12 @@ Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, and figures), ``pi
 Params: settings, he_mpp (um per H&E px, or None: what the file says), sample (name), seed.
 """
 
-from celldetr.data.pyramid import open_pyramid
-from celldetr.data.registration import RegistrationSettings, read_alignment, register
-from celldetr.data.registration.overlay import draw, save
-from celldetr.data.xenium import dapi_path, read_nuclei, read_specs
-from celldetr.provenance import write_provenance
-from celldetr.rule import run_rule
+from celldetr.report.registration import draw, save
+from celldetr.runtime.provenance import write_provenance
+from celldetr.runtime.rule import run_rule
+from celldetr.slides.pyramid import open_pyramid
+from celldetr.xenium.output import dapi_path, read_nuclei, read_specs
+from celldetr.xenium.registration import RegistrationSettings, read_alignment, register
 
 
 def main(snakemake):

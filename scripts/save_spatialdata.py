@@ -4,11 +4,11 @@ Input: ``outs`` (Xenium output folder), ``he``, ``registration``, ``cells`` (cel
 labels, outlines and the table with types and fractions are aligned in the coordinate system "global" (Xenium pixels).
 """
 
-from celldetr.classes import ST_TYPES
-from celldetr.data.celltypes.labels import read_cells
-from celldetr.data.registration import read_registration
-from celldetr.data.spatial import write_spatialdata
-from celldetr.rule import run_rule
+from celldetr.config.classes import ST_TYPES
+from celldetr.runtime.rule import run_rule
+from celldetr.xenium.celltypes.labels import read_cells
+from celldetr.xenium.registration import read_registration
+from celldetr.xenium.spatial import write_spatialdata
 
 
 def main(snakemake):

@@ -7,10 +7,10 @@ Output: TSV, a row per metric and class: precision, recall, F1 with 95 % interva
 import logging
 from pathlib import Path
 
-from celldetr.errors import InputError
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
 from celldetr.evaluation.scoring import score_fold, write_scores
-from celldetr.rule import run_rule
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 log = logging.getLogger("score")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from celldetr.evaluation.figure4 import choose_readable, write_retrieval, write_similarities
-from celldetr.experiment import NoiseSettings
-from celldetr.inference import best_device
-from celldetr.model.checkpoints import load_model
-from celldetr.rule import run_rule
-from celldetr.similarity import measure_similarity
+from celldetr.config.experiment import NoiseSettings
+from celldetr.inference.predict import best_device
+from celldetr.inference.similarity import measure_similarity
+from celldetr.model.weights import load_model
+from celldetr.report.figure4 import choose_readable, write_retrieval, write_similarities
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 log = logging.getLogger("similarity")

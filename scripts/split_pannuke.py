@@ -5,9 +5,9 @@ Inputs: the three patch stores. Output: a TSV with a row per patch: store, patch
 
 from pathlib import Path
 
-from celldetr.data.splits import pannuke_split
-from celldetr.files import atomic
-from celldetr.rule import run_rule
+from celldetr.pannuke.splits import pannuke_split
+from celldetr.runtime.files import atomic
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
 

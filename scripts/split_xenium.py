@@ -5,18 +5,18 @@ Inputs: the patch stores of all samples. Outputs: a TSV with a row per patch: st
 parts, block_um, margin_um), seed.
 """
 
-from celldetr.data.splits import PARTS
-from celldetr.data.xenium_split import part_counts, xenium_split
-from celldetr.data.xenium_split_report import write_counts, write_split_page
-from celldetr.files import atomic
-from celldetr.rule import run_rule
-from celldetr.spatial_settings import XeniumSplitConfig
+from celldetr.config.xenium import XeniumSplitSettings
+from celldetr.pannuke.splits import PARTS
+from celldetr.report.xenium_split import write_counts, write_split_page
+from celldetr.runtime.files import atomic
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store, select
+from celldetr.xenium.split import part_counts, xenium_split
 
 
 def main(snakemake):
     params, output = snakemake.params, snakemake.output
-    settings = XeniumSplitConfig.from_dict(params.settings, "xenium.split")
+    settings = XeniumSplitSettings.from_dict(params.settings, "xenium.split")
     stores = [open_store(path) for path in snakemake.input.stores]
     split = xenium_split(
         stores,

@@ -8,8 +8,8 @@ Output: ``tsv`` (a row per system), ``splits`` (every split, metric and class), 
 
 from pathlib import Path
 
-from celldetr.evaluation.rendering import html, markdown
-from celldetr.evaluation.tables import (
+from celldetr.report.rendering import html, markdown
+from celldetr.report.tables import (
     System,
     build_table,
     read_published,
@@ -18,9 +18,9 @@ from celldetr.evaluation.tables import (
     scored_with,
     write_tsv,
 )
-from celldetr.files import atomic
-from celldetr.provenance import write_provenance
-from celldetr.rule import run_rule
+from celldetr.runtime.files import atomic
+from celldetr.runtime.provenance import write_provenance
+from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):

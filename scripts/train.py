@@ -7,9 +7,9 @@ curves.png, provenance.json; checkpoints/ lies beside them.
 
 from pathlib import Path
 
-from celldetr.data.splits import read_split
-from celldetr.experiment import Experiment
-from celldetr.rule import run_rule
+from celldetr.config.experiment import Experiment
+from celldetr.pannuke.splits import read_split
+from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 from celldetr.training.loop import train
 

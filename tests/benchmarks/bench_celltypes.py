@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from celldetr.classes import ST_TYPES
-from celldetr.data.celltypes.annotate import annotate
-from celldetr.data.celltypes.settings import CellTypeSettings
+from celldetr.config.classes import ST_TYPES
+from celldetr.config.xenium import CellTypeSettings
+from celldetr.xenium.celltypes.annotate import annotate
 
 BLOCK = 20_000
 

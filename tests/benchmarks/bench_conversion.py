@@ -13,11 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from celldetr.data.synthetic.pannuke import write_fold
+from celldetr.example.pannuke import write_fold
 
 CONVERT = """
 import resource, sys
-from celldetr.data.pannuke import convert_fold
+from celldetr.pannuke.convert import convert_fold
 convert_fold(sys.argv[1], sys.argv[2], fold=int(sys.argv[3]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from celldetr.boxes import cxcywh_to_xyxy, pairwise_giou
-from celldetr.experiment import LossSettings
+from celldetr.config.experiment import LossSettings
+from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.training.data import Targets
 from celldetr.training.matching import Matches, match
 

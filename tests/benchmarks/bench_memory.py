@@ -15,7 +15,7 @@ import torch
 from ladder import draw_store
 from training_throughput import BATCHES, Run
 
-from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.model.recompute import use_recompute
 from celldetr.model.transformer import SelfAttention
 

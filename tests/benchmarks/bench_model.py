@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from celldetr.classes import PANNUKE_CLASSES
-from celldetr.experiment import LossSettings, ModelSettings, RepresentationSettings
+from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.config.experiment import LossSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import DeformableAttention
 from celldetr.model.sampling import choose

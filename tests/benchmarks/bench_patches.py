@@ -23,7 +23,7 @@ TILE, SLIDE_MPP, MPP, SIZE = 512, 0.2738, 0.25, 256
 WAYS = {
     "extract": """
 import numpy as np
-from celldetr.data.patch_extraction import extract
+from celldetr.slides.cutting import extract
 nuclei = Nuclei(np.empty((0, 4)), np.empty((0, 2)), np.empty(0, np.int8))
 extract(PATH, plan, nuclei, OUT, classes=("a",), source="s", group="g", tissue="t", attrs={}, workers=WORKERS)
 """,
@@ -54,9 +54,9 @@ PREPARE = """
 import math, resource, sys, time
 import numpy as np
 from PIL import Image
-from celldetr.data.patches import Nuclei, PatchSettings, plan_patches
-from celldetr.data.pyramid import open_pyramid
-from celldetr.data.tissue import Raster
+from celldetr.slides.grid import Nuclei, PatchSettings, plan_patches
+from celldetr.slides.pyramid import open_pyramid
+from celldetr.slides.tissue import Raster
 PATH, OUT, WORKERS, MPP, SLIDE_MPP = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])
 with open_pyramid(PATH) as image:
     size = image.size

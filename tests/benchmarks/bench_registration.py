@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
-from celldetr.data.registration.transform import affine, apply, inverse, rotation, scaling
+from celldetr.xenium.registration.transform import affine, apply, inverse, rotation, scaling
 
 PIXEL, MPP = 0.2125, 0.2738  # um of a Xenium px, of an H&E px
 BLOCK, STEP = 1024, 4  # px of a tile; factor between levels
@@ -26,8 +26,8 @@ DENSITY = 2500  # nuclei per mm2
 REGISTER = """
 import json, resource, sys, time
 import numpy as np, shapely
-from celldetr.data.pyramid import open_pyramid
-from celldetr.data.registration import register
+from celldetr.slides.pyramid import open_pyramid
+from celldetr.xenium.registration import register
 folder = sys.argv[1]
 scene = np.load(folder + "/scene.npz")
 nuclei = shapely.polygons(scene["outlines"])

@@ -29,13 +29,13 @@ import sys, time
 from pathlib import Path
 import numpy as np
 import openslide
-from celldetr.data.nucleus_files import read_nucleus_file
-from celldetr.data.patch_extraction import extract
-from celldetr.data.patches import plan_patches
-from celldetr.data.pyramid import open_pyramid
-from celldetr.data.slide_settings import SlidePatchSettings
-from celldetr.data.slides import Slide, extract_slide
-from celldetr.data.tissue import tissue_mask
+from celldetr.slides.outlines import read_nucleus_file
+from celldetr.slides.cutting import extract
+from celldetr.slides.grid import plan_patches
+from celldetr.slides.pyramid import open_pyramid
+from celldetr.config.slides import SlidePatchSettings
+from celldetr.slides.patches import Slide, extract_slide
+from celldetr.slides.tissue import tissue_mask
 from celldetr.store import StoreWriter
 PATH, NUCLEI, OUT, WORKERS = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 settings = SlidePatchSettings()
@@ -78,7 +78,7 @@ with StoreWriter(OUT, patch_size=256, classes=(), mpp=0.25) as writer:
 }
 OUTLINES = """
 import sys, time
-from celldetr.data.nucleus_files import read_nucleus_file
+from celldetr.slides.outlines import read_nucleus_file
 before = int(peak())
 start = time.perf_counter()
 found = read_nucleus_file(sys.argv[1], image_mpp=0.25, mpp=0.25)

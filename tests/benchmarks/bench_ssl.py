@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from celldetr.experiment import LossSettings, ModelSettings, NoiseSettings, RepresentationSettings
+from celldetr.config.experiment import LossSettings, ModelSettings, NoiseSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.training.contrastive import Views, contrastive_loss, make_views, project_views
 from celldetr.training.data import Targets

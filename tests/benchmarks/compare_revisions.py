@@ -20,7 +20,7 @@ import numpy as np
 from bench_patches import write_slide
 from bench_slides import write_outlines
 
-from celldetr.data.synthetic.pannuke import write_fold
+from celldetr.example.pannuke import write_fold
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -49,14 +49,14 @@ pages = {"store": "fold1.zarr", "summary_tsv": "f.tsv", "summary_html": "f.html"
 work = rule("convert_pannuke.py", {"archive": FOLDER / "fold_1.zip"}, pages, fold=1, patch_size=256, mpp=0.25)
 """,
     "extract_slide": """
-from celldetr.data.slide_settings import SlidePatchSettings
+from celldetr.config.slides import SlidePatchSettings
 pages = {"store": "s.zarr", "summary_tsv": "s.tsv", "summary_html": "s.html", "picture": "s.png"}
 work = rule("extract_slide.py", {"file": FOLDER / "slide.tif", "nuclei": FOLDER / "nuclei.parquet"}, pages,
             SimpleNamespace(slide="s"), settings=SlidePatchSettings().to_dict(), on_damage="stop", patch_size=256,
             mpp=0.25, slide_mpp=None, unit="px", tissue="t", group="g", seed=0)
 """,
     "prediction of a slide, without the model": """
-from celldetr import cells
+from celldetr.inference import detection as cells
 def detector(images):
     centres = np.random.default_rng(0).uniform(0, 256, (25, 2))
     return [(np.concatenate([centres - 8, centres + 8], 1), np.linspace(0, 1, 25)) for _ in images]
@@ -77,8 +77,8 @@ def work():
 """,
     "annotate_xenium: 20,000 cells by TACCO and by correlation": """
 from bench_celltypes import drawn
-from celldetr.data.celltypes.annotate import annotate
-from celldetr.data.celltypes.settings import CellTypeSettings
+from celldetr.xenium.celltypes.annotate import annotate
+from celldetr.config.xenium import CellTypeSettings
 sample, reference, _ = drawn(20_000, 300)
 annotate(sample[:500].copy(), reference, CellTypeSettings(), 0)  # compiles
 work = lambda: annotate(sample, reference, CellTypeSettings(), 0)

@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from celldetr.classes import PANNUKE_CLASSES
-from celldetr.data.pannuke import convert_fold
-from celldetr.data.splits import fold_parts, pannuke_split
+from celldetr.config.base import merge
+from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.config.experiment import Experiment
 from celldetr.evaluation.predictions import ScoreRule, read_predictions
 from celldetr.evaluation.scoring import score_fold
-from celldetr.experiment import Experiment
-from celldetr.inference import predict_fold
-from celldetr.model.checkpoints import load_model
-from celldetr.settings import merge
+from celldetr.inference.predict import predict_fold
+from celldetr.model.weights import load_model
+from celldetr.pannuke.convert import convert_fold
+from celldetr.pannuke.splits import fold_parts, pannuke_split
 from celldetr.store import PatchStore, StoreWriter, open_store
 from celldetr.training.loop import train
 

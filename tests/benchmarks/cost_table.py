@@ -21,11 +21,11 @@ import yaml
 from ladder import draw_store, synchronize
 from training_throughput import BATCHES, Run
 
-from celldetr.config import Config
-from celldetr.data.pannuke import OFFICIAL
-from celldetr.data.splits import FOLDS, pannuke_split
-from celldetr.experiment import Experiment
-from celldetr.precision import has_bf16
+from celldetr.config.experiment import Experiment
+from celldetr.config.workflow import Config
+from celldetr.model.precision import has_bf16
+from celldetr.pannuke.convert import OFFICIAL
+from celldetr.pannuke.splits import FOLDS, pannuke_split
 
 CONFIG = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
 

@@ -17,10 +17,10 @@ from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare,
 from torch.utils.flop_counter import FlopCounterMode
 from training_throughput import experiment_of
 
-from celldetr.inference import predict_fold
+from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import DeformableAttention, use_sampling
-from celldetr.precision import autocast
+from celldetr.model.precision import autocast
 
 BATCHES = 4
 

@@ -20,8 +20,8 @@ from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare,
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from celldetr.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.experiment import Experiment
+from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.training import base

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import damages, refused, tries
 
-from celldetr.errors import InputError
-from celldetr.experiment import Experiment
+from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.checkpoints import initial_weights, load_exactly, load_model, save_model
+from celldetr.model.weights import initial_weights, load_exactly, load_model, save_model
+from celldetr.runtime.errors import InputError
 from celldetr.training.checkpoint import FORMAT, load_optimizer, read_best, read_state, write_state
 
 EXPERIMENT = Experiment.from_dict(

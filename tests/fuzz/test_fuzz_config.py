@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import VALUES, mutations, refused, tries
 
-from celldetr.config import Config
-from celldetr.errors import ConfigError
-from celldetr.experiment import Experiment
+from celldetr.config.experiment import Experiment
+from celldetr.config.workflow import Config
+from celldetr.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FILES = {

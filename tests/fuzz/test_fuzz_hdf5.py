@@ -19,12 +19,12 @@ from hdf5_tries import HEAP, READERS
 from scipy import sparse
 from strategies import FACTOR
 
-from celldetr.data.celltypes.reference import write_reference
-from celldetr.data.hdf5 import check_heaps
-from celldetr.data.synthetic.xenium import write_xenium
-from celldetr.errors import InputError
+from celldetr.example.xenium import write_xenium
+from celldetr.runtime.errors import InputError
+from celldetr.xenium.celltypes.reference import write_reference
+from celldetr.xenium.hdf5 import check_heaps
 
-PROGRAM = Path(__file__).with_name("hdf5_tries.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "hdf5_tries.py"
 SECONDS = 20
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import damages, refused, tries
 
-from celldetr.data.pyramid import open_pyramid
+from celldetr.slides.pyramid import open_pyramid
 
 HEIGHT, WIDTH, MOST = 37, 50, 200
 IMAGE = np.random.default_rng(7).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import tries
 
-from celldetr.boxes import cxcywh_to_xyxy, giou, noise, pairwise_iou, xyxy_to_cxcywh
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, scores
+from celldetr.model.boxes import cxcywh_to_xyxy, giou, noise, pairwise_iou, xyxy_to_cxcywh
 
 CLASSES = 3
 RADIUS = 5.0

@@ -18,21 +18,21 @@ from hypothesis import strategies as st
 from scipy import sparse
 from strategies import DEEP, NUMBERS, VALUES, damages, dump, mutations, refused, tries
 
-from celldetr.classes import ST_TYPES
-from celldetr.data import json_stream
-from celldetr.data.celltypes.labels import FRACTIONS, read_cells, write_cells
-from celldetr.data.celltypes.reference import prepare_reference, read_reference, write_reference
-from celldetr.data.npy_zip import NpyMember
-from celldetr.data.nucleus_files import read_nucleus_file
-from celldetr.data.registration.result import read_registration
-from celldetr.data.registration.transform import read_alignment
-from celldetr.data.synthetic.xenium import write_xenium
-from celldetr.data.xenium import read_counts, read_nuclei, read_specs
-from celldetr.evaluation.attention import DrawnNuclei, read_share
-from celldetr.evaluation.figure4 import read_log, read_retrieval
+from celldetr.config.classes import ST_TYPES
 from celldetr.evaluation.predictions import METADATA_KEY, PredictionsWriter, read_predictions
-from celldetr.evaluation.tables import read_published, read_readouts, read_scores
-from celldetr.npz import read_npz
+from celldetr.example.xenium import write_xenium
+from celldetr.inference.attention import DrawnNuclei, read_share
+from celldetr.pannuke.archive import NpyMember
+from celldetr.report.figure4 import read_log, read_retrieval
+from celldetr.report.tables import read_published, read_readouts, read_scores
+from celldetr.runtime.npz import read_npz
+from celldetr.slides import json_stream
+from celldetr.slides.outlines import read_nucleus_file
+from celldetr.xenium.celltypes.labels import FRACTIONS, read_cells, write_cells
+from celldetr.xenium.celltypes.reference import prepare_reference, read_reference, write_reference
+from celldetr.xenium.output import read_counts, read_nuclei, read_specs
+from celldetr.xenium.registration.result import read_registration
+from celldetr.xenium.registration.transform import read_alignment
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("a", "b", "c")

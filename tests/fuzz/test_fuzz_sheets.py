@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import damages, refused, tries
 
-from celldetr.classes import ST_TYPES
-from celldetr.data.celltypes.reference import LEFT_OUT, read_mapping
-from celldetr.data.splits import PARTS, read_split
-from celldetr.errors import ConfigError
-from celldetr.sheets import ReferenceRow, SlideRow, XeniumRow, read_sheet
+from celldetr.config.classes import ST_TYPES
+from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow, read_sheet
+from celldetr.pannuke.splits import PARTS, read_split
+from celldetr.runtime.errors import ConfigError
+from celldetr.xenium.celltypes.reference import LEFT_OUT, read_mapping
 
 ROOT = Path(__file__).parents[2]
 SHEETS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from celldetr.settings import merge
+from celldetr.config.base import merge
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {

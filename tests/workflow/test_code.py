@@ -1,7 +1,7 @@
 """The checks of the code: form, types, spelling, and what Snakemake's linter says."""
 
 import pytest
-from conftest import ROOT, run
+from programs import ROOT, run
 
 CHECKS = {
     "ruff": ("ruff", "check", "."),

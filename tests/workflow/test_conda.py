@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import stand_in_conda
 import yaml
-from conftest import ENVIRONMENT, ROOT, run
+from programs import ENVIRONMENT, ROOT, run
 from test_environments import RULES
 from test_pipeline import counted_jobs, smoke
 
-from celldetr.settings import merge
+from celldetr.config.base import merge
 
 SMALLER = {"training": {"epochs": 1}, "example": {"images": [16, 8, 16]}, "slides": {"total": 24}}
 NOT_IN_THE_EXAMPLE = {"download_imagenet"}  # the example starts from random weights; its script is download_pannuke's

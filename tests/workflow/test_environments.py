@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from programs import ROOT, run
 
-from celldetr import provenance
+from celldetr.runtime import provenance
 
 PACKAGE_OF = {
     "PIL": "pillow",

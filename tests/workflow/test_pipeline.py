@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ENVIRONMENT, ROOT, run
+from programs import ENVIRONMENT, ROOT, run
 
-from celldetr.classes import ST_TYPES
-from celldetr.experiment import BackboneSettings
+from celldetr.config.base import merge
+from celldetr.config.classes import ST_TYPES
+from celldetr.config.experiment import BackboneSettings
 from celldetr.model.backbone import Backbone
-from celldetr.model.checkpoints import load_model
-from celldetr.settings import merge
+from celldetr.model.weights import load_model
 from celldetr.store import open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]

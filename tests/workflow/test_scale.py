@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from programs import ROOT, run
 
 pytestmark = pytest.mark.slow
 

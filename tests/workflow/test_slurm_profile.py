@@ -3,7 +3,7 @@
 import re
 
 import yaml
-from conftest import ROOT
+from programs import ROOT
 
 PROFILE = ROOT / "workflow" / "profiles" / "slurm" / "config.yaml"
 SITE = ("slurm_account", "slurm_partition", "gpu_model")

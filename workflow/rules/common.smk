@@ -8,12 +8,12 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from celldetr.classes import ST_TO_PANNUKE
-from celldetr.config import Config
-from celldetr.data.splits import FOLDS, fold_parts
-from celldetr.errors import ConfigError
-from celldetr.provenance import source_hash
-from celldetr.sheets import used_samples, used_slides
+from celldetr.config.classes import ST_TO_PANNUKE
+from celldetr.config.workflow import Config
+from celldetr.pannuke.splits import FOLDS, fold_parts
+from celldetr.runtime.errors import ConfigError
+from celldetr.runtime.provenance import source_hash
+from celldetr.config.sheets import used_samples, used_slides
 
 try:
     CONFIG = Config.from_dict(config)

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from celldetr.errors import ConfigError, InputError
-from celldetr.files import atomic
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.files import atomic
 
 METADATA_KEY = b"celldetr"
 SCORE_RULES = ("both_thresholds", "class", "product")

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celldetr.errors import ConfigError, InputError
-from celldetr.evaluation import bootstrap
+from celldetr.evaluation import intervals as bootstrap
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, row_names, scores
 from celldetr.evaluation.predictions import Predictions, ScoreRule
 from celldetr.evaluation.truth import TruthStore
-from celldetr.files import atomic
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.files import atomic
 
 CENTRES = ("box", "mask")
 MISSING = "NA"
@@ -84,7 +84,7 @@ def score_fold(
     centres
         Centres of the truth, see `truth_nuclei`. Predictions are boxes: their centres are those of the boxes.
     resamples, seed
-        Bootstrap, see `celldetr.evaluation.bootstrap.intervals`.
+        Bootstrap, see `celldetr.evaluation.intervals.intervals`.
 
     Returns
     -------

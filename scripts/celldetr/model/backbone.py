@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn, ones, zeros
 
-from celldetr.experiment import BackboneSettings
+from celldetr.config.experiment import BackboneSettings
 from celldetr.model.recompute import Recomputing
 
 Norm = Callable[[int], nn.Module]

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from celldetr.boxes import cxcywh_to_xyxy
-from celldetr.constants import constant
-from celldetr.experiment import ModelSettings
+from celldetr.config.experiment import ModelSettings
 from celldetr.model.backbone import Backbone
+from celldetr.model.boxes import cxcywh_to_xyxy
+from celldetr.model.constants import constant
 from celldetr.model.deformable_attention import SamplingPoints
 from celldetr.model.position import Shape, sine_code
 from celldetr.model.representation import RepresentationDecoder

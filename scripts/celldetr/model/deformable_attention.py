@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from celldetr.constants import constant
+from celldetr.model.constants import constant
 from celldetr.model.sampling import Compile, Shapes, choose
 
 OffsetInit = Literal["authors", "spread"]

@@ -15,11 +15,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from celldetr.classes import PANNUKE_CLASSES
-from celldetr.errors import ConfigError, InputError
-from celldetr.experiment import BackboneSettings, Mode, ModelSettings, RepresentationSettings
+from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.config.experiment import BackboneSettings, Mode, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.checkpoints import load_exactly, read_checkpoint
+from celldetr.model.weights import load_exactly, read_checkpoint
+from celldetr.runtime.errors import ConfigError, InputError
 
 Source = Literal["authors", "coco"]
 Weights = Mapping[str, Tensor]

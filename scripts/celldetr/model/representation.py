@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from celldetr.experiment import ModelSettings
+from celldetr.config.experiment import ModelSettings
 from celldetr.model.deformable_attention import SamplingPoints
 from celldetr.model.position import Shape
 from celldetr.model.recompute import Recomputing

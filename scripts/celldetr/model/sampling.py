@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from celldetr.errors import ConfigError
+from celldetr.runtime.errors import ConfigError
 
 # Only the pattern's values are used; PyTorch warns about everything else that such tensors cannot do yet.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from celldetr.experiment import ModelSettings
+from celldetr.config.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
 from celldetr.model.position import Shape, reference_grid
 from celldetr.model.recompute import Recomputing

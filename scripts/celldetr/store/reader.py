@@ -12,7 +12,7 @@ import pandas as pd
 import zarr
 from numpy.typing import ArrayLike, NDArray
 
-from celldetr.errors import InputError
+from celldetr.runtime.errors import InputError
 from celldetr.store.shards import ShardedImages
 
 FORMAT = 2

@@ -18,7 +18,7 @@ from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from celldetr.errors import InputError
+from celldetr.runtime.errors import InputError
 
 _NONE = np.uint64(2**64 - 1)
 _ENTRY, _CRC = 16, 4  # bytes

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from zarr.codecs import ZstdCodec
 
 import celldetr
-from celldetr.errors import InputError
-from celldetr.files import atomic
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import atomic
 from celldetr.store.reader import (
     FORMAT,
     NO_LABEL,

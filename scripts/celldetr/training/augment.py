@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from celldetr.boxes import xyxy_to_cxcywh
-from celldetr.constants import constant
-from celldetr.experiment import AugmentationSettings
+from celldetr.config.experiment import AugmentationSettings
+from celldetr.model.boxes import xyxy_to_cxcywh
+from celldetr.model.constants import constant
 from celldetr.training.data import AUGMENTATION, Targets, random_stream
 
 ELASTIC_NODES = 7

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from celldetr import boxes as box_ops
+from celldetr.config.experiment import Experiment, TrainingSettings
 from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, count_images, scores
-from celldetr.experiment import Experiment, TrainingSettings
+from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Detections, Features
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import (

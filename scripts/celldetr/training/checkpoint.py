@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, Validatio
 from torch import Tensor
 from torch.optim import Optimizer
 
-from celldetr.errors import InputError
-from celldetr.experiment import Experiment
-from celldetr.model.checkpoints import model_settings, read_checkpoint, write_checkpoint
+from celldetr.config.experiment import Experiment
+from celldetr.model.weights import model_settings, read_checkpoint, write_checkpoint
+from celldetr.runtime.errors import InputError
 
 FORMAT = 3
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "recompute")

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from celldetr.rule import explain
+from celldetr.runtime.rule import explain
 from celldetr.training.loop import run_process
 from celldetr.training.run import read_run
 

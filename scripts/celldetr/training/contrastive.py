@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from celldetr import boxes as box_ops
-from celldetr.constants import constant
-from celldetr.experiment import NoiseSettings
+from celldetr.config.experiment import NoiseSettings
+from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Features
+from celldetr.model.constants import constant
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream
 

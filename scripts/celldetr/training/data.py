@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from celldetr.boxes import NOISE_DRAWS, xyxy_to_cxcywh
-from celldetr.errors import ConfigError, InputError
+from celldetr.model.boxes import NOISE_DRAWS, xyxy_to_cxcywh
+from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.store import PatchStore
 
 ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
@@ -129,7 +129,7 @@ class Batch:
 
 
 def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
-    """Random numbers (B, R, 9) for `celldetr.boxes.noise`, the same for a nucleus on any number of devices.
+    """Random numbers (B, R, 9) for `celldetr.model.boxes.noise`, the same for a nucleus on any number of devices.
 
     They are 1 at padding, which no share of the boxes reaches.
     """

@@ -1,6 +1,6 @@
 """What can stop a training run."""
 
-from celldetr.errors import CellDETRError
+from celldetr.runtime.errors import CellDETRError
 
 
 class NonFinite(CellDETRError):

@@ -13,9 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from celldetr.experiment import Experiment
-from celldetr.files import atomic
-from celldetr.model.checkpoints import save_model
+from celldetr.config.experiment import Experiment
+from celldetr.model.weights import save_model
+from celldetr.runtime.files import atomic
 from celldetr.training.base import Stage
 from celldetr.training.checkpoint import load_optimizer, write_state
 from celldetr.training.data import Batch

@@ -16,20 +16,20 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from celldetr.errors import ConfigError, InputError
-from celldetr.experiment import Experiment
-from celldetr.files import naming
+from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.checkpoints import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
 from celldetr.model.deformable_attention import use_sampling
+from celldetr.model.precision import allow_tf32, has_bf16
 from celldetr.model.recompute import use_recompute
 from celldetr.model.sampling import choose
-from celldetr.precision import allow_tf32, has_bf16
-from celldetr.provenance import write_provenance
+from celldetr.model.weights import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
+from celldetr.report.curves import draw_curves
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.files import naming
+from celldetr.runtime.provenance import write_provenance
 from celldetr.store import PatchStore
 from celldetr.training.base import Stage
 from celldetr.training.checkpoint import read_best, read_state
-from celldetr.training.curves import draw_curves
 from celldetr.training.data import PatchData
 from celldetr.training.errors import ProcessFailed
 from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
@@ -89,7 +89,7 @@ def train(
     accelerator
         ``cuda``, ``cpu``, or ``auto``: the GPU if there is one.
     code
-        Hash of the code (`celldetr.provenance.source_hash`), for telling a finished run that is out of date.
+        Hash of the code (`celldetr.runtime.provenance.source_hash`), for telling a finished run that is out of date.
 
     Returns
     -------

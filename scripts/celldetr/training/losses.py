@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from celldetr.boxes import cxcywh_to_xyxy, giou
-from celldetr.experiment import LossSettings
+from celldetr.config.experiment import LossSettings
+from celldetr.model.boxes import cxcywh_to_xyxy, giou
 from celldetr.training.data import Targets
 from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
 

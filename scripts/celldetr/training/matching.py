@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from celldetr.boxes import cxcywh_to_xyxy, pairwise_giou
-from celldetr.experiment import LossSettings
+from celldetr.config.experiment import LossSettings
+from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.training.data import Targets
 from celldetr.training.errors import NonFinite
 

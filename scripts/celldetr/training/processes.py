@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import celldetr
-from celldetr.errors import CellDETRError, ConfigError, InputError
+from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
 from celldetr.training.errors import Interrupted, NonFinite, ProcessFailed
 from celldetr.training.run import Run
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from celldetr.data.splits import read_split
-from celldetr.experiment import Experiment
+from celldetr.config.experiment import Experiment
+from celldetr.pannuke.splits import read_split
 from celldetr.store import PatchStore, open_store
 
 

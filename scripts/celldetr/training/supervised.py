@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from celldetr import boxes as box_ops
-from celldetr.constants import constant
+from celldetr.model import boxes as box_ops
+from celldetr.model.constants import constant
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.base import Outputs, Stage, number
 from celldetr.training.data import Batch, Targets, noise_uniforms

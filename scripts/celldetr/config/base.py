@@ -1,0 +1,112 @@
+"""Blocks of settings: frozen and typed; wrong values are refused with an error that names the key."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from celldetr.runtime.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = Annotated[tuple[NotNegative, NotNegative], Field(description="smallest and largest value")]
+
+_VALUES = "expected numbers, texts, lists and mappings with texts as keys, none of which holds itself"
+
+
+class Settings(BaseModel):
+    """A frozen block of settings; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Check and build settings from JSON-like values.
+
+        Parameters
+        ----------
+        values
+            What the YAML or JSON file holds.
+        where
+            Dotted path of this block in its file, for messages.
+
+        Raises
+        ------
+        ConfigError
+            Unknown keys, missing keys, wrong types and values out of range; all of them, a line each.
+        """
+        try:
+            text = json.dumps(values, default=_not_json)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{where or 'config'}: got values that are no settings ({error}); {_VALUES}") from error
+        try:
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            lines = [_explain(cls, dict(problem), where) for problem in error.errors()]
+            raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like values that `from_dict` turns into equal settings."""
+        return self.model_dump(mode="json")
+
+
+def _not_json(value: object) -> str:
+    raise ConfigError(f"config: got {value!r}, which is no number, text, list or mapping; quote it")
+
+
+def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
+    path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple["))]
+    key = ".".join([part for part in (where, *path) if part]) or "config"
+    kind, got = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], sorted(_keys(cls)), n=1)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind == "json_invalid":
+        return f"{key}: got values that are no settings ({problem['ctx']['error']}); {_VALUES}"
+    if kind == "missing":
+        return f"{key}: missing; every configuration needs it"
+    if kind == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    hint = ""
+    if isinstance(got, str) and kind in ("float_type", "int_type"):
+        hint = "; YAML reads 1e-4 as text: write 1.0e-4" if "e" in got.lower() else "; write it without quotes"
+    expected = problem["msg"].removeprefix("Input should be ")
+    return f"{key}: got {got!r}, expected {expected}{hint}"
+
+
+def _keys(cls: type[BaseModel], seen: set[type] | None = None) -> set[str]:
+    """All keys of a block and of the blocks inside it."""
+    seen = seen or set()
+    found = set(cls.model_fields)
+    for item in cls.model_fields.values():
+        for kind in [item.annotation, *getattr(item.annotation, "__args__", ())]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen:
+                seen.add(kind)
+                found |= _keys(kind, seen)
+    return found
+
+
+def partial(cls: type[Settings]) -> type[Settings]:
+    """Derive the block in which every key may be left out, for settings that differ from the shared ones."""
+    fields: dict[str, Any] = {}
+    for name, item in cls.model_fields.items():
+        kind: Any = item.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            kind = partial(kind)
+        elif item.metadata:
+            kind = Annotated[(kind, *item.metadata)]
+        fields[name] = (kind, Field(None, description=item.description))
+    return create_model(f"Partial{cls.__name__}", __base__=Settings, **fields)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay settings over others, block by block; lists and values are replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,252 @@
+"""What one training run is told: model, recipe and seed, with types, ranges, units and the defaults of the paper."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from celldetr.config.base import Count, NotNegative, Positive, Range, Settings, Share
+from celldetr.runtime.errors import ConfigError
+
+
+class BackboneSettings(Settings):
+    """Residual network that turns a patch into feature maps (paper default: ResNet-50)."""
+
+    block: Literal["bottleneck", "basic"] = Field("bottleneck", description="kind of residual block")
+    layers: tuple[Count, Count, Count, Count] = Field((3, 4, 6, 3), description="blocks in stages 1 to 4")
+    width: Count = Field(64, description="channels of the first stage; doubled by each further stage")
+    stages: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
+        (1, 2, 3, 4),
+        min_length=1,
+        description="stages whose features are used; stage s has stride 2^(s+1) px",
+    )
+    extra_levels: Annotated[int, Field(ge=0, le=2)] = Field(
+        0,
+        description="levels by further 3x3 convolutions of stride 2 (COCO Deformable DETR: 1)",
+    )
+    norm: Literal["frozen_batch", "group"] = Field(
+        "frozen_batch",
+        description="frozen batch norm for pretrained weights, group norm to train from scratch",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if list(self.stages) != sorted(set(self.stages)):
+            raise ValueError(f"stages: got {list(self.stages)}, expected increasing stages")
+        return self
+
+
+class RepresentationSettings(Settings):
+    """Representation decoder (paper, 3.2)."""
+
+    layers: Count = Field(3, description="layers; the first has no self-attention")
+    self_attention: Literal["after_first", "none"] = Field(
+        "after_first",
+        description="after_first: from layer 2 on; none: an embedding depends on its box and image alone",
+    )
+    offset_init: Literal["authors", "spread"] = Field(
+        "authors", description="authors: saturated through tanh; spread: points at 1/8 to 7/8 of the half box"
+    )
+    global_tokens: Annotated[int, Field(ge=0)] = Field(
+        0, description="full-image boxes appended as context tokens (parallel mode)"
+    )
+
+
+class ModelConfig(Settings):
+    """Sizes and options of the model that all experiments share."""
+
+    d_model: Count = Field(256, description="channels of tokens and cell embeddings")
+    heads: Count = Field(8, description="attention heads; divides d_model")
+    points: Count = Field(4, description="sampling points per head and level")
+    ffn: Count = Field(1024, description="hidden channels of the feed-forward layers")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout in the transformer")
+    encoder_layers: Count = 6
+    decoder_layers: Count = Field(3, description="layers of the detection decoder")
+    queries: Annotated[int, Field(ge=1, le=32767)] = Field(900, description="most nuclei found in one patch")
+    position_offset: Share = Field(
+        0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
+    )
+    fast: bool = Field(
+        True, description="false: plain grid_sample form of the sampling, and fp32 in training; the same result, slowly"
+    )
+    projection: Annotated[int, Field(ge=0)] = Field(
+        0, description="outputs of the projection head of contrastive pretraining (stage ssl; paper: 128); 0: no head"
+    )
+    backbone: BackboneSettings = BackboneSettings()
+    representation: RepresentationSettings = RepresentationSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model: got {self.d_model}, expected a multiple of heads ({self.heads})")
+        if self.d_model % 4:
+            raise ValueError(f"d_model: got {self.d_model}, expected a multiple of 4 (sine code of y and x)")
+        return self
+
+
+Mode = Literal["baseline", "sequential", "parallel"]
+
+
+class ModelSettings(ModelConfig):
+    """One model: sizes, how boxes reach the representation decoder (paper, A.1), and its classes."""
+
+    mode: Mode = Field(description="baseline: no representation decoder; sequential: CellDETR-S; parallel: CellDETR-P")
+    classes: tuple[str, ...] = Field(description="class names in the order of the logits; none: no class head")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.mode == "baseline" and (self.projection or not self.classes):
+            raise ValueError(
+                f"mode: got baseline with {len(self.classes)} classes and projection {self.projection}, expected "
+                "classes and projection 0: without a representation decoder its detection decoder classifies"
+            )
+        return self
+
+
+class NoiseSettings(Settings):
+    """Noise on boxes (paper, A.2)."""
+
+    share: Share = Field(
+        0.0, description="share of the boxes that get noise; the anchors of contrastive pretraining all do"
+    )
+    low: Share = Field(0.1, description="smallest relative change")
+    high: Share = Field(0.4, description="largest relative change")
+    enlarge: Share = Field(0.5, description="rho: probability that a size grows")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low: got {self.low}, expected at most high ({self.high})")
+        return self
+
+
+class LossSettings(Settings):
+    """Weights of the losses; nucleus, l1 and giou are the costs of the matching as well."""
+
+    nucleus: NotNegative = Field(2.0, description="focal loss of the detection decoder")
+    l1: NotNegative = Field(5.0, description="L1 of normalised boxes")
+    giou: NotNegative = Field(2.0, description="1 - generalised IoU")
+    classes: NotNegative = Field(0.2, description="class loss of the representation decoder")
+    class_scale: NotNegative = Field(8.0, description="scale of the class loss (sequential 8, parallel 16)")
+    class_balance: Share = Field(
+        0.0, description="exponent of the inverse class frequency that weighs the class loss; 0 = all nuclei alike"
+    )
+
+
+class AugmentationSettings(Settings):
+    """Augmentation of training patches: probabilities and ranges."""
+
+    elastic: Share = 0.2
+    flip: Share = Field(0.5, description="of each of the horizontal and the vertical flip")
+    blur: Share = 0.2
+    blur_kernel: Annotated[int, Field(ge=3, multiple_of=1)] = Field(9, description="px, odd")
+    blur_sigma: Range = (0.2, 1.0)
+    jitter: Share = Field(0.2, description="of the colour jitter")
+    brightness: Share = 0.25
+    contrast: Share = 0.1
+    saturation: Share = 0.25
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    hed: Share = Field(0.0, description="of the stain jitter in hematoxylin-eosin space")
+    hed_alpha: Share = Field(0.05, description="stains are multiplied by 1 +- this")
+    hed_beta: Share = Field(0.05, description="and shifted by +- this")
+
+    @model_validator(mode="after")
+    def _odd(self) -> Self:
+        if self.blur_kernel % 2 == 0:
+            raise ValueError(f"blur_kernel: got {self.blur_kernel}, expected an odd number")
+        return self
+
+
+class ContrastiveSettings(Settings):
+    """Loss of contrastive pretraining (paper, 3.3)."""
+
+    temperature: Positive = Field(0.1, description="divides the cosine similarities")
+    negatives: Literal["image", "batch"] = Field(
+        "image",
+        description="nuclei that an anchor is told from: of its image, or of all images that a device has in a step",
+    )
+    weight: NotNegative = 1.0
+
+
+class TrainingConfig(Settings):
+    """Recipe of a training run."""
+
+    epochs: Count = 100
+    batch_size: Count = Field(16, description="patches per step over all devices")
+    lr: Positive = 8e-5
+    backbone_lr: NotNegative = 8e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(600, description="linear from warmup_from to 1, then cosine to 0")
+    warmup_from: Share = 0.1
+    weight_decay: NotNegative = 1e-4
+    gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0 = no limit")
+    select: Literal["best_val", "last"] = Field("best_val", description="which epoch's weights become the model")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that have it, else fp32")
+    cache: Literal["gpu", "ram", "none"] = Field(
+        "gpu",
+        description="where the patches are kept; gpu falls back to ram when they do not fit, none streams",
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes when cache is none")
+    gpus: Count = Field(1, description="devices that share a batch")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="torch.compile the deformable sampling; auto: on GPUs, where there is a C compiler and no package "
+        "deformops",
+    )
+    recompute: bool = Field(
+        False,
+        description="compute layers again in the backward pass: a fifth of the memory, more time, the same result",
+    )
+    probe: Literal["none", "head", "representation"] = Field(
+        "none",
+        description="what trains: none: everything; head: the class head alone (linear probe); representation: it and "
+        "the representation decoder",
+    )
+    losses: LossSettings = LossSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    noise: NoiseSettings = NoiseSettings()
+    contrastive: ContrastiveSettings = ContrastiveSettings()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.batch_size % self.gpus:
+            raise ValueError(f"batch_size: got {self.batch_size}, expected a multiple of gpus ({self.gpus})")
+        return self
+
+
+class TrainingSettings(TrainingConfig):
+    """Recipe of one run with its seed."""
+
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+TrainedStage = Literal["supervised", "st", "ssl"]
+
+
+class Experiment(Settings):
+    """What one training run is told."""
+
+    name: str
+    stage: TrainedStage = "supervised"
+    model: ModelSettings
+    training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> Self:
+        """Refuse parts of a model that the stage would never train, and stages that need others."""
+        model, probe, where = self.model, self.training.probe, f"experiments.{self.name}"
+        if self.stage == "ssl":
+            wrong = {
+                "model.mode": (model.mode, "parallel", model.mode == "parallel"),
+                "model.projection": (model.projection, "at least 1 (paper: 128)", model.projection > 0),
+                "model.classes": (list(model.classes), "none, nothing is labelled", not model.classes),
+                "training.probe": (probe, "none, there is no class head", probe == "none"),
+            }
+        else:
+            wrong = {
+                "model.projection": (model.projection, "0, only stage ssl trains this head", not model.projection),
+                "model.classes": (list(model.classes), "at least one", bool(model.classes)),
+                "training.probe": (probe, "none in mode baseline", probe == "none" or model.mode != "baseline"),
+            }
+        lines = [f"{where}.{key}: got {got!r}, expected {want}" for key, (got, want, good) in wrong.items() if not good]
+        if lines:
+            raise ConfigError("\n".join(lines))
+        return self

@@ -1,1 +1,0 @@
-"""Turning raw data (PanNuke archives, spatial transcriptomics, slides) into patch stores."""

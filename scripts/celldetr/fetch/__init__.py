@@ -1,0 +1,1 @@
+"""Getting raw files: downloads, members of remote archives, Hugging Face, CELLxGENE."""

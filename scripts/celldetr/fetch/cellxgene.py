@@ -1,0 +1,55 @@
+"""Where a dataset of CELLxGENE Discover can be had: its links change with every revision of a collection."""
+
+import logging
+import re
+from typing import Any
+
+import requests
+
+from celldetr.fetch.download import TIMEOUT
+from celldetr.runtime.errors import InputError
+
+API = "https://api.cellxgene.cziscience.com/curation/v1"
+FILES = "https://datasets.cellxgene.cziscience.com"
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+log = logging.getLogger(__name__)
+
+
+def dataset_url(collection: str, dataset: str, *, api: str = API) -> str:
+    """Find the .h5ad of a dataset.
+
+    Parameters
+    ----------
+    collection
+        Id of the collection.
+    dataset
+        Version id of the dataset (which pins it), or its id, or its exact title.
+    api
+        Address of the curation API.
+
+    Raises
+    ------
+    InputError
+        The collection cannot be read, or has no such dataset; names those that it has.
+    """
+    try:
+        response = requests.get(f"{api}/collections/{collection}", timeout=TIMEOUT)
+        response.raise_for_status()
+        datasets: list[dict[str, Any]] = response.json()["datasets"]
+    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"CELLxGENE collection {collection}: cannot be read ({error}); start again later, or download the .h5ad "
+            "from https://cellxgene.cziscience.com and give its path in column file of the references sheet"
+        ) from error
+    for found in datasets:
+        if dataset in (found.get("dataset_version_id"), found.get("dataset_id"), found.get("title")):
+            links = [asset["url"] for asset in found.get("assets", []) if asset.get("filetype") == "H5AD"]
+            if links:
+                log.info("CELLxGENE: %r is version %s", found.get("title"), found.get("dataset_version_id"))
+                return str(links[0])
+    if _UUID.fullmatch(dataset):
+        log.info("CELLxGENE: %s is not current in %s; asking for it as an earlier version", dataset, collection)
+        return f"{FILES}/{dataset}.h5ad"
+    titles = "; ".join(str(found.get("title")) for found in datasets) or "none"
+    raise InputError(f"CELLxGENE collection {collection}: got no dataset {dataset!r}, expected one of: {titles}")

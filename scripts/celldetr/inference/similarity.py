@@ -1,0 +1,118 @@
+"""How well a pretrained model finds nuclei again by their noised boxes (paper, 3.3 and figure 4c)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from celldetr.config.experiment import NoiseSettings
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.precision import autocast
+from celldetr.report.figure4 import DrawnSimilarities
+from celldetr.runtime.errors import InputError
+from celldetr.store import PatchStore
+from celldetr.training.contrastive import found_own, make_views, project_views, similarities, validation_uniforms
+from celldetr.training.data import PatchData, ValidationBatches
+
+_MEANS = {1: "retrieval", 2: "own", 3: "others"}
+
+
+def measure_similarity(
+    model: CellDETR,
+    store: PatchStore,
+    *,
+    patches: NDArray[np.int64],
+    seed: int,
+    noise: NoiseSettings,
+    batch_size: int,
+    device: str = "cpu",
+    precision: str = "fp32",
+    progress: bool = False,
+) -> tuple[DrawnSimilarities, dict[str, Any]]:
+    """Measure how well noised boxes find their nucleus among all nuclei of the patch (paper, 3.3 and figure 4c).
+
+    Every nucleus has one anchor, as in validation of contrastive pretraining; classes do not matter.
+
+    Parameters
+    ----------
+    model
+        Model with a projection head, on `device`.
+    store, batch_size, device, precision, progress
+        As in `celldetr.inference.predict.predict_fold`.
+    patches
+        Indices (P,) of the patches to draw, see `celldetr.report.figure4.choose_readable`.
+    seed
+        Seed of the noise.
+    noise
+        Range of the noise.
+
+    Returns
+    -------
+    DrawnSimilarities
+        Matrices of the patches to draw.
+    dict
+        ``retrieval`` (share of the anchors whose most similar original is their own; none without patches of two
+        nuclei), ``chance`` (that of a blind choice), ``own`` and ``others`` (mean similarity to the own original and
+        to the others of the patch), ``anchors`` and ``patches``.
+
+    Raises
+    ------
+    InputError
+        The model has no projection head.
+    """
+    if not model.settings.projection:
+        raise InputError(
+            "the model has no projection head, and its embeddings were not trained to be compared; give a model of an "
+            "experiment of stage ssl"
+        )
+    matrices: dict[int, NDArray[np.float32]] = {}
+    rows, wanted = [np.zeros((0, 4))], set(patches.tolist())
+    for index, matrix, found in _similarity_of_patches(
+        model, store, seed, noise, batch_size, device, precision, progress
+    ):
+        n = len(matrix)
+        if n >= 2:
+            own = np.trace(matrix) / n
+            rows.append(np.array([[n, found, own * n, (matrix.sum() - own * n) / (n - 1)]]))
+        if index in wanted:
+            matrices[index] = matrix
+    table = np.concatenate(rows)
+    counts = np.array([len(matrices[patch]) for patch in patches.tolist()], dtype=np.int64)
+    drawn = np.full((len(patches), *[counts.max(initial=0)] * 2), np.nan, dtype=np.float32)
+    for row, patch in enumerate(patches.tolist()):
+        drawn[row, : counts[row], : counts[row]] = matrices[patch]
+    anchors = int(table[:, 0].sum())
+    means = {name: float(table[:, k].sum() / anchors) if anchors else None for k, name in _MEANS.items()}
+    chance = len(table) / anchors if anchors else None
+    summary = {**means, "chance": chance, "anchors": anchors, "patches": len(table)}
+    return DrawnSimilarities(patches, counts, drawn), summary
+
+
+def _similarity_of_patches(
+    model: CellDETR,
+    store: PatchStore,
+    seed: int,
+    noise: NoiseSettings,
+    batch_size: int,
+    device: str,
+    precision: str,
+    progress: bool,
+) -> Iterator[tuple[int, NDArray[np.float32], int]]:
+    """Yield for each patch its index, similarities (n, n) of anchors to originals, and how many find their own."""
+    all_patches = pd.DataFrame({"store": store.path.stem, "patch": np.arange(store.n_patches), "part": "all"})
+    batches = ValidationBatches(PatchData([store], all_patches, "all", cache="none"), batch_size)
+    with torch.no_grad(), autocast(device, precision):
+        for number in tqdm(range(len(batches)), unit="batch", disable=not progress, mininterval=5):
+            batch = batches[number].to(device)
+            uniforms = validation_uniforms(batch.patches.tolist(), batch.targets, seed)
+            views = make_views(batch.targets, uniforms, noise, once=True)
+            features = model.encode(batch.images.permute(0, 3, 1, 2).float() / 255)
+            with torch.autocast(torch.device(device).type, enabled=False):
+                similarity = similarities(project_views(model, features, views), views)
+            found = found_own(similarity, views).sum(dim=1).tolist()
+            for row, (patch, n) in enumerate(zip(batch.patches.tolist(), batch.targets.counts.tolist(), strict=True)):
+                yield patch, similarity[row, n : 2 * n, :n].cpu().numpy(), found[row]

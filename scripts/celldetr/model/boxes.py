@@ -1,0 +1,150 @@
+"""Boxes as tensors: formats, overlap, and the noise of the paper's appendix A.2.
+
+Two formats, both with the coordinates in the last dimension: cxcywh (centre x, centre y, width, height), in [0, 1] of
+the image inside the model; xyxy (left, top, right, bottom). Half-precision boxes are widened to float32: the
+difference of two coordinates of a nucleus has no digits left in bfloat16.
+"""
+
+import torch
+from torch import Tensor
+
+from celldetr.runtime.errors import ConfigError
+
+NOISE_DRAWS = 9
+"""Uniform numbers that the noise of one box takes."""
+
+_NO_AREA = 1e-12
+_LEAST_SIDE = 1e-6
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Convert boxes (..., 4) from centre and size to corners."""
+    centre, size = _wide(boxes).split(2, dim=-1)
+    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Convert boxes (..., 4) from corners to centre and size."""
+    low, high = _wide(boxes).split(2, dim=-1)
+    return torch.cat((0.5 * (low + high), high - low), dim=-1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas (...) of xyxy boxes (..., 4); a box whose corners are swapped has none."""
+    boxes = _wide(boxes)
+    return _area(boxes[..., 2:] - boxes[..., :2])
+
+
+def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union (..., N, M) of xyxy boxes (..., N, 4) and (..., M, 4); 0 where the union is empty."""
+    return iou(first.unsqueeze(-2), second.unsqueeze(-3))
+
+
+def pairwise_giou(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised IoU (..., N, M) in [-1, 1] of xyxy boxes (..., N, 4) and (..., M, 4)."""
+    return giou(first.unsqueeze(-2), second.unsqueeze(-3))
+
+
+def iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union (...) of xyxy boxes (..., 4), one with one; 0 where the union is empty."""
+    intersection, union = _overlap(_wide(first), _wide(second))
+    return _ratio(intersection, union)
+
+
+def giou(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised IoU (...) in [-1, 1] of xyxy boxes (..., 4), one with one.
+
+    IoU minus the share of the enclosing box that the union leaves empty. Boxes without area are legal: a term whose
+    denominator is empty is 0 and has no gradient, so two equal points give 0 and two distant points -1. A coordinate
+    that is not a number stays visible in the result.
+    """
+    first, second = _wide(first), _wide(second)
+    intersection, union = _overlap(first, second)
+    low = torch.minimum(first[..., :2], second[..., :2])
+    high = torch.maximum(first[..., 2:], second[..., 2:])
+    enclosing = _area(high - low)
+    return _ratio(intersection, union) - _ratio(enclosing - union, enclosing)
+
+
+def noise_uniforms(count: int, generator: torch.Generator) -> Tensor:
+    """Draw the uniform numbers (count, 9) that `noise` takes for `count` boxes, on the generator's device.
+
+    Drawn for all boxes of a global batch in one order and then cut, they give the same noise on any number of devices.
+    """
+    return torch.rand(count, NOISE_DRAWS, generator=generator, device=generator.device)
+
+
+def noise(boxes: Tensor, uniforms: Tensor, *, low: float, high: float, enlarge: float, share: float = 1.0) -> Tensor:
+    """Scale and shift boxes at random (paper, A.2, eqs. 5-6).
+
+    Width and height are scaled by 1 + s u, the centre is moved by s u / 2 of the original width and height, with
+    independent signs s and magnitudes u ~ U[low, high]; then the box is clipped to the image. The result is never empty
+    and its centre lies in the original box.
+
+    Parameters
+    ----------
+    boxes
+        Boxes (..., 4), cxcywh in [0, 1]. They are not changed in place.
+    uniforms
+        Numbers (..., 9) in [0, 1): see `noise_uniforms`.
+    low, high
+        Range of the magnitudes, 0 <= low <= high < 1.
+    enlarge
+        Probability that a side grows instead of shrinking.
+    share
+        Probability that a box is changed at all.
+
+    Raises
+    ------
+    ConfigError
+        The range or a probability is not possible.
+    ValueError
+        `uniforms` does not fit `boxes`.
+    """
+    if not 0 <= low <= high < 1:
+        raise ConfigError(f"noise: got low {low} and high {high}, expected 0 <= low <= high < 1")
+    for name, probability in (("enlarge", enlarge), ("share", share)):
+        if not 0 <= probability <= 1:
+            raise ConfigError(f"noise: got {name} {probability}, expected a probability in [0, 1]")
+    if uniforms.shape != (*boxes.shape[:-1], NOISE_DRAWS):
+        raise ValueError(f"uniforms: got shape {tuple(uniforms.shape)}, expected {(*boxes.shape[:-1], NOISE_DRAWS)}")
+    boxes = _wide(boxes)
+    draws = uniforms.to(device=boxes.device, dtype=boxes.dtype)
+    magnitude = low + (high - low) * draws[..., :4]
+    grow = _sign(draws[..., 4:6] < enlarge) * magnitude[..., :2]
+    move = _sign(draws[..., 6:8] < 0.5) * magnitude[..., 2:]
+    centre, size = boxes.split(2, dim=-1)
+    noised = cxcywh_to_xyxy(torch.cat((centre + 0.5 * move * size, size * (1 + grow)), dim=-1)).clamp(0, 1)
+    centre, size = xyxy_to_cxcywh(noised).split(2, dim=-1)
+    noised = torch.cat((centre, size.clamp(min=_LEAST_SIDE)), dim=-1)
+    return torch.where(draws[..., 8:] < share, noised, boxes)
+
+
+def _wide(boxes: Tensor) -> Tensor:
+    """Widen to float32; float64 stays."""
+    return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+
+
+def _area(sides: Tensor) -> Tensor:
+    """Areas (...) of rectangles with sides (..., 2); 0 where a side is negative."""
+    width, height = sides.clamp(min=0).unbind(dim=-1)
+    return width * height
+
+
+def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas (...) of the intersection and the union of xyxy boxes (..., 4)."""
+    low = torch.maximum(first[..., :2], second[..., :2])
+    high = torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = _area(high - low)
+    return intersection, box_area(first) + box_area(second) - intersection
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Part of a whole, 0 where the whole is empty; written so that NaN passes and the unused branch has no gradient."""
+    empty = whole <= _NO_AREA
+    return torch.where(empty, 0, part / torch.where(empty, 1, whole))
+
+
+def _sign(positive: Tensor) -> Tensor:
+    """+1 where true, -1 where false."""
+    return torch.where(positive, 1.0, -1.0)

@@ -1,0 +1,1 @@
+"""PanNuke: archives, their conversion to patch stores, and the splits of the folds."""

@@ -1,0 +1,350 @@
+"""PanNuke folds: from the archive as it is published to a patch store, image by image.
+
+A nucleus is an (image, channel, id): its pieces belong together, however far apart. Its box is half-open and its
+centroid the mean of its pixel centres. Overlaps between channels stay, one-pixel nuclei stay, empty images stay.
+"""
+
+import logging
+import os
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.pannuke.archive import NpyMember, open_zip
+from celldetr.runtime.errors import InputError
+from celldetr.store import StoreWriter
+
+log = logging.getLogger(__name__)
+
+CHANNELS = len(PANNUKE_CLASSES) + 1  # the last one is the background
+# What the conversion of the official archives must end with: images, nuclei per class, images without nuclei, most
+# nuclei in one image (published total: 189,744 nuclei).
+OFFICIAL: Mapping[str, tuple[int, tuple[int, ...], int, int]] = {
+    "6e19ad380300e8ce9480f9ab6a14cc91fa4b6a511609b40e3d70bdf9c881ed0b": (
+        2656,
+        (26201, 10820, 16388, 967, 8842),
+        116,
+        276,
+    ),
+    "5bc540cc509f64b5f5a274d6e5a245527dbd3e6d3155d43555115c5d54709b07": (
+        2523,
+        (22731, 10631, 16756, 884, 8870),
+        113,
+        289,
+    ),
+    "c14d372981c42f611ebc80afad01702b89cad8c1b3089daa31931cf5a4b1a39d": (
+        2722,
+        (28471, 10825, 17441, 1057, 8860),
+        114,
+        214,
+    ),
+}
+ODDITIES = {
+    "empty images": "images without a nucleus (kept)",
+    "one-pixel nuclei": "nuclei of a single pixel (kept)",
+    "split nuclei": "ids in several pieces, 8-connected (kept as one nucleus each)",
+    "overlap pixels": "pixels that two or more classes claim (all nuclei kept whole)",
+    "void pixels": "pixels that are neither nucleus nor background (kept)",
+    "background over nuclei": "pixels that are nucleus and background (nucleus kept)",
+}
+_EXAMPLES = 3  # images remembered per oddity
+_AHEAD = 8  # images that a reading thread may be ahead of the writer
+
+
+@dataclass(frozen=True)
+class Nuclei:
+    """Nuclei of one image: boxes (n, 4) xyxy px, labels (n,), centroids (n, 2) px, and what is odd about them."""
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int8]
+    centroids: NDArray[np.float32]
+    odd: Mapping[str, int]
+
+
+@dataclass
+class FoldSummary:
+    """What a conversion found.
+
+    Attributes
+    ----------
+    images
+        Number of images.
+    nuclei
+        Class -> nuclei.
+    tissues
+        Tissue -> images.
+    most
+        Most nuclei in one image.
+    odd
+        Oddity (`ODDITIES`) -> pixels, nuclei or images.
+    odd_images
+        Oddity -> number of images that have it.
+    examples
+        Oddity -> a few images that have it.
+    """
+
+    images: int = 0
+    nuclei: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PANNUKE_CLASSES, 0))
+    tissues: dict[str, int] = field(default_factory=dict)
+    most: int = 0
+    odd: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))
+    odd_images: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))
+    examples: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in ODDITIES})
+
+    def add(self, nuclei: Nuclei, tissue: str) -> None:
+        """Count one image."""
+        for label, count in zip(*np.unique(nuclei.labels, return_counts=True), strict=True):
+            self.nuclei[PANNUKE_CLASSES[label]] += int(count)
+        self.tissues[tissue] = self.tissues.get(tissue, 0) + 1
+        self.most = max(self.most, len(nuclei.labels))
+        for name, count in nuclei.odd.items():
+            if count:
+                self.odd[name] += count
+                self.odd_images[name] += 1
+                if len(self.examples[name]) < _EXAMPLES:
+                    self.examples[name].append(self.images)
+        self.images += 1
+
+    def attributes(self) -> dict[str, Any]:
+        """JSON values to keep in the store."""
+        return {
+            "odd": self.odd,
+            "odd_images": self.odd_images,
+            "dropped": {},  # nothing ever is
+            "tissues": dict(sorted(self.tissues.items())),
+            "most_nuclei_in_one_patch": self.most,
+        }
+
+
+def convert_fold(
+    archive: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    fold: int,
+    patch_size: int = 256,
+    mpp: float = 0.25,
+    sha256: str | None = None,
+) -> FoldSummary:
+    """Convert the archive of a fold to a patch store, never holding more than a few images.
+
+    Parameters
+    ----------
+    archive
+        Zip in the published layout: ``Fold N/images/foldN/{images,types}.npy``, ``Fold N/masks/foldN/masks.npy``. Other
+        files that are no arrays (licence, read-me) are ignored.
+    out
+        Store to write.
+    fold
+        Number of the fold.
+    patch_size
+        Side of the images in px.
+    mpp
+        Size of a pixel in um.
+    sha256
+        Checksum of the archive. With that of an official archive, the result must have the official counts.
+
+    Returns
+    -------
+    FoldSummary
+        Counts and examples of what is odd.
+
+    Raises
+    ------
+    InputError
+        The archive is not as it must be, or the counts are wrong; names the member.
+    """
+    names = _members(archive, fold)
+    summary = FoldSummary()
+    with NpyMember(archive, names["types"]) as types:
+        tissues = _tissues(types)
+    attrs = {"source": {"name": f"PanNuke fold {fold}", "file": Path(archive).name, "sha256": sha256}}
+    with (
+        NpyMember(archive, names["images"]) as images,
+        NpyMember(archive, names["masks"]) as masks,
+        StoreWriter(out, patch_size=patch_size, classes=PANNUKE_CLASSES, mpp=mpp, attrs=attrs) as writer,
+    ):
+        _check_shapes(images, masks, tissues, names["types"], patch_size)
+        for index, (image, nuclei) in enumerate(_in_step(images, masks)):
+            summary.add(nuclei, tissues[index])
+            writer.append(
+                image[None],
+                [nuclei.boxes],
+                [nuclei.labels],
+                centroids=[nuclei.centroids],
+                patches={
+                    "source": [f"fold{fold}"],
+                    "group": [f"fold{fold}"],  # PanNuke does not tell which slide an image is from
+                    "tissue": [tissues[index]],
+                    "x": [index],
+                    "y": [0],
+                },
+            )
+            if (index + 1) % 500 == 0:
+                log.info("%d of %d images, %d nuclei", index + 1, len(images), sum(summary.nuclei.values()))
+        images.finish()
+        masks.finish()
+        check_official(summary, sha256)
+        writer.attrs |= summary.attributes()
+    return summary
+
+
+def check_official(summary: FoldSummary, sha256: str | None) -> None:
+    """Compare a summary with what the official archive of this checksum holds; other archives pass.
+
+    Raises
+    ------
+    InputError
+        A count differs.
+    """
+    if sha256 is None or sha256 not in OFFICIAL:
+        return
+    images, classes, empty, most = OFFICIAL[sha256]
+    expected = {"images": images, **dict(zip(PANNUKE_CLASSES, classes, strict=True)), "empty": empty, "most": most}
+    got = {"images": summary.images, **summary.nuclei, "empty": summary.odd["empty images"], "most": summary.most}
+    if got != expected:
+        raise InputError(
+            f"official PanNuke archive {sha256[:12]}: got {got}, expected {expected}; "
+            "the conversion is wrong: please report it"
+        )
+
+
+def _members(archive: str | os.PathLike[str], fold: int) -> dict[str, str]:
+    with open_zip(archive) as handle:
+        arrays = [name for name in handle.namelist() if name.endswith(".npy") and not name.startswith("__MACOSX/")]
+    wanted = {
+        "images": f"Fold {fold}/images/fold{fold}/images.npy",
+        "types": f"Fold {fold}/images/fold{fold}/types.npy",
+        "masks": f"Fold {fold}/masks/fold{fold}/masks.npy",
+    }
+    missing, extra = sorted(set(wanted.values()) - set(arrays)), sorted(set(arrays) - set(wanted.values()))
+    if missing or extra or len(arrays) != len(wanted):
+        other = {match[1] for name in arrays if (match := re.match(r"Fold (\d+)/", name))} - {str(fold)}
+        hint = f"; it looks like the archive of fold {', '.join(sorted(other))}" if other and missing else ""
+        raise InputError(
+            f"{archive}: members missing: {missing or 'none'}, not expected: {extra or 'none'}{hint}; expected exactly "
+            f"{sorted(wanted.values())}"
+        )
+    return wanted
+
+
+def _tissues(types: NpyMember) -> list[str]:
+    if types.dtype.kind != "U" or len(types.shape) != 1:
+        raise InputError(f"{types.label}: got {types.dtype} {types.shape}, expected a list of texts (n,)")
+    found: list[str] = types.read(len(types)).tolist()
+    types.finish()
+    return found
+
+
+def _check_shapes(images: NpyMember, masks: NpyMember, tissues: list[str], types: str, patch_size: int) -> None:
+    for member, channels in ((images, 3), (masks, CHANNELS)):
+        wanted = (patch_size, patch_size, channels)
+        if len(member.shape) != 4 or member.shape[1:] != wanted:
+            raise InputError(f"{member.label}: got shape {member.shape}, expected (n, {', '.join(map(str, wanted))})")
+        if member.dtype.kind not in "uif":
+            raise InputError(f"{member.label}: got {member.dtype}, expected integers or integer-valued floats")
+    if len(images) != len(masks):
+        raise InputError(f"{masks.label}: got {len(masks)} masks, expected {len(images)}, one per image of images.npy")
+    if len(tissues) != len(images):
+        raise InputError(f"{types}: got {len(tissues)} tissues, expected {len(images)}, one per image of images.npy")
+
+
+def _in_step(images: NpyMember, masks: NpyMember) -> Iterator[tuple[NDArray[np.uint8], Nuclei]]:
+    """Yield image after image; two threads inflate and work ahead (inflating needs no Python lock)."""
+
+    def next_image(index: int) -> NDArray[np.uint8]:
+        return _to_uint8(images.read()[0], f"{images.label}, image {index}")
+
+    def next_nuclei(index: int) -> Nuclei:
+        return nuclei_of(masks.read()[0], f"{masks.label}, image {index}")
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        waiting: deque[tuple[Future[NDArray[np.uint8]], Future[Nuclei]]] = deque()
+        try:
+            for index in range(len(images)):
+                waiting.append((one.submit(next_image, index), other.submit(next_nuclei, index)))
+                if len(waiting) > _AHEAD:
+                    image, nuclei = waiting.popleft()
+                    yield image.result(), nuclei.result()
+            while waiting:
+                image, nuclei = waiting.popleft()
+                yield image.result(), nuclei.result()
+        finally:
+            one.shutdown(cancel_futures=True)
+            other.shutdown(cancel_futures=True)
+
+
+def _to_uint8(image: NDArray[Any], where: str) -> NDArray[np.uint8]:
+    with np.errstate(invalid="ignore"):
+        small = image.astype(np.uint8)
+    if not np.array_equal(small, image):
+        raise InputError(f"{where}: got values from {image.min()} to {image.max()}, expected whole numbers 0 to 255")
+    return small
+
+
+def nuclei_of(masks: NDArray[Any], where: str = "masks") -> Nuclei:
+    """Boxes, classes and centroids of the nuclei in one image.
+
+    Parameters
+    ----------
+    masks
+        Ids per class channel, background last (S, S, 6), any integer-valued type.
+    where
+        Name for messages.
+
+    Raises
+    ------
+    InputError
+        Ids that are negative or no whole numbers.
+    """
+    size = masks.shape[1]
+    flat = masks.reshape(-1, CHANNELS)
+    claimed = flat != 0  # of floats, np.nonzero takes five times as long
+    background = claimed[:, -1].copy()
+    claimed[:, -1] = False
+    pixel, channel = np.divmod(np.flatnonzero(claimed), CHANNELS)
+    values = flat[pixel, channel]
+    ids = values.astype(np.int64)
+    if (ids != values).any() or (ids < 0).any():
+        wrong = values[(ids != values) | (ids < 0)][0]
+        raise InputError(f"{where}: got the id {wrong}, expected whole numbers from 0")
+    claims = np.bincount(pixel, minlength=len(flat))
+    odd = {
+        "empty images": int(len(ids) == 0),
+        "overlap pixels": int((claims > 1).sum()),
+        "void pixels": int((~background & (claims == 0)).sum()),
+        "background over nuclei": int((background & (claims > 0)).sum()),
+    }
+    if len(ids) == 0:
+        empty = np.empty((0, 4), np.float32), np.empty(0, np.int8), np.empty((0, 2), np.float32)
+        return Nuclei(*empty, odd)
+    order = np.lexsort((ids, channel))
+    ids, channel, y, x = ids[order], channel[order], pixel[order] // size, pixel[order] % size
+    first = np.flatnonzero(np.r_[True, (np.diff(ids) != 0) | (np.diff(channel) != 0)])
+    area = np.diff(np.r_[first, len(ids)])
+    low = [np.minimum.reduceat(axis, first) for axis in (x, y)]
+    high = [np.maximum.reduceat(axis, first) + 1 for axis in (x, y)]
+    centroids = np.stack([np.add.reduceat(axis, first) / area + 0.5 for axis in (x, y)], axis=1)
+    odd["one-pixel nuclei"] = int((area == 1).sum())
+    odd["split nuclei"] = sum(
+        _pieces(x[start : start + n], y[start : start + n]) > 1 for start, n in zip(first, area, strict=True) if n > 1
+    )
+    boxes = np.stack([*low, *high], axis=1).astype(np.float32)
+    return Nuclei(boxes, channel[first].astype(np.int8), centroids.astype(np.float32), odd)
+
+
+def _pieces(x: NDArray[np.int64], y: NDArray[np.int64]) -> int:
+    """Count the 8-connected pieces of a set of pixels."""
+    crop = np.zeros((y.max() - y.min() + 1, x.max() - x.min() + 1), dtype=bool)
+    crop[y - y.min(), x - x.min()] = True
+    if crop.all():
+        return 1
+    return int(ndimage.label(crop, structure=np.ones((3, 3)))[1])

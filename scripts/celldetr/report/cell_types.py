@@ -1,0 +1,147 @@
+"""One picture of the figures of quality of a sample's cell types."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from celldetr.config.classes import ST_TYPES
+from celldetr.runtime.files import atomic
+
+_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#999999"
+_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+
+
+def draw(path: str | os.PathLike[str], figures: Mapping[str, Any], title: str) -> None:
+    """Draw the picture (PNG).
+
+    Parameters
+    ----------
+    path
+        File to write.
+    figures
+        Figures of `celldetr.xenium.celltypes.qc.quality`.
+    title
+        Headline.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(13, 12.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(
+            f"{title}: {figures['labelled_share']:.1%} of {figures['cells']:,} cells labelled, "
+            f"{figures['shared_genes']} genes shared with the reference",
+            fontsize=12,
+        )
+        grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.15, 1.25))
+        _bars(figure.add_subplot(grid[0, 0]), figures["labels"], "Labelled cells", "cells (log)")
+        _reasons(figure.add_subplot(grid[0, 1]), figures["reasons"])
+        _composition(figure.add_subplot(grid[0, 2]), figures["composition"])
+        _markers(figure, figure.add_subplot(grid[1, :]), figures["markers"])
+        _confusion(figure.add_subplot(grid[2, :2]), figures["reannotation"])
+        _agreement(figure.add_subplot(grid[2, 2]), figures["agreement"])
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+
+
+def _bars(axes: Axes, numbers: Mapping[str, int], title: str, unit: str) -> None:
+    axes.bar(range(len(numbers)), list(numbers.values()), color=_BLUE)
+    for place, number in enumerate(numbers.values()):
+        axes.text(place, max(number, 0.8), f"{number:,}", ha="center", va="bottom", fontsize=7)
+    axes.set_yscale("log")
+    axes.set_ylim(0.7, max(10, *numbers.values()) * 3)
+    axes.set_ylabel(unit)
+    axes.set_title(title)
+    _names(axes)
+
+
+def _reasons(axes: Axes, reasons: Mapping[str, int]) -> None:
+    total = max(1, sum(reasons.values()))
+    places = range(len(reasons))
+    shares = [number / total for number in reasons.values()]
+    axes.barh(places, shares, color=[_BLUE, *[_GREY] * (len(reasons) - 1)])
+    for place, share in zip(places, shares, strict=True):
+        axes.text(share + 0.01, place, f"{share:.1%}", va="center")
+    axes.set_yticks(places, list(reasons))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(0.1, *shares))
+    axes.set_xlabel("share of all cells")
+    axes.set_title("Labelled, or why not")
+
+
+def _composition(axes: Axes, composition: Mapping[str, Mapping[str, float]]) -> None:
+    for shift, (name, colour) in zip((-0.2, 0.2), (("sample", _BLUE), ("reference", _ORANGE)), strict=True):
+        shares = [composition[name][kind] for kind in ST_TYPES]
+        axes.bar(np.arange(len(ST_TYPES)) + shift, shares, 0.4, color=colour, label=name)
+    axes.set_ylabel("share of labelled cells")
+    axes.set_title("Composition")
+    axes.legend(frameon=False)
+    _names(axes)
+
+
+def _markers(figure: Figure, axes: Axes, markers: Mapping[str, Any]) -> None:
+    share, mean = np.array(markers["share"]), np.array(markers["mean"])
+    axes.set_title(
+        "Markers of the reference's types in the labelled cells (area: share of cells with the gene)", pad=16
+    )
+    if not share.size:
+        return
+    row, column = np.indices(share.shape)
+    points = axes.scatter(
+        column, row, s=130 * share, c=mean, cmap="Blues", vmin=0, vmax=1, edgecolors=_GREY, linewidths=0.4
+    )
+    axes.set_xticks(range(len(markers["genes"])), markers["genes"], rotation=90)
+    axes.set_yticks(range(len(markers["types"])), markers["types"])
+    axes.set_ylim(len(markers["types"]) - 0.5, -0.5)
+    axes.set_xlim(-0.7, len(markers["genes"]) - 0.3)
+    for kind in dict.fromkeys(markers["of"]):
+        places = [place for place, name in enumerate(markers["of"]) if name == kind]
+        axes.axvline(places[-1] + 0.5, color=_GREY, linewidth=0.5)
+        axes.text(float(np.mean(places)), 1.01, kind, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
+    figure.colorbar(points, ax=axes, label="mean, by the largest", fraction=0.02, pad=0.01)
+
+
+def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
+    counts = np.array(test["confusion"])
+    rows = counts.sum(axis=1)
+    shares = counts / np.maximum(rows, 1)[:, None]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        dark = shares[row, column] > 0.5
+        axes.text(
+            column,
+            row,
+            str(counts[row, column]),
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            fontsize=8,
+        )
+    f1 = {kind: "–" if value is None else f"{value:.2f}" for kind, value in test["f1"].items()}
+    axes.set_yticks(range(len(ST_TYPES)), [f"{kind}  (F1 {f1[kind]})" for kind in ST_TYPES])
+    axes.set_xlabel("type with the largest fraction")
+    axes.set_ylabel("true type")
+    score = "–" if test["macro_f1"] is None else f"{test['macro_f1']:.2f}"
+    axes.set_title(f"{test['cells']} held-out cells of the reference, thinned to the sample: macro F1 {score}")
+    _names(axes)
+
+
+def _agreement(axes: Axes, agreement: Mapping[str, Any]) -> None:
+    shares = [agreement["by_type"][kind] or 0 for kind in ST_TYPES]
+    axes.bar(range(len(ST_TYPES)), shares, color=_BLUE)
+    for place, kind in enumerate(ST_TYPES):
+        if agreement["by_type"][kind] is None:
+            axes.text(place, 0.02, "no cells", rotation=90, ha="center", va="bottom", fontsize=7, color=_GREY)
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("share of cells")
+    overall = "–" if agreement["overall"] is None else f"{agreement['overall']:.0%}"
+    axes.set_title(f"Correlation agrees with optimal transport: {overall}")
+    _names(axes)
+
+
+def _names(axes: Axes) -> None:
+    axes.set_xticks(range(len(ST_TYPES)), list(ST_TYPES), rotation=45, ha="right")

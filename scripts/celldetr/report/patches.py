@@ -1,0 +1,139 @@
+"""What was cut out of a slide, for people: a table of counts, and a page with the slide and some of its patches."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from celldetr.report.pages import SIDE, embed, patch_picture, write_page
+from celldetr.report.style import CLASS_COLOURS, UNLABELLED_COLOUR
+from celldetr.runtime.files import atomic
+from celldetr.slides.grid import Plan
+from celldetr.slides.pyramid import Pyramid
+from celldetr.slides.tissue import Raster
+from celldetr.store import PatchStore
+
+_SHOWN = 12  # patches on the page
+_OVERVIEW = 1400  # px; longest side of the picture of the slide
+_TISSUE, _PATCH = (0, 158, 115), (0, 80, 200)
+
+_BODY = """
+<p>{{ patches }} patches of {{ size }} px at {{ mpp }} um per px, from {{ source }}.</p>
+<table><tr><th>what</th><th></th><th class="n">count</th></tr>
+{% for kind, name, count in rows %}<tr><td>{{ kind }}</td><td>{{ name }}</td>
+<td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
+<h2>The slide</h2>
+<p>Green outline: tissue. Blue squares: patches that were taken.</p>
+<img alt="the slide with its tissue and patches" src="data:image/jpeg;base64,{{ overview }}">
+<h2>Patches</h2>
+<p class="key">Boxes:{% for name, colour in key %}
+<span style="background:{{ colour }}; outline: 1px solid #999"></span>{{ name }}{% endfor %}</p>
+{% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
+src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
+"""
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[tuple[str, str, int]]) -> None:
+    """Write the table: kind, name, count."""
+    with atomic(path) as temporary:
+        pd.DataFrame(rows, columns=["kind", "name", "count"]).to_csv(temporary, sep="\t", index=False)
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    store: PatchStore,
+    *,
+    title: str,
+    image: Pyramid,
+    plan: Plan,
+    tissue: Raster,
+    rows: Sequence[tuple[str, str, int]],
+) -> None:
+    """Write the page.
+
+    Parameters
+    ----------
+    path
+        HTML file.
+    store
+        Store that was written.
+    title
+        Its title.
+    image
+        The slide.
+    plan
+        Patches that were taken.
+    tissue
+        Where there is tissue.
+    rows
+        Kind, name and count of what is to be told.
+    """
+    colours = (*CLASS_COLOURS[: len(store.classes)], UNLABELLED_COLOUR)
+    values: dict[str, Any] = {
+        "title": title,
+        "patches": f"{len(store):,}",
+        "size": store.patch_size,
+        "mpp": store.mpp,
+        "source": image.path.name,
+        "rows": rows,
+        "overview": embed(overview(image, plan, tissue)),
+        "key": list(zip((*store.classes, "no label"), colours, strict=True)),
+        "pictures": _pictures(store, colours),
+        "side": SIDE,
+    }
+    write_page(path, _BODY, values)
+
+
+def overview(image: Pyramid, plan: Plan, tissue: Raster) -> Image.Image:
+    """Draw the whole slide with the outline of its tissue and the patches that were taken."""
+    width, height = image.size
+    scale = max(1.0, max(width, height) / _OVERVIEW)
+    level = image.level_for(scale)
+    grid = image.levels[level]
+    # a slide whose coarsest level is still large is thinned out, strip by strip
+    step = max(1, int(scale / grid.downsample))
+    strips = [
+        image.read(level, 0, top, grid.width, min(step, grid.height - top))[:1, ::step]
+        if step > 1
+        else image.read(level, 0, top, grid.width, 1)
+        for top in range(0, grid.height, step)
+    ]
+    size = (max(1, round(width / scale)), max(1, round(height / scale)))
+    picture = Image.fromarray(np.concatenate(strips)).resize(size, Image.Resampling.BILINEAR)
+    pixels = np.array(picture)
+    rows, columns = (
+        np.clip((np.arange(count) + 0.5) * scale / tissue.cell, 0, limit - 1).astype(int)
+        for count, limit in zip(size[::-1], tissue.inside.shape, strict=True)
+    )
+    pixels[_rim(tissue.inside[np.ix_(rows, columns)])] = _TISSUE
+    picture = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(picture)
+    ratio = plan.mpp / plan.image_mpp / scale
+    for x, y in plan.corners * ratio:
+        draw.rectangle([x, y, x + plan.size * ratio - 1, y + plan.size * ratio - 1], outline=_PATCH)
+    return picture
+
+
+def _rim(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Cells at which a mask changes, to either side."""
+    rim = np.zeros_like(mask)
+    across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
+    rim[:, 1:] |= across
+    rim[:, :-1] |= across
+    rim[1:] |= down
+    rim[:-1] |= down
+    return rim
+
+
+def _pictures(store: PatchStore, colours: tuple[str, ...]) -> list[tuple[str, str]]:
+    found = []
+    for index in np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int)):
+        patch = store.read(int(index))
+        row = store.patches.iloc[index]
+        caption = f"patch {index} at {row['x']}, {row['y']} px: {len(patch.labels)} nuclei"
+        found.append((caption, patch_picture(patch.image, patch.boxes, patch.labels, colours)))
+    return found

@@ -1,0 +1,216 @@
+"""Tables for people: Markdown and HTML of a `celldetr.report.tables.Table`."""
+
+from dataclasses import dataclass
+
+import jinja2
+import pandas as pd
+
+from celldetr.evaluation.scoring import MISSING
+from celldetr.report.tables import LETTERS, MEASURED, OTHER, OURS, PAPER, READOUT, Table, scored_with, value_columns
+
+BANNER = "Synthetic example data; says nothing about tissue."
+DASH = "–"
+SHOWN_DECIMALS = 3
+_METRIC_WORDS = {
+    "strict": "strict (only true and predicted nuclei count)",
+    "hovernet_compat": "hovernet_compat (an image without truth or predictions gets one background point at (0, 0))",
+}
+_RULE_WORDS = {
+    "both_thresholds": "nucleus score ≥ {nucleus_threshold:g} and class score ≥ {class_threshold:g}",
+    "class": "class score ≥ {class_threshold:g}",
+    "product": "nucleus score × class score ≥ {class_threshold:g}",
+}
+_MARKS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class _Cell:
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class _Row:
+    system: str
+    mark: str
+    measured: bool
+    cells: list[_Cell]
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    rows: list[_Row]
+
+
+def caption(table: Table) -> str:
+    """Say what the values are: metric, protocol, splits, score rule."""
+    settings = scored_with(table.splits)
+    folds = table.splits.drop_duplicates("split").sort_values("split")
+    tested = ", ".join(
+        f"{store} (split {split})" for split, store in zip(folds["split"], folds["test_store"], strict=True)
+    )
+    rule = _RULE_WORDS[str(settings["score_rule"])].format(**settings)
+    n_splits = len(folds)
+    return (
+        f"Precision (P), recall (R) and F1 (F) of detection and per class. Measured rows: "
+        f"{f'mean over {n_splits} splits' if n_splits > 1 else 'one split'} of protocol {table.protocol}, tested on "
+        f"{tested}; metric {_METRIC_WORDS[table.metric]}; a detection counts with {rule}; centres "
+        f"({settings['centres']}) pair up to {settings['radius']:g} px apart. Best measured value in bold. "
+        f"Published rows as printed in their source. {DASH}: no value, or no truth of the class. "
+        f"Every split with 95 % bootstrap intervals and counts, for both metrics: {table.name}_splits.tsv."
+    )
+
+
+def _sections(table: Table) -> tuple[list[_Section], list[str]]:
+    best = _best(table)
+    titles = {
+        PAPER: "Published in the paper",
+        OTHER: "Published elsewhere",
+        MEASURED: "Measured here",
+        OURS: "Measured here: ours, beyond the paper",
+        READOUT: "Measured here: true boxes, frozen embeddings",
+    }
+    sections: list[_Section] = []
+    notes: list[str] = []
+    for index, row in table.rows.iterrows():
+        in_paper = row["source"] == PAPER and row["group"]
+        title = titles[row["source"]] + (f": {row['group']}" if in_paper else "")
+        note = "; ".join(text for text in (f"From {row['citation']}" if row["citation"] else "", row["note"]) if text)
+        if note and note not in notes:
+            notes.append(note)
+        mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
+        measured = row["source"] in (MEASURED, OURS, READOUT)
+        cells = [
+            _Cell(_shown(row[name], measured), best=(index, name) in best) for name in value_columns(table.classes)
+        ]
+        if not sections or sections[-1].title != title:
+            sections.append(_Section(title, []))
+        sections[-1].rows.append(_Row(row["system"], mark, measured, cells))
+    return sections, [f"{_MARKS[number % len(_MARKS)]}: {note}" for number, note in enumerate(notes)]
+
+
+def _shown(text: str, measured: bool) -> str:
+    if text == MISSING:
+        return DASH
+    return f"{float(text):.{SHOWN_DECIMALS}f}" if measured else text
+
+
+def _best(table: Table) -> set[tuple[object, str]]:
+    """Cells (row, column) with the best measured value as shown; nothing is best of one."""
+    rows = table.rows[table.rows["source"].isin((MEASURED, OURS))]
+    found: set[tuple[object, str]] = set()
+    for name in value_columns(table.classes):
+        numbers = pd.to_numeric(rows[name], errors="coerce").round(SHOWN_DECIMALS).dropna()
+        if len(numbers) > 1:
+            found |= {(index, name) for index in numbers.index[numbers == numbers.max()]}
+    return found
+
+
+def markdown(table: Table) -> str:
+    """Render a table as Markdown."""
+    sections, notes = _sections(table)
+    head = ["System", *(f"{name} {letter}" for name in table.classes for letter in LETTERS)]
+    lines = [f"# {_title(table)}", ""]
+    if table.synthetic:
+        lines += [f"> **{BANNER}**", ""]
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" + "--:|" * (len(head) - 1)]
+    for section in sections:
+        lines.append(f"| **{section.title}** |" + " |" * (len(head) - 1))
+        for row in section.rows:
+            name = f"{row.system} ({row.mark})" if row.mark else row.system
+            cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    lines += ["", caption(table), ""]
+    lines += [f"- {note}" for note in notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def html(table: Table) -> str:
+    """Render a table as one HTML page that needs nothing else."""
+    sections, notes = _sections(table)
+    return _PAGE.render(
+        title=_title(table),
+        banner=BANNER if table.synthetic else "",
+        classes=table.classes,
+        letters=list(LETTERS),
+        sections=sections,
+        caption=caption(table),
+        notes=notes,
+    )
+
+
+def _title(table: Table) -> str:
+    return table.name.replace("table", "Table ") if table.name[5:].isdigit() else table.name
+
+
+_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font-family: "Liberation Sans", Arial, Helvetica, sans-serif; color: #1a1a1a; background: #fff; margin: 2em; }
+main { width: max-content; max-width: 100%; }
+h1 { font-size: 1.4em; }
+.banner { background: #fff3cd; border: 2px solid #b8860b; color: #5c4400; font-weight: bold; font-size: 1.1em;
+  padding: .7em 1em; margin-bottom: 1em; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88em; font-variant-numeric: tabular-nums; white-space: nowrap;
+  border-top: 2px solid #1a1a1a; border-bottom: 2px solid #1a1a1a; }
+th, td { padding: .28em .5em; text-align: right; }
+tr > :first-child { text-align: left; padding-right: 1.2em; font-weight: normal; }
+thead th { text-align: center; }
+thead tr:last-child th { font-weight: normal; border-bottom: 1px solid #1a1a1a; text-align: right; }
+thead tr:last-child th:first-child { text-align: left; }
+.first { border-left: 1px solid #ccc; }
+tbody th.section { text-align: left; font-weight: bold; border-top: 1px solid #999; padding-top: .6em; }
+tr.measured { background: #e8f1fa; }
+sup { line-height: 0; color: #555; padding-left: .15em; }
+p, li { line-height: 1.45; }
+.caption { font-size: .9em; max-width: 75em; }
+ul { list-style: none; padding: 0; font-size: .82em; color: #444; }
+</style>
+</head>
+<body>
+<main>
+<h1>{{ title }}</h1>
+{% if banner %}
+<div class="banner" role="note">{{ banner }}</div>
+{% endif %}
+<div class="scroll">
+<table>
+<thead>
+<tr><th></th>
+{%- for name in classes %}<th class="first" colspan="{{ letters|length }}">{{ name }}</th>{% endfor %}</tr>
+<tr><th>System</th>
+{%- for name in classes %}{% for letter in letters %}<th{% if loop.first %} class="first"{% endif %}>{{ letter }}</th>
+{%- endfor %}{% endfor %}</tr>
+</thead>
+{% for section in sections %}
+<tbody>
+<tr><th class="section" colspan="{{ 1 + classes|length * letters|length }}">{{ section.title }}</th></tr>
+{% for row in section.rows %}
+<tr{% if row.measured %} class="measured"{% endif %}>
+<th>{{ row.system }}{% if row.mark %}<sup>{{ row.mark }}</sup>{% endif %}</th>
+{%- for cell in row.cells %}<td{% if loop.index0 % letters|length == 0 %} class="first"{% endif %}>
+{%- if cell.best %}<strong>{{ cell.text }}</strong>{% else %}{{ cell.text }}{% endif %}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+{% endfor %}
+</table>
+</div>
+<p class="caption">{{ caption }}</p>
+{% if notes %}
+<ul>
+{% for note in notes %}
+<li>{{ note }}</li>
+{% endfor %}
+</ul>
+{% endif %}
+</main>
+</body>
+</html>
+""")

@@ -1,0 +1,1 @@
+"""How a rule runs: its log, errors, atomic outputs and provenance."""

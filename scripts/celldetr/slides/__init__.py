@@ -1,0 +1,1 @@
+"""Gigapixel images: pixels, tissue, outlines of nuclei, and the patches cut from them."""

@@ -1,0 +1,1 @@
+"""Xenium samples: output folders, registration, cell types, patches, splits, SpatialData."""

@@ -1,0 +1,162 @@
+"""Names of genes: symbols and Ensembl ids of a table, duplicates, and what two tables have in common."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from anndata import AnnData
+from numpy.typing import NDArray
+from pandas import DataFrame, Series
+from scipy import sparse
+
+from celldetr.runtime.errors import InputError
+
+SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol", "SYMBOL")
+ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "feature_id", "ensembl", "ENSEMBL")
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
+_ID_SUFFIX = re.compile(r"_ENS[A-Z]*G\d{6,}(\.\d+)?$")  # CELLxGENE makes symbols that occur twice unique so
+_CONTROLS = re.compile(
+    r"(?i)(negative[ _]?control|neg[ _]?control|blank|antisense_|intergenic|genomic[ _]?control|"
+    r"(unassigned|deprecated)[ _]?codeword)"
+)
+_SHOWN = 5  # names in messages
+
+
+@dataclass(frozen=True)
+class SharedGenes:
+    """Genes of two tables that are the same, in the order of the first.
+
+    Attributes
+    ----------
+    names
+        Symbols of the first table.
+    first, second
+        Their places (G,) in either table.
+    by
+        ``symbol`` or ``gene id``: how they were found.
+    """
+
+    names: tuple[str, ...]
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    by: str
+
+
+def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]:
+    """Symbols and Ensembl ids of a table of genes; an id that is not known is empty, and it stands in for its symbol.
+
+    Parameters
+    ----------
+    genes
+        Table whose index holds symbols or Ensembl ids (with or without version).
+    where
+        Name for messages.
+
+    Raises
+    ------
+    InputError
+        The index holds Ensembl ids, and no column holds symbols.
+    """
+    index = [str(name) for name in genes.index]
+    if sum(bool(_ENSEMBL.fullmatch(name)) for name in index) * 2 <= len(index):
+        column = next((name for name in ID_COLUMNS if name in genes), None)
+        ids = [without_version(str(name)) for name in genes[column]] if column else [""] * len(index)
+        return index, [name if _ENSEMBL.fullmatch(name) else "" for name in ids]
+    column = next((name for name in SYMBOL_COLUMNS if name in genes), None)
+    if column is None:
+        raise InputError(
+            f"{where}: got Ensembl ids as gene names and no column of symbols (columns: "
+            f"{', '.join(map(str, genes.columns)) or 'none'}); expected one of {', '.join(SYMBOL_COLUMNS)}: add it"
+        )
+    ids = [without_version(name) for name in index]
+    missing = genes[column].isna().to_numpy()
+    symbols = [
+        gene if empty or not str(name).strip() else _ID_SUFFIX.sub("", str(name).strip())
+        for name, empty, gene in zip(genes[column], missing, ids, strict=True)
+    ]
+    return [without_version(name) for name in symbols], ids
+
+
+def without_version(name: str) -> str:
+    """Take the version off an Ensembl id; other names stay as they are."""
+    return re.sub(r"\.\d+", "", name) if _ENSEMBL.fullmatch(name) else name
+
+
+def sum_duplicates(
+    matrix: sparse.csr_matrix, symbols: Sequence[str], ids: Sequence[str]
+) -> tuple[sparse.csr_matrix, list[str], list[str], list[str]]:
+    """Sum the columns of genes with the same symbol.
+
+    Returns
+    -------
+    tuple
+        Matrix (cells, unique genes), symbols and ids in the order of their first occurrence, symbols that occurred
+        more than once.
+    """
+    order: dict[str, int] = {}
+    place = np.array([order.setdefault(name, len(order)) for name in symbols], dtype=np.int64)
+    if len(order) == len(symbols):
+        return matrix, list(symbols), list(ids), []
+    into = sparse.csr_matrix(
+        (np.ones(len(place), np.float32), (np.arange(len(place)), place)), shape=(len(place), len(order))
+    )
+    first = Series(np.arange(len(place))).groupby(place).first().to_numpy()
+    times = np.bincount(place)
+    repeated = [name for name, index in order.items() if times[index] > 1]
+    return sparse.csr_matrix(matrix @ into), list(order), [ids[index] for index in first], repeated
+
+
+def panel(cells: AnnData) -> NDArray[np.int64]:
+    """Places of the panel's genes (G,); control probes and codewords are none."""
+    names = [str(name) for name in cells.var_names]
+    return np.array([place for place, name in enumerate(names) if not _CONTROLS.match(name)], dtype=np.int64)
+
+
+def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGenes:
+    """Find the genes that a sample's panel and a reference have in common.
+
+    Symbols are compared letter by letter. Where Ensembl ids (var["gene_ids"]) find more genes, they decide: symbols
+    change over the years.
+
+    Raises
+    ------
+    InputError
+        Fewer than `minimum` genes.
+    """
+    places = panel(cells)
+    found = {"symbol": _common(cells.var_names.astype(str), reference.var_names.astype(str), places)}
+    if "gene_ids" in cells.var and "gene_ids" in reference.var:
+        found["gene id"] = _common(cells.var["gene_ids"].astype(str), reference.var["gene_ids"].astype(str), places)
+    by = max(found, key=lambda kind: len(found[kind][0]))  # symbols when equal
+    first, second = found[by]
+    if len(first) < minimum:
+        raise InputError(
+            f"panel and reference: got {len(first)} genes in common of {len(places)} (panel, e.g. "
+            f"{_examples(cells.var_names[places])}) and {reference.n_vars} (reference, e.g. "
+            f"{_examples(reference.var_names)}), expected at least {minimum} (min_shared_genes); is the reference of "
+            "the same species and named by the same symbols?"
+        )
+    return SharedGenes(tuple(str(name) for name in cells.var_names[first]), first, second, by)
+
+
+def _common(
+    cells: Sequence[str], reference: Sequence[str], places: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    known: dict[str, int] = {}
+    for index, name in enumerate(reference):
+        known.setdefault(without_version(name), index)
+    known.pop("", None)
+    names = [without_version(name) for name in cells]
+    pairs: dict[str, int] = {}
+    for place in places.tolist():
+        if names[place] in known:
+            pairs.setdefault(names[place], place)
+    return (
+        np.array(list(pairs.values()), dtype=np.int64),
+        np.array([known[name] for name in pairs], dtype=np.int64),
+    )
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(str(name) for name in list(names)[:_SHOWN])

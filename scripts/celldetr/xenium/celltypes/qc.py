@@ -1,0 +1,227 @@
+"""How far the types of a sample can be trusted: counts, markers, agreement, and a test with a known answer."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from scipy import sparse
+
+from celldetr.config.classes import ST_TYPES
+from celldetr.config.xenium import CellTypeSettings
+from celldetr.runtime.errors import InputError
+from celldetr.xenium.celltypes.annotate import Annotation, known_part, on_genes, two_passes
+from celldetr.xenium.celltypes.annotators import log_normalise, totals, type_profiles
+from celldetr.xenium.celltypes.labels import FRACTIONS, best, label_cells, reason_counts
+
+MARKERS_PER_TYPE = 3
+_LEAST_SHARE = 1e-4  # of a cell's transcripts, below which a gene marks nothing
+
+
+def quality(
+    cells: AnnData, reference: AnnData, annotation: Annotation, settings: CellTypeSettings, seed: int
+) -> dict[str, Any]:
+    """Compute all figures of quality.
+
+    Parameters
+    ----------
+    cells
+        Raw counts of the sample.
+    reference
+        Prepared reference.
+    annotation
+        Types of the sample.
+    settings, seed
+        As it was annotated.
+
+    Returns
+    -------
+    dict
+        JSON values: ``cells``, ``shared_genes``, ``reasons`` (reason -> cells), ``labelled_share``, ``labels`` (type ->
+        cells), ``composition`` (sample, reference: type -> share of the cells), ``prior``, ``agreement`` (overall, by
+        type), ``markers`` (see `marker_figures`), ``reannotation`` (see `reannotate`).
+    """
+    table, genes = annotation.table, annotation.genes
+    reasons = reason_counts(table)
+    labels = table["label"].to_numpy()
+    numbers = np.bincount(labels[labels >= 0], minlength=len(ST_TYPES))
+    whole = np.array([float(reference.uns["composition"][name]) for name in ST_TYPES])
+    here = on_genes(cells, genes.first, genes.names)
+    known = on_genes(reference, genes.second, genes.names)
+    return {
+        "cells": len(table),
+        "shared_genes": len(genes.names),
+        "shared_by": genes.by,
+        "reasons": reasons,
+        "labelled_share": reasons["labelled"] / len(table),
+        "labels": _by_type(numbers),
+        "composition": {"sample": _by_type(numbers / numbers.sum()), "reference": _by_type(whole / whole.sum())},
+        "prior": _by_type(annotation.prior.to_numpy()),
+        "agreement": agreement(annotation),
+        "markers": marker_figures(here, known_part(known), labels),
+        "reannotation": reannotate(known, totals(here), reference.uns["composition"], settings, seed),
+    }
+
+
+def agreement(annotation: Annotation) -> dict[str, Any]:
+    """Share of cells on whose type both annotators agree, of those with counts.
+
+    Returns
+    -------
+    dict
+        ``overall`` of all cells, ``enough_transcripts`` of those that passed the threshold of transcripts, ``by_type``
+        (type by optimal transport -> share, None where there is no cell).
+    """
+    table = annotation.table
+    first = best(table[list(FRACTIONS)])
+    second = table["second_label"].to_numpy()
+    known = (first >= 0) & (second >= 0)
+    enough = known & (table["reason"].astype(str) != "few transcripts").to_numpy()
+    same = first == second
+
+    def share(rows: NDArray[np.bool_]) -> float | None:
+        return float(same[rows].mean()) if rows.any() else None
+
+    return {
+        "overall": share(known),
+        "enough_transcripts": share(enough),
+        "by_type": {name: share(known & (first == index)) for index, name in enumerate(ST_TYPES)},
+    }
+
+
+def marker_figures(cells: AnnData, reference: AnnData, labels: NDArray[np.int8]) -> dict[str, Any]:
+    """Marker genes of the reference's types, and what the sample's labelled cells show of them.
+
+    Parameters
+    ----------
+    cells
+        Raw counts of the shared genes in the sample.
+    reference
+        The same in the reference.
+    labels
+        Label of each cell (N,).
+
+    Returns
+    -------
+    dict
+        ``genes`` (G names, in the order of the types they mark), ``of`` (type of each), ``types`` (T names that have
+        labelled cells), ``share`` (T, G: cells of the type with the gene), ``mean`` (T, G: mean log-normalised
+        expression, by its largest over the types).
+    """
+    profiles = type_profiles(reference)
+    genes, of = [], []
+    for name in profiles.index:
+        others = profiles.drop(index=name).max(axis=0)
+        fold = np.log((profiles.loc[name] + _LEAST_SHARE) / (others + _LEAST_SHARE)).sort_values(ascending=False)
+        chosen = [gene for gene in fold.index[:MARKERS_PER_TYPE] if fold[gene] > 0]
+        genes += chosen
+        of += [name] * len(chosen)
+    places = profiles.columns.get_indexer(pd.Index(genes))
+    amount = totals(cells)
+    shown = log_normalise(cells.X[:, places], amount, float(np.median(amount[amount > 0])))
+    typed = np.flatnonzero(labels >= 0)
+    member = sparse.csr_matrix(
+        (np.ones(len(typed)), (labels[typed].astype(np.int64), typed)), shape=(len(ST_TYPES), len(labels))
+    )
+    number = np.asarray(member.sum(axis=1)).ravel()
+    found = np.flatnonzero(number)
+    mean = (member @ shown).toarray()[found] / number[found, None]
+    share = (member @ (shown > 0).astype(np.float64)).toarray()[found] / number[found, None]
+    return {
+        "genes": genes,
+        "of": of,
+        "types": [ST_TYPES[index] for index in found],
+        "share": share.round(4).tolist(),
+        "mean": (mean / np.maximum(mean.max(axis=0), 1e-9)).round(4).tolist(),
+    }
+
+
+def reannotate(
+    reference: AnnData,
+    transcripts: NDArray[np.float64],
+    composition: dict[str, int],
+    settings: CellTypeSettings,
+    seed: int,
+) -> dict[str, Any]:
+    """Annotate the held-out cells of the reference as if they were cells of the sample.
+
+    Their counts of the shared genes are thinned to totals drawn from those of the sample's cells.
+
+    Parameters
+    ----------
+    reference
+        Raw counts of the shared genes, obs["type"] and obs["held_out"].
+    transcripts
+        Transcripts of the shared genes in each cell of the sample.
+    composition
+        Type -> cells of the whole reference.
+    settings, seed
+        As the sample was annotated.
+
+    Returns
+    -------
+    dict
+        ``confusion`` (true type, type with the largest fraction: cells; ten by ten), ``f1`` (type -> F1 or None where
+        there are no cells), ``macro_f1`` (mean over the types with held-out cells), ``accuracy``, ``cells``,
+        ``without_counts``, ``labelled_share`` and ``labelled_accuracy`` (of the cells that the thresholds let through).
+    """
+    held = reference[reference.obs["held_out"].to_numpy(dtype=bool)]
+    thinned = thin(held, transcripts, np.random.default_rng(seed))
+    fractions, second, _ = two_passes(thinned, known_part(reference), composition, settings, seed)
+    truth = held.obs["type"].map(ST_TYPES.index).to_numpy(dtype=np.int64)
+    found = best(fractions)
+    seen = found >= 0
+    confusion = np.zeros((len(ST_TYPES), len(ST_TYPES)), dtype=np.int64)
+    np.add.at(confusion, (truth[seen], found[seen]), 1)
+    present = np.bincount(truth, minlength=len(ST_TYPES)) > 0
+    # cells without counts are no one's, and missed by their type
+    size = np.bincount(truth[seen], minlength=len(ST_TYPES)) + confusion.sum(axis=0)
+    f1 = np.where(size > 0, 2 * np.diag(confusion) / np.maximum(size, 1), 0.0)
+    try:
+        labels = label_cells(fractions, second, totals(thinned).astype(np.int64), settings)["label"].to_numpy()
+    except InputError:
+        labels = np.full(len(truth), -1)
+    labelled = labels >= 0
+    return {
+        "cells": len(truth),
+        "without_counts": int((~seen).sum()),
+        "confusion": confusion.tolist(),
+        "f1": {name: float(f1[index]) if present[index] else None for index, name in enumerate(ST_TYPES)},
+        "macro_f1": float(f1[present].mean()) if present.any() else None,
+        "accuracy": float((found == truth)[seen].mean()) if seen.any() else None,
+        "labelled_share": float(labelled.mean()) if len(labelled) else None,
+        "labelled_accuracy": float((labels == truth)[labelled].mean()) if labelled.any() else None,
+    }
+
+
+def thin(cells: AnnData, transcripts: NDArray[np.float64], generator: np.random.Generator) -> AnnData:
+    """Thin counts so that cells have as many transcripts as those of a sample.
+
+    Parameters
+    ----------
+    cells
+        Raw counts.
+    transcripts
+        Transcripts of the sample's cells (N,); totals are drawn from those that have any.
+    generator
+        Random numbers.
+
+    Returns
+    -------
+    AnnData
+        Each transcript of a cell stays with the same probability, so that the drawn total is met on average; cells
+        that have fewer stay as they are.
+    """
+    wanted = generator.choice(transcripts[transcripts > 0], cells.n_obs)
+    keep = np.minimum(1, wanted / np.maximum(totals(cells), 1))
+    counts = sparse.csr_matrix(cells.X, copy=True)
+    counts.data = generator.binomial(counts.data.astype(np.int64), np.repeat(keep, np.diff(counts.indptr))).astype(
+        np.float32
+    )
+    counts.eliminate_zeros()
+    return AnnData(counts, obs=cells.obs, var=cells.var)
+
+
+def _by_type(values: NDArray[Any]) -> dict[str, Any]:
+    return dict(zip(ST_TYPES, values.tolist(), strict=True))

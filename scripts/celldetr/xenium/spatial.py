@@ -1,0 +1,107 @@
+"""A registered sample as one SpatialData object, for viewers and analyses of that family."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import spatialdata_io
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, ShapesModel
+from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
+
+from celldetr.runtime.files import atomic
+from celldetr.slides.pyramid import Pyramid, open_pyramid
+from celldetr.xenium.output import dapi_path, read_nuclei, read_specs
+
+_CHUNK = 1024  # px
+_SMALLEST = 1024  # px; the pyramid ends where the longer side is below
+
+
+def write_spatialdata(
+    path: str | os.PathLike[str],
+    outs: str | os.PathLike[str],
+    he: str | os.PathLike[str],
+    matrix: NDArray[np.float64],
+    cells: pd.DataFrame,
+) -> None:
+    """Write a sample with its H&E image and cell types as a SpatialData Zarr.
+
+    Everything is aligned in the coordinate system ``global``, in Xenium pixels: images ``he`` and ``dapi``, labels
+    and outlines of cells and nuclei, transcripts where the folder has them, and the table with the columns of `cells`.
+
+    Parameters
+    ----------
+    path
+        Zarr folder to write.
+    outs
+        Output folder of the Xenium run.
+    he
+        H&E image.
+    matrix
+        (3, 3) H&E level-0 px to Xenium px.
+    cells
+        Columns to add to the table; indexed by the cell id.
+
+    Raises
+    ------
+    InputError
+        A file is missing or damaged.
+    """
+    pixel_size = read_specs(outs).pixel_size
+    with warnings.catch_warnings(), open_pyramid(he) as stained, open_pyramid(dapi_path(outs), plane=0) as dapi:
+        warnings.simplefilter("ignore")
+        sample = spatialdata_io.xenium(
+            Path(outs),
+            transcripts=(Path(outs) / "transcripts.parquet").is_file(),
+            morphology_mip=False,
+            morphology_focus=False,
+            aligned_images=False,
+        )
+        to_global = Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
+        sample.images["he"] = _image(stained, ["r", "g", "b"], to_global)
+        sample.images["dapi"] = _image(dapi, ["DAPI"], Identity())
+        if "nucleus_boundaries" not in sample.shapes:  # the reader leaves them out for early builds of version 2
+            to_pixels = {"global": Scale([1 / pixel_size] * 2, axes=("x", "y"))}
+            sample.shapes["nucleus_boundaries"] = ShapesModel.parse(read_nuclei(outs), transformations=to_pixels)
+        _add_cells(sample, cells)
+        with atomic(path) as temporary:
+            sample.write(temporary)
+
+
+def _image(image: Pyramid, channels: list[str], transformation: BaseTransformation) -> object:
+    """Wrap an image as a pyramid whose pixels are read when they are written."""
+    width, height = image.size
+
+    def block(block_info: Mapping[None, Mapping[str, list[tuple[int, int]]]]) -> NDArray[np.generic]:
+        (_, _), (y0, y1), (x0, x1) = block_info[None]["array-location"]
+        pixels = image.read(0, x0, y0, x1 - x0, y1 - y0)
+        return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+
+    chunks = ((len(channels),), _chunks(height), _chunks(width))
+    pixels = da.map_blocks(block, chunks=chunks, dtype=image.dtype, meta=np.empty((0, 0, 0), image.dtype))
+    halvings = max(0, int(np.ceil(np.log2(max(width, height) / _SMALLEST))))
+    return Image2DModel.parse(
+        pixels,
+        dims=("c", "y", "x"),
+        c_coords=channels,
+        scale_factors=[2] * halvings or None,
+        transformations={"global": transformation},
+        chunks=(len(channels), _CHUNK, _CHUNK),
+    )
+
+
+def _chunks(length: int) -> tuple[int, ...]:
+    whole, rest = divmod(length, _CHUNK)
+    return (_CHUNK,) * whole + ((rest,) if rest else ())
+
+
+def _add_cells(sample: SpatialData, cells: pd.DataFrame) -> None:
+    table = sample.tables["table"]
+    ids = table.obs["cell_id"].astype(str)
+    for name, values in cells.reindex(ids).items():
+        table.obs[str(name)] = values.to_numpy()

@@ -1,0 +1,197 @@
+"""A small finished run of the whole workflow, with the objects that Snakemake gave to its scripts.
+
+The run is made once for all test processes, from a copy of the workflow; tests work in copies of it. A test module gets
+the fixtures `finished` (not to be changed) and `work` (a copy) with ``pytest_plugins = ["small_run"]``.
+"""
+
+import ast
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from celldetr.config.base import merge
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("workflow", "scripts", "config", "envs")
+RUN_JOB = Path(__file__).with_name("run_job.py")
+MORE = ("results/xenium/drawn_1/spatialdata.zarr",)  # what `all` does not ask for
+
+RECORDER = """import os, shutil, sys
+if ".snakemake/scripts/" in sys.orig_argv[-1] and "RECORDED_JOBS" in os.environ:
+    shutil.copy(sys.orig_argv[-1], os.environ["RECORDED_JOBS"])
+"""
+
+EXPERIMENTS = ("celldetr_p", "ssl_pretrain", "st_pretrain", "st_zero_shot")
+
+SMALL = {
+    "patch": {"size": 64, "mpp": 0.5},
+    "model": {"d_model": 32, "ffn": 32, "decoder_layers": 1, "queries": 16},
+    "training": {"epochs": 2, "warmup_steps": 1},
+    "inference": {"nucleus_threshold": 0.01},  # the model has learnt little: some of its boxes must count all the same
+    "evaluation": {"resamples": 10},
+    "overlays": {"patches": 2},
+    "example": {
+        "images": [16, 12, 16],
+        "reference_cells": 1000,
+        "xenium": {"drawn_1": {"size_um": [330, 260]}, "drawn_2": {"size_um": [330, 260]}},
+        "slides": {"drawn_slide_1": [300, 240], "drawn_slide_2": [300, 240]},
+    },
+    "slides": {"total": 40},
+    "figure3": {"experiments": ["celldetr_p"], "nuclei": 2},
+    "figure4": {"patches": 2},
+    "readout": {"k": 3},
+    "xenium": {"cells_per_type": 60, "split": {"block_um": 64.0}},
+    "tables": {
+        "table1": {"experiments": ["celldetr_p"]},
+        "table2": {"experiments": ["celldetr_p"]},
+        "table3": {"experiments": ["st_zero_shot"]},
+    },
+}
+
+
+def small_config():
+    """Return the example's configuration with one experiment of each kind, as small as it can be."""
+    text = (ROOT / "config" / "example" / "config.yaml").read_text(encoding="utf-8")
+    config = merge(yaml.safe_load(text), SMALL)
+    config["experiments"] = {name: config["experiments"][name] for name in EXPERIMENTS}
+    return config
+
+
+def copy_sources(folder):
+    """Copy the workflow, with its times, so that a test can edit it."""
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@dataclass
+class SmallRun:
+    """A working folder, the copy of the workflow that it was made from, and its recorded jobs."""
+
+    work: Path
+    source: Path
+    jobs: Path
+
+    @property
+    def environment(self):
+        """Variables of the processes: the library is the one of the copy."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.source / "scripts")}
+
+    def command(self, *arguments):
+        """Return the command line of Snakemake."""
+        return [
+            *("snakemake", "--snakefile", str(self.source / "workflow" / "Snakefile")),
+            *("--configfile", str(self.work / "config.yaml")),
+            *("--directory", str(self.work), "--cores", "2", *map(str, arguments)),
+        ]
+
+    def snakemake(self, *arguments, timeout=600, **variables):
+        """Run Snakemake; return the completed process with all output in `stdout`."""
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.source,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def planned(self, *arguments):
+        """Rules of a dry-run and how many jobs of each."""
+        done = self.snakemake(*arguments, "--dry-run")
+        assert done.returncode == 0, done.stdout
+        counts = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M))
+        return {rule: int(count) for rule, count in counts.items() if rule not in ("all", "total")}
+
+    def copy(self, folder):
+        """Return the run and its workflow in a folder of their own; the times of their files are kept."""
+        for part in (self.work, self.source):
+            shutil.copytree(part, folder / part.name, symlinks=True)
+        return SmallRun(folder / self.work.name, folder / self.source.name, self.jobs)
+
+    def job(self, rule):
+        """Return the path of a recorded job of a rule and what Snakemake gave to it."""
+        path = self.jobs / f"{rule}.pickle"
+        return path, pickle.loads(path.read_bytes())
+
+    def run_job(self, rule, *faults, timeout=280):
+        """Run the script of a rule again, once per fault; return what `run_job.py` reports of each."""
+        path, _ = self.job(rule)
+        report = self.work / f"{rule}_report.json"
+        done = subprocess.run(
+            [sys.executable, str(RUN_JOB), str(path), str(report), *faults],
+            cwd=self.work,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        attempts = json.loads(report.read_text(encoding="utf-8"))
+        report.unlink()
+        return attempts
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Return the finished run; the first test process that asks makes it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_run"
+    folder.mkdir(exist_ok=True)
+    run = SmallRun(folder / "work", folder / "source", folder / "jobs")
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            _make(run)
+            (folder / "done").touch()
+    return run
+
+
+@pytest.fixture
+def work(finished, tmp_path):
+    """Return a copy of the finished run and of its workflow, to be changed; it is removed after the test."""
+    copy = finished.copy(tmp_path / "run")
+    yield copy
+    shutil.rmtree(tmp_path / "run")
+
+
+def _make(run):
+    recorded, site = run.jobs / "recorded", run.jobs / "site"
+    for folder in (run.work, recorded, site):
+        folder.mkdir(parents=True)
+    copy_sources(run.source)
+    (site / "sitecustomize.py").write_text(RECORDER, encoding="utf-8")
+    (run.work / "config.yaml").write_text(yaml.safe_dump(small_config()), encoding="utf-8")
+    path = os.pathsep.join([str(site), run.environment["PYTHONPATH"]])
+    done = run.snakemake("all", *MORE, PYTHONPATH=path, RECORDED_JOBS=str(recorded))
+    assert done.returncode == 0, done.stdout[-6000:]
+    for job in sorted(map(_given, recorded.iterdir()), key=lambda job: list(job.output)):  # the last one is kept
+        (run.jobs / f"{job.rule}.pickle").write_bytes(pickle.dumps(job))
+
+
+def _given(file):
+    """Read the object out of the preamble that Snakemake puts before a script."""
+    preamble = file.read_text(encoding="utf-8").split("snakemake preamble end")[0]
+    call = next(
+        node
+        for node in ast.walk(ast.parse(preamble.rpartition("\n")[0]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pickle.loads"
+    )
+    job = pickle.loads(ast.literal_eval(call.args[0]))
+    job.script = file.name.partition(".")[2]
+    return job

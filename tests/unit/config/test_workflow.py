@@ -1,0 +1,191 @@
+"""The configuration: what is refused, and how experiments are put together."""
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from celldetr.config.base import merge
+from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config.experiment import Experiment
+from celldetr.config.workflow import Config, schemas
+from celldetr.runtime.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted([ROOT / "config" / "config.yaml", *ROOT.glob("config/*/config.yaml")])
+
+
+def read(path=FILES[0]):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def with_value(path, value):
+    """Lay a value over the shipped configuration at a dotted path."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return merge(read(), value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_shipped_files_are_valid_for_the_classes_and_for_the_schema(path):
+    Config.from_dict(read(path))
+    jsonschema.validate(read(path), json.loads(schemas()["config.schema.json"]))
+
+
+def test_shipped_configuration_is_complete_and_states_the_defaults():
+    shipped = read()
+    defaults = Config.from_dict(
+        {
+            "pannuke": {f"fold{fold}": shipped["pannuke"][f"fold{fold}"] for fold in (1, 2, 3)},
+            "imagenet": shipped["imagenet"],
+            "xenium": {},
+            "slides": {},
+            "experiments": shipped["experiments"],
+        }
+    ).to_dict()
+    for block in (
+        "seed",
+        "patch",
+        "pannuke",
+        "xenium",
+        "slides",
+        "readout",
+        "figure4",
+        "model",
+        "training",
+        "inference",
+        "evaluation",
+        "overlays",
+        "example",
+    ):
+        whole = json.loads(json.dumps(shipped[block]))
+        if block == "pannuke":
+            for source in ("fold1", "fold2", "fold3"):
+                assert defaults[block].pop(source) == whole.pop(source)
+        assert whole == defaults[block], block
+
+
+def test_recipe_of_the_paper():
+    for name, mode, scale in (
+        ("deformable_detr", "baseline", 8),
+        ("celldetr_s", "sequential", 8),
+        ("celldetr_p", "parallel", 16),
+    ):
+        experiment = Config.from_dict(read()).experiment(name)
+        assert experiment.model.mode == mode
+        assert experiment.training.losses.class_scale == scale
+        assert (experiment.training.lr, experiment.training.backbone_lr) == (8e-5, 8e-6)
+        assert (experiment.training.epochs, experiment.training.warmup_steps, experiment.model.queries) == (
+            100,
+            600,
+            900,
+        )
+
+
+def test_recipe_of_the_spatial_stage():
+    config = Config.from_dict(read())
+    pretrain, finetune = config.experiment("st_pretrain"), config.experiment("st_finetune")
+    assert pretrain.stage == "st"
+    assert pretrain.model.classes == ST_TYPES
+    assert finetune.model.classes == PANNUKE_CLASSES
+    for experiment, epochs, lr in ((pretrain, 20, 1e-4), (finetune, 80, 3e-5)):
+        assert (experiment.model.mode, experiment.model.queries) == ("parallel", 400)
+        assert (experiment.training.epochs, experiment.training.lr) == (epochs, lr)
+        assert experiment.training.backbone_lr == pytest.approx(lr / 10)
+    noise = pretrain.training.noise
+    assert (noise.share, noise.low, noise.high) == (0.6, 0.1, 0.3)
+    assert finetune.training.noise.share == 0
+    assert (pretrain.training.augmentation.flip, pretrain.training.augmentation.hed) == (0, 1)
+    assert config.splits("st_pretrain") == (1,)
+    assert config.splits("st_finetune") == (1, 2, 3)
+    assert config.classes("st_zero_shot") == PANNUKE_CLASSES
+
+
+def test_overrides_reach_their_experiment_alone():
+    values = with_value("experiments.celldetr_s.training.noise.share", 0.6)
+    config = Config.from_dict(values)
+    assert config.experiment("celldetr_s").training.noise.share == 0.6
+    assert config.experiment("celldetr_s").training.noise.high == 0.4
+    assert config.experiment("celldetr_p") == Config.from_dict(read()).experiment("celldetr_p")
+
+
+def test_settings_survive_json():
+    experiment = Config.from_dict(read()).experiment("celldetr_p")
+    assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training.epocs", 3, "training.epocs: unknown key; did you mean 'epochs'?"),
+        ("sead", 3, "sead: unknown key; did you mean 'seed'?"),
+        (
+            "training.lr",
+            "1e-4",
+            "training.lr: got '1e-4', expected a valid number; YAML reads 1e-4 as text: write 1.0e-4",
+        ),
+        ("training.lr", -1, "training.lr: got -1, expected greater than 0"),
+        ("training.epochs", 1.5, "training.epochs: got 1.5, expected"),
+        ("training.epochs", True, "training.epochs: got True, expected a valid integer"),
+        ("training.gpus", 3, "batch_size: got 16, expected a multiple of gpus"),
+        ("training.augmentation.blur_kernel", 8, "blur_kernel: got 8, expected an odd number"),
+        ("training.noise.low", 0.9, "low: got 0.9, expected at most high"),
+        ("model.heads", 7, "d_model: got 256, expected a multiple of heads"),
+        ("model.backbone.stages", [2, 1], "stages: got [2, 1], expected increasing stages"),
+        ("experiments.celldetr_s.mode", "serial", "experiments.celldetr_s.mode: got 'serial', expected 'baseline'"),
+        ("experiments.celldetr_s.model.d_modell", 9, "experiments.celldetr_s.model.d_modell: unknown key"),
+        ("experiments.celldetr_s.model.backbone.norm", "group", "experiments.celldetr_s.initial: got 'imagenet'"),
+        ("experiments.celldetr_s.training.gpus", 5, "experiments.celldetr_s.training: batch_size: got 16"),
+        ("tables.table1.experiments", ["celldetr_x"], "expected names of experiments"),
+        ("tables.table1.ours", ["celldetr_x"], "tables.table1.ours: got ['celldetr_x'], expected names of experiments"),
+        ("tables.table1.ours", ["celldetr_s"], "tables.table1.ours: got ['celldetr_s'], which are in experiments too"),
+        ("figure3.split", 4, "figure3.split: got 4, expected less than or equal to 3"),
+        ("pannuke.splits", [1, 5], "pannuke.splits.1: got 5"),
+        ("experiments.st_finetune.initial", "st_pretran", "experiments.st_finetune.initial: got 'st_pretran'"),
+        ("experiments.st_finetune.initial", "st_zero_shot", "initial: got 'st_zero_shot', which trains no model"),
+        ("experiments.st_pretrain.initial", "st_finetune", "expected no circle"),
+        (
+            "experiments.st_finetune.model.queries",
+            300,
+            "st_finetune.model: got other queries than experiment st_pretrain",
+        ),
+        ("experiments.st_zero_shot.mode", "parallel", "stage: got zero_shot with ['mode'], expected none"),
+        ("experiments.st_zero_shot.initial", "imagenet", "initial: got 'imagenet', expected an experiment or a model"),
+        ("experiments.celldetr_s.mode", None, "experiments.celldetr_s: mode: missing"),
+        ("tables.table3.experiments", ["st_pretrain"], "expected experiments that are tested on PanNuke"),
+        ("xenium", None, "experiments.st_pretrain.stage: got 'st', but the block xenium is missing"),
+        ("xenium.split.train", 0.5, "xenium.split: train, val, test: got 0.5, 0.1, 0.1"),
+        ("pannuke.fold1.sha256", "abc", "pannuke.fold1.sha256: got 'abc'"),
+        ("pannuke.fold1.urls", [], "pannuke.fold1.urls: got []"),
+        ("evaluation.score", "sum", "evaluation.score: got 'sum', expected 'both_thresholds', 'class' or 'product'"),
+    ],
+)
+def test_mistakes_are_named_with_their_key(path, value, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Config.from_dict(with_value(path, value))
+
+
+def test_missing_blocks_are_all_named():
+    with pytest.raises(ConfigError) as error:
+        Config.from_dict({"experiments": read()["experiments"]})
+    assert {line.split(":")[0] for line in str(error.value).splitlines()} == {"pannuke", "imagenet"}
+
+
+def test_every_setting_is_read_somewhere():
+    """No option that nothing reads: each key occurs as an attribute or a keyword outside of the settings' own files."""
+    own = {"config.py", "settings.py", "experiment.py", "spatial_settings.py"}
+    text = "\n".join(
+        path.read_text(encoding="utf-8")
+        for pattern in ("scripts/**/*.py", "workflow/**/*.smk", "workflow/Snakefile")
+        for path in ROOT.glob(pattern)
+        if path.name not in own
+    )
+    schema = json.loads(schemas()["config.schema.json"])
+    blocks = [schema, *schema["$defs"].values()]
+    keys = {key for block in blocks for key in block.get("properties", {})} - {"fold1", "fold2", "fold3"}
+    assert len(keys) > 60
+    unread = {key for key in keys if not re.search(rf"\.{key}\b|[\"']{key}[\"']", text)}
+    assert not unread

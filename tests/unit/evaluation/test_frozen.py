@@ -1,0 +1,270 @@
+"""Readout of frozen embeddings: planted embeddings score as they must, and nothing but training nuclei is learnt."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn import metrics
+from tiny_training import make_experiment, make_split, make_store
+
+import readout as readout_script
+from celldetr.config.evaluation import ReadoutSettings
+from celldetr.evaluation import frozen as readout
+from celldetr.evaluation.frozen import classify, draw_nuclei, measure_readout, score, write_readout
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.weights import save_model
+from celldetr.runtime.errors import ConfigError, InputError
+
+CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic")
+PATCHES, CHANNELS = 40, 6
+SETTINGS = ReadoutSettings(k=5, max_nuclei=1000)
+
+
+def make_fold(name, seed):
+    """Make a store without images: every seventh nucleus is without a label, every fifth patch without nuclei."""
+    rng = np.random.default_rng(seed)
+    counts = np.where(np.arange(PATCHES) % 5 == 4, 0, rng.integers(1, 20, PATCHES))
+    labels = rng.integers(0, len(CLASSES), counts.sum()).astype(np.int8)
+    labels[::7] = -1
+    ptr = np.concatenate([[0], np.cumsum(counts)])
+    return SimpleNamespace(path=Path(f"some/{name}.zarr"), classes=CLASSES, labels=labels, box_ptr=ptr)
+
+
+FOLDS = {f"fold{k}": make_fold(f"fold{k}", k) for k in (1, 2, 3)}
+
+
+def whole_split(val_every=4):
+    """Folds 1 and 3 train and validate, fold 2 tests."""
+    frames = []
+    for name in ("fold1", "fold3"):
+        part = np.where(np.arange(PATCHES) % val_every == 0, "val", "train")
+        frames.append(pd.DataFrame({"store": name, "patch": np.arange(PATCHES), "part": part}))
+    frames.append(pd.DataFrame({"store": "fold2", "patch": np.arange(PATCHES), "part": "test"}))
+    return pd.concat(frames, ignore_index=True)
+
+
+class Planted:
+    """Embeddings by fold (M, C): those of the class' centre with some noise, or of noise alone; NaN without a label."""
+
+    def __init__(self, informative=True, spread=0.2):
+        rng = np.random.default_rng(9)
+        centres = 4 * np.eye(len(CLASSES), CHANNELS) if informative else np.zeros((len(CLASSES), CHANNELS))
+        self.values, self.asked = {}, {}
+        for name, fold in FOLDS.items():
+            noise = spread * rng.standard_normal((len(fold.labels), CHANNELS))
+            self.values[name] = np.where(fold.labels[:, None] >= 0, centres[fold.labels] + noise, np.nan)
+
+    def __call__(self, store, patches):
+        self.asked[store.path.stem] = np.asarray(patches)
+        for patch in patches.tolist():
+            nuclei = slice(store.box_ptr[patch], store.box_ptr[patch + 1])
+            yield patch, self.values[store.path.stem][nuclei].astype(np.float32)
+
+
+def measure(embed, *, train=("fold1", "fold3"), test="fold2", split=None, settings=SETTINGS, seed=1):
+    split = whole_split() if split is None else split
+    return measure_readout(embed, [FOLDS[k] for k in train], FOLDS[test], split, settings=settings, seed=seed)
+
+
+def accuracy(found):
+    return found.table[found.table["class"] == "Accuracy"].set_index("readout")["f1"]
+
+
+def test_separable_embeddings_are_told_apart():
+    found = measure(Planted())
+    scores = found.table.set_index("readout").loc[["knn", "logistic"]]
+    assert (scores[["precision", "recall", "f1"]] == 1).all(axis=None)
+    assert found.summary["logistic"]["converged"]
+    share = np.bincount(FOLDS["fold2"].labels[FOLDS["fold2"].labels >= 0]).max() / found.table["n"].max()
+    assert accuracy(found)["majority"] <= share < 0.5
+
+
+def test_embeddings_without_information_score_at_chance():
+    found = accuracy(measure(Planted(informative=False), settings=ReadoutSettings(k=1, max_nuclei=1000)))
+    n = (FOLDS["fold2"].labels >= 0).sum()
+    assert np.abs(found - 1 / len(CLASSES)).max() < 4 * np.sqrt(0.25 * 0.75 / n)
+
+
+def test_only_labelled_nuclei_of_training_patches_train():
+    """Embeddings of validation patches are not finite, which no readout would take."""
+    embed, split = Planted(), whole_split()
+    expected = 0
+    for name in ("fold1", "fold3"):
+        fold, train = FOLDS[name], split.loc[(split["store"] == name) & (split["part"] == "train"), "patch"]
+        owner = np.repeat(np.arange(PATCHES), np.diff(fold.box_ptr))
+        used = np.isin(owner, train) & (fold.labels >= 0)
+        expected += used.sum()
+        embed.values[name][~used] = np.nan
+    found = measure(embed, split=split)
+    assert (accuracy(found)[["knn", "logistic"]] == 1).all()
+    assert sum(found.summary["train"].values()) == found.summary["train_available"] == expected
+    for name, asked in embed.asked.items():
+        part = "test" if name == "fold2" else "train"
+        assert set(asked) <= set(split.loc[(split["store"] == name) & (split["part"] == part), "patch"])
+
+
+def test_only_labelled_nuclei_of_test_patches_are_scored():
+    split = whole_split()
+    split = split[(split["store"] != "fold2") | (split["patch"] < 10)]
+    found = measure(Planted(), split=split)
+    labels = FOLDS["fold2"].labels[: FOLDS["fold2"].box_ptr[10]]
+    assert (found.table.loc[found.table["class"] == "Accuracy", "n"] == (labels >= 0).sum()).all()
+    assert found.summary["test"] == {name: (labels == k).sum() for k, name in enumerate(CLASSES)}
+
+
+@pytest.mark.parametrize("limit", [60, 1000])
+def test_order_of_rows_and_stores_does_not_matter(limit):
+    settings = ReadoutSettings(k=3, max_nuclei=limit)
+    embed = Planted(spread=2.5)
+    first = measure(embed, settings=settings)
+    shuffled = whole_split().sample(frac=1, random_state=3)
+    second = measure(embed, train=("fold3", "fold1"), split=shuffled, settings=settings)
+    pd.testing.assert_frame_equal(first.table, second.table)
+    assert first.summary == second.summary
+    assert 0.3 < accuracy(first)["knn"] < 0.98  # neither would tell anything
+
+
+def test_the_draw_is_stratified_and_follows_the_seed():
+    labels = {"a": np.repeat([0, 1, 2], [900, 90, 2]).astype(np.int8), "b": np.repeat([0, 1, 3], [900, 90, 1])}
+    available = {name: np.arange(len(values)) for name, values in labels.items()}
+    drawn = draw_nuclei(available, labels, 100, seed=5)
+    counts = np.bincount(np.concatenate([labels[name][chosen] for name, chosen in drawn.items()]))
+    assert counts.sum() == 100
+    assert counts.tolist() in ([89, 9, 1, 1], [90, 8, 1, 1])
+    again = draw_nuclei(dict(reversed(available.items())), labels, 100, seed=5)
+    other = draw_nuclei(available, labels, 100, seed=6)
+    assert all(np.array_equal(drawn[name], again[name]) for name in labels)
+    assert any(not np.array_equal(drawn[name], other[name]) for name in labels)
+    everything = draw_nuclei(available, labels, 5000, seed=5)
+    assert all(np.array_equal(everything[name], available[name]) for name in labels)
+
+
+@pytest.mark.parametrize("limit", [4, 5, 7, 50])
+def test_a_small_draw_has_every_class(limit):
+    labels = {"a": np.repeat([0, 1, 2, 3], [200, 3, 1, 1]).astype(np.int8)}
+    drawn = draw_nuclei({"a": np.arange(205)}, labels, limit, seed=0)["a"]
+    assert len(drawn) == len(set(drawn.tolist())) == limit
+    assert set(labels["a"][drawn]) == {0, 1, 2, 3}
+    with pytest.raises(ConfigError, match="max_nuclei: got 3, expected at least 4"):
+        draw_nuclei({"a": np.arange(205)}, labels, 3, seed=0)
+
+
+def test_neighbours_are_those_by_cosine():
+    rng = np.random.default_rng(0)
+    directions = np.eye(2, 8)
+    labels = np.arange(200) % 2
+    points = directions[labels] + 0.1 * rng.standard_normal((200, 8))
+    near = points[labels == 0] * 0.01  # their Euclidean neighbours are all of one class
+    test = np.concatenate([near, points[labels == 1] * 100])
+    predicted, _ = classify(points, labels, test, 3, seed=0)
+    assert predicted["knn"].tolist() == [0] * 100 + [1] * 100
+
+
+def test_logistic_regression_does_not_depend_on_the_scale_of_a_feature():
+    rng = np.random.default_rng(1)
+    labels = np.arange(300) % 3
+    train = np.eye(3, 5)[labels] + 0.5 * rng.standard_normal((300, 5))
+    train[:, 4] = 7.0  # tells nothing
+    test = train[rng.permutation(300)] + 0.3 * rng.standard_normal((300, 5))
+    scale, shift = np.array([1e-3, 1.0, 50.0, 1e3, 2.0]), np.array([0, 5.0, -100.0, 3.0, 1.0])
+    plain, _ = classify(train, labels, test, 3, seed=0)
+    scaled, _ = classify(train * scale + shift, labels, test * scale + shift, 3, seed=0)
+    assert (plain["logistic"] == scaled["logistic"]).mean() > 0.99
+    assert (plain["logistic"] == plain["majority"]).mean() < 0.6
+
+
+def test_a_fit_that_has_not_converged_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(readout, "_ITERATIONS", 1)
+    found = measure(Planted(spread=2.0))
+    assert found.summary["logistic"] == {"converged": False, "iterations": 1}
+    assert "has not converged" in caplog.text
+
+
+def test_scores_are_those_of_scikit_learn():
+    rng = np.random.default_rng(4)
+    truth, predicted = rng.integers(0, 4, 500), rng.integers(0, 4, 500)
+    table = score(truth, predicted, CLASSES).set_index("class")
+    expected = metrics.precision_recall_fscore_support(truth, predicted)
+    names = ["Neoplastic", "Inflammatory", "Connective", "Necrotic"]
+    np.testing.assert_allclose(table.loc[names, ["precision", "recall", "f1", "n"]].to_numpy().T, expected)
+    assert table.loc["Accuracy", "precision"] == table.loc["Accuracy", "f1"] == metrics.accuracy_score(truth, predicted)
+    assert table.loc["Macro", "f1"] == pytest.approx(metrics.f1_score(truth, predicted, average="macro"))
+
+
+def test_classes_without_truth_or_prediction():
+    table = score(np.array([0, 0, 1, 1]), np.array([0, 0, 2, 2]), CLASSES).set_index("class")
+    assert table.loc["Inflammatory", ["precision", "recall", "f1"]].tolist() == [0, 0, 0]
+    assert table.loc[["Connective", "Necrotic"], ["precision", "recall", "f1"]].isna().all(axis=None)
+    assert table.loc["Macro", "f1"] == 0.5
+    assert table["n"].tolist() == [4, 4, 2, 2, 0, 0]
+
+
+def test_missing_values_are_written_as_na(tmp_path):
+    split = whole_split()
+    few = split[(split["store"] != "fold2") | (split["patch"] == 0)]
+    write_readout(tmp_path / "a.tsv", measure(Planted(), split=few), experiment="ssl", split=2)
+    lines = (tmp_path / "a.tsv").read_text().splitlines()
+    assert lines[0] == "experiment\tsplit\treadout\tclass\tprecision\trecall\tf1\tn"
+    assert len(lines) == 1 + 3 * (2 + len(CLASSES))
+    assert {line.split("\t")[1] for line in lines[1:]} == {"2"}
+    table = pd.read_csv(tmp_path / "a.tsv", sep="\t")
+    assert (table["f1"].isna() == (table["n"] == 0)).all()
+
+
+def renamed(fold, **change):
+    return SimpleNamespace(**{**vars(fold), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"train": ["fold1"]}, InputError, r"training stores \['fold1'\], the split has \['fold1', 'fold3'\]"),
+        ({"train": ["fold1", "fold3", "fold1"]}, InputError, "each name once"),
+        ({"test": "fold3"}, InputError, r"test store fold3, the split tests on \['fold2'\]"),
+        ({"settings": ReadoutSettings(k=900, max_nuclei=800)}, ConfigError, "readout.k: got 900, expected at most the"),
+        ({"classes": ("a", "b", "c", "d")}, InputError, "classes"),
+        ({"beyond": True}, InputError, "patch 99, the store 40 patches"),
+        ({"label": -1}, InputError, "got 0 classes with nuclei to train on"),
+        ({"label": 2}, InputError, "got 1 classes with nuclei to train on"),
+    ],
+)
+def test_what_does_not_fit_is_refused(monkeypatch, change, error, message):
+    split = whole_split()
+    if "classes" in change:
+        monkeypatch.setitem(FOLDS, "fold3", renamed(FOLDS["fold3"], classes=change.pop("classes")))
+    if change.pop("beyond", False):
+        split.loc[3, "patch"] = 99
+    label = change.pop("label", None)
+    for name in ("fold1", "fold3") if label is not None else ():
+        monkeypatch.setitem(FOLDS, name, renamed(FOLDS[name], labels=np.full_like(FOLDS[name].labels, label)))
+    with pytest.raises(error, match=message):
+        measure(Planted(), split=split, **change)
+
+
+def test_the_script_reads_a_model_and_stores(tmp_path):
+    torch.manual_seed(0)
+    settings = make_experiment("parallel").model
+    save_model(tmp_path / "model.pt", CellDETR(settings), settings)
+    train, test = make_store(tmp_path / "fold1.zarr", 100, seed=1), make_store(tmp_path / "fold2.zarr", 40, seed=2)
+    split = make_split(train, 90, 10)
+    rows = pd.DataFrame({"store": "fold2", "patch": np.arange(40), "part": "test"})
+    pd.concat([split, rows]).to_csv(tmp_path / "split1.tsv", sep="\t", index=False)
+    output = SimpleNamespace(tsv=tmp_path / "readout.tsv", provenance=tmp_path / "readout.json")
+    inputs = SimpleNamespace(
+        model=tmp_path / "model.pt", stores=[train.path], split=tmp_path / "split1.tsv", test=test.path
+    )
+    params = SimpleNamespace(k=3, max_nuclei=500, batch_size=8, seed=1)
+    wildcards = SimpleNamespace(experiment="tiny", split="1")
+    readout_script.main(SimpleNamespace(input=inputs, output=output, params=params, wildcards=wildcards, threads=1))
+    table = pd.read_csv(output.tsv, sep="\t")
+    scores = table[table["class"] == "Accuracy"].set_index("readout")["f1"]
+    assert scores["logistic"] > scores["majority"] + 0.15  # weights that were never trained see colours, too
+    record = json.loads(output.provenance.read_text())
+    assert record["settings"] == {"k": 3, "max_nuclei": 500, "batch_size": 8}
+    assert "no detection score" in record["readout"]["what"]
+    assert set(record["inputs"]) == {str(path) for path in (*vars(inputs).values(), train.path) if path != [train.path]}
+    assert sum(record["readout"]["test"].values()) == len(test.labels)

@@ -1,0 +1,204 @@
+"""Synthetic slides: OpenSlide reads what was planted, and the readers of the pipeline find tissue and nuclei in it."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import geopandas
+import numpy as np
+import openslide
+import pytest
+import shapely
+import tifffile
+
+import make_example_slide
+from celldetr.example import slide as slide_module
+from celldetr.example.slide import write_slide
+from celldetr.runtime.errors import ConfigError
+from celldetr.slides.outlines import read_nucleus_file
+from celldetr.slides.pyramid import open_pyramid
+from celldetr.slides.tissue import tissue_mask
+
+OPTIONS = {"seed": 1, "size_um": (300.0, 240.0), "mpp": 0.5, "name": "planted"}
+SMALL = {"seed": 2, "size_um": (90.0, 70.0), "mpp": 0.5, "name": "small", "rim_um": 30.0}
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slide")
+    return write_slide(folder / "slide.tif", polygons=folder / "slide.parquet", **OPTIONS)
+
+
+def boxes_of(nuclei):
+    return np.array([[*outline.min(axis=0), *outline.max(axis=0)] for outline in nuclei])
+
+
+def inside(polygon, points):
+    return shapely.contains_xy(shapely.Polygon(polygon), points[:, 0], points[:, 1])
+
+
+def colours(image, points):
+    columns, rows = points.astype(int).T
+    return image[rows, columns].astype(float)
+
+
+def test_openslide_reads_three_levels_and_the_pixel_size(slide):
+    with openslide.OpenSlide(str(slide.image)) as opened:
+        width, height = slide.size
+        assert opened.level_dimensions == tuple((width // step, height // step) for step in (1, 4, 16))
+        assert float(opened.properties[openslide.PROPERTY_NAME_MPP_X]) == pytest.approx(0.5)
+        assert float(opened.properties[openslide.PROPERTY_NAME_MPP_Y]) == pytest.approx(0.5)
+        pixels = np.asarray(opened.read_region((0, 0), 0, opened.dimensions))[..., :3]
+    with open_pyramid(slide.image) as image:
+        assert image.mpp == pytest.approx(0.5)
+        assert np.array_equal(image.read(0, 0, 0, width, height), pixels)
+
+
+def test_each_level_says_its_own_pixel_size(slide):
+    with tifffile.TiffFile(slide.image) as file:
+        found = [[page.tags["XResolution"].value, page.tags["ResolutionUnit"].value] for page in file.pages]
+    assert [1e4 * below / above for (above, below), _ in found] == pytest.approx([0.5, 2.0, 8.0])
+    assert {int(unit) for _, unit in found} == {3}  # per cm
+
+
+def test_levels_show_the_same_picture(slide):
+    with open_pyramid(slide.image) as image:
+        fine = image.read(0, 0, 0, *slide.size).astype(float)
+        for index, level in list(enumerate(image.levels))[1:]:
+            step = round(level.downsample)
+            cut = fine[: level.height * step, : level.width * step]
+            means = cut.reshape(level.height, step, level.width, step, 3).mean(axis=(1, 3))
+            coarse = image.read(index, 0, 0, level.width, level.height)
+            error = np.abs(coarse - means).mean()
+            assert error < 2.5  # of JPEG
+            assert np.abs(coarse[:, 1:] - means[:, :-1]).mean() > 2 * error
+
+
+def test_nuclei_are_dark_and_lie_on_the_tissue_away_from_the_glass(slide):
+    with open_pyramid(slide.image) as image:
+        pixels = image.read(0, 0, 0, *slide.size)
+    centres = np.array([outline.mean(axis=0) for outline in slide.nuclei])
+    assert len(centres) > 100
+    assert inside(slide.tissue, centres).all()
+    stroke = shapely.LineString(slide.pen).buffer(slide.pen_width / 2)
+    marked = shapely.contains_xy(stroke, centres[:, 0], centres[:, 1])
+    places = np.random.default_rng(0).uniform(0, slide.size, (4000, 2))
+    ground = places[inside(slide.tissue, places)]
+    assert colours(pixels, centres[~marked])[:, 0].mean() < colours(pixels, ground)[:, 0].mean() - 30
+    rim = np.concatenate([pixels[:20].reshape(-1, 3), pixels[-20:].reshape(-1, 3), pixels[:, :20].reshape(-1, 3)])
+    assert rim.min() > 200
+    assert np.ptp(rim.mean(axis=0)) < 12
+
+
+def test_the_pen_is_blue_and_partly_on_the_tissue(slide):
+    with open_pyramid(slide.image) as image:
+        pixels = image.read(0, 0, 0, *slide.size)
+    inner = slide.pen[5:-5]
+    red, _, blue = colours(pixels, inner).T
+    assert (blue > red + 40).mean() > 0.95
+    stroke = shapely.LineString(slide.pen).buffer(slide.pen_width / 2)
+    on_tissue = stroke.intersection(shapely.Polygon(slide.tissue)).area / stroke.area
+    assert 0.1 < on_tissue < 0.6
+
+
+def test_tissue_is_found_without_glass_and_pen(slide):
+    with open_pyramid(slide.image) as image:
+        found = tissue_mask(image, slide.mpp)
+    rows, columns = np.indices(found.inside.shape).reshape(2, -1)
+    middles = (np.stack([columns, rows], axis=1) + 0.5) * found.cell
+    got = found.inside.ravel()
+    tissue, pen, um = shapely.Polygon(slide.tissue), shapely.LineString(slide.pen), 1 / slide.mpp
+    surely = tissue.buffer(-12 * um).difference(pen.buffer(slide.pen_width / 2 + 36 * um))
+    maybe = tissue.buffer(12 * um).difference(pen.buffer(slide.pen_width / 2 - 4 * um))
+    assert got[shapely.contains_xy(surely, *middles.T)].mean() > 0.9  # the rest is fat and a wide lumen
+    assert not got[~shapely.contains_xy(maybe, *middles.T)].any()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "geojson"])
+def test_outlines_come_back_without_their_classes(tmp_path, kind):
+    truth = write_slide(tmp_path / "a.tif", polygons=tmp_path / f"a.{kind}", **SMALL)
+    found = read_nucleus_file(truth.polygons, image_mpp=truth.mpp, mpp=truth.mpp)
+    np.testing.assert_allclose(found.nuclei.boxes, boxes_of(truth.nuclei), atol=1e-6)
+    assert (found.nuclei.labels == -1).all()
+    assert found.dropped["outlines that are empty or unreadable"] == truth.invalid["empty"] == 2
+    assert found.dropped["outlines without area"] == truth.invalid["flat"] == 1
+    assert found.repaired == truth.invalid["crossed"] + truth.invalid["flat"]
+    text = truth.polygons.read_bytes()
+    assert all(name.encode() in text for name in set(truth.classes))  # there is something to ignore
+
+
+def test_the_parquet_file_is_geoparquet_with_a_class_for_each_nucleus(slide):
+    frame = geopandas.read_parquet(slide.polygons)
+    assert frame["class"].tolist()[: len(slide.nuclei)] == slide.classes.tolist()
+    assert len(frame) == len(slide.nuclei) + slide.invalid["empty"] + slide.invalid["flat"]
+    assert (~frame.geometry.is_valid).sum() == slide.invalid["crossed"] + slide.invalid["flat"]
+
+
+def test_the_same_arguments_give_the_same_files(tmp_path):
+    digests = []
+    for name in ("a", "b"):
+        for kind in ("parquet", "geojson"):
+            write_slide(tmp_path / name, polygons=tmp_path / f"{name}.{kind}", **SMALL)
+        files = [tmp_path / name, *(tmp_path / f"{name}.{kind}" for kind in ("parquet", "geojson"))]
+        digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert digests[0] == digests[1]
+    write_slide(tmp_path / "c", **{**SMALL, "seed": 3})
+    assert hashlib.sha256((tmp_path / "c").read_bytes()).hexdigest() != digests[0][0]
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("a", "b", "c"),
+        *(f"{name}.{kind}" for name in "ab" for kind in ("parquet", "geojson")),
+    }
+
+
+def test_small_blocks_give_the_same_slide(tmp_path, monkeypatch):
+    write_slide(tmp_path / "a.tif", **SMALL)
+    monkeypatch.setattr(slide_module, "_BLOCK", 16)
+    write_slide(tmp_path / "b.tif", **SMALL)
+    assert (tmp_path / "a.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
+
+
+def test_a_slide_without_resolution_tags_does_not_say_its_pixel_size(tmp_path):
+    truth = write_slide(tmp_path / "a.tif", resolution_tags=False, **SMALL)
+    with open_pyramid(truth.image) as image:
+        assert image.mpp is None
+    with openslide.OpenSlide(str(truth.image)) as opened:
+        assert openslide.PROPERTY_NAME_MPP_X not in opened.properties
+    assert truth.polygons is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mpp": 0.0}, "mpp=0"),
+        ({"rim_um": 0.0}, "rim_um=0"),
+        ({"size_um": (0.5, 80.0), "rim_um": 1.0}, "16 px"),
+        ({"polygons": "nuclei.csv"}, "nuclei.csv"),
+        ({"density": 0.0, "mixture": {"fat": 1.0}}, "no nucleus"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        write_slide(tmp_path / "a.tif", **{**SMALL, **change})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_writes_another_slide_for_each_number(tmp_path):
+    sizes = []
+    for number in (0, 1):
+        output = SimpleNamespace(slide=str(tmp_path / f"{number}.tif"), nuclei=str(tmp_path / f"{number}.parquet"))
+        params = SimpleNamespace(size_um=[90.0, 70.0], mpp=0.5, number=number, seed=1)
+        make_example_slide.main(
+            SimpleNamespace(params=params, output=output, wildcards=SimpleNamespace(slide=f"drawn_{number}"))
+        )
+        with open_pyramid(output.slide) as image:
+            sizes.append((image.size, len(read_nucleus_file(output.nuclei, image_mpp=0.5, mpp=0.5).nuclei)))
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[0][1] != sizes[1][1]
+
+
+def test_geojson_is_as_qupath_writes_it(tmp_path):
+    truth = write_slide(tmp_path / "a.tif", polygons=tmp_path / "a.geojson", **SMALL)
+    features = json.loads(truth.polygons.read_text())["features"]
+    assert features[3]["properties"]["classification"]["name"] == truth.classes[3]
+    ring = np.array(features[3]["geometry"]["coordinates"][0])
+    np.testing.assert_allclose(ring[:-1], truth.nuclei[3], atol=1e-6)

@@ -1,0 +1,203 @@
+"""Detection over a slide: every nucleus once, whatever the tiles, at its place; and only where there is tissue."""
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from tiny_training import SIZE, make_experiment
+
+from celldetr.inference.detection import (
+    SlideNuclei,
+    Tiling,
+    _Findings,
+    detect_file,
+    detect_slide,
+    model_detector,
+    plan_tiles,
+    write_nuclei,
+)
+from celldetr.model.celldetr import CellDETR
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.slides.outlines import read_nucleus_file
+from celldetr.slides.tissue import Raster
+
+PINK, WHITE, DARK = (225, 170, 205), (245, 245, 245), (60, 40, 120)
+
+
+def draw(width, height, seed=0, spacing=22):
+    """Draw dark discs on pink; the image and their boxes (n, 4)."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(np.arange(spacing, width - 12, spacing), np.arange(spacing, height - 12, spacing)), -1)
+    centres = grid.reshape(-1, 2) + rng.integers(-4, 5, (grid.size // 2, 2)) + 0.5
+    image = np.full((height, width, 3), PINK, np.uint8)
+    boxes = []
+    for x, y in centres:
+        r = int(rng.integers(3, 6))
+        rows, columns = np.mgrid[int(y) - r : int(y) + r + 1, int(x) - r : int(x) + r + 1]
+        inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= (r + 0.3) ** 2
+        image[rows[inside], columns[inside]] = DARK
+        boxes.append([columns[inside].min(), rows[inside].min(), columns[inside].max() + 1, rows[inside].max() + 1])
+    return image, np.array(boxes, float)
+
+
+def find_dark(images):
+    """Find what is dark in each image, cut off at its edge as a detector would see it."""
+    found = []
+    for image in images:
+        pieces, _ = ndimage.label(image[..., 1] < 100, np.ones((3, 3)))
+        spans = ndimage.find_objects(pieces)
+        boxes = np.array([[x.start, y.start, x.stop, y.stop] for y, x in spans], float).reshape(-1, 4)
+        found.append((boxes, np.linspace(0.5, 1, len(boxes))))
+    return found
+
+
+def in_order(boxes):
+    return boxes[np.lexsort(boxes.T[:2])]
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    image, boxes = draw(331, 287)
+    path = tmp_path_factory.mktemp("slide") / "slide.tif"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64))
+    return path, (331, 287), boxes
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(40, 200), st.integers(12, 19), st.integers(1, 5), st.integers(1, 2))
+def test_each_nucleus_is_found_once_whatever_the_tiles(slide, size, margin, batch, workers):
+    path, image_size, truth = slide
+    tiling = Tiling(size, 1.0, margin)
+    everywhere = Raster(np.ones((36, 42), bool), 8, 8.0)
+    plan = plan_tiles(image_size, 1.0, tiling, everywhere)
+    found = detect_slide(path, plan, tiling, find_dark, image_size=image_size, batch_size=batch, workers=workers)
+    np.testing.assert_array_equal(in_order(found.boxes), in_order(truth))
+    assert found.tiles == len(plan)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(30, 90), st.integers(4, 14), st.integers(0, 10_000))
+def test_tiles_that_do_not_agree_on_the_place_count_each_nucleus_once(size, margin, seed):
+    rng = np.random.default_rng(seed)
+    tiling = Tiling(size, 1.0, margin)
+    _, truth = draw(200, 180, seed)
+    overlap = truth[:6] + rng.uniform(3, 4, (6, 1))  # nuclei that lie over others
+    truth = np.concatenate([truth, overlap])
+    findings = _Findings(tiling, np.array([200.0, 180.0]))
+    tiles = plan_tiles((200, 180), 1.0, tiling, Raster(np.ones((23, 25), bool), 8, 8.0)).corners
+    for tile, corner in enumerate(tiles):
+        boxes = truth - np.tile(corner, 2)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        seen = ((centres > 0) & (centres < size)).all(axis=1)
+        shaken = boxes[seen] + rng.uniform(-0.12, 0.12, (int(seen.sum()), 4)) * margin / 4
+        findings.add(tile, corner, shaken, np.ones(len(shaken)))
+    boxes, _ = findings.unique()
+    assert len(boxes) == len(truth)
+    nearest = np.abs(boxes[:, None] - truth).max(axis=2)
+    assert (nearest.min(axis=0) <= 0.5).all()
+
+
+def test_a_nucleus_on_the_corner_of_four_cores_is_one():
+    tiling = Tiling(48, 1.0, 8)
+    box = np.array([[28, 28, 36, 36.0]])  # its centre is where four cores meet
+    findings = _Findings(tiling, np.array([100.0, 100.0]))
+    corners = np.array([[-8, -8], [24, -8], [-8, 24], [24, 24]])
+    for tile, corner in enumerate(corners):
+        findings.add(tile, corner, box - np.tile(corner, 2), np.ones(1))
+    assert len(findings.unique()[0]) == 1
+
+
+@pytest.mark.parametrize("left", [[60, 64], [54, 57]])  # on either side of the border at 72, and on one side of it
+def test_nuclei_that_lie_over_each_other_at_a_border_stay_two(left):
+    tiling = Tiling(96, 1.0, 24)
+    truth = np.array([[x, 30, x + 20, 50.0] for x in left])
+    findings = _Findings(tiling, np.array([200.0, 96.0]))
+    for tile, corner in enumerate(np.array([[0, -24], [48, -24]])):  # cores 24 to 72 and 72 to 120
+        findings.add(tile, corner, truth - np.tile(corner, 2) + 0.1 * tile, np.ones(2))
+    found, _ = findings.unique()
+    assert np.abs(in_order(found) - truth).max() < 0.2
+    assert len(found) == 2
+
+
+def test_glass_is_not_looked_at(tmp_path):
+    image, boxes = draw(800, 400)
+    image[:, 400:] = WHITE
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64))
+    seen = []
+
+    def find(images):
+        seen.extend(images)
+        return find_dark(images)
+
+    options = {"slide": "s", "size": 64, "mpp": 2.0, "margin_um": 28.0, "batch_size": 4, "workers": 1}
+    found = detect_file(path, find, slide_mpp=2.0, on_damage="stop", **options)
+    left = boxes[boxes[:, 2] <= 400]
+    np.testing.assert_array_equal(in_order(found.boxes[found.boxes[:, 2] < 395]), in_order(left[left[:, 2] < 395]))
+    assert not any((tile == WHITE).all() for tile in seen)
+    with pytest.raises(InputError, match="column mpp"):
+        detect_file(path, find, slide_mpp=None, on_damage="stop", **options)
+    with pytest.raises(ConfigError, match="margin_um"):
+        detect_file(path, find, slide_mpp=2.0, on_damage="stop", **{**options, "margin_um": 64.0})
+
+
+def test_boxes_are_px_of_level_0(tmp_path):
+    image, boxes = draw(200, 200)
+    double = image.repeat(2, axis=0).repeat(2, axis=1)
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, double, photometric="rgb", tile=(64, 64))
+    tiling = Tiling(64, 1.0, 16)
+    plan = plan_tiles((400, 400), 0.5, tiling, Raster(np.ones((25, 25), bool), 16, 8.0))
+    found = detect_slide(path, plan, tiling, find_dark, image_size=(400, 400), batch_size=4, workers=1)
+    assert np.abs(in_order(found.boxes) - in_order(boxes * 2)).max() <= 2  # a px of the tiles
+
+
+def test_what_was_found_is_read_again(tmp_path):
+    _, boxes = draw(400, 400)
+    scores = np.linspace(0, 1, len(boxes))
+    write_nuclei(tmp_path / "n.parquet", SlideNuclei(boxes, scores, [], 1))
+    found = read_nucleus_file(tmp_path / "n.parquet", image_mpp=0.5, mpp=0.5)
+    np.testing.assert_allclose(found.nuclei.boxes, boxes)
+    geopandas = pytest.importorskip("geopandas")
+    frame = geopandas.read_parquet(tmp_path / "n.parquet")
+    np.testing.assert_allclose(frame["score"], scores, rtol=1e-6)
+    assert shapely.area(frame.geometry.to_numpy()).min() > 0
+    write_nuclei(tmp_path / "none.parquet", SlideNuclei(np.empty((0, 4)), np.empty(0), [], 0))
+    assert len(read_nucleus_file(tmp_path / "none.parquet", image_mpp=0.5, mpp=0.5).nuclei) == 0
+
+
+def test_damaged_tiles_are_left_out_and_counted(tmp_path):
+    image, truth = draw(512, 256)
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64), compression="deflate")
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        offset, count = page.dataoffsets[0], page.databytecounts[0]  # the first tile
+    data = bytearray(path.read_bytes())
+    data[offset + 20 : offset + count - 20] = bytes(count - 40)
+    path.write_bytes(data)
+    tiling = Tiling(64, 1.0, 14)
+    plan = plan_tiles((512, 256), 1.0, tiling, Raster(np.ones((32, 64), bool), 8, 8.0))
+    options = {"image_size": (512, 256), "batch_size": 3, "workers": 2}
+    with pytest.raises(InputError, match=r"slide\.tif.*row 0, column 0"):
+        detect_slide(path, plan, tiling, find_dark, **options)
+    found = detect_slide(path, plan, tiling, find_dark, skip=True, **options)
+    assert len(found.damaged) == len(plan) - found.tiles == 9  # all whose margins reach it
+    far = truth[(truth[:, :2] > 108).any(axis=1)]  # outside of the cores of those tiles
+    assert {tuple(box) for box in far} <= {tuple(box) for box in found.boxes}
+
+
+def test_a_model_finds_what_it_predicts():
+    torch.manual_seed(0)
+    model = CellDETR(make_experiment().model).eval()
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    found = model_detector(model, 0.0, "cpu")(images)
+    expected = model.predict(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, 0.0)
+    assert len(found) == 3
+    for (boxes, scores), one in zip(found, expected, strict=True):
+        np.testing.assert_allclose(boxes, one.boxes.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(scores, one.nucleus_score.numpy(), rtol=1e-6)

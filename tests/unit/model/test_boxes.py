@@ -1,0 +1,168 @@
+"""Boxes: formats, overlap also of boxes without area, and the noise of the paper's appendix."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from celldetr.model import boxes
+from celldetr.runtime.errors import ConfigError
+
+PAPER = {"low": 0.1, "high": 0.4, "enlarge": 0.5}
+
+
+def draw(count=200, seed=0, dtype=torch.float32, least=1e-3):
+    """Return boxes (count, 4) cxcywh that lie in the image."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.rand(count, 4, generator=generator, dtype=dtype)
+    size = least + (1 - least) * numbers[:, 2:] ** 3
+    return torch.cat([size / 2 + numbers[:, :2] * (1 - size), size], dim=1)
+
+
+def noised(given_boxes, seed=0, **options):
+    uniforms = boxes.noise_uniforms(len(given_boxes), torch.Generator().manual_seed(seed))
+    return boxes.noise(given_boxes, uniforms, **(PAPER | options))
+
+
+def test_formats_are_inverse_to_each_other():
+    corners = torch.tensor([[0.1, 0.2, 0.5, 0.4]])
+    torch.testing.assert_close(boxes.xyxy_to_cxcywh(corners), torch.tensor([[0.3, 0.3, 0.4, 0.2]]))
+    many = draw()
+    torch.testing.assert_close(boxes.xyxy_to_cxcywh(boxes.cxcywh_to_xyxy(many)), many, atol=1e-6, rtol=0)
+    assert boxes.cxcywh_to_xyxy(torch.zeros(0, 4)).shape == (0, 4)
+
+
+def test_half_precision_boxes_are_widened():
+    half = draw().bfloat16()
+    for function in (boxes.cxcywh_to_xyxy, boxes.xyxy_to_cxcywh, boxes.box_area):
+        assert function(half).dtype == torch.float32
+    corners = boxes.cxcywh_to_xyxy(half)
+    assert boxes.giou(corners.bfloat16(), corners.bfloat16()).dtype == torch.float32
+    assert boxes.box_area(draw(dtype=torch.float64)).dtype == torch.float64
+
+
+def test_overlap_of_known_boxes():
+    first = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
+    second = torch.tensor([[1.0, 1.0, 3.0, 3.0], [2.0, 0.0, 3.0, 1.0]])
+    assert boxes.box_area(first).tolist() == [4, 1]
+    torch.testing.assert_close(boxes.iou(first, second), torch.tensor([1 / 7, 0.0]))
+    torch.testing.assert_close(boxes.giou(first, second), torch.tensor([1 / 7 - 2 / 9, -1 / 3]))
+
+
+def test_pairs_are_all_single_comparisons():
+    first, second = (boxes.cxcywh_to_xyxy(draw(n, seed=n)) for n in (5, 7))
+    for pairwise, single in ((boxes.pairwise_iou, boxes.iou), (boxes.pairwise_giou, boxes.giou)):
+        table = pairwise(first, second)
+        assert table.shape == (5, 7)
+        for i in range(5):
+            assert torch.equal(table[i], single(first[i].expand(7, 4), second))
+        assert pairwise(first, second[:0]).shape == (5, 0)
+
+
+def test_generalised_overlap_is_symmetric_and_bounded():
+    first, second = (boxes.cxcywh_to_xyxy(draw(500, seed)) for seed in (1, 2))
+    value = boxes.giou(first, second)
+    assert (value <= boxes.iou(first, second) + 1e-6).all()
+    assert (value >= -1).all()
+    torch.testing.assert_close(value, boxes.giou(second, first))
+    torch.testing.assert_close(boxes.giou(first, first), torch.ones(500))
+
+
+POINT, OTHER, LINE, SQUARE = [0.5] * 4, [0.7] * 4, [0.2, 0.5, 0.8, 0.5], [0.4, 0.4, 0.6, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [(POINT, POINT, 0), (POINT, OTHER, -1), (LINE, LINE, 0), (POINT, LINE, 0), (POINT, SQUARE, 0), (SQUARE, SQUARE, 1)],
+)
+def test_boxes_without_area_have_finite_overlap_and_gradient(first, second, expected):
+    leaf = torch.tensor([first], requires_grad=True)
+    value = boxes.giou(leaf, torch.tensor([second]))
+    value.sum().backward()
+    assert float(value.detach()) == pytest.approx(expected)
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad.abs().max() < 1e3
+
+
+def test_swapped_corners_have_no_area():
+    assert boxes.box_area(torch.tensor([[0.6, 0.6, 0.4, 0.4]])).item() == 0
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    broken = torch.tensor([[0.1, 0.1, float("nan"), 0.3]])
+    assert boxes.giou(broken, torch.tensor([SQUARE])).isnan().all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    limits=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).map(sorted),
+    enlarge=st.floats(0, 1),
+    least=st.sampled_from([1e-5, 1e-3, 0.3]),
+)
+def test_noised_boxes_lie_in_the_image_with_their_centre_in_the_original_box(seed, limits, enlarge, least):
+    original = draw(200, seed, least=least)
+    result = noised(original, seed, low=limits[0], high=limits[1], enlarge=enlarge)
+    corners = boxes.cxcywh_to_xyxy(result)
+    assert (result[:, 2:] > 0).all()
+    assert (corners >= -1e-5).all()
+    assert (corners <= 1 + 1e-5).all()
+    assert ((result[:, :2] - original[:, :2]).abs() <= original[:, 2:] / 2 + 1e-6).all()
+
+
+def test_sizes_and_shifts_follow_the_equations():
+    original = torch.tensor([[0.5, 0.5, 0.1, 0.2]]).expand(20_000, 4)
+    result = noised(original, enlarge=0.3)
+    ratio = result[:, 2:] / original[:, 2:] - 1
+    shift = (result[:, :2] - original[:, :2]) / (original[:, 2:] / 2)
+    for change in (*ratio.unbind(1), *shift.unbind(1)):
+        assert change.abs().min() > 0.1 - 1e-4
+        assert change.abs().max() < 0.4 + 1e-4
+        assert change.abs().mean().item() == pytest.approx(0.25, abs=0.005)
+    torch.testing.assert_close((ratio > 0).float().mean(0), torch.tensor([0.3, 0.3]), atol=0.015, rtol=0)
+    torch.testing.assert_close((shift > 0).float().mean(0), torch.tensor([0.5, 0.5]), atol=0.015, rtol=0)
+    together = torch.corrcoef(torch.cat([ratio, shift], dim=1).T) - torch.eye(4)
+    assert together.abs().max() < 4 / math.sqrt(20_000)
+
+
+def test_share_is_the_part_of_boxes_that_change():
+    original = draw(5000, least=0.05)
+    changed = (noised(original, share=0.6) != original).any(dim=1).float().mean().item()
+    assert changed == pytest.approx(0.6, abs=0.03)
+    assert torch.equal(noised(original, share=0.0), original)
+    assert (noised(original, share=1.0) != original).any(dim=1).all()
+
+
+def test_noise_of_a_batch_is_the_noise_of_its_parts():
+    original = draw(100)
+    uniforms = boxes.noise_uniforms(100, torch.Generator().manual_seed(3))
+    whole = boxes.noise(original, uniforms, **PAPER)
+    parts = [boxes.noise(original[part], uniforms[part], **PAPER) for part in (slice(0, 30), slice(30, 100))]
+    assert torch.equal(whole, torch.cat(parts))
+    shaped = boxes.noise(original.view(4, 25, 4), uniforms.view(4, 25, -1), **PAPER)
+    assert torch.equal(shaped.view(100, 4), whole)
+
+
+def test_noise_of_no_boxes():
+    assert noised(torch.zeros(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"low": 0.5, "high": 0.4}, "expected 0 <= low <= high < 1"),
+        ({"high": 1.0}, "expected 0 <= low <= high < 1"),
+        ({"enlarge": 1.5}, "got enlarge 1.5, expected a probability"),
+        ({"share": -0.1}, "got share -0.1, expected a probability"),
+    ],
+)
+def test_impossible_noise_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        noised(draw(3), **options)
+
+
+def test_draws_must_fit_the_boxes():
+    with pytest.raises(ValueError, match="uniforms: got shape"):
+        boxes.noise(draw(3), torch.rand(2, boxes.NOISE_DRAWS), **PAPER)

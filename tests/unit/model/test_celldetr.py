@@ -1,0 +1,338 @@
+import pytest
+import torch
+
+from celldetr.config.experiment import BackboneSettings, ModelSettings, RepresentationSettings
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.recompute import use_recompute
+from celldetr.model.transformer import relu_dropout
+
+MODES = ("baseline", "sequential", "parallel")
+BOXED = ("sequential", "parallel")
+
+
+def settings(mode, *, tokens=2, self_attention="after_first", **changes):
+    return ModelSettings(
+        **{
+            "mode": mode,
+            "classes": ("a", "b", "c"),
+            "d_model": 32,
+            "heads": 4,
+            "points": 2,
+            "ffn": 48,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "queries": 10,
+            "backbone": BackboneSettings(block="basic", layers=(1, 1, 1, 1), width=8, stages=(2, 3), norm="group"),
+            "representation": RepresentationSettings(layers=3, self_attention=self_attention, global_tokens=tokens),
+            **changes,
+        }
+    )
+
+
+def build(mode, **options):
+    """Build a model in float64 whose weights are away from their initial values, so that every part has an effect."""
+    torch.manual_seed(3)
+    model = CellDETR(settings(mode, **options)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, dtype=parameter.dtype))  # whatever its layout
+    return model
+
+
+def images(count=3, size=64):
+    return torch.rand(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def boxes(batch, count, seed=0):
+    drawn = torch.rand(batch, count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.cat((0.2 + 0.6 * drawn[..., :2], 0.05 + 0.3 * drawn[..., 2:]), dim=-1)
+
+
+def middle(model, batch):
+    """Find a threshold that about half of the detections of a batch reach, between two scores."""
+    logits = model.detect(model.encode(batch)).logits[-1]
+    scores = logits.detach().sigmoid().amax(dim=-1).flatten().sort().values
+    return float(scores[len(scores) // 2 : len(scores) // 2 + 2].mean())
+
+
+def same(first, second):
+    for name in ("query", "boxes", "nucleus_score", "class_scores", "embeddings"):
+        if getattr(first, name) is not None:
+            torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_result_of_an_image_is_the_same_whatever_shares_its_batch(mode):
+    model, batch = build(mode), images()
+    threshold = middle(model, batch)
+    together = model.predict(batch, threshold)
+    assert len({len(found.query) for found in together}) > 1, "images must need different padding"
+    for index, found in enumerate(together):
+        same(found, model.predict(batch[index : index + 1], threshold)[0])
+
+
+@pytest.mark.parametrize("mode", BOXED)
+@pytest.mark.parametrize("self_attention", ["after_first", "none"])
+def test_padding_never_leaks(mode, self_attention):
+    model = build(mode, self_attention=self_attention)
+    features, given = model.encode(images(2)), boxes(2, 5)
+    valid = torch.tensor([[True] * 5, [True, False, True, False, False]])
+    expected = model.represent(features, given, valid)
+    for rubbish in (torch.nan, 1e9, 0.0):
+        padded = torch.where(valid[..., None], given, rubbish)
+        torch.testing.assert_close(model.represent(features, padded, valid), expected, rtol=0, atol=1e-12)
+    assert not expected[~valid].any()
+    alone = model.represent(model.encode(images(2)[1:]), given[1:, [0, 2]])
+    torch.testing.assert_close(expected[1, [0, 2]], alone[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_without_nuclei_give_empty_results(mode):
+    model = build(mode)
+    for found, points in model.attention(images(2), 1.0):
+        assert found.boxes.shape == (0, 4)
+        assert found.class_scores.shape == (0, 3)
+        assert len(points.weights) == len(found.query) == 0
+        assert found.embeddings is None if mode == "baseline" else found.embeddings.shape == (0, 32)
+
+
+@pytest.mark.parametrize("mode", BOXED)
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_batch_without_boxes_is_represented_as_nothing(mode, tokens):
+    model = build(mode, tokens=tokens)
+    features = model.encode(images(2))
+    for valid in (None, torch.zeros(2, 0, dtype=torch.bool)):
+        empty = model.represent(features, boxes(2, 0), valid)
+        assert model.classify(empty).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("mode", BOXED)
+def test_permuted_boxes_give_permuted_embeddings(mode):
+    model = build(mode)
+    features, given, order = model.encode(images(2)), boxes(2, 6), torch.tensor([4, 1, 5, 0, 2, 3])
+    expected = model.represent(features, given)[:, order]
+    torch.testing.assert_close(model.represent(features, given[:, order]), expected, rtol=0, atol=1e-12)
+
+
+def test_without_self_attention_an_embedding_depends_on_its_own_box_alone():
+    given = boxes(1, 4)
+    others = torch.cat((given[:, :1], boxes(1, 6, seed=1)), dim=1)
+    for kind, alike in (("none", True), ("after_first", False)):
+        model = build("parallel", self_attention=kind)
+        features = model.encode(images(1))
+        first, second = (model.represent(features, some)[:, 0] for some in (given, others))
+        assert torch.allclose(first, second, rtol=0, atol=1e-12) == alike
+
+
+@pytest.mark.parametrize("mode", BOXED)
+def test_every_sampling_point_of_a_nucleus_lies_in_its_box(mode):
+    model, batch = build(mode), images()
+    for found, points in model.attention(batch, middle(model, batch)):
+        places = (points.locations * 64).flatten(1, -2)
+        low, high = found.boxes[:, None, :2], found.boxes[:, None, 2:]
+        assert len(found.query)
+        assert ((places >= low - 1e-9) & (places <= high + 1e-9)).all()
+        assert places.std(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_weights_sum_to_one_for_each_nucleus_and_head(mode):
+    model, batch = build(mode), images()
+    threshold = middle(model, batch)
+    plain = model.predict(batch, threshold)
+    for (found, points), expected in zip(model.attention(batch, threshold), plain, strict=True):
+        same(found, expected)
+        assert points.locations.shape == (len(found.query), 4, 2, 2, 2)
+        torch.testing.assert_close(points.weights.sum(dim=(-2, -1)), torch.ones_like(points.weights[..., 0, 0]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predictions_are_the_detections_that_reach_the_threshold(mode):
+    model, batch = build(mode), images()
+    found = model.detect(model.encode(batch))
+    scores = found.logits[-1].sigmoid().amax(dim=-1)
+    threshold = scores.detach().flatten().median().item()  # one score is equal to it
+    for image, predicted in enumerate(model.predict(batch, threshold)):
+        assert predicted.query.tolist() == (scores[image] >= threshold).nonzero().flatten().tolist()
+        centre = predicted.boxes.view(-1, 2, 2).mean(dim=1) / 64
+        torch.testing.assert_close(centre, found.boxes[-1, image, predicted.query, :2].detach())
+        torch.testing.assert_close(predicted.nucleus_score, scores[image, predicted.query].detach())
+
+
+def training_loss(model, batch, given, valid):
+    """Losses that reach what the losses of training reach."""
+    features = model.encode(batch)
+    found = model.detect(features)
+    matched = found.boxes[:, :, : given.shape[1]][:, valid]
+    loss = found.logits.square().mean() + matched.square().sum()
+    if model.settings.mode == "sequential":
+        classes = model.classify(model.represent(features, found.boxes[-1]))[:, : given.shape[1]][valid]
+        loss = loss + classes.square().sum()
+    if model.settings.mode == "parallel":
+        loss = loss + model.classify(model.represent(features, given, valid))[valid].square().sum()
+    return loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("nuclei", [0, 1, 3])
+@pytest.mark.parametrize("tokens", [0, 2])
+@pytest.mark.parametrize("self_attention", ["after_first", "none"])
+def test_every_parameter_gets_a_gradient(mode, nuclei, tokens, self_attention):
+    """Devices that share a batch wait for each other's gradients: none may depend on what a device's images hold."""
+    model = build(mode, tokens=tokens, self_attention=self_attention).train()
+    training_loss(model, images(2), boxes(2, nuclei), torch.ones(2, nuclei, dtype=torch.bool)).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    if nuclei > 1:
+        silent = [name for name, p in model.named_parameters() if not p.grad.any()]
+        assert silent == []
+
+
+def test_padded_images_train_without_a_gradient_that_is_not_finite():
+    model, valid = build("parallel").train(), torch.tensor([[True, True, False], [False, False, False]])
+    given = torch.where(valid[..., None], boxes(2, 3), torch.nan)
+    training_loss(model, images(2), given, valid).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_each_detection_layer_refines_the_detached_box_of_the_layer_before():
+    model = build("baseline")
+    found = model.detect(model.encode(images(1)))
+    assert found.logits.shape == (2, 1, 10, 3)
+    found.boxes[1].sum().backward()
+    assert model.decoder.bbox_embed[1].layers[-1].bias.grad.any()
+    assert not model.decoder.bbox_embed[0].layers[-1].bias.grad.any()
+    fresh = CellDETR(settings("baseline"))
+    start = fresh.detect(fresh.encode(images(1).float()))
+    torch.testing.assert_close(start.boxes[0], start.boxes[1])
+
+
+def test_a_new_model_starts_at_the_prior_with_boxes_of_nuclear_size():
+    torch.manual_seed(0)
+    model = CellDETR(settings("sequential")).eval()
+    with torch.no_grad():
+        features = model.encode(images(1).float())
+        found = model.detect(features)
+        classes = model.classify(model.represent(features, found.boxes[-1])).sigmoid()
+    for scores in (found.logits.sigmoid(), classes):
+        assert 0.005 < scores.mean() < 0.05
+    assert 0.05 < found.boxes[-1, ..., 2:].min() <= found.boxes[-1, ..., 2:].max() < 0.3
+
+
+def test_mask_hides_boxes_from_each_other():
+    """Anchors after originals (contrastive pretraining): an anchor sees the originals and itself alone."""
+    model = build("parallel", tokens=1)
+    features = model.encode(images(1))
+    mask = torch.zeros(6, 6, dtype=torch.bool)
+    mask[:, :3] = True  # three originals, two anchors, one token
+    given, other = boxes(1, 5), boxes(1, 5)
+    other[:, 4] = boxes(1, 5, seed=2)[:, 4]
+    first, second = (model.represent(features, some, mask=mask, positions=False) for some in (given, other))
+    torch.testing.assert_close(first[:, :4], second[:, :4], rtol=0, atol=1e-12)
+    assert not torch.allclose(first[:, 4], second[:, 4])
+    each = model.represent(features, given, mask=mask.expand(1, 6, 6), positions=False)
+    torch.testing.assert_close(each, first)
+    boxes_only = model.represent(features, given, mask=mask[:5, :5], positions=False)
+    assert not torch.allclose(boxes_only, first), "without rows and columns of their own, tokens are seen by all"
+
+
+def test_positions_are_of_self_attention_only():
+    given = boxes(1, 3)
+    for kind, alike in (("none", True), ("after_first", False)):
+        model = build("parallel", tokens=0, self_attention=kind)
+        features = model.encode(images(1))
+        first, second = (model.represent(features, given, positions=value) for value in (True, False))
+        assert torch.allclose(first, second, rtol=0, atol=1e-12) == alike
+
+
+def test_global_tokens_are_context_of_the_parallel_mode():
+    for mode, alike in (("sequential", True), ("parallel", False)):
+        first, second = build(mode, tokens=0), build(mode, tokens=3)
+        second.load_state_dict(first.state_dict())
+        found = [model.represent(model.encode(images(1)), boxes(1, 3)) for model in (first, second)]
+        assert torch.equal(*found) == alike
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_autocast_keeps_boxes_and_logits_in_full_precision(mode):
+    model, batch = build(mode).float(), images(2).float()
+    given = boxes(2, 3).float()
+    with torch.no_grad():
+        exact = model.detect(model.encode(batch))
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.encode(batch)
+            found = model.detect(features)
+            assert found.logits.dtype == found.boxes.dtype == torch.float32
+            assert (found.boxes - exact.boxes).abs().mean() < 0.02
+            if mode != "baseline":
+                logits = model.classify(model.represent(features, given))
+                assert logits.dtype == torch.float32
+            assert all(item.boxes.isfinite().all() for item in model.predict(batch, 0.0))
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = training_loss(model, batch, given, torch.ones(2, 3, dtype=torch.bool))
+    loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_prediction_in_inference_mode_leaves_the_model_trainable():
+    model = build("parallel").train()
+    with torch.inference_mode():
+        model.predict(images(1, size=96), 0.0)
+    assert model.training
+    training_loss(model, images(1, size=96), boxes(1, 2), torch.ones(1, 2, dtype=torch.bool)).backward()
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+def test_extra_levels_halve_the_last_map(extra):
+    backbone = BackboneSettings(
+        block="basic", layers=(1, 1, 1, 1), width=8, stages=(2, 3), norm="group", extra_levels=extra
+    )
+    model = build("sequential", backbone=backbone)
+    features = model.encode(images(1, size=96))
+    assert features.shapes == ((12, 12), (6, 6), (3, 3), (2, 2))[: 2 + extra]
+    assert features.memory.shape == (1, sum(h * w for h, w in features.shapes), 32)
+
+
+def test_both_forms_of_the_sampling_give_the_same_model():
+    first, second = build("parallel"), build("parallel", fast=False)
+    for found, expected in zip(first.predict(images(), 0.0), second.predict(images(), 0.0), strict=True):
+        same(found, expected)
+
+
+def test_recomputing_keeps_less_for_the_backward_pass_and_gives_the_same_gradients():
+    kept, gradients = {}, {}
+    for again in (True, False):
+        model = build("parallel", encoder_layers=4).train()
+        use_recompute(model, again)
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            torch.manual_seed(1)
+            features = model.encode(images())
+            logits, boxes = model.detect(features)
+            embeddings = model.represent(features, boxes[-1])
+        kept[again] = sum(sizes.values())
+        (logits.sum() + boxes.sum() + embeddings.square().sum()).backward()
+        gradients[again] = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    assert kept[True] < 0.4 * kept[False]
+    for first, second in zip(gradients[True], gradients[False], strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_relu_and_dropout_together_are_relu_then_dropout(p):
+    x = torch.randn(7, 50, dtype=torch.float64)
+    first, second = (x.clone().requires_grad_() for _ in range(2))
+    torch.manual_seed(2)
+    together = relu_dropout(first * 1, p)
+    torch.manual_seed(2)
+    apart = torch.nn.functional.dropout(torch.relu(second * 1), p)
+    torch.testing.assert_close(together, apart)
+    weights = torch.randn_like(x)
+    (together * weights).sum().backward()
+    (apart * weights).sum().backward()
+    torch.testing.assert_close(first.grad, second.grad)

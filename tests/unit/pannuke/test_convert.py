@@ -1,0 +1,241 @@
+"""Conversion of PanNuke archives: planted truth comes back, what is odd is kept and counted, bad input is named."""
+
+import io
+import re
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from celldetr.example.pannuke import write_fold
+from celldetr.pannuke import convert as pannuke
+from celldetr.pannuke.convert import CHANNELS, OFFICIAL, convert_fold, nuclei_of
+from celldetr.report.pannuke import write_html, write_tsv
+from celldetr.runtime.errors import InputError
+from celldetr.store import open_store, validate
+
+SIZE = 16
+NAMES = {
+    "images": "Fold 1/images/fold1/images.npy",
+    "types": "Fold 1/images/fold1/types.npy",
+    "masks": "Fold 1/masks/fold1/masks.npy",
+}
+
+
+def arrays(count=3):
+    """Return a small valid fold: one nucleus of id 7 and class i in image i, and its background."""
+    masks = np.zeros((count, SIZE, SIZE, CHANNELS))
+    for i in range(count):
+        masks[i, 2:5, 3:7, i % 5] = 7
+    masks[..., -1] = masks[..., :-1].max(axis=-1) == 0
+    images = np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3)).astype(float)
+    return {"images": images, "types": np.array(["Breast"] * count), "masks": masks}
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write(path, contents, extra=()):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for key, value in contents.items():
+            archive.writestr(NAMES.get(key, key), value if isinstance(value, bytes) else npy(value))
+        for name in extra:
+            archive.writestr(name, b"text")
+    return path
+
+
+def convert(tmp_path, contents, extra=(), **options):
+    path = write(tmp_path / "fold_1.zip", contents, extra)
+    summary = convert_fold(path, tmp_path / "fold1.zarr", fold=1, patch_size=SIZE, **options)
+    validate(tmp_path / "fold1.zarr")
+    return summary, open_store(tmp_path / "fold1.zarr")
+
+
+def test_planted_truth_of_a_whole_fold_comes_back(tmp_path):
+    truth = write_fold(tmp_path / "fold_2.zip", 2, 24, 64, seed=5, mpp=0.5)
+    summary = convert_fold(tmp_path / "fold_2.zip", tmp_path / "fold2.zarr", fold=2, patch_size=64, mpp=0.5)
+    store = open_store(tmp_path / "fold2.zarr")
+    assert store.n_patches == 24
+    for index, image in enumerate(truth.images):
+        boxes, labels = store.boxes_of(index)
+        assert np.array_equal(boxes, image.boxes)
+        assert np.array_equal(labels, image.labels)
+        assert store.patches["tissue"][index] == image.tissue
+    for name in ("one-pixel nuclei", "split nuclei", "overlap pixels", "void pixels", "empty images"):
+        planted = truth.defects[name.replace(" ", "_").replace("-", "_")]
+        assert summary.odd[name] == planted > 0, name
+    assert summary.nuclei == truth.counts
+    assert store.attrs["odd"] == summary.odd
+
+
+def test_boxes_are_half_open_and_centroids_are_means_of_pixel_centres(tmp_path):
+    _, store = convert(tmp_path, arrays())
+    assert store.boxes.tolist() == [[3, 2, 7, 5]] * 3
+    assert store.labels.tolist() == [0, 1, 2]
+    assert store.centroids.tolist() == [[5, 3.5]] * 3
+
+
+def test_one_pixel_pieces_overlaps_and_borders():
+    masks = np.zeros((SIZE, SIZE, CHANNELS), np.int32)
+    masks[0, 0, 0] = 3  # one pixel in the corner
+    masks[15, 15, 1] = 3  # the same id in another class is another nucleus
+    masks[4, 4, 2] = masks[9, 12, 2] = 1  # two pieces of one nucleus
+    masks[4, 4, 4] = 900  # overlap
+    found = nuclei_of(masks)
+    assert found.labels.tolist() == [0, 1, 2, 4]
+    assert found.boxes.tolist() == [[0, 0, 1, 1], [15, 15, 16, 16], [4, 4, 13, 10], [4, 4, 5, 5]]
+    assert found.centroids[0].tolist() == [0.5, 0.5]
+    assert found.odd["split nuclei"] == 1
+    assert found.odd["one-pixel nuclei"] == 3
+    assert found.odd["overlap pixels"] == 1
+    assert found.odd["void pixels"] == SIZE * SIZE - 4
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64", "float32", "float64", ">f8"])
+def test_any_integer_valued_type(tmp_path, dtype):
+    contents = {**arrays(), "masks": arrays()["masks"].astype(dtype), "images": arrays()["images"].astype(dtype)}
+    _, store = convert(tmp_path, contents)
+    assert store.boxes.tolist() == [[3, 2, 7, 5]] * 3
+    assert np.array_equal(store.all_images(), arrays()["images"])
+
+
+def test_empty_images_and_an_empty_fold(tmp_path):
+    contents = arrays()
+    contents["masks"][:] = 0
+    summary, store = convert(tmp_path, contents)
+    assert summary.odd["empty images"] == 3
+    assert len(store.boxes) == 0
+    _, store = convert(tmp_path, {key: value[:0] for key, value in arrays().items()})
+    assert store.n_patches == 0
+
+
+def test_text_files_beside_the_arrays_are_ignored(tmp_path):
+    convert(tmp_path, arrays(), extra=["Fold 1/README.md", "Fold 1/masks/by-nc-sa.md", "__MACOSX/._masks.npy"])
+
+
+def broken(key, change):
+    contents = arrays()
+    contents[key] = change(contents[key])
+    return contents
+
+
+BAD = {
+    "no masks": (lambda: {k: v for k, v in arrays().items() if k != "masks"}, "missing: .*masks.npy"),
+    "more arrays": (lambda: {**arrays(), "Fold 1/more.npy": np.zeros(1)}, "not expected: .*more.npy"),
+    "channels": (lambda: broken("masks", lambda a: a[..., :5]), r"masks.npy: got shape \(3, 16, 16, 5\)"),
+    "size": (lambda: broken("images", lambda a: a[:, :8]), r"images.npy: got shape \(3, 8, 16, 3\)"),
+    "lengths": (lambda: broken("masks", lambda a: a[:2]), "masks.npy: got 2 masks, expected 3"),
+    "tissues": (lambda: broken("types", lambda a: a[:2]), "types.npy: got 2 tissues, expected 3"),
+    "tissue type": (lambda: broken("types", lambda a: np.arange(3)), "types.npy: got int64"),
+    "above 255": (lambda: broken("images", lambda a: a + 300), "images.npy, image 0: got values"),
+    "below 0": (lambda: broken("images", lambda a: a - 300), "images.npy, image 0: got values"),
+    "fractions": (lambda: broken("images", lambda a: a + 0.5), "expected whole numbers 0 to 255"),
+    "no number": (lambda: broken("images", lambda a: a * np.nan), "expected whole numbers 0 to 255"),
+    "negative id": (lambda: broken("masks", lambda a: -a), "masks.npy, image 0: got the id -7"),
+    "half id": (lambda: broken("masks", lambda a: a / 2), "masks.npy, image 0: got the id 3.5"),
+    "text masks": (lambda: broken("masks", lambda a: a.astype(str)), "masks.npy: got <U"),
+    "pickle": (lambda: broken("types", lambda a: a.astype(object)), "types.npy: got Python objects"),
+    "fortran": (lambda: broken("masks", np.asfortranarray), "masks.npy: got Fortran order"),
+    "no header": (lambda: broken("masks", lambda a: b"nothing"), "masks.npy: cannot be read as an array"),
+    "ends early": (lambda: broken("masks", lambda a: npy(a)[:-100]), "masks.npy: the data ends early"),
+    "too long": (lambda: broken("masks", lambda a: npy(a) + b"x"), "masks.npy: more data than its header says"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_archives_are_refused_with_the_member(tmp_path, name):
+    contents, message = BAD[name]
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path, contents())
+    assert not (tmp_path / "fold1.zarr").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["fold_1.zip"]
+
+
+def test_archive_of_another_fold_is_named(tmp_path):
+    path = write(tmp_path / "fold.zip", arrays())
+    with pytest.raises(InputError, match="it looks like the archive of fold 1"):
+        convert_fold(path, tmp_path / "x.zarr", fold=2, patch_size=SIZE)
+
+
+def test_damaged_bytes_are_noticed(tmp_path):
+    path = write(tmp_path / "fold_1.zip", arrays())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(NAMES["images"])
+    data = bytearray(path.read_bytes())
+    middle = info.header_offset + info.compress_size // 2
+    data[middle : middle + 20] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"images\.npy"):
+        convert_fold(path, tmp_path / "x.zarr", fold=1, patch_size=SIZE)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a zip", None])
+def test_no_archive(tmp_path, data):
+    path = write(tmp_path / "fold_1.zip", arrays())
+    path.write_bytes(path.read_bytes()[:-40] if data is None else data)
+    with pytest.raises(InputError, match="cannot be read as a zip archive"):
+        convert_fold(path, tmp_path / "x.zarr", fold=1, patch_size=SIZE)
+
+
+def test_counts_of_official_archives_are_enforced(tmp_path):
+    sha256 = next(iter(OFFICIAL))
+    with pytest.raises(InputError, match=r"official PanNuke archive 6e19ad380300: got \{'images': 3,"):
+        convert(tmp_path, arrays(), sha256=sha256)
+    assert not (tmp_path / "fold1.zarr").exists()
+
+
+def test_official_counts_add_up_to_the_published_total():
+    assert sum(sum(classes) for _, classes, _, _ in OFFICIAL.values()) == 189_744
+    for images, classes, empty, most in OFFICIAL.values():
+        summary = pannuke.FoldSummary(images=images, most=most)
+        summary.nuclei.update(zip(summary.nuclei, classes, strict=True))
+        summary.odd["empty images"] = empty
+        for sha256, expected in OFFICIAL.items():
+            if expected == (images, classes, empty, most):
+                pannuke.check_official(summary, sha256)
+
+
+def test_summary_for_people(tmp_path):
+    write_fold(tmp_path / "fold_1.zip", 1, 12, 64, seed=2, mpp=0.5)
+    summary = convert_fold(tmp_path / "fold_1.zip", tmp_path / "f.zarr", fold=1, patch_size=64)
+    write_tsv(tmp_path / "s.tsv", summary)
+    write_html(tmp_path / "s.html", summary, open_store(tmp_path / "f.zarr"), "PanNuke fold 1")
+    lines = dict(line.split("\t")[1:3] for line in (tmp_path / "s.tsv").read_text().splitlines()[1:])
+    assert int(lines["nuclei"]) == sum(summary.nuclei.values()) > 0
+    html = (tmp_path / "s.html").read_text()
+    assert len(re.findall("data:image/jpeg;base64,", html)) >= 6
+    assert "images without a nucleus (kept)" in html
+
+
+def test_memory_does_not_grow_with_the_fold(tmp_path):
+    """A fold whose arrays would take 700 MB is converted within 300 MB more than an empty process needs."""
+    code = (
+        "import sys, resource; from celldetr.pannuke.convert import convert_fold\n"
+        "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "convert_fold(sys.argv[1], sys.argv[2], fold=1, patch_size=256)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
+    )
+    image = np.zeros((256, 256, 3))
+    masks = np.zeros((256, 256, CHANNELS))
+    masks[10:20, 10:20, 0] = 1
+    with zipfile.ZipFile(tmp_path / "f.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, item in ((NAMES["images"], image), (NAMES["masks"], masks)):
+            with archive.open(name, "w", force_zip64=True) as stream:
+                header = {"descr": "<f8", "fortran_order": False, "shape": (150, *item.shape)}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for _ in range(150):
+                    stream.write(item.tobytes())
+        archive.writestr(NAMES["types"], npy(np.array(["Breast"] * 150)))
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "f.zip", tmp_path / "x.zarr"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    unit = 1024 if sys.platform != "darwin" else 1
+    assert int(done.stdout) * unit < 300e6

@@ -1,0 +1,88 @@
+"""Figure 5: composition and confusion of cell types, on planted predictions."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from celldetr.evaluation.predictions import Predictions
+from celldetr.report.figure5 import MISSED, composition, confusion, figure5a, figure5b
+from celldetr.report.style import save
+from celldetr.runtime.errors import InputError
+
+CLASSES = ("T", "B", "Mast")
+
+
+def store(labels):
+    centres = 10 + 20 * np.arange(len(labels))
+    boxes = np.stack([centres - 4, centres - 4, centres + 4, centres + 4], axis=1).astype(np.float32)
+    return SimpleNamespace(
+        classes=CLASSES,
+        n_patches=1,
+        box_ptr=np.array([0, len(labels)]),
+        boxes=boxes,
+        labels=np.array(labels, dtype=np.int8),
+        centroids=np.full((len(labels), 2), np.nan),
+    )
+
+
+def predict(truth, nuclei, labels, best=0.9):
+    scores = np.full((len(nuclei), len(CLASSES)), 0.1, dtype=np.float32)
+    scores[np.arange(len(nuclei)), labels] = best
+    return Predictions(
+        patch=np.zeros(len(nuclei), dtype=np.int32),
+        query=np.arange(len(nuclei), dtype=np.int16),
+        boxes=truth.boxes[nuclei] + 1,
+        nucleus_score=np.full(len(nuclei), 0.8, dtype=np.float32),
+        class_scores=scores,
+        labels=np.array(labels, dtype=np.int8),
+        classes=CLASSES,
+        n_patches=1,
+        metadata={"nucleus_threshold": 0.4},
+    )
+
+
+def test_confusion_counts_pairs_and_the_missed_and_leaves_out_the_unlabelled():
+    truth = store([0, 0, 1, 2, -1, 1])
+    table = confusion(predict(truth, [0, 1, 2, 4, 5], [0, 1, 1, 2, 0]), truth, 0.4, radius=6)
+    assert table.loc["T"].tolist() == [1, 1, 0, 0]
+    assert table.loc["B"].tolist() == [1, 1, 0, 0]
+    assert table.loc["Mast"].tolist() == [0, 0, 0, 1]
+    assert table.to_numpy().sum() == 5
+
+
+def test_confusion_follows_the_nucleus_threshold_and_the_radius_but_no_class_score():
+    truth = store([0, 1])
+    weak = predict(truth, [0, 1], [0, 1], best=0.15)
+    assert confusion(weak, truth, 0.4, radius=6)[MISSED].sum() == 0
+    assert confusion(weak, truth, 0.9, radius=6)[MISSED].sum() == 2
+    assert confusion(weak, truth, 0.4, radius=1)[MISSED].sum() == 2
+
+
+def test_confusion_refuses_predictions_of_other_patches():
+    truth = store([0, 1])
+    found = predict(truth, [0], [0])
+    truth.n_patches = 2
+    with pytest.raises(InputError, match="predict again"):
+        confusion(found, truth, 0.4, radius=6)
+
+
+def test_composition_and_pictures(tmp_path):
+    counts = {f"s{k}": {"T": 5 * k, "B": 2, "unlabelled": 3} for k in range(6)}
+    table = composition(counts)
+    assert table.loc["s2"].tolist() == [10, 2, 3]
+    save(figure5a(table, {name: name.upper() for name in counts}), tmp_path / "a.png")
+    confused = pd.DataFrame([[3, 1, 0], [0, 0, 0]], index=["T", "B"], columns=["T", "B", MISSED])
+    save(figure5b(confused, "test"), tmp_path / "b.svg")
+    text = (tmp_path / "b.svg").read_text()
+    assert "0.75" in text
+    assert "T (4)" in text
+    assert "B (0)" in text
+
+
+def test_composition_refuses_nothing_and_mixtures():
+    with pytest.raises(InputError, match="got no samples"):
+        composition({})
+    with pytest.raises(InputError, match="different classes"):
+        composition({"a": {"T": 1}, "b": {"B": 1}})

@@ -1,0 +1,396 @@
+"""Tables: published rows as printed, means over splits, what is missing, and what people are shown."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.evaluation.metrics import COUNTS, METRICS, row_names
+from celldetr.evaluation.scoring import VALUES, write_scores
+from celldetr.report.rendering import BANNER, DASH, caption, html, markdown
+from celldetr.report.tables import (
+    System,
+    build_table,
+    published_classes,
+    read_published,
+    read_readouts,
+    read_scores,
+    scored_with,
+    slips,
+    write_tsv,
+)
+from celldetr.runtime.errors import InputError
+
+PUBLISHED = Path(__file__).parents[3] / "config" / "published"
+ORDER = ("Neoplastic", "Epithelial", "Inflammatory", "Connective", "Necrotic", "Detection")
+SYSTEMS = [System("deformable_detr", "Deformable DETR"), System("celldetr_s", "CellDETR-S")]
+
+
+def score_file(folder, experiment, split, values, **settings):
+    """Write scores; `values` maps class -> F (P and R follow from it); classes left out are 0.5."""
+    names = row_names(PANNUKE_CLASSES)
+    frames = []
+    for offset, metric in enumerate(METRICS):
+        f1 = np.array([values.get(name, 0.5) for name in names]) - 0.01 * offset
+        columns = {"metric": metric, "class": list(names)}
+        for value, shift in zip(VALUES, (0.02, -0.02, 0.0), strict=True):
+            columns |= {value: f1 + shift, f"{value}_lo": f1 + shift - 0.05, f"{value}_hi": f1 + shift + 0.05}
+        columns |= dict.fromkeys(COUNTS, 7)
+        frames.append(pd.DataFrame(columns))
+    common = {
+        "absent": False,
+        "images": 12,
+        "score_rule": "both_thresholds",
+        "nucleus_threshold": 0.4,
+        "class_threshold": 0.4,
+        "radius": 12.0,
+        "centres": "box",
+        "resamples": 10,
+    }
+    frame = pd.concat(frames).assign(**{**common, **settings})
+    path = folder / f"{experiment}_{split}.tsv"
+    write_scores(path, frame, experiment=experiment, split=split, test_store=f"fold{split + 1}")
+    return path
+
+
+def make_scores(folder, values=None, splits=(1, 2)):
+    values = values or {}
+    return [
+        score_file(folder, system.experiment, split, values.get((system.experiment, split), {}))
+        for system in SYSTEMS
+        for split in splits
+    ]
+
+
+def make_table(paths, *, splits=(1, 2), metric="strict", systems=SYSTEMS, synthetic=False):
+    published = read_published(PUBLISHED / "table1.tsv")
+    options = {"splits": splits, "metric": metric, "protocol": "celldetr", "synthetic": synthetic}
+    return build_table("table1", published, read_scores(paths), systems, **options)
+
+
+# ---- published rows
+
+
+def test_published_files_are_complete_and_in_the_papers_order():
+    expected = {"table1": (7, 5), "table2": (2, 0), "table3": (2, 0)}
+    for name, (paper, other) in expected.items():
+        table = read_published(PUBLISHED / f"{name}.tsv")
+        assert published_classes(table.columns) == ORDER
+        assert (table["source"] == "paper").sum() == paper
+        assert (table["source"] != "paper").sum() == other
+        assert (table["source"].str.len() > 0).all()
+
+
+def test_known_slips_are_found_and_flagged_and_nothing_else():
+    found = {name: slips(read_published(PUBLISHED / f"{name}.tsv")) for name in ("table1", "table2", "table3")}
+    assert found == {
+        "table1": [("Micro-Net", "Connective"), ("Deformable DETR", "Connective")],
+        "table2": [],
+        "table3": [("Zero Shot", "Neoplastic")],
+    }
+    for name, rows in found.items():
+        table = read_published(PUBLISHED / f"{name}.tsv").set_index("system")
+        assert table["note"].str.contains(r"_F: printed").sum() == len(rows)
+        for system, of_class in rows:
+            assert table.loc[system, "note"].startswith(f"{of_class}_F: printed {table.loc[system, f'{of_class}_F']}")
+
+
+def test_spot_checks_against_the_printed_tables():
+    first, second, third = (read_published(PUBLISHED / f"table{n}.tsv").set_index("system") for n in (1, 2, 3))
+    assert first.loc["CellDETR-S", ["Necrotic_P", "Necrotic_R", "Necrotic_F"]].tolist() == ["0.49", "0.40", "0.43"]
+    assert first.loc["Mask-RCNN", ["Detection_P", "Detection_R", "Detection_F"]].tolist() == ["0.76", "0.68", "0.72"]
+    assert first.loc["CellViT-SAM-H", ["Neoplastic_P", "Detection_F"]].tolist() == ["0.718", "0.829"]
+    assert second.loc["Full fine-tuning", ["Epithelial_F", "Detection_F"]].tolist() == ["0.72", "0.83"]
+    assert third.loc["Zero Shot", ["Necrotic_P", "Necrotic_R", "Necrotic_F"]].tolist() == ["NA"] * 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0.76\t0.68\t0.72", "0.76\t0.68\t0.82", "Mask-RCNN, Detection_F does not follow"),
+        ("Connective_F: printed", "printed", "Micro-Net, Connective_F does not follow"),
+        ("0.76\t0.68\t0.72", "0.76\tx\t0.72", "Mask-RCNN, Detection_R: got 'x', expected a number"),
+        ("0.76\t0.68\t0.72", "76\t0.68\t0.72", "Mask-RCNN, Detection_P: got '76'"),
+        ("Necrotic_R", "Necrotic", r"columns: got \['Necrotic'\] too much and \['Necrotic_R'\] too few"),
+    ],
+)
+def test_a_wrong_published_file_is_refused(tmp_path, old, new, message):
+    path = tmp_path / "published.tsv"
+    path.write_text((PUBLISHED / "table1.tsv").read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(InputError, match=f"published.tsv: {message}"):
+        read_published(path)
+
+
+# ---- measured rows
+
+
+def test_measured_values_are_means_over_the_splits(tmp_path):
+    values = {("celldetr_s", 1): {"Neoplastic": 0.6}, ("celldetr_s", 2): {"Neoplastic": 0.7}}
+    table = make_table(make_scores(tmp_path, values))
+    row = table.rows[table.rows["experiment"] == "celldetr_s"].iloc[0]
+    assert [row[f"Neoplastic_{letter}"] for letter in "PRF"] == ["0.6700", "0.6300", "0.6500"]
+    assert row["splits"] == "2"
+    assert list(table.rows["source"]) == ["paper"] * 7 + ["other"] * 5 + ["measured"] * 2
+
+
+def test_what_goes_beyond_the_paper_says_so(tmp_path):
+    values = {("celldetr_s", 1): {"Neoplastic": 0.6}}
+    systems = [SYSTEMS[0], System("celldetr_s", "CellDETR+", ours=True)]
+    table = make_table(make_scores(tmp_path, values, splits=(1,)), systems=systems, splits=(1,))
+    assert list(table.rows["source"])[-2:] == ["measured", "ours"]
+    page = Page(html(table))
+    shown = [row[0] for row, measured in zip(page.rows, page.measured, strict=True) if measured]
+    assert shown == ["Deformable DETR", "CellDETR+"]
+    assert ("CellDETR+", 3, "0.600") in page.bold  # compared with the other measured rows
+    lines = [line.split("|")[1].strip() for line in markdown(table).splitlines() if line.startswith("|")]
+    assert lines[lines.index("CellDETR+") - 1] == "**Measured here: ours, beyond the paper**"
+
+
+def test_the_metric_that_is_asked_for_is_shown(tmp_path):
+    paths = make_scores(tmp_path)
+    strict, compat = (make_table(paths, metric=metric).rows.iloc[-1] for metric in METRICS)
+    assert (strict["Detection_F"], compat["Detection_F"]) == ("0.5000", "0.4900")
+
+
+def test_published_rows_are_left_as_printed(tmp_path):
+    table = make_table(make_scores(tmp_path))
+    published = read_published(PUBLISHED / "table1.tsv")
+    columns = [name for name in published.columns if name[-2:] in ("_P", "_R", "_F")]
+    assert table.rows.loc[: len(published) - 1, columns].equals(published[columns])
+
+
+def test_a_class_without_truth_in_a_split_is_left_out_of_the_mean(tmp_path):
+    values = {
+        ("celldetr_s", 1): {"Necrotic": np.nan, "Epithelial": np.nan},
+        ("celldetr_s", 2): {"Necrotic": 0.3, "Epithelial": np.nan},
+    }
+    row = make_table(make_scores(tmp_path, values)).rows.iloc[-1]
+    assert row["Necrotic_F"] == "0.3000"
+    assert row["Epithelial_F"] == "NA"
+    assert row["note"] == "Epithelial: truth in 0 of 2 splits; Necrotic: truth in 1 of 2 splits"
+
+
+def test_splits_table_holds_every_split_metric_and_class(tmp_path):
+    table = make_table(make_scores(tmp_path))
+    keys = table.splits[["system", "split", "metric", "class"]]
+    assert len(keys) == len(keys.drop_duplicates()) == 2 * 2 * 2 * 6
+    assert list(keys["system"].unique()) == ["Deformable DETR", "CellDETR-S"]
+    assert {*COUNTS, "f1_lo", "f1_hi", "images", "test_store", "radius"} <= set(table.splits.columns)
+
+
+def test_files_come_back_as_written(tmp_path):
+    values = {("celldetr_s", 1): {"Necrotic": np.nan}}
+    table = make_table(make_scores(tmp_path, values, splits=(1,)), splits=(1,))
+    write_tsv(tmp_path / "table1.tsv", table.rows)
+    back = pd.read_csv(tmp_path / "table1.tsv", sep="\t")
+    assert back["Necrotic_F"].isna().tolist() == [False] * 13 + [True]
+    assert back["Detection_F"].iloc[-1] == 0.5
+    write_tsv(tmp_path / "splits.tsv", table.splits)
+    back = pd.read_csv(tmp_path / "splits.tsv", sep="\t")
+    pd.testing.assert_frame_equal(back, table.splits, check_dtype=False)
+
+
+def test_missing_repeated_and_foreign_scores_are_refused(tmp_path):
+    paths = make_scores(tmp_path)
+    with pytest.raises(InputError, match=r"missing \[\('deformable_detr', 1\)\]"):
+        make_table(paths[1:])
+    with pytest.raises(InputError, match="celldetr_s, split 2: got two files"):
+        make_table([*paths, paths[-1]])
+    with pytest.raises(InputError, match=r"not asked for \[\('celldetr_s', 1\)"):
+        make_table(paths, systems=SYSTEMS[:1])
+    with pytest.raises(InputError, match="got no score files"):
+        read_scores([])
+    other = score_file(tmp_path, "celldetr_p", 1, {}, radius=6.0)
+    with pytest.raises(InputError, match=r"celldetr_p_1.tsv: radius: got \[6"):
+        read_scores([*paths, other])
+    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"other.tsv: got no columns \['experiment'"):
+        read_scores([tmp_path / "other.tsv"])
+    (tmp_path / "empty.tsv").touch()
+    with pytest.raises(InputError, match=r"empty.tsv: got No columns"):
+        read_scores([tmp_path / "empty.tsv"])
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9, 0.999])
+def test_a_file_that_was_cut_off_is_named(tmp_path, share):
+    readouts = [readout_file(tmp_path, split, 0.9) for split in (1, 2)]
+    for paths, read in ((make_scores(tmp_path), read_scores), (readouts, read_readouts)):
+        content = paths[1].read_bytes()
+        paths[1].write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=rf"^{paths[1]}: got .* delete it and start again"):
+            read(paths)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 6, 7, 8, 12])
+def test_a_file_that_ends_after_a_whole_line_is_named(tmp_path, keep):
+    paths = make_scores(tmp_path)
+    lines = paths[2].read_text().splitlines(keepends=True)
+    assert len(lines) == 13
+    paths[2].write_text("".join(lines[:keep]))
+    with pytest.raises(InputError, match=str(paths[2])):
+        read_scores(paths)
+
+
+@pytest.mark.parametrize(("old", "new"), [("0.5", "0.x"), ("False", "Fal5e"), ("celldetr_s\t", "celldetr_p\t")])
+def test_a_file_with_a_changed_cell_is_named(tmp_path, old, new):
+    paths = make_scores(tmp_path)
+    paths[3].write_text(paths[3].read_text().replace(old, new, 1))
+    with pytest.raises(InputError, match=rf"^{paths[3]}: got "):
+        read_scores(paths)
+
+
+def test_scores_of_other_classes_are_refused(tmp_path):
+    paths = make_scores(tmp_path)
+    scores = read_scores(paths).replace({"class": {"Necrotic": "Dead"}})
+    published = read_published(PUBLISHED / "table1.tsv")
+    options = {"splits": (1, 2), "metric": "strict", "protocol": "celldetr"}
+    with pytest.raises(InputError, match="give the table a file of published rows"):
+        build_table("table1", published, scores, SYSTEMS, **options)
+
+
+# ---- for people
+
+
+class Page(HTMLParser):
+    """Cells of an HTML table by row, bold cells, and classes of the rows; fails on tags that do not close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.rows, self.measured, self.bold, self.text = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "meta":
+            return
+        self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+            self.measured.append(("class", "measured") in attrs)
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if "sup" not in self.open and ("td" in self.open or "th" in self.open):
+            self.rows[-1][-1] += data.strip()
+            if "strong" in self.open:
+                self.bold.append((self.rows[-1][0], len(self.rows[-1]) - 1, data))
+
+
+def test_page_marks_measured_rows_and_their_best_values(tmp_path):
+    values = {
+        ("deformable_detr", 1): {"Neoplastic": 0.6, "Necrotic": np.nan},
+        ("celldetr_s", 1): {"Neoplastic": 0.6001, "Epithelial": 0.7, "Detection": 0.2},
+    }
+    page = Page(html(make_table(make_scores(tmp_path, values, splits=(1,)), splits=(1,))))
+    shown = {row[0]: row for row, measured in zip(page.rows, page.measured, strict=True) if measured}
+    assert set(shown) == {"Deformable DETR", "CellDETR-S"}
+    assert shown["Deformable DETR"][13:16] == [DASH] * 3
+    assert shown["CellDETR-S"][6] == "0.700"
+    bold = {(system, column) for system, column, _ in page.bold}
+    equal = {(system, column) for system in shown for column in (1, 2, 3, 7, 8, 9, 10, 11, 12)}
+    better = {("CellDETR-S", column) for column in (4, 5, 6)} | {("Deformable DETR", column) for column in (16, 17, 18)}
+    assert bold == equal | better  # equal as shown: both; one value alone: none
+    assert ["CellDETR-S", "0.71", "0.70", "0.70"] in [row[:4] for row in page.rows]
+
+
+def test_banner_stands_on_synthetic_tables_only(tmp_path):
+    paths = make_scores(tmp_path)
+    for synthetic in (True, False):
+        table = make_table(paths, synthetic=synthetic)
+        assert (BANNER in markdown(table)) == (BANNER in html(table)) == synthetic
+    assert re.search(r"synthetic example data; says nothing about tissue", BANNER, re.I)
+
+
+def test_caption_says_how_it_was_measured(tmp_path):
+    table = make_table(make_scores(tmp_path))
+    text = caption(table)
+    for word in (
+        "mean over 2 splits",
+        "protocol celldetr",
+        "fold2 (split 1), fold3 (split 2)",
+        "metric strict",
+        "nucleus score ≥ 0.4 and class score ≥ 0.4",
+        "12 px",
+        "table1_splits.tsv",
+    ):
+        assert word in text
+    assert json.loads(json.dumps(scored_with(table.splits)))["radius"] == 12
+    assert text in markdown(table)
+    assert text in "".join(Page(html(table)).text)
+
+
+def test_markdown_has_the_same_number_of_cells_in_each_row(tmp_path):
+    text = markdown(make_table(make_scores(tmp_path)))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {1 + 1 + 18}
+    assert "- a: Connective_F: printed 0.47" in text
+    assert "From result files of the CellViT repository" in text
+
+
+def test_names_are_escaped(tmp_path):
+    systems = [System("deformable_detr", "<b>x</b> & y"), SYSTEMS[1]]
+    page = Page(html(make_table(make_scores(tmp_path), systems=systems)))
+    assert "<b>x</b> & y" in [row[0] for row in page.rows]
+
+
+def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
+    paths = make_scores(tmp_path)
+    for path in paths[:2]:
+        frame = pd.read_csv(path, sep="\t")
+        frame.loc[frame["class"] == "Necrotic", "absent"] = True
+        frame.loc[frame["class"] == "Necrotic", list(VALUES)] = np.nan
+        frame.to_csv(path, sep="\t", index=False, na_rep="NA")
+    table = make_table(paths)
+    row = table.rows[table.rows["experiment"] == "deformable_detr"].iloc[0]
+    assert row["Necrotic_F"] == "NA"
+    assert row["note"] == "Necrotic: the model has no such class"
+    assert DASH in markdown(table)
+
+
+def readout_file(folder, split, f1, readouts=("knn", "logistic", "majority")):
+    rows = [
+        {"experiment": "ssl", "split": split, "readout": kind, "class": name, "precision": f1, "recall": f1, "f1": f1}
+        for kind in readouts
+        for name in ("Accuracy", "Macro", *row_names(PANNUKE_CLASSES)[1:])
+    ]
+    path = folder / f"readout_{split}.tsv"
+    pd.DataFrame(rows).assign(n=5).to_csv(path, sep="\t", index=False)
+    return path
+
+
+def table_with_readouts(folder, paths):
+    published = read_published(PUBLISHED / "table2.tsv")
+    scores = read_scores(make_scores(folder))
+    options = {"splits": (1, 2), "metric": "strict", "protocol": "celldetr", "readouts": read_readouts(paths)}
+    return build_table("table2", published, scores, SYSTEMS, **options)
+
+
+def test_readouts_are_rows_of_their_own_without_detection_and_never_the_best(tmp_path):
+    table = table_with_readouts(tmp_path, [readout_file(tmp_path, 1, 0.9), readout_file(tmp_path, 2, 0.8)])
+    rows = table.rows[table.rows["source"] == "readout"]
+    assert rows["system"].tolist() == ["Nearest neighbours", "Logistic regression"]
+    assert (rows["Connective_F"] == "0.8500").all()
+    assert (rows["Detection_F"] == "NA").all()
+    text = markdown(table)
+    assert "true boxes, frozen embeddings" in text
+    assert "not to be compared with rows that detect" in text
+    assert "**0.85**" not in text
+    assert "0.85" in text
+
+
+def test_readouts_of_other_splits_or_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"readout knn of ssl: got splits \[1\], expected \[1, 2\]"):
+        table_with_readouts(tmp_path, [readout_file(tmp_path, 1, 0.9)])
+    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
+    with pytest.raises(InputError, match="expected a file of the readout rule"):
+        read_readouts([tmp_path / "other.tsv"])

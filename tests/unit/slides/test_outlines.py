@@ -1,0 +1,222 @@
+"""Outlines of nuclei: the same boxes from every kind of file, nothing lost uncounted, and memory that does not grow."""
+
+import io
+import json
+import tracemalloc
+import zipfile
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from celldetr.runtime.errors import InputError
+from celldetr.slides import json_stream
+from celldetr.slides import outlines as nucleus_files
+from celldetr.slides.json_stream import JsonError, JsonStream
+from celldetr.slides.outlines import read_nucleus_file
+
+MPP = 0.25
+RNG = np.random.default_rng(0)
+CENTRES = np.stack(np.meshgrid(np.arange(50, 1000, 60), np.arange(50, 600, 60)), -1).reshape(-1, 2) + 0.5
+RADII = RNG.uniform(10, 18, len(CENTRES))
+SHAPES = shapely.buffer(shapely.points(CENTRES), RADII)
+TRUTH = shapely.bounds(SHAPES)
+
+
+def feature(shape, **more):
+    """Make a feature as QuPath writes it."""
+    properties = {"objectType": "detection", "classification": {"name": "Tumor", "color": [200, 0, 0]}}
+    return {"type": "Feature", "id": "x", "geometry": shapely.geometry.mapping(shape), "properties": properties, **more}
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def write(kind, folder, shapes=SHAPES):
+    path = folder / "nuclei"
+    frame = geopandas.GeoDataFrame({"class": ["Neoplastic"] * len(shapes)}, geometry=list(shapes))
+    features = [feature(shape) for shape in shapes]
+    if kind == "geoparquet":
+        frame.to_parquet(path)
+    elif kind == "wkb":
+        pd.DataFrame({"class": "Dead", "geometry": shapely.to_wkb(list(shapes))}).to_parquet(path)
+    elif kind == "renamed":
+        frame.rename_geometry("outline").assign(geometry=b"thumbnail").to_parquet(path)
+    elif kind == "collection":
+        write_json(path, {"type": "FeatureCollection", "bbox": [0, 0, 1, 1], "features": features, "name": "n"})
+    elif kind == "list":
+        write_json(path, features)
+    elif kind == "qupath cells":
+        write_json(path, [feature(s.buffer(6), nucleusGeometry=shapely.geometry.mapping(s)) for s in shapes])
+    elif kind == "all in one":  # CellViT: a MultiPolygon with all nuclei of a class
+        write_json(path, [feature(shapely.MultiPolygon(part)) for part in (list(shapes[::2]), list(shapes[1::2]))])
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a_cellvit_seg.geojson", json.dumps(features))
+    return path
+
+
+KINDS = ["geoparquet", "wkb", "renamed", "collection", "list", "qupath cells", "all in one", "zip"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_boxes(tmp_path, kind):
+    found = read_nucleus_file(write(kind, tmp_path), image_mpp=MPP, mpp=2 * MPP)
+    order = np.lexsort(found.nuclei.boxes.T[:2])
+    expected = TRUTH[np.lexsort(TRUTH.T[:2])] / 2
+    np.testing.assert_allclose(found.nuclei.boxes[order], expected, atol=1e-9)
+    np.testing.assert_allclose(found.nuclei.centroids[order], (expected[:, :2] + expected[:, 2:]) / 2, atol=1e-6)
+    assert (found.nuclei.labels == -1).all()  # classes in the file are not used
+    assert set(found.dropped.values()) == {0}
+
+
+def test_outlines_in_um_are_scaled(tmp_path):
+    scaled = [shapely.affinity.scale(shape, MPP, MPP, origin=(0, 0)) for shape in SHAPES]
+    found = read_nucleus_file(write("geoparquet", tmp_path, scaled), image_mpp=MPP, mpp=MPP, unit="um")
+    np.testing.assert_allclose(found.nuclei.boxes, TRUTH, atol=1e-9)
+
+
+@pytest.mark.parametrize("unit", ["px", "um"])
+def test_the_wrong_unit_is_noticed(tmp_path, unit):
+    factor = {"px": MPP, "um": 1}[unit]  # the file is in the other unit
+    scaled = [shapely.affinity.scale(shape, factor, factor, origin=(0, 0)) for shape in SHAPES]
+    path = write(
+        "geoparquet", tmp_path, [shapely.affinity.scale(s, 0.5, 0.5) for s in scaled] if unit == "px" else scaled
+    )
+    with pytest.raises(InputError, match="nuclei_unit") as caught:
+        read_nucleus_file(path, image_mpp=MPP, mpp=MPP, unit=unit)
+    assert str(path) in str(caught.value)
+
+
+def test_bad_outlines_are_counted_and_the_others_kept(tmp_path):
+    bow = shapely.Polygon([(500, 700), (540, 740), (540, 700), (500, 735)])
+    pieces = shapely.MultiPolygon([SHAPES[0], shapely.Point(80, 50).buffer(8)])
+    bad = [shapely.Polygon(), None, shapely.Point(3, 4), shapely.LineString([(0, 0), (5, 5)])]
+    shapes = [*SHAPES[1:], bow, pieces, *bad]
+    pd.DataFrame({"geometry": [*shapely.to_wkb(shapes), b"\x01\x02"]}).to_parquet(tmp_path / "n")
+    found = read_nucleus_file(tmp_path / "n", image_mpp=MPP, mpp=MPP)
+    assert found.dropped["outlines that are empty or unreadable"] == 3
+    assert found.dropped["no polygons"] == 2
+    assert found.repaired == 1
+    assert len(found.nuclei) == len(SHAPES) + 1
+    boxes = found.nuclei.boxes
+    assert (np.abs(boxes - [500, 700, 540, 740]).max(axis=1) < 1e-9).any()
+    assert (np.abs(boxes - pieces.bounds).max(axis=1) < 1e-9).any()  # one nucleus in two pieces
+    flat = json.loads(json.dumps([feature(shape) for shape in SHAPES]))
+    flat[0]["geometry"]["coordinates"] = [[[1, 1], [2, 2]]]
+    flat[1]["geometry"]["coordinates"] = [[[1, 1], [5, 1], [9, 1], [1, 1]]]
+    flat[2]["geometry"] = None
+    flat[3]["geometry"]["coordinates"] = "none"
+    flat[4]["geometry"] = {"type": "Point", "coordinates": [1, 2]}
+    found = read_nucleus_file(write_json(tmp_path / "j", flat), image_mpp=MPP, mpp=MPP)
+    counts = found.dropped
+    assert list(counts.values()) == [3, 1, 1], counts
+    assert len(found.nuclei) == len(SHAPES) - 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"hello", "GeoParquet"),
+        (b"", "GeoParquet"),
+        (b'{"type": "Feature"}', "FeatureCollection"),
+        (b'[{"type": "Feature", "geometry"', "complete"),
+        (b"PAR1 cut", "complete"),
+        (b"PK\x03\x04 cut", "get it again"),
+        (b'[{"a": 1}, nonsense]', "character 11"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "n"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_or_column_is_named(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_nucleus_file(tmp_path / "none", image_mpp=MPP, mpp=MPP)
+    pd.DataFrame({"x": [1.0], "label": ["a"]}).to_parquet(tmp_path / "n")
+    with pytest.raises(InputError, match="columns: x, label"):
+        read_nucleus_file(tmp_path / "n", image_mpp=MPP, mpp=MPP)
+
+
+def test_a_truncated_file_is_refused_whatever_its_kind(tmp_path):
+    for kind in KINDS:
+        path = write(kind, tmp_path)
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) * 2 // 3])
+        with pytest.raises(InputError, match=str(path)):
+            read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=30,
+)
+
+
+def rebuild(stream):
+    """Read a value by its elements and members, down to what is neither."""
+    if stream.peek() == "[":
+        return [rebuild(stream) for _ in stream.elements()]
+    if stream.peek() == "{":
+        return {key: rebuild(stream) for key in stream.members()}
+    return stream.value()
+
+
+@settings(max_examples=60, deadline=None)
+@given(JSON, st.integers(1, 7), st.sampled_from([None, 2]))
+def test_json_in_pieces_is_the_same_json(value, piece, indent):
+    class Slow(io.StringIO):
+        def read(self, size=-1):
+            return super().read(min(size, piece))
+
+    text = json.dumps(value, indent=indent)
+    assert rebuild(JsonStream(Slow(text))) == value
+    pair = JsonStream(Slow(f"[{text}, 7]"))
+    steps = pair.elements()
+    next(steps)
+    pair.skip()
+    next(steps)
+    assert pair.value() == 7
+    assert list(steps) == []
+
+
+def test_json_that_is_too_large_is_read_by_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "_LARGEST", 4000)
+    monkeypatch.setattr(json_stream, "_PIECE", 500)
+    for kind in ("all in one", "collection"):
+        found = read_nucleus_file(write(kind, tmp_path), image_mpp=MPP, mpp=MPP)
+        assert len(found.nuclei) == len(SHAPES)
+    with pytest.raises(JsonError, match="characters"):
+        JsonStream(io.StringIO(json.dumps("x" * 9000))).value()
+
+
+@pytest.mark.parametrize("kind", ["geoparquet", "collection", "all in one"])
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, kind):
+    for name in ("_LARGEST", "_PIECE"):
+        monkeypatch.setattr(json_stream, name, 20_000)
+    monkeypatch.setattr(nucleus_files, "_BATCH", 200)
+    coarse = shapely.buffer(shapely.points(CENTRES), RADII, quad_segs=4)
+
+    def peak(repeats):
+        shapes = np.concatenate([shapely.transform(coarse, lambda p, i=i: p + [0, 600 * i]) for i in range(repeats)])
+        path = write(kind, tmp_path, shapes)
+        tracemalloc.start()
+        found = read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(found.nuclei) == len(shapes)
+        return size, len(shapes)
+
+    (small, few), (large, many) = peak(5), peak(25)
+    assert (large - small) / (many - few) < 300  # bytes a nucleus: boxes, centroids and copies of them, not outlines

@@ -1,0 +1,237 @@
+"""Images read by region: whatever the layout, the pixels are those that were written, and damage is named."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from celldetr.runtime.errors import InputError
+from celldetr.slides.pyramid import open_pyramid
+
+HEIGHT, WIDTH = 173, 259
+TILE = {"tile": (64, 32)}
+RGB = {"photometric": "rgb"}
+PLANES = {"photometric": "minisblack"}
+
+
+def colour(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def write(path, levels, *, ome=False, subifds=True, metadata=None, **options):
+    """Write levels as sub-images of the first page, or as pages that follow it."""
+    with tifffile.TiffWriter(path, ome=ome) as writer:
+        below = {"subifds": len(levels) - 1} if subifds else {}
+        writer.write(levels[0], metadata=metadata, **below, **options)
+        for level in levels[1:]:
+            writer.write(level, subfiletype=1, **options)
+    return path
+
+
+def halves(image, count=3):
+    """Every second pixel, again and again, along the two axes that are neither colour nor of length 1."""
+    levels = [image]
+    for _ in range(count - 1):
+        last = levels[-1]
+        index = tuple(slice(None, None, 2) if side > 4 else slice(None) for side in last.shape)
+        levels.append(np.ascontiguousarray(last[index]))
+    return levels
+
+
+IMAGE = colour()
+LAYOUTS = {
+    "yxs": (IMAGE, {**RGB, **TILE}),
+    "yxs ome": (IMAGE, {**RGB, **TILE, "ome": True}),
+    "zyxs": (IMAGE[None], {**RGB, **TILE}),
+    "zyxs ome": (IMAGE[None], {**RGB, **TILE, "ome": True, "metadata": {"axes": "ZYXS"}}),
+    "planes in a page": (np.moveaxis(IMAGE, -1, 0), {**RGB, **TILE, "planarconfig": "separate"}),
+    "planes in a page ome": (np.moveaxis(IMAGE, -1, 0), {**RGB, **TILE, "planarconfig": "separate", "ome": True}),
+    "pages of planes": (np.moveaxis(IMAGE, -1, 0), {**PLANES, **TILE}),
+    "pages of planes ome": (np.moveaxis(IMAGE, -1, 0), {**PLANES, **TILE, "ome": True, "metadata": {"axes": "CYX"}}),
+    "alpha": (np.dstack([IMAGE, IMAGE[..., :1]]), {**RGB, **TILE, "extrasamples": ["unassalpha"]}),
+    "four pages of planes": (
+        np.moveaxis(np.dstack([IMAGE, IMAGE[..., :1]]), -1, 0),
+        {**PLANES, **TILE, "ome": True, "metadata": {"axes": "CYX"}},
+    ),
+    "strips": (IMAGE, {**RGB, "rowsperstrip": 17}),
+    "one strip": (IMAGE, RGB),
+    "deflate": (IMAGE, {**RGB, **TILE, "compression": "deflate", "predictor": True}),
+    "pages of levels": (IMAGE, {**RGB, **TILE, "subifds": False}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_pixels_of_every_level(tmp_path, name):
+    array, options = LAYOUTS[name]
+    several = not name.startswith(("zyxs", "pages of planes")) or name.endswith("ome")
+    path = write(tmp_path / "he.tif", halves(array, 3 if several else 1), **options)
+    with open_pyramid(path) as image:
+        assert (image.size, image.channels, image.dtype) == ((WIDTH, HEIGHT), 3, np.uint8)
+        assert len(image.levels) == (3 if several else 1)
+        for index, (level, expected) in enumerate(zip(image.levels, halves(IMAGE), strict=False)):
+            assert (level.width, level.height) == (expected.shape[1], expected.shape[0])
+            assert level.downsample == 2**index  # 259 px become 130 and 65: rounded, and still two and four wide
+            assert np.array_equal(image.read(index, 0, 0, level.width, level.height), expected)
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    with open_pyramid(write(tmp_path_factory.mktemp("p") / "he.tif", [IMAGE], **RGB, **TILE)) as image:
+        yield image
+
+
+@settings(max_examples=60, deadline=None)
+@given(x=st.integers(-80, 330), y=st.integers(-80, 240), width=st.integers(1, 200), height=st.integers(1, 200))
+def test_regions_are_cut_exactly_and_white_outside(tiled, x, y, width, height):
+    wide = np.pad(IMAGE, ((500, 500), (500, 500), (0, 0)), constant_values=255)
+    expected = wide[500 + y : 500 + y + height, 500 + x : 500 + x + width]
+    assert np.array_equal(tiled.read(0, x, y, width, height), expected)
+
+
+def test_single_planes_are_grey_and_zero_outside(tmp_path):
+    stack = np.random.default_rng(1).integers(0, 60000, (4, HEIGHT, WIDTH), dtype=np.uint16)
+    path = write(tmp_path / "m.ome.tif", halves(stack, 2), ome=True, metadata={"axes": "CYX"}, **PLANES, **TILE)
+    for plane in (0, 2):
+        with open_pyramid(path, 0.2125, plane=plane) as image:
+            assert (image.channels, image.dtype, image.background, image.mpp) == (1, np.uint16, 0, 0.2125)
+            assert np.array_equal(image.read(0, 0, 0, WIDTH, HEIGHT), stack[plane])
+            assert np.array_equal(image.read(1, 0, 0, 50, 40), stack[plane, ::2, ::2][:40, :50])
+            assert not image.read(0, WIDTH, 0, 5, 5).any()
+
+
+def test_tiles_that_are_left_out_are_background(tmp_path):
+    image = np.full((128, 128, 3), 255, np.uint8)
+    image[:64, :32] = 7
+    tiles = (image[y : y + 64, x : x + 32] if y == x == 0 else None for y in (0, 64) for x in range(0, 128, 32))
+    with tifffile.TiffWriter(tmp_path / "he.tif") as writer:
+        writer.write(tiles, shape=image.shape, dtype=np.uint8, compression="deflate", **RGB, **TILE)
+    with open_pyramid(tmp_path / "he.tif") as found:
+        assert np.array_equal(found.read(0, 0, 0, 128, 128), image)
+
+
+def test_jpeg_tiles_look_like_what_was_written(tmp_path):
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    smooth = np.stack([100 + x / 3, 200 - y / 3, 120 + (x + y) / 5], axis=-1).astype(np.uint8)
+    luma = np.asarray(Image.fromarray(smooth).convert("YCbCr"))  # the writer takes what is told it is
+    for written, more in ((smooth, RGB), (luma, {"photometric": "ycbcr", "subsampling": (2, 2)})):
+        jpeg = {"tile": (64, 64), "compression": "jpeg", "compressionargs": {"level": 95}}
+        with open_pyramid(write(tmp_path / "he.tif", [written], **jpeg, **more)) as image:
+            difference = np.abs(image.read(0, 0, 0, WIDTH, HEIGHT).astype(int) - smooth)
+            assert difference.mean() < 2
+
+
+def test_a_damaged_tile_is_named_and_the_others_are_read(tmp_path):
+    path = write(tmp_path / "he.tif", [IMAGE], compression="deflate", **RGB, **TILE)
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0]
+        across = -(-WIDTH // 32)
+        offset, count = (values[across + 2] for values in (page.dataoffsets, page.databytecounts))
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = bytes(count)
+    path.write_bytes(data)
+    with open_pyramid(path) as image:
+        assert np.array_equal(image.read(0, 0, 0, WIDTH, 64), IMAGE[:64])
+        with pytest.raises(InputError, match=f"he.tif: the tile in row 1, column 2 of the level {WIDTH} x {HEIGHT}"):
+            image.read(0, 64, 64, 10, 10)
+
+
+def test_files_that_are_no_images_are_refused(tmp_path):
+    whole = write(tmp_path / "he.tif", [IMAGE], **RGB, **TILE).read_bytes()
+    with pytest.raises(InputError, match="no such file"):
+        open_pyramid(tmp_path / "none.tif")
+    for name, data in (("text.tif", b"no image" * 20), ("empty.tif", b""), ("stub.tif", whole[:6])):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            open_pyramid(tmp_path / name)
+    (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"cut\.tif"), open_pyramid(tmp_path / "cut.tif") as image:
+        image.read(0, 0, 0, WIDTH, HEIGHT)
+    two = write(tmp_path / "two.tif", [np.zeros((2, 99, 99), np.uint8)], **PLANES, **TILE)
+    with pytest.raises(InputError, match="got 2 planes"):
+        open_pyramid(two)
+    deep = write(tmp_path / "deep.tif", [IMAGE.astype(np.uint16)], **RGB, **TILE)
+    with pytest.raises(InputError, match="uint16, expected uint8"):
+        open_pyramid(deep)
+    for kind in (np.float32, np.int16):
+        plane = write(tmp_path / "plane.tif", [np.zeros((99, 99), kind)], **PLANES, **TILE)
+        with pytest.raises(InputError, match=f"plane.tif: got a plane of type {np.dtype(kind)}, expected uint8"):
+            open_pyramid(plane, plane=0)
+
+
+def test_threads_read_what_one_reads(tmp_path):
+    path = write(tmp_path / "he.tif", halves(IMAGE), compression="deflate", **RGB, **TILE)
+    rng = np.random.default_rng(0)
+    places = [(0, int(x), int(y), 60, 50) for x, y in rng.integers(-20, 200, (300, 2))]
+    with open_pyramid(path) as image, ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda place: image.read(*place), places))
+    with open_pyramid(path) as image:
+        assert all(np.array_equal(image.read(*place), found) for place, found in zip(places, together, strict=True))
+
+
+OME = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image><Pixels {}/></Image></OME>'
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"description": OME.format('PhysicalSizeX="0.2738"')}, 0.2738),
+        ({"description": OME.format('PhysicalSizeX="0.2738" PhysicalSizeXUnit="µm"')}, 0.2738),
+        ({"description": OME.format('PhysicalSizeX="273.8" PhysicalSizeXUnit="nm"')}, 0.2738),
+        ({"description": OME.format('PhysicalSizeX="0.0002738" PhysicalSizeXUnit="mm"')}, 0.2738),
+        ({"description": OME.format('PhysicalSizeX="1" PhysicalSizeXUnit="pixel"')}, None),
+        ({"description": OME.format("")}, None),
+        ({"resolution": (1e4 / 0.5, 1e4 / 0.5), "resolutionunit": "CENTIMETER"}, 0.5),
+        ({"resolution": (25400 / 0.25, 25400 / 0.25), "resolutionunit": "INCH"}, 0.25),
+        ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),  # of a printer
+        ({"resolution": (4, 4), "resolutionunit": "NONE"}, None),
+        ({}, None),
+    ],
+)
+def test_pixel_sizes_are_read_in_every_unit(tmp_path, options, expected):
+    options = {
+        key: value.encode() if isinstance(value, str) and "<" in value else value for key, value in options.items()
+    }
+    path = write(tmp_path / "he.tif", [IMAGE], **RGB, **TILE, **options)
+    with open_pyramid(path) as image:
+        assert image.mpp == (None if expected is None else pytest.approx(expected, rel=1e-4))
+    with open_pyramid(path, 0.3) as image:
+        assert image.mpp == 0.3
+
+
+def test_the_coarsest_level_that_is_fine_enough_is_chosen(tmp_path):
+    with open_pyramid(write(tmp_path / "he.tif", halves(IMAGE), **RGB, **TILE)) as image:
+        wanted = [(0.5, 0), (1, 0), (1.9, 0), (2, 1), (3.9, 1), (4, 2), (100, 2)]
+        assert [image.level_for(downsample) for downsample, _ in wanted] == [level for _, level in wanted]
+
+
+def aperio(path, levels, mpp=0.5):
+    """Write a file that OpenSlide takes for one of an Aperio scanner."""
+    text = f"Aperio Image Library v11.2.1\r\n{WIDTH}x{HEIGHT} [0,0 {WIDTH}x{HEIGHT}] (64x64)|AppMag = 20|MPP = {mpp}"
+    with tifffile.TiffWriter(path) as writer:
+        for level in levels:
+            jpeg = {"compression": "jpeg", "compressionargs": {"level": 98}}
+            writer.write(level, tile=(64, 64), description=text, metadata=None, **jpeg, **RGB)
+    return Path(path)
+
+
+def test_slides_that_openslide_knows_are_read_through_it(tmp_path):
+    y, x = np.mgrid[:1403, :1807]
+    smooth = np.stack([60 + x / 12, 230 - y / 12, 90 + (x + y) / 30], axis=-1).astype(np.uint8)
+    path = aperio(tmp_path / "slide.svs", [smooth, smooth[2::4, 2::4]], mpp=0.2521)
+    with open_pyramid(path) as image:
+        assert type(image).__name__ == "_Slide"
+        assert image.mpp == pytest.approx(0.2521)
+        assert [level.downsample for level in image.levels] == [1, 4]
+        whole = image.read(0, 0, 0, *image.size)
+        assert np.abs(whole.astype(int) - smooth).mean() < 2
+        assert np.array_equal(image.read(0, 311, 207, 100, 90), whole[207:297, 311:411])
+        outside = image.read(0, -10, -10, 20, 20)
+        assert (outside[:10] == 255).all()
+        assert np.array_equal(outside[10:, 10:], whole[:10, :10])
+        far = image.read(1, 400, 300, 30, 30).astype(int)  # at the far end rounded sizes would be pixels off
+        assert np.abs(far - smooth[2::4, 2::4][300:330, 400:430]).mean() < 2

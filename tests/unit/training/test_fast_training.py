@@ -1,0 +1,105 @@
+"""What makes training fast, or small, changes nothing in what is computed."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import (
+    assert_same_result,
+    make_crowded_store,
+    make_experiment,
+    make_split,
+    make_ssl_experiment,
+    make_store,
+    read_log,
+)
+
+from celldetr.config.experiment import Experiment
+from celldetr.training.loop import train
+
+STEPS = 50
+PLAIN = {"model": {"fast": False}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
+
+
+def experiment_of(kind, **settings):
+    """Make an experiment of one step per epoch; settings by the block that they belong to."""
+    recipe = {
+        "epochs": STEPS,
+        "select": "last",
+        "lr": 5e-4,
+        "backbone_lr": 5e-4,
+        "noise": {"share": 0.5} if kind == "parallel" else {},
+    }
+    experiment = make_ssl_experiment(**recipe) if kind == "ssl" else make_experiment(kind, **recipe)
+    told = experiment.to_dict()
+    for block, values in settings.items():
+        told[block] |= values
+    return Experiment.from_dict(told)
+
+
+def losses(store, experiment, folder, accelerator="cpu"):
+    """Total loss of each step (S,)."""
+    train(experiment, [store], make_split(store, 4, 2), folder, accelerator=accelerator)
+    return np.array([line["train"]["loss"] for line in read_log(folder) if line["train"]])
+
+
+def follow(fast, plain):
+    """Allow what rounding does: it drives them apart slowly at first, then by a match that falls the other way."""
+    np.testing.assert_allclose(fast[:10], plain[:10], rtol=1e-3)
+    np.testing.assert_allclose(fast, plain, rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
+def test_fifty_steps_follow_those_of_the_plain_form(store, tmp_path, kind):
+    if kind == "ssl":
+        store = make_crowded_store(tmp_path / "crowded.zarr", 6)
+    fast = losses(store, experiment_of(kind), tmp_path / "fast")
+    plain = losses(store, experiment_of(kind, **PLAIN), tmp_path / "plain")
+    assert len(fast) == STEPS
+    assert fast[-5:].mean() < 0.9 * fast[:5].mean()  # it is training that is compared
+    follow(fast, plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
+def test_fifty_steps_on_a_gpu_follow_those_of_the_plain_form(store, tmp_path, kind):
+    if kind == "ssl":
+        store = make_crowded_store(tmp_path / "crowded.zarr", 6)
+    fast = losses(store, experiment_of(kind, training={"precision": "fp32"}), tmp_path / "fast", "cuda")
+    plain = losses(store, experiment_of(kind, **PLAIN), tmp_path / "plain", "cuda")
+    np.testing.assert_allclose(fast[:10], plain[:10], rtol=0.02)  # the fast form rounds products to TF32
+    assert fast[-5:].mean() == pytest.approx(plain[-5:].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_plain_form_rounds_nothing(store, tmp_path, fast):
+    losses(store, experiment_of("parallel", model={"fast": fast}, training={"epochs": 1}), tmp_path)
+    assert torch.get_float32_matmul_precision() == ("high" if fast else "highest")
+    assert torch.backends.cudnn.allow_tf32 == fast
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_fifty_compiled_steps_follow_those_of_the_plain_form(store, tmp_path):
+    compiled = losses(store, experiment_of("sequential", training={"compile": True}), tmp_path / "compiled")
+    plain = losses(store, experiment_of("sequential", **PLAIN), tmp_path / "plain")
+    follow(compiled, plain)
+
+
+def test_half_precision_stays_near_single_precision(store, tmp_path):
+    half = losses(store, experiment_of("parallel", training={"precision": "bf16"}), tmp_path / "half")
+    single = losses(store, experiment_of("parallel"), tmp_path / "single")
+    np.testing.assert_allclose(half[:10], single[:10], rtol=0.05)
+    assert half[-5:].mean() == pytest.approx(single[-5:].mean(), rel=0.15)
+
+
+def test_recomputing_the_encoder_changes_nothing(store, tmp_path):
+    again, kept = (experiment_of("parallel", training={"recompute": again, "epochs": 5}) for again in (True, False))
+    for experiment, name in ((again, "again"), (kept, "kept")):
+        losses(store, experiment, tmp_path / name)
+    assert_same_result(tmp_path / "again", tmp_path / "kept")

@@ -1,0 +1,109 @@
+"""One job at a time trains a model, and none of its processes outlives it."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_training import assert_same_result, make_experiment, make_split, make_store
+
+from celldetr.model.weights import read_checkpoint
+from celldetr.training import lock
+from celldetr.training.errors import Occupied
+from celldetr.training.loop import train
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 12)
+
+
+def start(code):
+    """Run Python in a process of its own until it says something."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=HERE
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Return a process that trains in the folder of the run, as far as the lock is concerned."""
+    process = start(f"""
+        import time
+        from pathlib import Path
+        from celldetr.training.lock import alone
+        with alone(Path({str(tmp_path / "run")!r})):
+            print("ready", flush=True)
+            time.sleep(600)
+    """)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_job_is_refused_and_changes_nothing(store, tmp_path, other, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 1.0)
+    with pytest.raises(Occupied, match=rf"another job trains this model \(process {other.pid} on "):
+        train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints", "lock"]
+
+
+def test_a_job_waits_for_one_that_is_about_to_end(store, tmp_path, other):
+    train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "whole")
+    threading.Timer(2, other.kill).start()
+    started = time.monotonic()
+    train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+    assert time.monotonic() - started > 2
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_no_locks_are_no_reason_to_stop(tmp_path, other, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with lock.alone(tmp_path / "run"):
+        assert "no locks here" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
+def test_the_processes_of_a_killed_job_end_too(store, tmp_path):
+    job = start(f"""
+        import sys
+        from pathlib import Path
+        from tiny_training import make_experiment, make_split
+        from celldetr.store import open_store
+        from celldetr.training.loop import train
+        store = open_store({str(store.path)!r})
+        print("ready", flush=True)
+        train(make_experiment(gpus=2, epochs=5000), [store], make_split(store, 8, 4),
+              Path({str(tmp_path / "run")!r}), accelerator="cpu")
+    """)
+    checkpoint, until = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 120
+    try:
+        while not checkpoint.exists() and job.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        processes = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        assert len(processes) == 2
+    finally:
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+    until = time.monotonic() + 30
+    while (left := [one for one in processes if Path(f"/proc/{one}").exists()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    for process in left:
+        os.kill(int(process), signal.SIGKILL)
+    assert left == [], "they outlived their job"
+    assert read_checkpoint(checkpoint)["step"] > 0

@@ -1,0 +1,468 @@
+"""Training runs of a tiny model: they learn, stop, go on, and share a batch."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log, stopping
+from torch.utils.data import DataLoader
+
+from celldetr.config.experiment import Experiment, TrainingSettings
+from celldetr.evaluation.predictions import ScoreRule, read_predictions
+from celldetr.evaluation.scoring import score_fold
+from celldetr.inference.predict import predict_fold
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.weights import load_model, read_checkpoint, save_model
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.training.base import learning_rate_factor
+from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
+from celldetr.training.errors import Interrupted, NonFinite, ProcessFailed
+from celldetr.training.loop import train
+from celldetr.training.supervised import SupervisedStage
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
+def test_a_run_leaves_all_its_results(store, tmp_path, mode):
+    experiment = make_experiment(mode, noise={"share": 0.5})
+    path = train(experiment, [store], make_split(store, 7, 4), tmp_path / "run")
+    assert load_model(path).settings == experiment.model
+    lines = read_log(path.parent)
+    assert [line["step"] for line in lines] == [2, 4, 6]  # 7 patches make 2 batches of 4
+    assert set(lines[0]["val"]["f1"]) == set(CLASSES)
+    provenance = json.loads((path.parent / "provenance.json").read_text())
+    assert provenance["patches"] == {"train": 7, "val": 4}
+    assert (path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
+    left = {str(p.relative_to(path.parent)) for p in path.parent.rglob("*") if p.is_file()}
+    assert not any("lightning_logs" in name for name in left)
+    assert any(name.startswith("tensorboard/events") for name in left)
+
+
+def test_a_small_model_learns_two_images_by_heart(store, tmp_path):
+    experiment = make_experiment(
+        "sequential",
+        model={"d_model": 32, "dropout": 0.0, "queries": 8},
+        epochs=150,
+        batch_size=2,
+        lr=4e-3,
+        backbone_lr=4e-3,
+        warmup_steps=10,
+        select="last",
+        augmentation={"elastic": 0.0, "flip": 0.0, "blur": 0.0, "jitter": 0.0},
+    )
+    split = make_split(store, 2, 2)
+    split["patch"] = [0, 1, 0, 1]
+    path = train(experiment, [store], split, tmp_path / "run", radius=3.0)
+    lines = read_log(path.parent)
+    assert lines[-1]["train"]["loss"] < 0.3 * lines[0]["train"]["loss"]
+    assert lines[-1]["val"]["detection"]["f1"] == 1
+    assert lines[-1]["val"]["class_f1"] == 1
+
+
+def test_validation_scores_are_those_of_the_model_file(store, tmp_path):
+    """What the log says of an epoch is what predicting with its weights gives."""
+    for mode in ("sequential", "parallel", "baseline"):
+        experiment = make_experiment(mode, epochs=12, lr=4e-3, backbone_lr=4e-3, select="last")
+        split = make_split(store, 10, 0)
+        split = pd.concat([split, split.assign(part="val")])
+        path = train(experiment, [store], split, tmp_path / mode, nucleus_threshold=0.2, radius=4.0)
+        ten = make_store(tmp_path / f"{mode}.zarr", 10)  # the first patches of the fixture: same seed
+        predict_fold(load_model(path), ten, tmp_path / "p.parquet", nucleus_threshold=0.2, batch_size=3)
+        found = read_predictions(tmp_path / "p.parquet")
+        table = score_fold(found, ten, rule=ScoreRule("class", 0.2, 0.0), radius=4.0, resamples=0)
+        row = table[(table["metric"] == "strict") & (table["class"] == "Detection")].iloc[0]
+        said = read_log(path.parent)[-1]["val"]["detection"]
+        assert row["n_predicted"] > 0
+        assert row["f1"] == pytest.approx(said["f1"], abs=0.02)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    settings = TrainingSettings(warmup_steps=10, warmup_from=0.1)
+    factors = [learning_rate_factor(step, 110, settings) for step in range(111)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10] == pytest.approx(1)
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == pytest.approx(0)
+    assert np.argmax(factors) == 10
+
+
+def test_backbone_has_its_own_learning_rate(store):
+    experiment = make_experiment(backbone_lr=3e-5)
+    data = PatchData([store], make_split(store, 4, 0), "train")
+    stage = SupervisedStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
+    groups = stage.configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [1e-3, 3e-5]
+    backbone = {id(p) for p in stage.model.backbone.parameters()}
+    assert {id(p) for p in groups[1]["params"]} == backbone
+    assert sum(len(group["params"]) for group in groups) == len(list(stage.parameters()))
+
+
+def test_bfloat16_trains(store, tmp_path):
+    path = train(make_experiment(precision="bf16"), [store], make_split(store, 8, 4), tmp_path / "run")
+    fp32 = train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "fp32")
+    half, full = (read_log(p.parent)[0]["train"]["loss"] for p in (path, fp32))
+    assert half == pytest.approx(full, rel=0.02)
+    assert half != full
+    assert {t.dtype for t in read_checkpoint(path)["state"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
+def test_patches_without_nuclei_and_nuclei_without_labels_are_legal(tmp_path, mode):
+    store = make_store(tmp_path / "fold1.zarr", 10, unlabelled=True)
+    split = make_split(store, 4, 4)
+    split["patch"] = [4, 9, 0, 1, 4, 9, 0, 1]  # every fifth is empty
+    path = train(make_experiment(mode, batch_size=2), [store], split, tmp_path / "run")
+    last = read_log(path.parent)[-1]
+    assert last["val"]["class_f1"] is None
+    assert last["val"].get("classes", 0) == 0
+    assert last["val"]["l1"] > 0
+
+
+def test_streaming_gives_the_same_run_as_a_cache(store, tmp_path):
+    split = make_split(store, 8, 4)
+    for cache, workers in (("ram", 0), ("none", 0), ("none", 2)):
+        train(make_experiment(cache=cache, workers=workers, epochs=2), [store], split, tmp_path / f"{cache}{workers}")
+    assert_same_result(tmp_path / "ram0", tmp_path / "none0")
+    assert_same_result(tmp_path / "ram0", tmp_path / "none2")
+
+
+@pytest.mark.parametrize("kind", [TrainingBatches, ValidationBatches])
+def test_large_batches_arrive_from_a_loader_process_as_they_were(tmp_path, kind):
+    store = make_store(tmp_path / "fold1.zarr", 320)
+    data = PatchData([store], make_split(store, 0, 320), "val", cache="none")
+    batches = kind(data, 160, 0) if kind is TrainingBatches else kind(data, 160)
+    here = [batches[index].counts_global.tolist() for index in range(2)]
+    loader = DataLoader(batches, batch_size=None, sampler=range(2), num_workers=1, collate_fn=lambda batch: batch)
+    assert [batch.counts_global.tolist() for batch in loader] == here
+
+
+def test_starting_from_a_model_with_other_classes_keeps_all_but_the_class_head(store, tmp_path):
+    experiment = make_experiment(epochs=1, lr=1e-12, backbone_lr=0.0, weight_decay=0.0)
+    torch.manual_seed(5)
+    other = experiment.model.model_copy(update={"classes": ("a", "b", "c")})
+    save_model(tmp_path / "other.pt", CellDETR(other), other)
+    path = train(experiment, [store], make_split(store, 4, 2), tmp_path / "run", initial=tmp_path / "other.pt")
+    before, after = read_checkpoint(tmp_path / "other.pt")["state"], read_checkpoint(path)["state"]
+    changed = {name for name in after if before[name].shape != after[name].shape}
+    assert changed == {"class_head.weight", "class_head.bias"}
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in after if name not in changed)
+
+
+@pytest.mark.parametrize(("at", "number"), [(3, signal.SIGTERM), (4, signal.SIGUSR1), (8, signal.SIGTERM)])
+def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_exactly(store, tmp_path, monkeypatch, at, number):
+    """In the middle of an epoch, before its last step, and in its last step (validation is still done)."""
+    experiment, split = make_experiment("parallel", noise={"share": 0.5}), make_split(store, 9, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patch:
+        stopping(patch, at, number)
+        if at < 8:
+            with pytest.raises(Interrupted, match=f"{number.name} after step {at + 1} of 9"):
+                train(experiment, [store], split, tmp_path / "run")
+            assert not (tmp_path / "run" / "model.pt").exists()
+        else:
+            train(experiment, [store], split, tmp_path / "run")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_bit_identical(store, tmp_path):
+    """SIGKILL at two random moments; the last process finishes."""
+    whole = {"epochs": 30, "batch_size": 2}
+    split = make_split(store, 8, 4)
+    train(make_experiment(**whole), [store], split, tmp_path / "whole")
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        from pathlib import Path
+        from tiny_training import make_experiment, make_split
+        from celldetr.store import open_store
+        from celldetr.training.loop import train
+        store = open_store({str(store.path)!r})
+        train(make_experiment(**{whole!r}), [store], make_split(store, 8, 4), Path({str(tmp_path / "run")!r}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    state = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    moments = random.Random()
+    for _ in range(2):
+        written = state.stat().st_mtime_ns if state.exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == written):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_failed_while_writing_its_results_only_writes_them(store, tmp_path, monkeypatch):
+    experiment, split = make_experiment(), make_split(store, 8, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("celldetr.training.loop.draw_curves", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(experiment, [store], split, tmp_path / "run")
+    monkeypatch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_finished_run_is_not_trained_again_unless_something_changed(store, tmp_path, monkeypatch):
+    split = make_split(store, 8, 4)
+    train(make_experiment(), [store], split, tmp_path / "run", code="a")
+    first = (tmp_path / "run" / "model.pt").read_bytes()
+    (tmp_path / "run" / "model.pt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
+        train(make_experiment(), [store], split, tmp_path / "run", code="a")
+        assert (tmp_path / "run" / "model.pt").read_bytes() == first
+        for changed in ({"code": "b"}, {"experiment": make_experiment(seed=9)}, {"split": make_split(store, 7, 4)}):
+            arguments = {"experiment": make_experiment(), "split": split, "code": "a"} | changed
+            with pytest.raises(ZeroDivisionError):
+                train(arguments["experiment"], [store], arguments["split"], tmp_path / "run", code=arguments["code"])
+
+
+def interrupt(store, tmp_path, monkeypatch, experiment=None):
+    with monkeypatch.context() as patch:
+        stopping(patch, 2)
+        with pytest.raises(Interrupted):
+            train(experiment or make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+    return tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path, monkeypatch):
+    state = interrupt(store, tmp_path, monkeypatch)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.ckpt[\s\S]*Delete .*last\.ckpt to start the run afresh"):
+        train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_a_checkpoint_of_other_settings_or_data_is_refused(store, tmp_path, monkeypatch):
+    interrupt(store, tmp_path, monkeypatch)
+    split = make_split(store, 8, 4)
+    with pytest.raises(InputError, match=r"model\.queries: was 6, now 7"):
+        train(make_experiment(model={"queries": 7}), [store], split, tmp_path / "run")
+    with pytest.raises(InputError, match=r"other patches"):
+        train(make_experiment(), [store], make_split(store, 7, 5), tmp_path / "run")
+    train(make_experiment(cache="none", workers=0), [store], split, tmp_path / "run")  # changes no result
+
+
+def odd_moments(state):
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(2)
+
+
+def odd_line(state):
+    del state["history"][0]["val"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (odd_moments, "optimizer: does not fit the model"),
+        (odd_line, r"history\.0\.val\.loss: Field required"),
+        (lambda state: state.pop("step"), "step: Field required"),
+        (lambda state: state.update(step=99), "step: got 99, expected at most 6"),
+        (lambda state: state["model"].update(level_embed=torch.zeros(1)), r"level_embed: got \(1,\)"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_by_name(store, tmp_path, monkeypatch, change, message):
+    path = interrupt(store, tmp_path, monkeypatch)
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(InputError, match=rf"last\.ckpt[\s\S]*{message}"):
+        train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_a_best_epoch_that_is_not_whole_is_refused_by_name(store, tmp_path):
+    train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=True)
+    for damaged in ({**content, "extra": {}}, {key: content[key] for key in content if key != "state"}):
+        torch.save(damaged, path)
+        with pytest.raises(InputError, match=r"best\.ckpt"):
+            train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_a_killed_loader_process_is_said_at_once_and_the_run_goes_on(store, tmp_path, monkeypatch):
+    experiment, split = make_experiment(cache="none", workers=1), make_split(store, 8, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    load = TrainingBatches.__getitem__
+
+    def killed(batches, step):
+        if step == 3 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(batches, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "__getitem__", killed)
+        start = time.monotonic()
+        with pytest.raises(ProcessFailed, match=r"a process that loads patches was ended .*DataLoader worker.* memory"):
+            train(experiment, [store], split, tmp_path / "run")
+        assert time.monotonic() - start < 60
+    assert not (tmp_path / "run" / "model.pt").exists()
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def kill_a_child():
+    """SIGKILL the second of two processes that this one starts, a moment later."""
+    children, until = [], time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < until:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        time.sleep(0.05)
+    time.sleep(2)
+    os.kill(int(children[1]), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
+def test_one_of_two_processes_killed_ends_the_run_with_its_name(store, tmp_path):
+    experiment = make_experiment(gpus=2, epochs=500)
+    threading.Thread(target=kill_a_child, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(ProcessFailed, match="process [01] of the run was ended by SIGKILL"):
+        train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")
+    assert time.monotonic() - start < 120
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(store, tmp_path):
+    model = {"dropout": 0.0}
+    settings = {"noise": {"share": 0.7}, "cache": "none", "workers": 0}
+    split = make_split(store, 9, 5)
+    train(make_experiment("parallel", model, **settings), [store], split, tmp_path / "one")
+    train(make_experiment("parallel", model, gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        for part in ("train", "val"):
+            for name in ("loss", "nucleus", "l1", "giou", "classes"):
+                assert two[part][name] == pytest.approx(one[part][name], rel=1e-4), (part, name)
+        assert two["val"]["detection"] == pytest.approx(one["val"]["detection"])
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_the_error_of_the_run(store, tmp_path):
+    experiment = make_experiment(gpus=2, lr=1e30, backbone_lr=1e30, warmup_steps=0, gradient_clip=0.0)
+    with pytest.raises(NonFinite, match="fold1:"):
+        train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")
+
+
+def test_a_loss_that_is_not_finite_names_the_patches(store, tmp_path):
+    experiment = make_experiment(lr=1e30, backbone_lr=1e30, warmup_steps=0, gradient_clip=0.0)
+    with pytest.raises(NonFinite, match=r"step 2: .* not finite, in a batch of patches fold1:\d+"):
+        train(experiment, [store], make_split(store, 8, 4), tmp_path / "run")
+
+
+def test_from_cell_types_to_other_classes_only_the_class_head_starts_afresh(store, tmp_path):
+    types = ("T", "B", "Mast")
+    cells = make_store(tmp_path / "sample.zarr", 12, classes=types, seed=4)
+    assert (cells.labels >= 0).any()
+    recipe = {"epochs": 1, "noise": {"share": 0.6, "low": 0.1, "high": 0.3}}
+    pretrain = make_experiment("parallel", {"classes": list(types)}, **recipe)
+    pretrain = Experiment.from_dict({**pretrain.to_dict(), "stage": "st"})
+    first = train(pretrain, [cells], make_split(cells, 8, 4), tmp_path / "st")
+    frozen = make_experiment("parallel", epochs=1, lr=1e-12, backbone_lr=0.0, weight_decay=0.0)
+    second = train(frozen, [store], make_split(store, 4, 2), tmp_path / "fine", initial=first)
+    before, after = (read_checkpoint(path)["state"] for path in (first, second))
+    assert before.keys() == after.keys()
+    changed = {
+        name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()
+    }
+    moved = {name for name in changed if before[name].shape == after[name].shape}
+    assert {name.split(".")[0] for name in changed - moved} == {"class_head"}
+    assert all((before[name] - after[name]).abs().max() < 1e-9 for name in moved)
+
+
+def test_nuclei_without_a_label_do_not_train_the_class_head(tmp_path):
+    cells = make_store(tmp_path / "sample.zarr", 8, unlabelled=True)
+    experiment = make_experiment("parallel", epochs=1, weight_decay=0.0, select="last")
+    path = train(experiment, [cells], make_split(cells, 6, 2), tmp_path / "run")
+    torch.manual_seed(experiment.training.seed)
+    start = CellDETR(experiment.model).state_dict()
+    trained = read_checkpoint(path)["state"]
+    assert torch.equal(start["class_head.weight"], trained["class_head.weight"])
+    assert not torch.equal(start["decoder.class_embed.0.weight"], trained["decoder.class_embed.0.weight"])
+    assert read_log(tmp_path / "run")[0]["val"]["f1"] == dict.fromkeys(CLASSES)
+
+
+def test_a_store_with_other_classes_is_refused(tmp_path):
+    store = make_store(tmp_path / "fold9.zarr", 3, classes=CLASSES[::-1])
+    with pytest.raises(InputError, match=r"fold9\.zarr: got classes \['long', 'round'\], expected"):
+        train(make_experiment(), [store], make_split(store, 2, 1), tmp_path / "run")
+
+
+def test_splits_that_do_not_fit_are_refused(store, tmp_path):
+    split = make_split(store, 4, 2)
+    with pytest.raises(InputError, match=r"nowhere"):
+        train(make_experiment(), [store], split.assign(store="nowhere"), tmp_path / "a")
+    with pytest.raises(InputError, match=r"fold1\.zarr, which has 14"):
+        train(make_experiment(), [store], split.assign(patch=range(10, 16)), tmp_path / "b")
+    with pytest.raises(InputError, match=r"part 'val'"):
+        train(make_experiment(), [store], split.assign(part="train"), tmp_path / "c")
+    with pytest.raises(InputError, match=r"part 'train'"):
+        train(make_experiment(), [store], split.assign(part="val"), tmp_path / "d")
+    train(make_experiment(select="last", epochs=1), [store], split.assign(part="train"), tmp_path / "e")
+
+
+def test_more_gpus_than_there_are_is_refused(store, tmp_path):
+    with pytest.raises(ConfigError, match=r"training\.gpus: got 4"):
+        train(make_experiment(gpus=4), [store], make_split(store, 4, 2), tmp_path, accelerator="cuda")
+
+
+def test_an_epoch_has_every_patch_and_another_order_than_the_next(store):
+    data = PatchData([store], make_split(store, 9, 0), "train")
+    batches = TrainingBatches(data, 4, seed=3)
+    epochs = [np.concatenate([batches[e * 3 + k].patches for k in range(3)]) for e in range(2)]
+    for order in epochs:
+        assert sorted(order[:9]) == list(range(9))
+        assert np.array_equal(order[9:], order[:3])
+    assert not np.array_equal(*epochs)
+
+
+def test_shares_of_a_batch_are_the_batch(store):
+    data = PatchData([store], make_split(store, 9, 0), "train")
+    whole = TrainingBatches(data, 4, seed=3)[4]
+    first, second = (TrainingBatches(data, 4, seed=3, rank=rank, world=2)[4] for rank in range(2))
+    assert torch.equal(torch.cat([first.images, second.images]), whole.images)
+    assert first.boxes_global == second.boxes_global == whole.boxes_global
+    assert second.boxes_before == int(first.targets.counts.sum())
+
+
+def test_processes_validate_every_patch_once(store):
+    data = PatchData([store], make_split(store, 0, 7), "val")
+    shares = [ValidationBatches(data, 2, rank, 3) for rank in range(3)]
+    found = np.concatenate([share[k].patches for share in shares for k in range(len(share))])
+    assert sorted(found) == list(range(7))
+
+
+def test_targets_are_the_boxes_of_the_store(store):
+    data = PatchData([store], make_split(store, 6, 0), "train")
+    targets = data.targets(np.array([5, 4, 0]))
+    for row, patch in enumerate((5, 4, 0)):
+        boxes, labels = store.boxes_of(patch)
+        assert targets.valid[row].sum() == len(labels) == targets.counts[row]
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 / store.patch_size
+        assert np.allclose(targets.boxes[row, : len(labels), :2], centre, atol=1e-6)
+        assert (targets.labels[row, len(labels) :] == -1).all()

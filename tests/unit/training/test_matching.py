@@ -1,0 +1,126 @@
+"""Matching of queries to nuclei."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from celldetr.config.experiment import LossSettings
+from celldetr.training.data import Targets
+from celldetr.training.errors import NonFinite
+from celldetr.training.matching import assign, costs, match
+
+WEIGHTS = LossSettings()
+
+
+def random_boxes(*shape, generator):
+    centre = torch.rand(*shape, 2, generator=generator) * 0.8 + 0.1
+    size = torch.rand(*shape, 2, generator=generator) * 0.2 + 0.02
+    return torch.cat([centre, size], dim=-1)
+
+
+def random_case(counts, queries=7, classes=1, layers=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    slots = max(1, *counts)
+    logits = torch.randn(layers, len(counts), queries, classes, generator=generator)
+    boxes = random_boxes(layers, len(counts), queries, generator=generator)
+    labels = torch.randint(classes, (len(counts), slots), generator=generator)
+    labels[torch.arange(slots) >= torch.tensor(counts)[:, None]] = -1
+    return logits, boxes, Targets(random_boxes(len(counts), slots, generator=generator), labels, torch.tensor(counts))
+
+
+def plain_cost(logits, box, true, label):
+    """Cost of one query for one nucleus, in plain numbers."""
+    p = 1 / (1 + np.exp(-float(logits[label])))
+    focal = 0.25 * (1 - p) ** 2 * -np.log(p) - 0.75 * p**2 * -np.log(1 - p)
+    (ax, ay, aw, ah), (bx, by, bw, bh) = box.tolist(), true.tolist()
+    wide = [min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2), max(ax + aw / 2, bx + bw / 2)]
+    high = [min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2), max(ay + ah / 2, by + bh / 2)]
+    inner = max(wide[0], 0) * max(high[0], 0)
+    union = aw * ah + bw * bh - inner
+    hull = (wide[1] - min(ax - aw / 2, bx - bw / 2)) * (high[1] - min(ay - ah / 2, by - bh / 2))
+    giou = inner / union - (hull - union) / hull
+    l1 = abs(ax - bx) + abs(ay - by) + abs(aw - bw) + abs(ah - bh)
+    return 2 * focal + 5 * l1 - 2 * giou
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_costs_are_those_of_the_paper(classes):
+    logits, boxes, targets = random_case([3, 2], classes=classes)
+    table = costs(logits, boxes, targets, WEIGHTS)
+    for layer, image in itertools.product(range(2), range(2)):
+        for box, query in itertools.product(range(targets.counts[image]), range(7)):
+            label = int(targets.labels[image, box]) if classes > 1 else 0
+            one = plain_cost(logits[layer, image, query], boxes[layer, image, query], targets.boxes[image, box], label)
+            assert float(table[layer, image, box, query]) == pytest.approx(one, abs=1e-4)
+
+
+def test_every_image_gets_its_cheapest_assignment():
+    logits, boxes, targets = random_case([3, 0, 2], queries=4)
+    found = match(logits, boxes, targets, WEIGHTS)
+    table = costs(logits, boxes, targets, WEIGHTS).numpy()
+    for layer, image in itertools.product(range(2), range(3)):
+        count = int(targets.counts[image])
+        mine = (found.layer == layer) & (found.image == image)
+        query, box = found.query[mine], found.box[mine]
+        assert sorted(box.tolist()) == list(range(count))
+        assert len(set(query.tolist())) == count
+        best = min(
+            sum(table[layer, image, k, q] for k, q in enumerate(chosen))
+            for chosen in itertools.permutations(range(4), count)
+        )
+        assert sum(table[layer, image, k, q] for k, q in zip(box, query, strict=True)) == pytest.approx(best, abs=1e-5)
+
+
+def test_an_image_is_matched_alone_as_in_a_batch():
+    logits, boxes, targets = random_case([5, 1, 0, 3])
+    together = match(logits, boxes, targets, WEIGHTS)
+    for image in range(4):
+        alone = match(
+            logits[:, image : image + 1],
+            boxes[:, image : image + 1],
+            Targets(*(values[image : image + 1] for values in (targets.boxes, targets.labels, targets.counts))),
+            WEIGHTS,
+        )
+        mine = together.image == image
+        for name in ("layer", "query", "box"):
+            assert torch.equal(getattr(together, name)[mine], getattr(alone, name))
+
+
+def test_more_nuclei_than_queries_uses_every_query_once():
+    logits, boxes, targets = random_case([6], queries=3, layers=1)
+    found = match(logits, boxes, targets, WEIGHTS)
+    assert sorted(found.query.tolist()) == [0, 1, 2]
+    assert len(set(found.box.tolist())) == 3
+
+
+def test_no_nuclei_at_all():
+    logits, boxes, targets = random_case([0, 0])
+    assert all(len(column) == 0 for column in match(logits, boxes, targets, WEIGHTS))
+
+
+def test_a_nucleus_without_a_label_takes_its_cheapest_class():
+    logits, boxes, targets = random_case([1], classes=3, layers=1)
+    by_class = []
+    for label in range(3):
+        labelled = Targets(targets.boxes, torch.full_like(targets.labels, label), targets.counts)
+        by_class.append(costs(logits, boxes, labelled, WEIGHTS))
+    unlabelled = Targets(targets.boxes, torch.full_like(targets.labels, -1), targets.counts)
+    got = costs(logits, boxes, unlabelled, WEIGHTS)
+    assert torch.allclose(got, torch.stack(by_class).amin(dim=0))
+
+
+def test_a_cost_that_is_no_number_is_an_error_but_not_in_padding():
+    logits, boxes, targets = random_case([2, 0])
+    logits[0, 1] = float("nan")
+    match(logits, boxes, targets, WEIGHTS)
+    logits[0, 0, 3] = float("nan")
+    with pytest.raises(NonFinite):
+        match(logits, boxes, targets, WEIGHTS)
+
+
+def test_assign_takes_the_rows_of_the_image_only():
+    cost = np.zeros((1, 1, 2, 2), np.float32)
+    cost[0, 0] = [[0, 1], [-9, -9]]
+    assert assign(cost, np.array([1])).T.tolist() == [[0, 0, 0, 0]]

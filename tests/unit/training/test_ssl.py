@@ -1,0 +1,280 @@
+"""Runs of contrastive pretraining: they learn, log, stop and go on, share a batch, and hand on their weights."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import (
+    assert_same_result,
+    make_crowded_store,
+    make_experiment,
+    make_split,
+    make_ssl_experiment,
+    make_store,
+    read_log,
+)
+
+from celldetr.config.experiment import Experiment
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.weights import load_model, read_checkpoint
+from celldetr.runtime.errors import ConfigError
+from celldetr.training import ssl
+from celldetr.training.contrastive import (
+    contrastive_loss,
+    make_views,
+    project_views,
+    training_uniforms,
+    validation_uniforms,
+)
+from celldetr.training.data import PatchData, TrainingBatches
+from celldetr.training.errors import Interrupted
+from celldetr.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "slide.zarr", 14, classes=())
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    return make_crowded_store(tmp_path_factory.mktemp("stores") / "crowd.zarr", 32)
+
+
+def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(store):
+    data = PatchData([store], make_split(store, 9, 0), "train")
+    seen = []
+    for step in range(6):
+        whole = training_uniforms(TrainingBatches(data, 4, seed=3)[step], 3)
+        batches = [TrainingBatches(data, 4, 3, rank, 2)[step] for rank in range(2)]
+        assert torch.equal(torch.cat([training_uniforms(batch, 3) for batch in batches]), whole)
+        assert whole.shape[1] == 2 * max(int(batch.targets.counts.max()) for batch in batches)
+        seen.append(float(whole[0, 0, 0]))
+    assert len(set(seen)) == 6
+
+
+def test_noise_of_validation_depends_on_the_patch_alone(store):
+    data = PatchData([store], make_split(store, 0, 9), "val")
+    together = validation_uniforms([2, 5], data.targets(np.array([2, 5])), 3)
+    alone = data.targets(np.array([5]))
+    count = int(alone.counts[0])
+    assert count > 0
+    own = slice(count, 2 * count)
+    assert torch.equal(validation_uniforms([5], alone, 3)[0, own], together[1, own])
+
+
+def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
+    path = train(make_ssl_experiment(), [store], make_split(store, 7, 5), tmp_path)
+    lines = read_log(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert lines[0]["train"] is None
+    for line in lines:
+        val = line["val"]
+        expected = {"loss", "contrastive", "nucleus", "l1", "giou", "retrieval", "own", "others"}
+        expected |= {"spread", "detection", "score"}
+        assert val.keys() == expected
+        assert val["score"] == val["retrieval"]
+        assert 0 < val["spread"] <= 1.5
+    assert lines[1]["train"].keys() == {"loss", "contrastive", "nucleus", "l1", "giou"}
+    model = load_model(path)
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert "projection" in names
+    assert "class_head" not in names
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bfloat16_trains_with_about_the_same_losses(store, tmp_path):
+    for precision in ("fp32", "bf16"):
+        train(
+            make_ssl_experiment(precision=precision, epochs=1), [store], make_split(store, 4, 4), tmp_path / precision
+        )
+    full, half = (read_log(tmp_path / precision) for precision in ("fp32", "bf16"))
+    for name in ("contrastive", "l1"):
+        assert half[0]["val"][name] == pytest.approx(full[0]["val"][name], rel=0.05)
+    assert half[0]["val"]["contrastive"] != full[0]["val"]["contrastive"]
+
+
+def make_stage(store):
+    experiment = make_ssl_experiment()
+    data = PatchData([store], make_split(store, 8, 0), "train")
+    stage = ssl.SslStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
+    stage._trainer = type("Trainer", (), {"world_size": 1})()
+    return stage, data
+
+
+def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_are_full(store):
+    stage, data = make_stage(store)
+    batch = TrainingBatches(data, 8, seed=1)[0]
+    counts = batch.targets.counts
+    assert 0 < (counts < 2).sum() < 7
+    views = stage.views(batch.targets, batch)
+    assert torch.equal(views.valid, (counts > 0)[:, None].expand(-1, 2 * int(counts.max())))
+    outputs = stage.compute(torch.rand(8, 3, 32, 32), batch.targets, batch)
+    total = contrastive_loss(outputs.nuclei, views, 0.1, "image")
+    assert float(outputs.losses["contrastive"].detach()) == pytest.approx(
+        float(total.detach()) / int((counts > 1).sum())
+    )
+
+
+def test_spread_of_the_log_is_that_of_the_originals(store, tmp_path):
+    experiment = make_ssl_experiment(select="last", epochs=1)
+    split = make_split(store, 4, 6)
+    model = load_model(train(experiment, [store], split, tmp_path))
+    data = PatchData([store], split, "val")
+    targets = data.targets(np.arange(6))
+    views = make_views(targets, torch.zeros(6, 2 * targets.labels.shape[1], 9), experiment.training.noise, once=True)
+    with torch.no_grad():
+        projected = project_views(model, model.encode(data.read(np.arange(6)).permute(0, 3, 1, 2) / 255), views)
+    unit = torch.nn.functional.normalize(projected[views.original], dim=-1)
+    deviation = unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
+    assert read_log(tmp_path)[-1]["val"]["spread"] == pytest.approx(float(deviation), rel=1e-3)
+
+
+def test_every_parameter_gets_a_gradient(store):
+    stage, data = make_stage(store)
+    batch = TrainingBatches(data, 4, seed=1)[0]
+    losses = stage.compute(torch.rand(4, 3, 32, 32), batch.targets, batch).losses
+    stage.total(losses).backward()
+    assert [name for name, parameter in stage.model.named_parameters() if parameter.grad is None] == []
+
+
+def test_labels_of_a_store_are_not_looked_at(tmp_path):
+    for name, unlabelled in (("a", False), ("b", True)):
+        labelled = make_store(tmp_path / name / "slide.zarr", 10, unlabelled=unlabelled)
+        train(make_ssl_experiment(epochs=1), [labelled], make_split(labelled, 6, 4), tmp_path / name / "run")
+    lines = [read_log(tmp_path / name / "run") for name in ("a", "b")]
+    assert lines[0] == lines[1]
+
+
+def test_patches_without_nuclei_are_legal(store, tmp_path):
+    split = make_split(store, 4, 2)
+    split["patch"] = [4, 9, 4, 9, 4, 9]
+    train(make_ssl_experiment(batch_size=2, epochs=1), [store], split, tmp_path)
+    last = read_log(tmp_path)[-1]
+    assert last["train"]["contrastive"] == 0
+    assert last["train"]["nucleus"] > 0
+    assert last["val"]["retrieval"] is None
+    assert last["val"]["spread"] is None
+
+
+@pytest.mark.parametrize("negatives", ["image", "batch"])
+def test_retrieval_rises_well_above_its_start(crowded, tmp_path, negatives):
+    experiment = make_ssl_experiment(
+        {"dropout": 0.0},
+        epochs=6,
+        lr=3e-3,
+        backbone_lr=3e-3,
+        noise={"low": 0.4, "high": 0.8},
+        contrastive={"negatives": negatives},
+        augmentation={"elastic": 0.0, "flip": 0.0, "blur": 0.2, "jitter": 0.0, "hed": 1.0},
+    )
+    train(experiment, [crowded], make_split(crowded, 24, 8), tmp_path)
+    lines = read_log(tmp_path)
+    start, end = lines[0]["val"], lines[-1]["val"]
+    assert start["retrieval"] < 0.6
+    assert end["retrieval"] > 0.85
+    assert end["spread"] > start["spread"]
+    assert end["own"] - end["others"] > 0.5 > start["own"] - start["others"]
+    assert end["contrastive"] < 0.5 * start["contrastive"]
+
+
+def test_a_collapsed_model_is_told(store, tmp_path, monkeypatch, caplog):
+    init = CellDETR.__init__
+
+    def collapsed(self, settings):
+        init(self, settings)
+        torch.nn.init.zeros_(self.projection[2].weight)
+        torch.nn.init.ones_(self.projection[2].bias)
+
+    monkeypatch.setattr(CellDETR, "__init__", collapsed)
+    experiment = make_ssl_experiment(epochs=1, lr=1e-9, backbone_lr=0.0)
+    train(experiment, [store], make_split(store, 4, 4), tmp_path)
+    assert "spread of 0.000, below 0.1" in caplog.text
+    assert read_log(tmp_path)[0]["val"]["spread"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_weight_of_the_contrastive_loss_counts(store, tmp_path):
+    for weight in (1.0, 3.0):
+        experiment = make_ssl_experiment(epochs=1, lr=1e-9, backbone_lr=0.0, contrastive={"weight": weight})
+        train(experiment, [store], make_split(store, 4, 4), tmp_path / str(weight))
+    for part, line in (("train", 1), ("val", 0)):
+        one, three = (read_log(tmp_path / weight)[line][part] for weight in ("1.0", "3.0"))
+        assert three["loss"] - one["loss"] == pytest.approx(2 * one["contrastive"], rel=1e-4)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_stopped_run_goes_on_exactly(store, tmp_path, monkeypatch, at):
+    experiment, split = make_ssl_experiment(epochs=2), make_split(store, 9, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    step = ssl.SslStage.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ssl.SslStage, "training_step", stop)
+        with pytest.raises(Interrupted):
+            train(experiment, [store], split, tmp_path / "run")
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(store, tmp_path):
+    split, model = make_split(store, 9, 5), {"dropout": 0.0}
+    settings = {"cache": "none", "workers": 0}
+    train(make_ssl_experiment(model, **settings), [store], split, tmp_path / "one")
+    train(make_ssl_experiment(model, gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert [line["epoch"] for line in two] == [0, 1, 2, 3]
+    for a, b in zip(one, two, strict=True):
+        for part in ("train", "val") if a["train"] else ("val",):
+            for name in ("loss", "contrastive", "nucleus", "l1", "giou"):
+                assert b[part][name] == pytest.approx(a[part][name], rel=1e-4), (part, name)
+        assert b["val"]["retrieval"] == pytest.approx(a["val"]["retrieval"])
+        assert b["val"]["spread"] == pytest.approx(a["val"]["spread"], rel=1e-3)
+
+
+def test_going_on_to_classes_drops_the_projection_and_starts_a_class_head(store, tmp_path, caplog):
+    caplog.set_level("INFO")
+    pretrained = train(make_ssl_experiment(epochs=1), [store], make_split(store, 6, 3), tmp_path / "ssl")
+    labelled = make_store(tmp_path / "fold1.zarr", 8)
+    tune = make_experiment("parallel", {"representation": {"layers": 2}}, epochs=1, lr=1e-12, backbone_lr=0.0)
+    tuned = train(tune, [labelled], make_split(labelled, 4, 3), tmp_path / "tuned", initial=pretrained)
+    before, after = (read_checkpoint(path)["state"] for path in (pretrained, tuned))
+    assert {name.split(".")[0] for name in before.keys() - after.keys()} == {"projection"}
+    assert after.keys() - before.keys() == {"class_head.weight", "class_head.bias"}
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before.keys() & after.keys())
+    assert "2 tensors start afresh" in caplog.text
+    assert "4 tensors of" in caplog.text
+    assert "projection.0.weight" in caplog.text
+
+
+def test_a_classifier_can_start_pretraining(store, tmp_path):
+    labelled = make_store(tmp_path / "fold1.zarr", 8)
+    first = make_experiment("parallel", {"representation": {"layers": 2}}, epochs=1)
+    path = train(first, [labelled], make_split(labelled, 4, 3), tmp_path / "first")
+    again = train(make_ssl_experiment(epochs=1), [store], make_split(store, 4, 3), tmp_path / "ssl", initial=path)
+    assert "class_head.weight" not in read_checkpoint(again)["state"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "message"),
+    [
+        ("ssl", "mode", "sequential", "experiments.tiny.model.mode: got 'sequential', expected parallel"),
+        ("ssl", "projection", 0, "experiments.tiny.model.projection: got 0"),
+        ("ssl", "classes", ["a"], "experiments.tiny.model.classes: got ['a'], expected none"),
+        ("supervised", "projection", 8, "experiments.tiny.model.projection: got 8, expected 0"),
+        ("supervised", "classes", [], "experiments.tiny.model.classes: got [], expected at least one"),
+    ],
+)
+def test_models_that_do_not_fit_the_stage_are_refused(stage, key, value, message):
+    values = (make_ssl_experiment() if stage == "ssl" else make_experiment()).to_dict()
+    values["model"][key] = value
+    with pytest.raises(ConfigError) as error:
+        Experiment.from_dict(values)
+    assert message in str(error.value)

@@ -1,0 +1,70 @@
+"""A training step on a device of its own: everything is where it should be, and the host waits for one transfer."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from step_on_pretended_device import BATCH, Trainer, make_stage
+from tiny_training import make_store
+
+from celldetr.training.base import Report
+from celldetr.training.data import TrainingBatches
+from celldetr.training.errors import NonFinite
+
+STEP = Path(__file__).parents[2] / "helpers" / "step_on_pretended_device.py"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 30)
+
+
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl"])
+def test_a_step_reads_costs_and_losses_and_nothing_else(store, mode):
+    """Any other read of the device, shape that depends on values, or tensor on the wrong device is an error."""
+    done = subprocess.run(
+        [sys.executable, STEP, mode, store.path], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["nuclei"]
+    assert found["blurred"]
+    assert found["device"] == "pretended:0"
+    assert found["to_host"][0] == found["costs"]
+    assert len(found["to_host"]) == 2
+    # kornia moves the blur's deviations; on CUDA without waiting
+    assert found["waited"] in ([], [[found["blurred"], 2]])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl"])
+def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
+    """PyTorch itself tells of any other wait; what an event is awaited for is not told."""
+    stage = make_stage(store, mode).to("cuda")
+    stage.trainer = trainer = Trainer(stage.configure_optimizers())
+    batches = TrainingBatches(stage.train_data, BATCH, 1)
+    for step in range(3):
+        batch = batches[step].to("cuda")
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills the caches
+        try:
+            stage.training_step(batch, step).backward()
+            stage.configure_gradient_clipping(trainer.optimizers[0])
+            trainer.optimizers[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        trainer.optimizers[0].zero_grad()
+        stage.step += 1
+
+
+def test_losses_that_arrive_late_name_their_own_patches(store):
+    stage = make_stage(store, "parallel")
+    batches = TrainingBatches(stage.train_data, BATCH, 1)
+    stage._report = Report(batches[0], {"l1": torch.tensor(1.0)}, torch.tensor(float("nan")))
+    with pytest.raises(NonFinite, match=r"step 1: losses loss are not finite") as caught, stage._naming(batches[1]):
+        raise NonFinite("costs of the matching")
+    named = set(re.findall(r"fold1:\d+", str(caught.value)))
+    assert named == {stage.train_data.name(int(patch)) for patch in batches.order(0)[:BATCH]}

@@ -1,0 +1,396 @@
+import json
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from celldetr.config.classes import ST_TYPES
+from celldetr.config.xenium import CellTypeSettings
+from celldetr.report.cell_types import draw
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.xenium.celltypes.annotate import annotate, on_genes, two_passes
+from celldetr.xenium.celltypes.annotators import correlation, tacco_ot
+from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS, best, label_cells, read_cells, write_cells
+from celldetr.xenium.celltypes.qc import agreement, marker_figures, quality, reannotate, thin
+
+GENES = 60
+SETTINGS = CellTypeSettings()
+TISSUE = {"Malignant": 0.6, "T": 0.2, "Fibroblast": 0.15, "NK": 0.05}
+
+
+def profiles(kinds=TISSUE):
+    """Shares of the genes in each type: a common base, five markers each; NK resembles T."""
+    generator = np.random.default_rng(7)
+    base = generator.dirichlet(np.full(GENES, 2.0))
+    found = {}
+    for place, kind in enumerate(kinds):
+        share = base.copy()
+        share[5 * place : 5 * place + 5] += 0.08
+        if kind == "NK":
+            share[5:8] += 0.06  # some markers of T
+        found[kind] = share / share.sum()
+    return found
+
+
+def draw_cells(kinds, depth, seed):
+    """Cells of known type (obs["truth"]) with Poisson counts around a lognormal depth."""
+    generator = np.random.default_rng(seed)
+    share = np.stack([profiles()[kind] for kind in kinds])
+    counts = generator.poisson(share * generator.lognormal(np.log(depth), 0.4, (len(kinds), 1)))
+    names = [f"G{i}" for i in range(GENES)]
+    ids = [f"ENSG{i:011d}" for i in range(GENES)]
+    return anndata.AnnData(
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame({"truth": kinds}, index=[f"cell{i}" for i in range(len(kinds))]),
+        var=pd.DataFrame({"gene_ids": ids}, index=names),
+    )
+
+
+def tissue(cells=1200, depth=80, seed=1):
+    kinds = np.random.default_rng(seed).choice(list(TISSUE), cells, p=list(TISSUE.values()))
+    return draw_cells(kinds, depth, seed)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Balanced reference whose whole had another composition than the tissue."""
+    kinds = np.repeat(list(TISSUE), 100)
+    table = draw_cells(kinds, 600, 2)
+    table.obs["type"] = pd.Categorical(kinds, categories=ST_TYPES)
+    table.obs["label"] = kinds
+    table.obs["held_out"] = np.arange(len(kinds)) % 5 == 0
+    table.uns["composition"] = {**dict.fromkeys(ST_TYPES, 0), "T": 500, "NK": 400, "Malignant": 50, "Fibroblast": 50}
+    return table
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return tissue()
+
+
+@pytest.fixture(scope="module")
+def annotation(sample, reference):
+    return annotate(sample, reference, SETTINGS, seed=0)
+
+
+def truth(cells):
+    return cells.obs["truth"].map(ST_TYPES.index).to_numpy()
+
+
+def annotators():
+    return pytest.mark.parametrize("annotator", [tacco_ot, correlation])
+
+
+@annotators()
+def test_planted_types_come_back(annotator, sample, reference):
+    fractions = annotator(sample, reference)
+    assert (best(fractions) == truth(sample)).mean() > 0.9
+    assert list(fractions.columns) == list(ST_TYPES)
+    np.testing.assert_allclose(fractions.sum(axis=1), 1, atol=1e-5)
+    assert (fractions.drop(columns=list(TISSUE)) == 0).all().all()  # types that the reference lacks
+
+
+@annotators()
+def test_order_of_the_cells_changes_nothing(annotator, sample, reference):
+    order = np.random.default_rng(0).permutation(sample.n_obs)
+    fractions = annotator(sample, reference).iloc[order]
+    np.testing.assert_allclose(annotator(sample[order].copy(), reference), fractions, atol=1e-3)
+
+
+@annotators()
+def test_cells_without_counts_have_no_fractions(annotator, sample, reference):
+    counts = sample.X[:300].tolil()
+    counts[[3, 77]] = 0
+    cells = anndata.AnnData(sparse.csr_matrix(counts), obs=sample.obs[:300], var=sample.var)
+    fractions = annotator(cells, reference)
+    assert list(np.flatnonzero(fractions.isna().all(axis=1))) == [3, 77]
+    assert fractions.isna().any(axis=1).sum() == 2
+    assert (best(fractions)[[3, 77]] == -1).all()
+
+
+def test_cells_whose_genes_are_alike_have_no_correlation(reference):
+    counts = np.ones((3, GENES), dtype=np.float32)
+    counts[2, 7] = 9
+    fractions = correlation(anndata.AnnData(sparse.csr_matrix(counts), var=reference.var), reference)
+    assert list(fractions.isna().all(axis=1)) == [True, True, False]
+
+
+@annotators()
+def test_a_sample_without_any_counts(annotator, reference):
+    empty = anndata.AnnData(sparse.csr_matrix((4, GENES), dtype=np.float32), var=reference.var)
+    assert annotator(empty, reference).isna().all().all()
+
+
+def test_correlation_is_that_of_logarithmic_profiles(sample, reference):
+    fractions = correlation(sample[:40].copy(), reference)
+    counts = sample.X[:40].toarray().astype(np.float64)
+    target = np.median(counts.sum(axis=1))
+    cells = np.log1p(counts / counts.sum(axis=1, keepdims=True) * target)
+    known = reference.X.toarray() / reference.X.sum(axis=1)
+    kinds = reference.obs["type"].to_numpy()
+    means = np.log1p(np.stack([np.asarray(known[kinds == kind]).mean(axis=0) for kind in TISSUE]) * target)
+    expected = np.corrcoef(cells, means)[:40, 40:]
+    # fractions are a softmax: logarithms of their ratios are differences of correlations, up to one factor
+    logs = np.log(fractions[list(TISSUE)].to_numpy(np.float64))
+    differences = [(values - values[:, :1])[:, 1:].ravel() for values in (logs, expected)]
+    factor = differences[0] @ differences[1] / (differences[1] @ differences[1])
+    np.testing.assert_allclose(differences[0], factor * differences[1], atol=0.01)
+
+
+def test_correlation_goes_through_all_parts(sample, reference, monkeypatch):
+    whole = correlation(sample, reference)
+    monkeypatch.setattr("celldetr.xenium.celltypes.annotators.CHUNK_CELLS", 500)
+    pd.testing.assert_frame_equal(correlation(sample, reference), whole)
+
+
+def test_parts_of_a_sample_give_what_the_whole_gives(reference):
+    cells = tissue(900)
+    cells = cells[np.argsort(cells.obs["truth"].to_numpy(), kind="stable")].copy()  # cut in this order, parts would
+    prior = pd.Series({**dict.fromkeys(ST_TYPES, 0.0), **TISSUE})  # each be of one type
+    whole = tacco_ot(cells, reference, prior)
+    parts = tacco_ot(cells, reference, prior, chunk_cells=450, seed=3)
+    assert (best(whole) == best(parts)).mean() > 0.97
+    assert (best(parts) == truth(cells)).mean() > 0.9
+    composition = [np.bincount(best(f), minlength=10) / len(cells) for f in (whole, parts)]
+    np.testing.assert_allclose(composition[0], composition[1], atol=0.015)
+    np.testing.assert_allclose(whole.to_numpy().mean(axis=0), parts.to_numpy().mean(axis=0), atol=0.015)
+
+
+def test_tacco_prints_nothing(sample, reference, capsys):
+    tacco_ot(sample[:200].copy(), reference)
+    assert capsys.readouterr().out == ""
+
+
+def test_composition_of_the_sample_is_the_better_prior(reference):
+    cells = tissue(2000, depth=25, seed=4)
+    here = on_genes(cells, np.arange(GENES), tuple(cells.var_names))
+    errors = {}
+    for prior in ("sample", "reference"):
+        settings = CellTypeSettings(prior=prior)
+        fractions, _, start = two_passes(here, reference, reference.uns["composition"], settings, 0)
+        errors[prior] = (best(fractions) != truth(cells)).mean()
+        assert start.sum() == pytest.approx(1)
+    assert start["T"] > 2 * start["Malignant"]  # that of the whole reference, although its sample is balanced
+    assert errors["sample"] < 0.8 * errors["reference"]
+
+
+def test_lamb_holds_on_to_the_prior(sample, reference):
+    prior = pd.Series({**dict.fromkeys(ST_TYPES, 0.0), "T": 0.7, "Malignant": 0.1, "Fibroblast": 0.1, "NK": 0.1})
+    shares = [tacco_ot(sample, reference, prior, lamb=lamb)["T"].mean() for lamb in (0.001, 10.0)]
+    assert shares[0] < 0.4 < shares[1]
+
+
+def table_of(rows, second=None, transcripts=50):
+    fractions = pd.DataFrame(rows, columns=list(ST_TYPES), index=[f"c{i}" for i in range(len(rows))])
+    other = fractions if second is None else second
+    return fractions, other, np.full(len(rows), transcripts)
+
+
+def row(**fractions):
+    return [fractions.get(name, 0.0) for name in ST_TYPES]
+
+
+def test_every_reason():
+    rows = [
+        row(T=0.7, NK=0.3),
+        [np.nan] * 10,
+        row(T=1.0),
+        row(T=0.45, NK=0.2, B=0.2, Mast=0.15),
+        row(T=0.55, NK=0.45),
+        row(B=0.9, Plasma=0.1),
+    ]
+    fractions, second, transcripts = table_of(rows)
+    second = second.copy()
+    second.iloc[5] = row(Plasma=1.0)
+    transcripts[2] = 9
+    table = label_cells(fractions, second, transcripts, SETTINGS)
+    assert list(table["reason"]) == list(REASONS)
+    assert list(table["label"]) == [ST_TYPES.index("T"), -1, -1, -1, -1, -1]
+    assert list(table["second_label"])[1:] == [-1, 0, 0, 0, ST_TYPES.index("Plasma")]
+    loose = label_cells(fractions, second, transcripts, CellTypeSettings(require_agreement=False, min_margin=0.05))
+    assert list(loose["label"])[4:] == [ST_TYPES.index("T"), ST_TYPES.index("B")]
+
+
+def test_thresholds_are_met_by_equality():
+    fractions, second, transcripts = table_of([row(T=0.5, NK=0.25, B=0.25)], transcripts=10)
+    assert label_cells(fractions, second, transcripts, CellTypeSettings(min_margin=0.25))["label"][0] == 0
+
+
+def test_no_labelled_cell_says_why():
+    with pytest.raises(InputError, match=r"no cell of 3 gets a label \(few transcripts: 3\)"):
+        label_cells(*table_of([row(T=1.0)] * 3, transcripts=2), SETTINGS)
+
+
+def test_settings_refuse_nonsense():
+    with pytest.raises(ConfigError, match="did you mean 'min_margin'"):
+        CellTypeSettings.from_dict({"min_margins": 0.1}, "xenium.cell_types")
+
+
+def test_labels_of_planted_cells_are_right(annotation, sample):
+    table = annotation.table
+    labelled = (table["label"] >= 0).to_numpy()
+    assert labelled.mean() > 0.7
+    assert (table["label"].to_numpy() == truth(sample))[labelled].mean() > 0.97
+    assert list(table["cell_id"]) == list(sample.obs_names)
+    np.testing.assert_array_equal(table["transcripts"], sample.X.sum(axis=1).A1.astype(int))
+    assert annotation.prior["Malignant"] == pytest.approx(TISSUE["Malignant"], abs=0.06)
+
+
+def test_control_probes_and_foreign_genes_do_not_count(sample, reference, annotation):
+    extra = anndata.AnnData(
+        sparse.hstack([sample.X, sparse.csr_matrix(np.full((sample.n_obs, 2), 99, np.float32))], format="csr"),
+        obs=sample.obs,
+        var=pd.DataFrame(
+            {"gene_ids": [*sample.var["gene_ids"], "NegControlProbe_00042", "ENSG00000999999"]},
+            index=[*sample.var_names, "NegControlProbe_00042", "NEWGENE"],
+        ),
+    )
+    pd.testing.assert_frame_equal(annotate(extra, reference, SETTINGS, seed=0).table, annotation.table)
+
+
+@pytest.mark.parametrize("change", [lambda counts: counts * 0.5, lambda counts: -counts])
+def test_counts_of_the_sample_must_be_counts(sample, reference, change):
+    cells = anndata.AnnData(sparse.csr_matrix(change(sample.X)), obs=sample.obs, var=sample.var)
+    with pytest.raises(InputError, match="expected raw counts"):
+        annotate(cells, reference, SETTINGS, seed=0)
+
+
+def test_held_out_cells_annotate_nothing(sample, reference, annotation):
+    poisoned = reference.copy()
+    held = poisoned.obs["held_out"].to_numpy()
+    counts = poisoned.X.tolil()
+    counts[held] = 1000
+    poisoned.X = sparse.csr_matrix(counts)
+    pd.testing.assert_frame_equal(annotate(sample, poisoned, SETTINGS, seed=0).table, annotation.table)
+
+
+def test_table_survives_the_disk(annotation, tmp_path):
+    write_cells(tmp_path / "cells.parquet", annotation.table, {"settings": SETTINGS.to_dict()})
+    table, metadata = read_cells(tmp_path / "cells.parquet")
+    pd.testing.assert_frame_equal(table, annotation.table)
+    assert metadata == {"classes": list(ST_TYPES), "settings": SETTINGS.to_dict()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.assign(label=np.int8(12)), "labels that are no type"),
+        (lambda table: table.assign(label=np.int8(-1)), "contradict their reason"),
+        (lambda table: table.assign(cell_id="same"), "occur twice"),
+        (lambda table: table.assign(reason="mood"), "unknown reasons"),
+    ],
+)
+def test_broken_tables_are_refused(annotation, tmp_path, change, words):
+    write_cells(tmp_path / "cells.parquet", change(annotation.table), {})
+    with pytest.raises(InputError, match=words):
+        read_cells(tmp_path / "cells.parquet")
+
+
+def test_other_parquet_files_are_refused(tmp_path):
+    pd.DataFrame({"cell_id": ["a"], "label": [1]}).to_parquet(tmp_path / "cells.parquet")
+    with pytest.raises(InputError, match="transcripts: missing"):
+        read_cells(tmp_path / "cells.parquet")
+    (tmp_path / "cells.parquet").write_text("no")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_cells(tmp_path / "cells.parquet")
+
+
+def test_readers_of_labels_need_no_annotator():
+    code = (
+        "import sys, celldetr.xenium.celltypes.labels\n"
+        "print(sorted({'tacco', 'scanpy', 'anndata', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_thinning_reaches_the_depth_of_the_sample(reference):
+    wanted = np.array([0.0, 40, 80, 1e9])
+    thinned = thin(reference, wanted, np.random.default_rng(0))
+    totals = thinned.X.sum(axis=1).A1
+    before = reference.X.sum(axis=1).A1
+    assert (totals <= before).all()
+    untouched = totals == before  # a third drew more than they have
+    assert 0.2 < untouched.mean() < 0.45
+    assert totals[~untouched].mean() == pytest.approx(60, rel=0.1)
+    # genes keep their shares
+    shares = [counts.sum(axis=0).A1 / counts.sum() for counts in (thinned.X, reference.X)]
+    np.testing.assert_allclose(shares[0], shares[1], atol=0.004)
+
+
+def test_reannotation_finds_held_out_types(reference, sample):
+    counts = sample.X.sum(axis=1).A1
+    found = reannotate(reference, counts, reference.uns["composition"], SETTINGS, 0)
+    assert found["cells"] == 80
+    assert found["macro_f1"] > 0.85
+    assert found["f1"]["Mast"] is None
+    assert np.sum(found["confusion"]) + found["without_counts"] == 80
+    # labels that mean nothing cannot be found again
+    shuffled = reference.copy()
+    order = np.random.default_rng(0).permutation(shuffled.n_obs)
+    shuffled.obs["type"] = shuffled.obs["type"].to_numpy()[order]
+    assert reannotate(shuffled, counts, reference.uns["composition"], SETTINGS, 0)["macro_f1"] < 0.5
+
+
+def test_reannotation_is_as_hard_as_the_sample(reference):
+    found = reannotate(reference, np.full(50, 6.0), reference.uns["composition"], SETTINGS, 0)
+    assert found["labelled_share"] < 0.2  # cells of some six transcripts
+    assert found["macro_f1"] < 0.9
+
+
+def test_reannotated_cells_were_not_learnt(reference):
+    wrong = reference.copy()
+    kinds = wrong.obs["type"].to_numpy(dtype=object)
+    known = np.flatnonzero(~wrong.obs["held_out"].to_numpy())
+    kinds[known] = np.random.default_rng(0).permutation(kinds[known])
+    wrong.obs["type"] = pd.Categorical(kinds, categories=ST_TYPES)
+    assert reannotate(wrong, np.full(50, 300.0), reference.uns["composition"], SETTINGS, 0)["accuracy"] < 0.6
+
+
+def test_agreement_counts_cells(annotation):
+    found = agreement(annotation)
+    first = best(annotation.table[list(FRACTIONS)])
+    second = annotation.table["second_label"].to_numpy()
+    assert found["overall"] == pytest.approx((first == second).mean())
+    assert found["by_type"]["Mast"] is None
+    flipped = annotation.table.assign(second_label=np.int8(ST_TYPES.index("Mast")))
+    changed = agreement(type(annotation)(flipped, annotation.genes, annotation.prior))
+    assert changed["overall"] == 0
+
+
+def test_markers_are_a_type_s_own():
+    shares = {"T": [0.3, 0.1, 0.0, 0.6], "NK": [0.29, 0.0, 0.11, 0.6], "B": [0.0, 0.0, 0.0, 1.0]}
+    counts = np.random.default_rng(0).poisson(np.repeat(list(shares.values()), 50, axis=0) * 200)
+    cells = anndata.AnnData(
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=pd.DataFrame({"type": np.repeat(list(shares), 50)}, index=[str(i) for i in range(150)]),
+        var=pd.DataFrame(index=["BOTH", "OWN_T", "OWN_NK", "ALL"]),
+    )
+    labels = np.repeat([ST_TYPES.index(kind) for kind in shares], 50).astype(np.int8)
+    labels[:10] = -1
+    found = marker_figures(cells, cells, labels)
+    first = {kind: found["genes"][found["of"].index(kind)] for kind in ("T", "NK")}
+    assert first == {"T": "OWN_T", "NK": "OWN_NK"}
+    column = found["genes"].index("OWN_T")
+    expected = (counts[10:50, 1] > 0).mean()
+    assert [row[column] for row in found["share"]] == pytest.approx([expected, 0.0, 0.0])
+
+
+def test_figures_and_picture(annotation, sample, reference, tmp_path):
+    figures = quality(sample, reference, annotation, SETTINGS, 0)
+    json.dumps(figures, allow_nan=False)
+    assert sum(figures["reasons"].values()) == sample.n_obs
+    assert sum(figures["labels"].values()) == figures["reasons"]["labelled"]
+    markers = figures["markers"]
+    planted = {name: {f"G{i}" for i in range(5 * k, 5 * k + 5)} for k, name in enumerate(TISSUE)}
+    assert all(gene in planted[kind] for gene, kind in zip(markers["genes"], markers["of"], strict=True))
+    # two markers of T are its own, the others are those of NK, too
+    assert {"G8", "G9"} <= {gene for gene, kind in zip(markers["genes"], markers["of"], strict=True) if kind == "T"}
+    for column, kind in enumerate(markers["of"]):  # the type that a gene marks shows it most
+        means = np.array(markers["mean"])[:, column]
+        assert markers["types"][int(means.argmax())] == kind
+    draw(tmp_path / "qc.png", figures, "test")
+    assert (tmp_path / "qc.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,162 @@
+"""Patches of a Xenium sample: planted nuclei come back with the labels of their cells, and what is lost is counted."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import extract_xenium
+from celldetr.config.classes import ST_TYPES
+from celldetr.example.xenium import AffinePlan, write_xenium
+from celldetr.runtime.errors import InputError
+from celldetr.store import open_store, validate
+from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS
+from celldetr.xenium.patches import place_nuclei
+from celldetr.xenium.registration import Quality, Registration
+
+SIZE, MPP = 64, 0.5
+
+
+class Named(dict):
+    """Files of a rule: by name and as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+def write_cells(path, ids, labels):
+    table = {
+        "cell_id": pa.array([str(name) for name in ids], pa.string()),
+        "transcripts": pa.array(np.full(len(ids), 50), pa.int32()),
+        "label": pa.array(labels, pa.int8()),
+        "second_label": pa.array(labels, pa.int8()),
+        "reason": pa.DictionaryArray.from_arrays(pa.array(np.where(labels < 0, 1, 0), pa.int8()), pa.array(REASONS)),
+        **{name: pa.array(np.full(len(ids), 0.1), pa.float32()) for name in FRACTIONS},
+    }
+    metadata = {b"celldetr": json.dumps({"classes": list(ST_TYPES)}).encode()}
+    pq.write_table(pa.table(table).replace_schema_metadata(metadata), path)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xenium")
+    truth = write_xenium(
+        folder, seed=3, size_um=(300, 260), rim_um=30, he_mpp=0.4, affine=AffinePlan(rotation_deg=25, shift_um=(9, -7))
+    )
+    quality = Quality(
+        passed=True, failures=(), distance=1.0, chance=5.0, contrast=1.0, z=10.0, inside=1.0, he_nuclei=9,
+        regions_passed=1.0, regions=(),
+    )  # fmt: skip
+    registration = Registration(
+        matrix=truth.matrix, pixel_size=truth.pixel_size, he_mpp=truth.he_mpp, origin="file", quality=quality
+    )
+    registration.write(folder / "registration.json")
+    labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
+    write_cells(folder / "cells.parquet", truth.cell_ids, labels)
+    return SimpleNamespace(folder=folder, truth=truth, labels=labels, registration=registration)
+
+
+def run(sample, out, **changes):
+    files = {"outs": sample.truth.outs, "he": sample.truth.he_image}
+    files |= {"registration": sample.folder / "registration.json", "cells": sample.folder / "cells.parquet"}
+    names = {"store": "s1.zarr", "summary_tsv": "s1.tsv", "summary_html": "s1.html"}
+    settings = {"min_labelled": 1, "min_nuclei": 1, "min_tissue": 0.1, **changes}
+    params = {"settings": settings, "patch_size": SIZE, "mpp": MPP, "tissue": "Lung", "group": "donor 1", "seed": 0}
+    extract_xenium.main(
+        SimpleNamespace(
+            input=Named(files),
+            output=SimpleNamespace(**{key: out / name for key, name in names.items()}),
+            params=SimpleNamespace(**params),
+            wildcards=SimpleNamespace(sample="s1"),
+            threads=2,
+        )
+    )
+    return open_store(out / "s1.zarr")
+
+
+@pytest.fixture(scope="module")
+def store(sample, tmp_path_factory):
+    return run(sample, tmp_path_factory.mktemp("out"))
+
+
+def on_slide(store):
+    """Boxes of a store (M, 4) in px of `MPP` um, counted from the corner of the slide."""
+    corners = np.rint(store.patches[["x", "y"]].to_numpy() * store.attrs["image"]["mpp"] / MPP)
+    return store.boxes + np.tile(np.repeat(corners, np.diff(store.box_ptr), axis=0), 2)
+
+
+def test_planted_nuclei_come_back_with_their_types(sample, store):
+    truth = sample.truth
+    validate(store.path)
+    planted = np.array([[*p.min(axis=0), *p.max(axis=0)] for p in truth.nuclei_he]) * truth.he_mpp / MPP
+    found = on_slide(store)
+    local = store.boxes
+    whole = ((local > 0) & (local < SIZE)).all(axis=1)  # not clipped
+    assert whole.sum() > 50
+    distance = np.abs(found[whole][:, None] - planted[None]).max(axis=-1)
+    assert distance.min(axis=1).max() < 0.1  # px
+    owner = truth.nucleus_cell[distance.argmin(axis=1)]
+    assert np.array_equal(store.labels[whole], sample.labels[owner])
+    assert (store.labels == -1).any()
+
+
+def test_every_nucleus_is_in_a_patch_or_counted(sample, store):
+    dropped = store.attrs["dropped"]
+    assert len(store.labels) + sum(count for name, count in dropped.items() if name.startswith("nuclei")) == len(
+        sample.truth.nuclei_he
+    )
+    without = set(range(len(sample.truth.cell_ids))) - set(sample.truth.nucleus_cell.tolist())
+    assert dropped["cells without a nucleus outline"] == len(without) > 0
+    assert store.attrs["image"]["mpp"] == pytest.approx(sample.truth.he_mpp)
+    assert set(store.patches["group"]) == {"donor 1"}
+
+
+def test_no_patch_reaches_beyond_the_xenium_image(sample, store):
+    truth = sample.truth
+    assert store.attrs["patches_passed_over"]["beyond the imaged area"] > 0
+    side = SIZE * MPP / truth.he_mpp
+    for x, y in store.patches[["x", "y"]].to_numpy():
+        corners = np.array([[x, y], [x + side, y], [x, y + side], [x + side, y + side]])
+        there = corners @ truth.matrix[:2, :2].T + truth.matrix[:2, 2]
+        slack = 25  # Xenium px: the map's cells are 8 um wide
+        assert (there > -slack).all()
+        assert (there < np.array(truth.xenium_size) + slack).all()
+
+
+def test_the_dark_pixels_are_in_the_boxes(store):
+    """Nuclei are darker than what surrounds them: the registration was used in the right direction."""
+    inside, outside = [], []
+    for index in range(len(store)):
+        patch = store.read(index)
+        mask = np.zeros((SIZE, SIZE), bool)
+        for x0, y0, x1, y1 in np.rint(patch.boxes).astype(int):
+            mask[y0:y1, x0:x1] = True
+        inside.append(patch.image[mask][:, 0])
+        outside.append(patch.image[~mask][:, 0])
+    assert np.concatenate(inside).mean() < np.concatenate(outside).mean() - 25
+
+
+def test_the_summary_adds_up(store):
+    folder = store.path.parent
+    table = pd.read_csv(folder / "s1.tsv", sep="\t")
+    counts = table[table["kind"] == "class"].set_index("name")["count"]
+    assert counts.to_dict() == store.attrs["counts"]
+    page = (folder / "s1.html").read_text()
+    assert page.count("<img") == 1 + min(12, len(store))
+    assert all(name in page for name in ST_TYPES)
+
+
+def test_no_patch_is_an_error_with_the_reasons(sample, tmp_path):
+    with pytest.raises(InputError, match="got no patch; .*with too few labelled nuclei.*look at the registration"):
+        run(sample, tmp_path, min_labelled=10_000)
+    assert not (tmp_path / "s1.zarr").exists()
+
+
+def test_cells_of_another_sample_are_refused(sample):
+    polygons = pd.DataFrame({"cell_id": ["a"], "geometry": [None]})
+    cells = pd.DataFrame({"cell_id": ["b"], "label": [1]})
+    with pytest.raises(InputError, match=r"ids like \['b'\], but the nuclei have ids like \['a'\]"):
+        place_nuclei(polygons, cells, sample.registration, MPP)

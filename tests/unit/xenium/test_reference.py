@@ -1,0 +1,289 @@
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from celldetr.config.classes import ST_TYPES
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.xenium.celltypes.counts import read_rows, why_not_raw
+from celldetr.xenium.celltypes.genes import shared_genes, symbols_and_ids
+from celldetr.xenium.celltypes.reference import prepare_reference, read_mapping, read_reference, write_reference
+
+MAPPING = {"CD4": "T", "CD8": "T", "tumour": "Malignant", "fibro": "Fibroblast", "doublet": "-"}
+SIZES = {"CD4": 60, "CD8": 6, "tumour": 40, "fibro": 15, "doublet": 5}
+GENES = 80
+
+
+def raw_counts(cells, seed=0, depth=400):
+    """Draw counts as droplets give them: depths that differ, most genes seen never or once."""
+    generator = np.random.default_rng(seed)
+    share = generator.dirichlet(np.full(GENES, 0.5))
+    return generator.poisson(generator.lognormal(np.log(depth), 0.5, (cells, 1)) * share).astype(np.float32)
+
+
+def data(counts=None, labels=None):
+    names = np.repeat(list(SIZES), list(SIZES.values())) if labels is None else labels
+    names = np.random.default_rng(5).permutation(names)
+    counts = raw_counts(len(names)) if counts is None else counts
+    obs = pd.DataFrame({"kind": pd.Categorical(names)}, index=[f"c{i}" for i in range(len(names))])
+    var = pd.DataFrame(index=[f"G{i}" for i in range(counts.shape[1])])
+    return anndata.AnnData(sparse.csr_matrix(counts), obs=obs, var=var)
+
+
+def prepare(path, table, mapping=MAPPING, cells=20, seed=1):
+    table.write_h5ad(path)
+    return prepare_reference(path, mapping, label_column="kind", cells_per_type=cells, seed=seed)
+
+
+def normalised(counts, target=1e4):
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * target
+
+
+def test_sampled_rows_are_those_of_the_file(tmp_path):
+    table = data()
+    reference, summary = prepare(tmp_path / "a.h5ad", table)
+    rows = reference.obs_names.astype(int)
+    np.testing.assert_array_equal(reference.X.toarray(), table.X.toarray()[rows])
+    assert list(reference.obs["label"]) == list(table.obs["kind"].iloc[rows])
+    assert [MAPPING[name] for name in reference.obs["label"]] == list(reference.obs["type"])
+    assert reference.X.format == "csr"
+    assert reference.X.dtype == np.float32
+    assert summary.counts_from == "X"
+
+
+def test_sample_is_balanced_and_has_every_label(tmp_path):
+    reference, summary = prepare(tmp_path / "a.h5ad", data())
+    assert dict(reference.obs["type"].value_counts())["T"] == 20
+    assert summary.sampled == {**dict.fromkeys(ST_TYPES, 0), "T": 20, "Malignant": 20, "Fibroblast": 15}
+    assert summary.labels["CD8"].sampled >= 5  # an even share although it is rare
+    assert summary.labels["doublet"].sampled == 0
+    assert "NK" in summary.missing_types
+    # the composition is that of the file, not that of the sample
+    assert dict(reference.uns["composition"]) == {
+        **dict.fromkeys(ST_TYPES, 0),
+        "T": 66,
+        "Malignant": 40,
+        "Fibroblast": 15,
+    }
+    json.dumps(summary.to_dict())
+
+
+def test_a_fifth_of_each_type_is_held_out(tmp_path):
+    reference, summary = prepare(tmp_path / "a.h5ad", data())
+    held = reference.obs.groupby("type", observed=True)["held_out"].sum()
+    assert dict(held) == {"T": 4, "Malignant": 4, "Fibroblast": 3}
+    assert summary.held_out == 11
+
+
+def test_seed_decides(tmp_path):
+    first, _ = prepare(tmp_path / "a.h5ad", data(), seed=1)
+    again, _ = prepare(tmp_path / "a.h5ad", data(), seed=1)
+    other, _ = prepare(tmp_path / "a.h5ad", data(), seed=2)
+    assert first.obs.equals(again.obs)
+    assert list(first.obs_names) != list(other.obs_names)
+
+
+@pytest.mark.parametrize("place", ["raw", "counts", "raw_counts"])
+def test_raw_counts_are_found_beside_normalised_values(tmp_path, place):
+    table = data()
+    raw = table.copy()
+    if place == "raw":
+        table.raw = raw  # of more genes than X
+        table = table[:, 10:].copy()
+    else:
+        table.layers[place] = raw.X
+    table.X = sparse.csr_matrix(np.log1p(normalised(table.X.toarray())))
+    reference, summary = prepare(tmp_path / "a.h5ad", table)
+    assert summary.counts_from == {"raw": "raw/X"}.get(place, f"layers/{place}")
+    np.testing.assert_array_equal(reference.X.toarray(), raw.X.toarray()[reference.obs_names.astype(int)])
+    assert list(reference.var_names) == list(raw.var_names)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda counts: np.log1p(normalised(counts)), "log-transformed"),
+        (normalised, "not whole"),
+        (lambda counts: np.rint(normalised(counts)), "normalised to one total"),
+        (lambda counts: counts * np.random.default_rng(0).integers(2, 9, (len(counts), 1)), "no gene is seen once"),
+        (lambda counts: counts - 1, "negative"),
+        (lambda counts: counts * 0, "all zero"),
+    ],
+)
+def test_values_that_are_no_counts_are_refused(tmp_path, change, words):
+    table = data()
+    table.X = sparse.csr_matrix(change(table.X.toarray()).astype(np.float32))
+    with pytest.raises(InputError, match=words):
+        prepare(tmp_path / "a.h5ad", table)
+
+
+@pytest.mark.parametrize("depth", [60, 400, 20_000])
+def test_honest_counts_pass(depth):
+    assert why_not_raw(sparse.csr_matrix(raw_counts(200, depth=depth))) is None
+
+
+@pytest.mark.parametrize("target", [100, 1000, 10_000, 100_000])
+@pytest.mark.parametrize("depth", [1000, 20_000])
+def test_rounding_after_scaling_up_or_down_is_noticed(depth, target):
+    scaled = np.rint(normalised(raw_counts(200, depth=depth), target))
+    assert "normalised to one total" in (why_not_raw(sparse.csr_matrix(scaled)) or "passed")
+
+
+@pytest.mark.parametrize("layout", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_rows_are_read_from_every_layout(tmp_path, monkeypatch, layout):
+    import h5py
+
+    counts = raw_counts(50)
+    anndata.AnnData(layout(counts)).write_h5ad(tmp_path / "a.h5ad")
+    rows = np.array([0, 3, 4, 5, 30, 49])
+    monkeypatch.setattr("celldetr.xenium.celltypes.counts._BLOCK", 100)  # several blocks
+    monkeypatch.setattr("celldetr.xenium.celltypes.counts._GAP", 10)
+    with h5py.File(tmp_path / "a.h5ad") as file:
+        np.testing.assert_array_equal(read_rows(file["X"], rows, "a").toarray(), counts[rows])
+
+
+def test_unmapped_labels_are_all_listed_with_cells(tmp_path):
+    mapping = {name: kind for name, kind in MAPPING.items() if name not in ("CD8", "fibro")}
+    with pytest.raises(InputError, match=r"'fibro' \(15 cells\), 'CD8' \(6 cells\)"):
+        prepare(tmp_path / "a.h5ad", data(), mapping)
+
+
+def test_labels_that_the_file_lacks_are_a_warning(tmp_path, caplog):
+    _, summary = prepare(tmp_path / "a.h5ad", data(), {**MAPPING, "Schwann": "-"})
+    assert summary.unused_labels == ("Schwann",)
+    assert "Schwann" in caplog.text
+
+
+def test_missing_labels_are_counted(tmp_path):
+    table = data()
+    table.obs.loc[table.obs_names[:7], "kind"] = np.nan
+    with pytest.raises(InputError, match="7 of 126 cells have no label"):
+        prepare(tmp_path / "a.h5ad", table)
+
+
+def test_wrong_label_column_names_the_others(tmp_path):
+    data().write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match="expected one of kind"):
+        prepare_reference(tmp_path / "a.h5ad", MAPPING, label_column="cell", cells_per_type=9, seed=0)
+
+
+def test_one_type_is_no_reference(tmp_path):
+    mapping = dict.fromkeys(MAPPING, "-") | {"CD4": "T"}
+    with pytest.raises(InputError, match="1 types"):
+        prepare(tmp_path / "a.h5ad", data(), mapping)
+
+
+def test_more_labels_than_cells_to_draw(tmp_path):
+    with pytest.raises(ConfigError, match="cells_per_type: got 1, expected at least 2"):
+        prepare(tmp_path / "a.h5ad", data(), cells=1)
+
+
+def test_no_h5ad(tmp_path):
+    (tmp_path / "a.h5ad").write_text("<html>")
+    with pytest.raises(InputError, match="expected an .h5ad"):
+        prepare_reference(tmp_path / "a.h5ad", MAPPING, label_column="kind", cells_per_type=9, seed=0)
+
+
+def test_ensembl_ids_become_symbols_and_duplicates_are_summed(tmp_path):
+    table = data()
+    ids = [f"ENSG{i:011d}" for i in range(GENES)]
+    names = [f"S{i}" for i in range(GENES)]
+    names[3] = f"S1_{ids[3]}"  # as CELLxGENE tells symbols apart
+    names[4] = "S1"
+    table.var = pd.DataFrame({"feature_name": pd.Categorical(names)}, index=[f"{name}.{7}" for name in ids])
+    reference, summary = prepare(tmp_path / "a.h5ad", table)
+    rows = table.X.toarray()[reference.obs_names.astype(int)]
+    assert summary.summed_symbols == ("S1",)
+    assert reference.n_vars == GENES - 2
+    np.testing.assert_array_equal(reference[:, "S1"].X.toarray().ravel(), rows[:, [1, 3, 4]].sum(axis=1))
+    np.testing.assert_array_equal(reference[:, "S9"].X.toarray().ravel(), rows[:, 9])
+    assert reference.var.loc["S9", "gene_ids"] == ids[9]
+
+
+def test_ensembl_ids_without_symbols_are_refused():
+    genes = pd.DataFrame({"length": [1, 2]}, index=["ENSG00000000001", "ENSG00000000002.4"])
+    with pytest.raises(InputError, match="feature_name"):
+        symbols_and_ids(genes, "a")
+    genes["gene_name"] = ["A", None]
+    assert symbols_and_ids(genes, "a") == (
+        ["A", "ENSG00000000002"],
+        ["ENSG00000000001", "ENSG00000000002"],
+    )
+
+
+def panel_of(symbols, ids):
+    return anndata.AnnData(
+        sparse.csr_matrix((1, len(symbols)), dtype=np.float32), var=pd.DataFrame({"gene_ids": ids}, index=symbols)
+    )
+
+
+def test_shared_genes_by_symbol_or_by_id():
+    ids = [f"ENSG{i:011d}" for i in range(6)]
+    cells = panel_of(["A", "B", "C", "NegControlProbe_1", "a", "D"], ids)
+    same = panel_of(["C", "X", "A", "NegControlProbe_1"], [ids[2], "ENSG00000000077", ids[0], ids[3]])
+    found = shared_genes(cells, same, 2)
+    assert (found.names, found.by) == (("A", "C"), "symbol")
+    np.testing.assert_array_equal(found.second, [2, 0])
+    renamed = panel_of(["C2", "B2", "A"], [f"{ids[2]}.3", ids[1], ids[0]])
+    found = shared_genes(cells, renamed, 2)
+    assert (found.names, found.by) == (("A", "B", "C"), "gene id")
+    np.testing.assert_array_equal(found.second, [2, 1, 0])
+    cells.var["gene_ids"] = [f"{name}.11" for name in ids]  # versions tell nothing apart
+    assert shared_genes(cells, renamed, 2).names == ("A", "B", "C")
+    unknown = panel_of(["A", "C", "X", "Y"], [""] * 4)  # ids that neither knows are not the same
+    assert shared_genes(panel_of(["A", "C", "D", "E"], [""] * 4), unknown, 2).by == "symbol"
+    assert shared_genes(panel_of(["A", "C", "D", "E"], [""] * 4), unknown, 2).names == ("A", "C")
+    lone = panel_of(["A", "Q"], ["", ""])
+    with pytest.raises(InputError, match="got 0 genes"):
+        shared_genes(lone, panel_of(["R", "S"], ["", ""]), 1)
+
+
+def test_too_few_shared_genes_show_examples():
+    cells = panel_of(["Cd3e", "Epcam", "Ms4a1"], [""] * 3)
+    other = panel_of(["CD3E", "EPCAM", "Ms4a1"], [""] * 3)
+    with pytest.raises(InputError, match=r"got 1 genes in common of 3 .*Cd3e.* and 3 .*CD3E.*at least 50") as error:
+        shared_genes(cells, other, 50)
+    assert "min_shared_genes" in str(error.value)
+
+
+def test_prepared_reference_survives_the_disk(tmp_path):
+    reference, _ = prepare(tmp_path / "a.h5ad", data())
+    write_reference(tmp_path / "r.h5ad", reference)
+    again = read_reference(tmp_path / "r.h5ad")
+    assert (again.X != reference.X).nnz == 0
+    assert list(again.obs["type"]) == list(reference.obs["type"])
+    assert {name: int(number) for name, number in again.uns["composition"].items()} == reference.uns["composition"]
+    with pytest.raises(InputError, match="prepared reference"):
+        read_reference(tmp_path / "a.h5ad")
+
+
+def test_mapping_table(tmp_path):
+    path = tmp_path / "m.tsv"
+    path.write_text("# comment\nlabel\ttype\nT cell CD4\tT\n\ndoublet\t-\n")
+    assert read_mapping(path) == {"T cell CD4": "T", "doublet": "-"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name\ttype\n", "expected label and type"),
+        ("label\ttype\nA\tTcell\n", "line 2: got the type 'Tcell'"),
+        ("label\ttype\nA\tT\n# x\nA\tB\n", "line 4: got the label 'A' a second time"),
+        ("label\ttype\nA T\n", "line 2"),
+    ],
+)
+def test_wrong_mapping_tables(tmp_path, text, words):
+    path = tmp_path / "m.tsv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_mapping(path)
+
+
+def test_shipped_mapping_has_all_types():
+    from pathlib import Path
+
+    mapping = read_mapping(Path(__file__).parents[3] / "config" / "references" / "luca.tsv")
+    assert set(mapping.values()) == {*ST_TYPES, "-"}

@@ -1,0 +1,621 @@
+"""Registration: planted affines come back, wrong files are caught and named, nothing passes by chance."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from celldetr.example.xenium import AffinePlan, FileError, write_xenium
+from celldetr.report.registration import draw, save
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
+from celldetr.xenium.registration import (
+    RegistrationSettings,
+    read_alignment,
+    read_registration,
+    register,
+)
+from celldetr.xenium.registration.gate import check
+from celldetr.xenium.registration.images import Grid, colour, hematoxylin, intensity, sample
+from celldetr.xenium.registration.maps import make_maps
+from celldetr.xenium.registration.matching import match_blocks
+from celldetr.xenium.registration.nuclei import SPACING, Nuclei, find_blobs
+from celldetr.xenium.registration.plausible import check_plausible
+from celldetr.xenium.registration.transform import (
+    affine,
+    apply,
+    as_matrix,
+    decompose,
+    fit_affine,
+    fit_robust,
+    inverse,
+    rotation,
+    scaling,
+)
+
+PIXEL = 0.2125  # um per Xenium px
+EXTENT = np.array([460.0, 380.0])  # um of the section
+SETTINGS = RegistrationSettings(regions=3, window=120)
+SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
+Scene = namedtuple("Scene", "he dapi nuclei matrix")
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+
+
+def ellipses(rng, count=900, extent=EXTENT, apart=6.5):
+    """Nuclei of uneven density: polygons, um."""
+    points = rng.random((4 * count, 2)) * (extent - 30) + 15
+    hills = rng.random((5, 2)) * extent
+    density = np.exp(-(((points[:, None] - hills) / 70) ** 2).sum(axis=2)).sum(axis=1)
+    points = points[rng.random(len(points)) < np.clip(density, 0.08, 1)]
+    alive = np.ones(len(points), dtype=bool)
+    for i, j in sorted(cKDTree(points).query_pairs(apart)):
+        alive[j] &= not alive[i]
+    angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    shapes = []
+    for centre in points[alive][:count]:
+        ring = np.column_stack([np.cos(angle), np.sin(angle)]) * rng.uniform(2.5, 4.5, 2)
+        shapes.append(shapely.Polygon(ring @ rotation(rng.uniform(0, 180)).T + centre))
+    return np.array(shapes, dtype=object)
+
+
+def planted(angle=0.0, scale=1.3, shift=(0.0, 0.0), shear=0.0, flip=False, extent=EXTENT):
+    """Matrix H&E px -> Xenium px with the section in the middle of the H&E, and the size of the H&E."""
+    linear = scale * rotation(angle) @ np.array([[1, shear], [0, 1]]) @ np.diag([1, -1 if flip else 1])
+    side = int((np.hypot(*extent) + 2 * np.abs(shift).max() + 20) / (scale * PIXEL))
+    middle = (extent / 2 + np.array(shift)) / PIXEL
+    return affine(linear, middle - linear @ (np.array([side, side]) / 2)), (side, side)
+
+
+def write_image(path, image, mpp=None):
+    photometric = "rgb" if image.ndim == 3 else "minisblack"
+    resolution = {"resolution": (1e4 / mpp,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
+    options = {"tile": (256, 256), "photometric": photometric, "compression": "zlib", "compressionargs": {"level": 1}}
+    with tifffile.TiffWriter(path) as file:
+        file.write(image, subifds=2, **resolution, **options)
+        file.write(np.ascontiguousarray(image[::2, ::2]), subfiletype=1, **options)
+        file.write(np.ascontiguousarray(image[::4, ::4]), subfiletype=1, **options)
+    return path
+
+
+def draw_he(rng, nuclei, to_px, size, extent=EXTENT):
+    """H&E in which 8 % of the nuclei are missing."""
+    picture = Image.new("RGB", size, (246, 243, 246))
+    pen = ImageDraw.Draw(picture)
+    rim = np.array([(4, 4), (extent[0] - 4, 4), extent - 4, (4, extent[1] - 4)])
+    pen.polygon([tuple(corner) for corner in apply(to_px, rim)], fill=(231, 188, 211))
+    for shape in nuclei[rng.random(len(nuclei)) > 0.08]:
+        paint = tuple((np.array([108, 80, 150]) + rng.integers(-25, 26, 3)).tolist())
+        pen.polygon([tuple(corner) for corner in apply(to_px, np.asarray(shape.exterior.coords))], fill=paint)
+    smooth = ndimage.gaussian_filter(np.asarray(picture, dtype=np.float32), (1.2, 1.2, 0))
+    return np.clip(smooth + rng.normal(0, 5, smooth.shape[:2])[..., None], 0, 255).astype(np.uint8)
+
+
+def draw_dapi(rng, nuclei, extent=EXTENT):
+    picture = Image.new("F", tuple((extent / PIXEL).astype(int).tolist()), 150.0)
+    pen = ImageDraw.Draw(picture)
+    for shape in nuclei:
+        corners = np.asarray(shape.exterior.coords) / PIXEL
+        pen.polygon([tuple(corner) for corner in corners], fill=float(rng.uniform(800, 4000)))
+    smooth = ndimage.gaussian_filter(np.asarray(picture), 2)
+    return np.clip(smooth + rng.normal(0, 40, smooth.shape), 0, 65535).astype(np.uint16)
+
+
+def make_scene(folder, seed=0, known=True, nuclei=None, **plan):
+    rng = np.random.default_rng(seed)
+    nuclei = ellipses(rng) if nuclei is None else nuclei
+    matrix, size = planted(**plan)
+    mpp = decompose(matrix).scale * PIXEL
+    he = write_image(folder / f"he{seed}.tif", draw_he(rng, nuclei, inverse(scaling(PIXEL) @ matrix), size))
+    dapi = write_image(folder / f"dapi{seed}.tif", draw_dapi(rng, nuclei), PIXEL)
+    return Scene(open_pyramid(he, mpp if known else None), open_pyramid(dapi, plane=0), nuclei, matrix)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return make_scene(tmp_path_factory.mktemp("scene"), seed=4, angle=25, scale=1.288, shear=0.01, shift=(20, -15))
+
+
+def run(scene, alignment, **settings):
+    chosen = RegistrationSettings(regions=3, window=120, **settings)
+    return register(scene.he, scene.dapi, scene.nuclei, PIXEL, alignment, chosen, name="lung")
+
+
+def median_error(matrix, scene):
+    """Median distance over the section between where a matrix puts nuclei and where they are, um."""
+    points = shapely.get_coordinates(shapely.centroid(scene.nuclei))
+    he = apply(inverse(scaling(PIXEL) @ scene.matrix), points)
+    return float(np.median(np.linalg.norm(apply(scaling(PIXEL) @ matrix, he) - points, axis=1)))
+
+
+def moved(scene, shift, degrees):
+    """Return a file's matrix that is off by a shift (um) and by a rotation about the middle of the section."""
+    middle = EXTENT / 2
+    turn = rotation(degrees)
+    return scaling(1 / PIXEL) @ affine(turn, middle - turn @ middle + np.array(shift)) @ scaling(PIXEL) @ scene.matrix
+
+
+# --- matrices and files ---------------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("angle", [-179.0, -90.0, 0.0, 33.0, 180.0])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_matrix_is_taken_apart(angle, flip):
+    linear = rotation(angle) @ np.array([[1, 0.07], [0, 1]]) @ np.diag([1.2, 1.3]) @ np.diag([1, -1 if flip else 1])
+    parts = decompose(affine(linear, (5, 6)))
+    assert np.cos(np.radians(parts.rotation - angle)) == pytest.approx(1)
+    assert (parts.scale_x, parts.scale_y, parts.shear) == pytest.approx((1.2, 1.3, 0.07))
+    assert parts.reflected == flip
+    assert parts.determinant == pytest.approx((-1 if flip else 1) * 1.2 * 1.3)
+
+
+def test_a_matrix_file_is_read(tmp_path):
+    matrix = planted(30, 1.3, (10, 20))[0]
+    np.savetxt(tmp_path / "a.csv", matrix, delimiter=",")
+    found = read_alignment(tmp_path / "a.csv")
+    assert np.allclose(found.matrix, matrix)
+    assert len(found.residuals) == 0
+
+
+def test_keypoints_are_fitted_over_all_rows_and_residuals_are_told(tmp_path):
+    rng = np.random.default_rng(1)
+    matrix = planted(-70, 1.3, shear=0.02)[0]
+    he = rng.random((40, 2)) * 5000
+    xenium = apply(matrix, he) + rng.normal(0, 3, (40, 2))
+    rows = [f"{i},{h[0]},{x[0]},{h[1]},{x[1]}" for i, (h, x) in enumerate(zip(he, xenium, strict=True))]
+    path = write(tmp_path / "k.csv", "\n".join(["\ufeffid,alignmentX,fixedX,alignmentY,fixedY", *rows, ""]))
+    found = read_alignment(path)
+    least = np.linalg.lstsq(np.column_stack([he, np.ones(40)]), xenium, rcond=None)[0].T
+    assert np.allclose(found.matrix[:2], least)
+    assert np.median(np.linalg.norm(apply(found.matrix, he) - apply(matrix, he), axis=1)) < 3
+    assert 1 < np.median(found.residuals) < 8
+
+
+KEYS = "fixedX,fixedY,alignmentX,alignmentY\n"
+BAD_FILES = {
+    "empty": ("", "got an empty file"),
+    "rows": ("1,0,0\n0,1,0\n", "got 2 rows"),
+    "columns": ("1,0,0,0\n0,1,0,0\n0,0,1,0\n", "got 3 rows that begin with '1,0,0,0'"),
+    "text": ("1,0,x\n0,1,0\n0,0,1\n", "could not convert"),
+    "nan": ("1,0,nan\n0,1,0\n0,0,1\n", "not finite"),
+    "header": ("x,y\n1,2\n3,4\n5,6\n", "got 4 rows that begin with 'x,y'"),
+    "last row": ("1,0,0\n0,1,0\n0,0,2\n", "got the last row"),
+    "transposed": ("1,0,0\n0,1,0\n300,200,1\n", "it looks transposed"),
+    "singular": ("1,2,0\n2,4,0\n0,0,1\n", "maps the image to a line"),
+    "two keypoints": (KEYS + "0,0,0,0\n1,1,1,1\n", "got 2 keypoints"),
+    "keypoints on a line": (KEYS + "0,0,0,0\n1,1,1,1\n2,2,2,2\n5,5,5,5\n", "lie on a line"),
+    "short row": (KEYS + "0,0,0,0\n1,1,1\n2,2,2,2\n", "row 3 has too few columns"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_other_files_are_refused(tmp_path, name):
+    text, message = BAD_FILES[name]
+    with pytest.raises(InputError, match=message):
+        read_alignment(write(tmp_path / "a.csv", text))
+
+
+def test_robust_fit_ignores_wrong_pairs():
+    rng = np.random.default_rng(2)
+    source = rng.random((60, 2)) * 1000
+    truth = affine([[1.01, 0.02], [-0.02, 0.99]], (12, -7))
+    target = apply(truth, source) + rng.normal(0, 0.3, source.shape)
+    wrong = rng.random(60) < 0.4
+    target[wrong] += rng.uniform(-300, 300, (wrong.sum(), 2))
+    found, agree = fit_robust(source, target, np.ones(60), 3.0, seed=0)
+    assert np.abs(apply(found, source) - apply(truth, source)).max() < 1
+    assert not (agree & wrong).sum() > 2
+    assert np.abs(apply(fit_affine(source, target), source) - apply(truth, source)).max() > 5
+
+
+# --- plausibility ---------------------------------------------------------------------------------------------------
+
+MPP = 1.3 * PIXEL
+MISTAKES = {
+    "the inverse (Xenium px -> H&E px)": inverse,
+    "um instead of Xenium px (H&E px -> um)": lambda matrix: scaling(PIXEL) @ matrix,
+    "um instead of H&E px (H&E um -> Xenium px)": lambda matrix: matrix @ scaling(1 / MPP),
+    "um on both sides (H&E um -> Xenium um)": lambda matrix: scaling(PIXEL) @ matrix @ scaling(1 / MPP),
+    "the inverse, and um instead of Xenium px (um -> H&E px)": lambda matrix: inverse(scaling(PIXEL) @ matrix),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_likely_mistakes_are_named_and_undone(name):
+    matrix, size = planted(20, 1.3)
+    xenium = tuple((EXTENT / PIXEL).astype(int).tolist())
+    judged = check_plausible(MISTAKES[name](matrix), MPP, PIXEL, SETTINGS, size, xenium)
+    assert any("scale" in problem for problem in judged.problems)
+    match = [mistake for mistake in judged.mistakes if mistake.what == name]
+    assert np.allclose(match[0].corrected, matrix)
+
+
+def test_a_right_matrix_is_plausible_and_reflection_is_told():
+    for flip in (False, True):
+        matrix, size = planted(20, 1.3, flip=flip)
+        judged = check_plausible(matrix, MPP, PIXEL, SETTINGS, size, (2160, 1780))
+        assert judged.problems == ()
+        assert any("mirrored" in note for note in judged.notes) == flip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (np.array([[1, 0, 1e6], [0, 1, 0], [0, 0, 1]]), "beside the Xenium image"),
+        (np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1]]), "shear"),
+        (np.diag([1.2, 1 / 1.2, 1]), "in x and"),
+        (scaling(1.08), r"expected 1\.3 \(0\.2762 um per H&E px"),
+    ],
+)
+def test_what_cannot_be_is_told(change, message):
+    import re
+
+    matrix, size = planted(0, 1.3)
+    problems = " ".join(check_plausible(change @ matrix, round(MPP, 4), PIXEL, SETTINGS, size, (2160, 1780)).problems)
+    assert re.search(message, problems)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+class Formula(Pyramid):
+    """An image that is computed; remembers the largest region that was asked for."""
+
+    def __init__(self, size, downs, value, channels=3):
+        self.path, self.mpp, self.channels = Path("formula"), 0.25, channels
+        self.dtype, self.background = np.dtype(np.uint8 if channels == 3 else np.uint16), 255 if channels == 3 else 0
+        self.levels = tuple(Level(-(-size[0] // down), -(-size[1] // down), float(down)) for down in downs)
+        self.value, self.largest = value, 0
+
+    def _fill(self, level, box, out):
+        x0, y0, x1, y1 = box
+        self.largest = max(self.largest, (x1 - x0) * (y1 - y0))
+        out[...] = self.value
+
+    def close(self):
+        pass
+
+
+def test_hematoxylin_is_told_from_eosin_and_filling():
+    stains = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    amounts = np.array([(0.0, 0.5), (0.3, 0.0), (0.3, 0.5), (0.6, 0.2), (0, 0)])
+    pixels = np.round(256 * 10 ** -(amounts @ stains) - 1).clip(0, 255).astype(np.uint8)[None]
+    assert hematoxylin(pixels)[0] == pytest.approx(amounts[:, 0], abs=0.02)
+    assert hematoxylin(np.zeros((1, 1, 3), np.uint8)).item() == 0
+
+
+def test_samples_are_averages_at_the_right_place(tmp_path):
+    y, x = np.mgrid[:512, :640]
+    ramp = (20 * x + 7 * y).astype(np.uint16)
+    image = open_pyramid(write_image(tmp_path / "r.tif", ramp, 0.5))
+    for spacing in (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0):  # um; levels have 0.5, 1 and 2 um
+        grid = Grid(40.0, 30.0, spacing, 20, 24)
+        values = sample(image, grid, scaling(2.0), lambda pixels: pixels.astype(np.float32))
+        columns, rows = grid.centres(slice(0, 24), slice(0, 20))
+        expected = 20 * (columns * 2 - 0.5) + 7 * (rows * 2 - 0.5)
+        # levels that keep every second pixel are off by up to 1.5 px of level 0
+        assert np.abs(values - expected).max() < (27 if spacing < 1 else 45), spacing
+
+
+def test_a_gigapixel_image_is_never_held():
+    he = Formula((100_000, 100_000), (1, 2, 4, 8, 16, 32), 200)
+    dapi = Formula((120_000, 90_000), (1, 2, 4, 8, 16, 32, 64), 300, channels=1)
+    maps = make_maps(he, dapi, 0.25, PIXEL)
+    assert max(he.largest, dapi.largest) < 4000**2
+    assert max(maps[-1].he.shape) < 4500
+    assert maps[0].spacing > maps[-1].spacing
+    plain = Formula((100_000, 100_000), (1,), 200)
+    sample(plain, Grid(0, 0, 20.0, 30, 30), scaling(4), hematoxylin)
+    assert plain.largest < 4000**2
+
+
+def test_outside_of_an_image_is_background():
+    he = Formula((100, 100), (1,), 10)
+    values = sample(he, Grid(-1000, -1000, 1.0, 4, 4), scaling(1), colour)
+    assert values.shape == (4, 4, 3)
+    assert (values == 255).all()
+
+
+def test_spots_are_found_where_they_are():
+    rng = np.random.default_rng(0)
+    truth = np.array([(30 + 40 * i + rng.random(), 30 + 40 * j + rng.random()) for i in range(6) for j in range(6)])
+    y, x = np.mgrid[:260, :260] + 0.5
+    stain = np.zeros((260, 260), np.float32)
+    for index, (cx, cy) in enumerate(truth):
+        radius = (2.5 + 0.08 * index) / SPACING
+        stain += ((x - cx) ** 2 + (y - cy) ** 2 < radius**2) * 0.5
+    places, strength = find_blobs(ndimage.gaussian_filter(stain, 1) + rng.normal(0, 0.02, stain.shape))
+    places = places[strength > 0.3 * np.percentile(strength, 90)]
+    distance = cKDTree(truth).query(places)[0] * SPACING
+    assert len(places) == len(truth)
+    assert distance.max() < 0.5
+
+
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (3.3, -5.6), (-7.0, 2.5)])
+def test_shifts_of_blocks(shift):
+    rng = np.random.default_rng(0)
+    noise = ndimage.gaussian_filter(rng.normal(size=(128, 128)), 2).astype(np.float32)
+    moving = ndimage.shift(noise, shift[::-1], order=3, mode="wrap")
+    fixed = noise[40:88, 40:88][None]
+    found, score = match_blocks(fixed, moving[None, 30:98, 30:98])
+    assert found[0] == pytest.approx(shift, abs=0.15)
+    assert score[0] > 0.3
+    _, none = match_blocks(fixed, rng.normal(size=(1, 68, 68)).astype(np.float32))
+    assert none[0] < score[0] / 2
+
+
+# --- the gate -------------------------------------------------------------------------------------------------------
+
+
+def judge(scene, matrix, nuclei=None, settings=SETTINGS):
+    nuclei = Nuclei(scene.nuclei if nuclei is None else nuclei)
+    return check(scaling(PIXEL) @ matrix, scene.he, nuclei, nuclei.regions(settings), settings)
+
+
+def test_the_right_matrix_passes_with_all_regions(scene):
+    quality = judge(scene, scene.matrix)
+    assert quality.passed
+    assert quality.regions_passed == 1
+    assert quality.distance < 1
+    assert quality.chance > 4
+    assert quality.contrast > 1
+    assert quality.z > 20
+    assert quality.inside == 1
+
+
+@pytest.mark.parametrize("shift", [(5, 0), (0, -8), (20, 0), (-14, 14), (60, 30)])
+def test_a_shifted_matrix_fails(scene, shift):
+    quality = judge(scene, moved(scene, shift, 0))
+    assert not quality.passed
+    assert "max_distance" in quality.failures[0]
+
+
+def test_crowded_nuclei_do_not_pass_by_chance(scene):
+    """With nuclei so dense that any place is near one, a wrong matrix has a short distance and fails nevertheless."""
+    rng = np.random.default_rng(0)
+    crowd = rng.random((14_000, 2)) * EXTENT
+    quality = judge(scene, moved(scene, (30, 0), 0), nuclei=crowd)
+    assert quality.distance < SETTINGS.max_distance
+    assert not quality.passed
+    assert any("max_chance" in failure for failure in quality.failures)
+
+
+def test_a_local_failure_is_seen(scene):
+    centres = shapely.get_coordinates(shapely.centroid(scene.nuclei))
+    right = centres[:, 0] > EXTENT[0] / 2 + 20
+    torn = np.array(
+        [shapely.affinity.translate(n, 8, -6) if r else n for n, r in zip(scene.nuclei, right, strict=True)]
+    )
+    quality = judge(scene, scene.matrix, nuclei=torn)
+    for region in quality.regions:
+        if abs(region.x - EXTENT[0] / 2) > 80:
+            assert region.passed == (region.x < EXTENT[0] / 2), region
+
+
+def test_regions_beside_the_image_do_not_count_as_wrong(scene):
+    """An H&E that shows a part of the section: the part that it shows is right, and the share inside tells the rest."""
+    half = Formula((scene.he.size[0], scene.he.size[1] // 2), (1,), 255)
+    half._fill = scene.he._fill
+    nuclei = Nuclei(scene.nuclei)
+    quality = check(scaling(PIXEL) @ scene.matrix, half, nuclei, nuclei.regions(SETTINGS), SETTINGS)
+    assert 0.2 < quality.inside < 0.8
+    assert quality.regions_passed == 1
+    assert any(not region.passed for region in quality.regions)
+
+
+def test_a_section_without_nuclei_is_refused(scene):
+    with pytest.raises(InputError, match="lung: got 3 nuclei"):
+        register(scene.he, scene.dapi, scene.nuclei[:3], PIXEL, None, SETTINGS, name="lung")
+    with pytest.raises(InputError, match="of the nuclei inside the DAPI image"):
+        register(scene.he, scene.dapi, shapely.transform(scene.nuclei, lambda p: p + 1000), PIXEL, None, SETTINGS)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+PLANTS = {
+    "half turn, unknown scale": {"angle": 180.0, "scale": 1.75, "shift": (10, -10), "known": False},
+    "quarter turn": {"angle": -97.0, "scale": 1.3, "shift": (120, -90), "shear": 0.03},
+    "mirrored and sheared": {"angle": 37.0, "scale": 1.5, "flip": True, "shear": -0.03},
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_affine_is_found_without_a_file(tmp_path, name):
+    scene = make_scene(tmp_path, seed=7, **PLANTS[name])
+    found = run(scene, None)
+    assert found.origin == "estimated"
+    assert found.quality_before is None
+    assert median_error(found.matrix, scene) < 0.5
+    assert found.he_mpp == pytest.approx(decompose(scene.matrix).scale * PIXEL, rel=2e-3)
+
+
+@pytest.mark.parametrize(("shift", "degrees"), [((25, -20), 1.0), ((-40, 30), -2.0), ((2, -2.5), 0.3)])
+def test_a_slightly_wrong_file_is_refined(scene, shift, degrees):
+    found = run(scene, moved(scene, shift, degrees))
+    assert found.origin == "file, refined"
+    assert not found.quality_before.passed
+    assert found.quality.passed
+    assert median_error(found.matrix, scene) < 0.5
+
+
+@pytest.mark.parametrize("shift", [(500, -300), (-90, 120)])
+def test_a_file_that_is_far_off_does_no_harm(scene, shift):
+    found = run(scene, moved(scene, shift, 3.0))
+    assert found.quality_before is None or not found.quality_before.passed
+    assert median_error(found.matrix, scene) < 0.5
+
+
+def test_a_right_file_is_kept_and_refining_is_a_setting(scene):
+    assert run(scene, scene.matrix).origin == "file"
+    off = moved(scene, (1.2, 1.0), 0)
+    assert median_error(run(scene, off, refine="never").matrix, scene) == pytest.approx(np.hypot(1.2, 1.0))
+    refined = run(scene, off)
+    assert refined.origin == "file, refined"
+    assert median_error(refined.matrix, scene) < 0.3
+    assert run(scene, off, min_gain=50).origin == "file"
+    assert run(scene, off, min_gain=50, refine="always").origin == "file, refined"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (inverse, "the inverse"),
+        (lambda matrix: SWAP @ matrix @ SWAP, "x and y swapped"),
+        (lambda matrix: matrix @ SWAP, "x and y of the H&E swapped"),
+        (lambda matrix: scaling(PIXEL) @ matrix, "um instead of Xenium px"),
+    ],
+)
+def test_a_wrong_file_is_caught_named_and_undone(scene, change, what):
+    found = run(scene, change(scene.matrix))
+    assert any(what in warning for warning in found.warnings), found.warnings
+    assert found.attempts[0].name == "file"
+    assert not found.quality_before.passed
+    assert median_error(found.matrix, scene) < 0.5
+
+
+def test_the_file_of_another_sample_fails_and_the_images_decide(scene):
+    other, _ = planted(-60, 1.288, (-50, 30))
+    found = run(scene, other)
+    assert not found.quality_before.passed
+    assert found.origin == "estimated"
+    assert median_error(found.matrix, scene) < 0.5
+
+
+def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
+    stranger = ellipses(np.random.default_rng(99))
+    settings = RegistrationSettings(regions=2, window=120, angle_step=15, scale_range=(1.25, 1.35))
+    with pytest.raises(InputError) as error:
+        register(scene.he, scene.dapi, stranger, PIXEL, scene.matrix, settings, name="lung")
+    message = str(error.value)
+    for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
+        assert part in message
+
+
+def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
+    he = open_pyramid(scene.he.path, 0.5)
+    found = run(scene._replace(he=he), scene.matrix)
+    assert found.origin == "file"
+    assert any("got 0.5 um per px, but the matrix means 0.2737" in warning for warning in found.warnings)
+
+
+def test_the_same_seed_gives_the_same_matrix(scene):
+    off = moved(scene, (25, -20), 1.0)
+    assert np.array_equal(run(scene, off).matrix, run(scene, off).matrix)
+
+
+# --- the result -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(scene):
+    return run(scene, scene.matrix)
+
+
+def test_a_registration_comes_back_from_its_file(found, tmp_path):
+    found.write(tmp_path / "r.json")
+    again = read_registration(tmp_path / "r.json")
+    assert np.array_equal(again.matrix, found.matrix)
+    assert again.quality == found.quality
+    assert again.to_dict() == found.to_dict()
+    assert np.allclose(again.he_to_um() @ again.um_to_he(), np.eye(3))
+    point = np.array([[1000.0, 500.0]])
+    assert np.allclose(apply(again.he_to_um(), point), apply(again.matrix, point) * PIXEL)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("direction", "Xenium pixel -> H&E pixel"),
+        ("matrix", [[1, 0, 0], [0, 1, 0]]),
+        ("matrix", [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        ("he_mpp", 0.5),
+        ("pixel_size", -1),
+        ("more", 1),
+        ("origin", "guessed"),
+    ],
+)
+def test_a_changed_file_is_refused(found, tmp_path, key, value):
+    (tmp_path / "r.json").write_text(json.dumps(found.to_dict() | {key: value}))
+    with pytest.raises(InputError, match="run the registration again"):
+        read_registration(tmp_path / "r.json")
+
+
+def test_reading_needs_no_image_libraries():
+    code = (
+        "import sys; from celldetr.xenium.registration import read_registration\n"
+        "print([name for name in ('scipy', 'tifffile', 'shapely', 'matplotlib', 'openslide') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_picture_is_drawn(scene, found, tmp_path):
+    save(draw(found, scene.he, scene.nuclei, SETTINGS, name="lung"), tmp_path / "r.png")
+    picture = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int)
+    outline = (np.abs(picture - (0, 229, 255)).sum(axis=2) < 60).sum()
+    assert outline > 500
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="registration: scale_range: got 1.8, 1.0"):
+        RegistrationSettings.from_dict({"scale_range": [1.8, 1.0]}, "registration")
+    with pytest.raises(ConfigError, match="did you mean 'regions'"):
+        RegistrationSettings.from_dict({"region": 4}, "registration")
+
+
+def test_the_script_registers_a_xenium_folder(tmp_path):
+    error = FileError(shift_um=(15.0, -12.0), rotation_deg=0.5)
+    truth = write_xenium(
+        tmp_path,
+        seed=3,
+        size_um=(360, 300),
+        rim_um=40,
+        affine=AffinePlan(12.0),
+        alignment="keypoints",
+        file_error=error,
+    )
+    path = Path(__file__).parents[3] / "scripts" / "register_xenium.py"
+    spec = importlib.util.spec_from_file_location("register_xenium", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment]}
+    source = SimpleNamespace(**files, get=files.get)
+    params = SimpleNamespace(settings={"regions": 3, "window": 120}, he_mpp=None, sample="lung", seed=1)
+    names = ("json", "picture", "provenance")
+    script.main(
+        SimpleNamespace(input=source, params=params, output=SimpleNamespace(**{n: tmp_path / n for n in names}))
+    )
+    found = read_registration(tmp_path / "json")
+    points = np.concatenate(truth.nuclei_he)
+    off = apply(found.he_to_um(), points) - apply(scaling(PIXEL) @ truth.matrix, points)
+    assert np.median(np.linalg.norm(off, axis=1)) < 0.5
+    assert found.keypoints.number == 12
+    assert json.loads((tmp_path / "provenance").read_text())["seed"] == 1
+    assert (tmp_path / "picture").stat().st_size > 10_000
+
+
+def test_as_matrix_wants_three_by_three():
+    with pytest.raises(InputError, match="expected 3 x 3"):
+        as_matrix(np.eye(2))
+
+
+def test_intensity_is_a_root():
+    assert intensity(np.array([[4, 9]], np.uint16)).tolist() == [[2, 3]]
