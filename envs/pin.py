@@ -14,13 +14,14 @@ PYTHON = "3.11"
 # What the file is for, and what the scripts of its rules import.
 SHARED = ["matplotlib", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "scipy", "zarr"]
 ENVIRONMENTS = {
-    "data": ("Downloads, archives, patch stores, splits.", [*SHARED, "jinja2", "requests", "tqdm"]),
+    "data": ("Downloads, archives, patch stores, splits.", [*SHARED, "huggingface-hub", "jinja2", "requests", "tqdm"]),
     "spatial": (
         "Xenium samples: registration, cell types, patches.",
         [
             *SHARED,
-            *("anndata", "dask", "geopandas", "h5py", "imagecodecs", "jinja2", "openslide-bin", "openslide-python"),
-            *("requests", "scanpy", "shapely", "spatialdata", "spatialdata-io", "tacco", "tifffile", "tqdm"),
+            *("anndata", "dask", "fsspec", "geopandas", "h5py", "imagecodecs", "jinja2", "openslide-bin"),
+            *("openslide-python", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io", "tacco"),
+            *("tifffile", "tqdm"),
         ],
     ),
     "cells": (

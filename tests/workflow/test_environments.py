@@ -12,6 +12,7 @@ from celldetr.runtime import provenance
 
 PACKAGE_OF = {
     "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
     "openslide": "openslide-python",
     "sklearn": "scikit-learn",
     "spatialdata_io": "spatialdata-io",

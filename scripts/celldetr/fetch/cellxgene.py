@@ -1,12 +1,12 @@
-"""Where a dataset of CELLxGENE Discover can be had: its links change with every revision of a collection."""
+"""The download link of a dataset of CELLxGENE Discover: links change with every revision of a collection."""
 
+import functools
+import json
 import logging
 import re
 from typing import Any
 
-import requests
-
-from celldetr.fetch.download import TIMEOUT
+from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime.errors import InputError
 
 API = "https://api.cellxgene.cziscience.com/curation/v1"
@@ -24,20 +24,19 @@ def dataset_url(collection: str, dataset: str, *, api: str = API) -> str:
     collection
         Id of the collection.
     dataset
-        Version id of the dataset (which pins it), or its id, or its exact title.
+        Version id of the dataset (which pins it), its id, or its exact title.
     api
         Address of the curation API.
 
     Raises
     ------
     InputError
-        The collection cannot be read, or has no such dataset; names those that it has.
+        The collection cannot be read, or has no such dataset; names the datasets that it has.
     """
     try:
-        response = requests.get(f"{api}/collections/{collection}", timeout=TIMEOUT)
-        response.raise_for_status()
-        datasets: list[dict[str, Any]] = response.json()["datasets"]
-    except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+        url = f"{api}/collections/{collection}"
+        datasets: list[dict[str, Any]] = retry(functools.partial(_read_json, url), url)["datasets"]
+    except (TransferError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"CELLxGENE collection {collection}: cannot be read ({error}); start again later, or download the .h5ad "
             "from https://cellxgene.cziscience.com and give its path in column file of the references sheet"
@@ -49,7 +48,12 @@ def dataset_url(collection: str, dataset: str, *, api: str = API) -> str:
                 log.info("CELLxGENE: %r is version %s", found.get("title"), found.get("dataset_version_id"))
                 return str(links[0])
     if _UUID.fullmatch(dataset):
-        log.info("CELLxGENE: %s is not current in %s; asking for it as an earlier version", dataset, collection)
+        log.info("CELLxGENE: %s is not current in %s; taking it for an earlier version", dataset, collection)
         return f"{FILES}/{dataset}.h5ad"
     titles = "; ".join(str(found.get("title")) for found in datasets) or "none"
     raise InputError(f"CELLxGENE collection {collection}: got no dataset {dataset!r}, expected one of: {titles}")
+
+
+def _read_json(url: str) -> Any:
+    with get(url) as response:
+        return json.loads(response.content)

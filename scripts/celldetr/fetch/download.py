@@ -1,35 +1,28 @@
-"""Getting raw files: from mirrors or local paths, resumed, verified, and never half there under their final name."""
+"""Download or copy one raw file: from mirrors, resumed, verified, and under its final name only when complete."""
 
 import errno
-import hashlib
+import functools
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
 
+from celldetr.fetch.http import TransferError, get, retry
+from celldetr.runtime import provenance
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import atomic, link_or_copy
 
 log = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
-TIMEOUT = (15, 60)  # seconds to connect, and between two pieces of data
 _REPORT_SECONDS = 10.0
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-
-
-class _Failed(Exception):
-    """A source did not deliver; `again` says whether another try may help."""
-
-    def __init__(self, message: str, *, again: bool) -> None:
-        super().__init__(message)
-        self.again = again
 
 
 def fetch(
@@ -38,15 +31,13 @@ def fetch(
     *,
     size: int | None = None,
     sha256: str | None = None,
-    tries: int = 5,
-    pause: float = 2.0,
     headers: Mapping[str, str] | None = None,
 ) -> Path:
-    """Get a file from the first source that has it, whole and verified.
+    """Get a file from the first source that has it, complete and verified.
 
-    What has arrived is kept in ``.{name}.part`` beside the destination, so that the next call continues a broken
-    transfer: from any mirror when a checksum is there to catch a mix of different files, else only from the same URL
-    and while its ETag or date says that the file is the same.
+    What has arrived is kept in ``.{name}.part`` beside the destination, and the next call continues it. With a checksum
+    it is continued from any mirror; without one only from the same URL and only if the server confirms by ETag or date
+    that the file has not changed.
 
     Parameters
     ----------
@@ -57,18 +48,14 @@ def fetch(
     size
         Expected size in bytes.
     sha256
-        Expected checksum in hex, or the first digits of it (at least 8).
-    tries
-        Transfers tried per source before the next one.
-    pause
-        Seconds before the second try; doubled for each further one.
+        Expected checksum in hex, or its first digits (at least 8).
     headers
-        Sent with each request, e.g. an authorisation, which a redirection to another host does not get.
+        Sent with each request, e.g. an authorisation; a redirection to another host does not receive that.
 
     Raises
     ------
     InputError
-        No source delivered the file, or the disk is full: names the file, each source and what to do.
+        No source delivered the file, or the disk is full; names the file, each source and what to do.
     """
     final = Path(destination)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -76,25 +63,27 @@ def fetch(
     failures = []
     for url in urls:
         try:
-            if urlsplit(url).scheme.startswith("http"):
-                whole = _download(url, part, headers or {}, size=size, sha256=sha256, tries=tries, pause=pause)
+            local = local_path(url)
+            if local is not None:
+                check(local, size, sha256)
+                with atomic(final) as temporary:
+                    link_or_copy(local, temporary)
             else:
-                whole = _copy(url, final.with_name(f".{final.name}.copy"), size=size, sha256=sha256)
-        except _Failed as failure:
+                retry(functools.partial(_download, url, part, headers or {}, size, sha256), url)
+                os.replace(part, final)
+        except TransferError as failure:
             failures.append(f"  {url}: {failure}")
             log.warning("%s: %s", url, failure)
             continue
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                needed = _mib(size) if size else "space"
-                raise InputError(
-                    f"{final}: the disk is full ({part.parent}); free {needed} and start again: "
-                    "what has arrived is kept and continued"
-                ) from error
-            raise
-        os.replace(whole, final)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"{final}: the disk is full ({final.parent}); free {_mib(size) if size else 'space'} and start again: "
+                "what has arrived is kept and continued"
+            ) from error
         _forget(part)
-        log.info("%s: %s, verified", final.name, _mib(final.stat().st_size))
+        log.info("%s: %s, %s", final.name, _mib(final.stat().st_size), "verified" if size or sha256 else "complete")
         return final
     raise InputError(
         f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
@@ -102,114 +91,96 @@ def fetch(
     )
 
 
-def _download(
-    url: str,
-    part: Path,
-    headers: Mapping[str, str],
-    *,
-    size: int | None,
-    sha256: str | None,
-    tries: int,
-    pause: float,
-) -> Path:
-    """Receive and verify a file in several tries; return where it is."""
-    for attempt in range(1, tries + 1):
-        continued = part.exists()
-        try:
-            _transfer(url, part, headers, size, checked=sha256 is not None)
-            _verify(part, size, sha256, again=continued)
-            break
-        except _Failed as failure:
-            if not failure.again or attempt == tries:
-                raise
-            wait = pause * 2 ** (attempt - 1)
-            log.warning("%s: %s; try %d of %d in %.0f s", url, failure, attempt + 1, tries, wait)
-            time.sleep(wait)
-    return part
+def local_path(url: str) -> Path | None:
+    """Return the path that a file URL or a path names; None for an http(s) URL."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https"):
+        return None
+    return Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
 
 
-def _copy(url: str, copy: Path, *, size: int | None, sha256: str | None) -> Path:
-    """Link or copy a local file and verify it; the original is never written to. Return where it is."""
-    source = Path(unquote(urlsplit(url).path)) if url.startswith("file:") else Path(url)
-    if not source.is_file():
-        raise _Failed("no such file", again=False)
-    copy.unlink(missing_ok=True)
+def check(path: Path, size: int | None, sha256: str | None, *, again: bool = False) -> None:
+    """Compare a file with its expected size and SHA-256 (or the first digits), as far as they are given.
+
+    Raises
+    ------
+    TransferError
+        No such file, or another one; `again` says whether another transfer may help.
+    """
+    if not path.is_file():
+        raise TransferError("no such file", again=False)
+    got = path.stat().st_size
+    if size is not None and got != size:
+        raise TransferError(f"got {got} bytes, expected {size}: another file or version", again=again)
+    if sha256 is not None and not (found := provenance.sha256(path)).startswith(sha256):
+        raise TransferError(
+            f"checksum: got sha256 {found}, expected {sha256}; the file is damaged or another version", again=again
+        )
+
+
+def _download(url: str, part: Path, headers: Mapping[str, str], size: int | None, sha256: str | None) -> None:
+    """Receive what is missing of a file and verify it; a wrong file is removed, so that the next try starts afresh."""
+    continued = part.exists()
+    _transfer(url, part, headers, size, checked=sha256 is not None)
     try:
-        os.link(source.resolve(), copy)
-    except OSError:
-        _need_space(copy, source.stat().st_size)
-        try:
-            shutil.copyfile(source, copy)
-        except OSError:
-            copy.unlink(missing_ok=True)
-            raise
-    _verify(copy, size, sha256, again=False)
-    return copy
+        check(part, size, sha256, again=continued)
+    except TransferError:
+        _forget(part)
+        raise
 
 
-def _transfer(url: str, part: Path, more: Mapping[str, str], size: int | None, *, checked: bool) -> None:
-    """Receive what is missing of a file; raises `_Failed` when the transfer ends early."""
+def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None, *, checked: bool) -> None:
     start = part.stat().st_size if part.exists() else 0
     known = _read_state(part)
     validator = known.get("validator") if known.get("url") == url else None
-    if validator is None and not checked:
-        start = 0  # nothing would notice a mix of two files
-    if size is not None and start > size:
-        start = 0
+    if (validator is None and not checked) or (size is not None and start > size):
+        start = 0  # without a checksum nothing would notice a mix of two files
     if size is not None and start == size:
         return
-    headers = {**more, "Accept-Encoding": "identity"}
+    headers = dict(headers)
     if start:
         headers["Range"] = f"bytes={start}-"
         if validator:
             headers["If-Range"] = validator
-    total: int | None = size
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            if response.status_code == 416:
-                _check_end(response, part, start)
-                return
-            start, total = _check_response(response, start)
-            if size is not None and total not in (None, size):
-                raise _Failed(f"got {total} bytes, expected {size}: another file or version", again=False)
-            _need_space(part, (total or size or start) - start)
-            _state(part).write_text(json.dumps({"url": url, "validator": _validator(response)}), encoding="utf-8")
+    with get(url, headers) as response:
+        if response.status_code == 416:
+            _check_end(response, part, start)
+            return
+        start, total = _extent(response, start)
+        if size is not None and total not in (None, size):
+            raise TransferError(f"got {total} bytes, expected {size}: another file or version", again=False)
+        _need_space(part, (total or size or start) - start)
+        _state(part).write_text(json.dumps({"url": url, "validator": _validator(response)}), encoding="utf-8")
+        try:
             _receive(response, part, start, total)
-    except urllib3.exceptions.ProtocolError as error:
-        arrived = part.stat().st_size
-        raise _Failed(
-            f"the transfer ended after {arrived} of {total or 'an unknown number of'} bytes", again=True
-        ) from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise _Failed(f"the connection failed ({error.__class__.__name__}: {error})", again=True) from error
+        except urllib3.exceptions.ProtocolError:
+            if total is None:
+                raise
     arrived = part.stat().st_size
     if total is not None and arrived < total:
-        raise _Failed(f"the transfer ended after {arrived} of {total} bytes", again=True)
+        raise TransferError(f"the transfer ended after {arrived} of {total} bytes", again=True)
 
 
 def _check_end(response: requests.Response, part: Path, start: int) -> None:
-    """Nothing is left to send: either all has arrived, or what has arrived is of another file and goes."""
+    """Check that nothing is left to send because all has arrived; otherwise the part is of another file and goes."""
     if response.headers.get("Content-Range") != f"bytes */{start}":
         _forget(part)
-        raise _Failed("what has arrived is of another version of the file", again=True)
+        raise TransferError("what has arrived belongs to another version of the file", again=True)
 
 
 def _validator(response: requests.Response) -> str | None:
-    """ETag (if strong) or date: tells whether the file is still the same when it is asked for again."""
+    """ETag (if strong) or date, by which the server recognises the file when it is asked again."""
     tag = response.headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def _check_response(response: requests.Response, start: int) -> tuple[int, int | None]:
-    """Where the body continues (0 when the server sends all of it again), and the size of the whole file."""
-    if response.status_code >= 400:
-        reason = f"HTTP {response.status_code} {response.reason}"
-        raise _Failed(reason, again=response.status_code in _TRANSIENT)
+def _extent(response: requests.Response, start: int) -> tuple[int, int | None]:
+    """Where the body starts (0 if the server sends the file from the beginning) and the size of the file, if stated."""
     length = response.headers.get("Content-Length")
     if response.status_code == 206:
         span = response.headers.get("Content-Range", "")
         if not span.startswith(f"bytes {start}-"):
-            raise _Failed(f"the server answered with the range {span!r}, asked for {start}-", again=False)
+            raise TransferError(f"the server answered with the range {span!r}, expected {start}-", again=False)
         whole = span.rpartition("/")[2]
         return start, int(whole) if whole.isdigit() else None
     if start:
@@ -218,42 +189,16 @@ def _check_response(response: requests.Response, start: int) -> tuple[int, int |
 
 
 def _receive(response: requests.Response, part: Path, start: int, total: int | None) -> None:
-    arrived, told = start, time.monotonic()
+    arrived, reported = start, time.monotonic()
     with part.open("r+b" if start else "wb") as handle:
         handle.seek(start)
-        for piece in _pieces(response):
+        # read1 returns data as it arrives: nothing is lost in a buffer when the connection breaks
+        while piece := response.raw.read1(BLOCK):
             handle.write(piece)
             arrived += len(piece)
-            if time.monotonic() - told > _REPORT_SECONDS:
-                told = time.monotonic()
-                of = f" of {_mib(total)}, {100 * arrived / total:.0f} %" if total else ""
-                log.info("%s%s", _mib(arrived), of)
-
-
-def _pieces(response: requests.Response) -> Iterator[bytes]:
-    """Yield data as it arrives: when the connection breaks, nothing that has arrived is lost in a buffer."""
-    while piece := response.raw.read1(BLOCK):
-        yield piece
-
-
-def _verify(part: Path, size: int | None, sha256: str | None, *, again: bool) -> None:
-    """Compare size and checksum; a wrong file is removed, so that the next try starts afresh."""
-    got = part.stat().st_size
-    if size is not None and got != size:
-        _forget(part)
-        raise _Failed(f"got {got} bytes, expected {size}: another file or version", again=again)
-    if sha256 is None:
-        return
-    digest = hashlib.sha256()
-    with part.open("rb") as handle:
-        while block := handle.read(BLOCK):
-            digest.update(block)
-    if not digest.hexdigest().startswith(sha256):
-        _forget(part)
-        raise _Failed(
-            f"checksum: got sha256 {digest.hexdigest()}, expected {sha256}; the file is damaged or another version",
-            again=again,
-        )
+            if time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                log.info("%s%s", _mib(arrived), f" of {_mib(total)}, {100 * arrived / total:.0f} %" if total else "")
 
 
 def _need_space(part: Path, needed: int) -> None:

@@ -1,23 +1,25 @@
-"""Files of HEST-1k (Jaume et al. 2024), a gated data set on Hugging Face, with the token of the person who runs this.
+"""Files of HEST-1k (Jaume et al. 2024), a gated data set on Hugging Face, read with the token of the user.
 
-The token is read from the environment or from where `huggingface_hub` keeps it, sent in the header of requests to the
-Hub alone, and written nowhere.
+`huggingface_hub` finds the token and the Hub (or the mirror in HF_ENDPOINT) and checks the access. The transfer is that
+of `celldetr.fetch.download`, because `huggingface_hub` starts a file of several GB afresh after an interruption.
 """
 
-import logging
 import os
-import re
 from pathlib import Path
 
-import requests
+from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
 
-from celldetr.fetch.download import TIMEOUT, fetch
+from celldetr.fetch.download import fetch
 from celldetr.runtime.errors import InputError
 
 REPOSITORY = "MahmoodLab/hest"
-HUB = "https://huggingface.co"
-
-log = logging.getLogger(__name__)
+_PAGE = f"https://huggingface.co/datasets/{REPOSITORY}"
+_ADVICE = (
+    f"Accept the terms at {_PAGE} with your account, make a token with read access at "
+    "https://huggingface.co/settings/tokens, and set the environment variable HF_TOKEN to it (or run `hf auth login`); "
+    "then start again. Or get the file by other means and give its path in column file of the slides sheet."
+)
 
 
 def slide_path(sample: str) -> str:
@@ -33,7 +35,7 @@ def nuclei_path(sample: str) -> str:
 def fetch_hest(
     path: str, destination: str | os.PathLike[str], *, size: int | None = None, sha256: str | None = None
 ) -> Path:
-    """Get one file of HEST-1k, resumed and verified; by the Hub's own checksum when none is given.
+    """Get one file of HEST-1k, resumed and verified, by the Hub's own size and checksum where none is given.
 
     Parameters
     ----------
@@ -47,51 +49,34 @@ def fetch_hest(
     Raises
     ------
     InputError
-        No token, a token that may not read the data set, no such file, or the transfer failed.
+        No token, a token that may not read the data set, no such file, no connection, or the transfer failed.
     """
-    headers = {"Authorization": f"Bearer {_token(path)}"}
-    url = f"{os.environ.get('HF_ENDPOINT', '').rstrip('/') or HUB}/datasets/{REPOSITORY}/resolve/main/{path}"
-    said_size, said_sha256 = _ask(url, path, headers)
-    return fetch([url], destination, size=size or said_size, sha256=sha256 or said_sha256, headers=headers)
-
-
-def _token(path: str) -> str:
-    """Token from HF_TOKEN, or from the file that `hf auth login` writes."""
-    found = os.environ.get("HF_TOKEN", "").strip()
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
-    if not found and file.is_file():
-        found = file.read_text(encoding="utf-8", errors="replace").strip()
-    if not found:
-        raise InputError(f"HEST-1k: {path}: got no Hugging Face token, and the data set is gated. {_how()}")
-    if not re.fullmatch(r"[!-~]+", found):  # requests would quote it in its error
-        raise InputError(f"HEST-1k: {path}: the Hugging Face token holds blanks or line breaks. {_how()}")
-    return found
-
-
-def _how() -> str:
-    return (
-        f"Accept the terms at {HUB}/datasets/{REPOSITORY} with your account, make a token with read access at "
-        f"{HUB}/settings/tokens, and set the environment variable HF_TOKEN to it (or run `hf auth login`); then start "
-        "again. Or get the file by other means and give its path in column file of the slides sheet."
-    )
-
-
-def _ask(url: str, path: str, headers: dict[str, str]) -> tuple[int | None, str | None]:
-    """Size and SHA-256 that the Hub states for a file; None where it does not answer as it should."""
+    token = get_token()
+    if not token:
+        raise InputError(f"HEST-1k: {path}: got no Hugging Face token, and the data set is gated. {_ADVICE}")
+    url = hf_hub_url(REPOSITORY, path, repo_type="dataset")
     try:
-        answer = requests.head(url, headers=headers, timeout=TIMEOUT, allow_redirects=False)
-    except requests.RequestException as error:
-        log.warning("%s: the Hub does not answer (%s)", path, error.__class__.__name__)
-        return None, None
-    if answer.status_code in (401, 403):
-        why = "the token is not valid" if answer.status_code == 401 else "the account has not accepted the terms"
-        raise InputError(f"HEST-1k: {path}: got HTTP {answer.status_code}: {why}, or may not read it. {_how()}")
-    if answer.status_code == 404:
+        stated = get_hf_file_metadata(url, token=token, retry_on_errors=True)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 404:
+            text = f"the repository has no such file; expected an id of its metadata table ({_PAGE}) in column hest of "
+            raise InputError(f"HEST-1k: {path}: {text}the slides sheet") from error
+        if status not in (401, 403):
+            raise InputError(f"HEST-1k: {path}: got HTTP {status} from {url}; start again later") from error
+        why = "the token is not valid" if status == 401 else "the account has not accepted the terms"
+        raise InputError(f"HEST-1k: {path}: got HTTP {status}: {why}. {_ADVICE}") from error
+    except Exception as error:  # of the HTTP library below, which differs between versions of huggingface_hub
+        reason = str(error).replace(token, "(token)")
         raise InputError(
-            f"HEST-1k: {path}: the repository has no such file; expected an id of its metadata table "
-            f"({HUB}/datasets/{REPOSITORY}) in column hest of the slides sheet"
-        )
-    size = answer.headers.get("X-Linked-Size", "")
-    checksum = answer.headers.get("X-Linked-ETag", "").strip('"')
-    return int(size) if size.isdigit() else None, checksum if re.fullmatch(r"[0-9a-f]{64}", checksum) else None
+            f"HEST-1k: {path}: {url} cannot be reached ({type(error).__name__}: {reason}); check the connection, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE, and start again"
+        ) from None  # its traceback could show the token
+    is_sha256 = stated.etag is not None and len(stated.etag) == 64
+    return fetch(
+        [url],
+        destination,
+        size=size or stated.size,
+        sha256=sha256 or (stated.etag if is_sha256 else None),
+        headers={"Authorization": f"Bearer {token}"},
+    )

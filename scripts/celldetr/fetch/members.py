@@ -1,30 +1,30 @@
-"""Getting a few members of a large zip archive: over HTTP only their bytes travel, not the whole archive."""
+"""Get a few members of a large zip archive: over HTTP only their bytes travel, not the whole archive."""
 
-import io
+import functools
 import logging
 import os
+import re
 import shutil
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from typing import IO
 
 import requests
-import urllib3
+from fsspec.spec import AbstractBufferedFile
 
-from celldetr.fetch.download import TIMEOUT, fetch
+from celldetr.fetch.download import check, fetch, local_path
+from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import BROKEN_ZIP, atomic, link_or_copy
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 8 << 20  # bytes of one request
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+_BLOCK = 8 << 20  # bytes per request
 
 Choose = Callable[[Sequence[str]], Sequence[str]]
-"""Names that there are -> names that are wanted; raises InputError when one that is needed is missing."""
+"""Names in the archive -> names wanted; raises InputError if one that is needed is missing."""
 
 
 class _NoRanges(Exception):
@@ -39,15 +39,13 @@ def fetch_members(
     marker: str,
     size: int | None = None,
     sha256: str | None = None,
-    tries: int = 5,
-    pause: float = 2.0,
 ) -> Path:
-    """Get members of an archive as a folder, whole and verified, from the first source that has them.
+    """Get members of an archive as a folder, complete and verified, from the first source that has them.
 
-    A local archive is verified against `size` and `sha256`. From a server only the members travel: each is verified
-    against the checksum (CRC) in the archive, the archive by its size. Members that have arrived are kept in
-    ``.{name}.part`` beside the destination, and the next call goes on after them. A server that does not send parts of
-    files sends the archive. A local folder is linked, or copied.
+    A local archive is verified by `size` and `sha256`. From a server only the members travel: the archive is verified
+    by its size, each member by its checksum (CRC) in the archive. Members that have arrived are kept in
+    ``.{name}.part`` beside the destination and not requested again. A server that does not send parts of files sends
+    the archive. A local folder is linked or copied.
 
     Parameters
     ----------
@@ -61,13 +59,11 @@ def fetch_members(
         Name of a member in the top folder of the data.
     size, sha256
         Size in bytes and checksum of the archive, if known.
-    tries, pause
-        As in `celldetr.fetch.download.fetch`.
 
     Raises
     ------
     InputError
-        No source delivered: names each with its reason.
+        No source delivered; names each with its reason.
     """
     final = Path(destination)
     staging = final.with_name(f".{final.name}.part")
@@ -75,18 +71,16 @@ def fetch_members(
     failures = []
     for url in urls:
         try:
-            local = _local(url)
-            if local is not None and local.is_dir():
-                _take_folder(local, staging, choose)
-            elif local is not None:
-                if size is not None or sha256 is not None:
-                    fetch([str(local)], staging / ".archive", size=size, sha256=sha256)
-                    (staging / ".archive").unlink()
+            local = local_path(url)
+            if local is None:
+                _from_server(url, staging, choose, marker, size, sha256)
+            elif local.is_dir():
+                _from_folder(local, staging, choose)
+            else:
+                check(local, size, sha256)
                 with local.open("rb") as file:
                     _extract(file, staging, choose, marker)
-            else:
-                _from_server(url, staging, choose, marker, size, sha256, tries, pause)
-        except (InputError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except (InputError, TransferError, OSError, *BROKEN_ZIP) as error:
             failures.append(f"  {url}: {error}")
             log.warning("%s: %s", url, error)
             continue
@@ -100,53 +94,29 @@ def fetch_members(
     )
 
 
-def _local(url: str) -> Path | None:
-    parts = urlsplit(url)
-    if parts.scheme.startswith("http"):
-        return None
-    path = Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
-    if not path.exists():
-        raise InputError("no such file or folder")
-    return path
-
-
-def _take_folder(folder: Path, staging: Path, choose: Choose) -> None:
+def _from_folder(folder: Path, staging: Path, choose: Choose) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in choose(names):
         with atomic(staging / name) as temporary:
-            try:
-                os.link((folder / name).resolve(), temporary)
-            except OSError:
-                shutil.copyfile(folder / name, temporary)
+            link_or_copy(folder / name, temporary)
 
 
-def _from_server(
-    url: str,
-    staging: Path,
-    choose: Choose,
-    marker: str,
-    size: int | None,
-    sha256: str | None,
-    tries: int,
-    pause: float,
-) -> None:
+def _from_server(url: str, staging: Path, choose: Choose, marker: str, size: int | None, sha256: str | None) -> None:
     try:
-        with requests.Session() as session, _HttpFile(session, url, tries, pause) as raw:
-            if size is not None and raw.size != size:
-                raise InputError(f"got an archive of {raw.size} bytes, expected {size}: another file or version")
-            with io.BufferedReader(raw, _BLOCK) as file:
-                _extract(file, staging, choose, marker)
+        with requests.Session() as session, _RemoteFile(url, session) as file:
+            if size is not None and file.size != size:
+                raise InputError(f"got an archive of {file.size} bytes, expected {size}: another file or version")
+            _extract(file, staging, choose, marker)
     except _NoRanges:
         log.warning("%s: the server sends whole files only; getting the archive", url)
-        archive = staging / ".archive"
-        fetch([url], archive, size=size, sha256=sha256, tries=tries, pause=pause)
-        with archive.open("rb") as file:
-            _extract(file, staging, choose, marker)
+        archive = fetch([url], staging / ".archive", size=size, sha256=sha256)
+        with archive.open("rb") as whole:
+            _extract(whole, staging, choose, marker)
         archive.unlink()
 
 
-def _extract(file: io.BufferedIOBase | io.BufferedReader, staging: Path, choose: Choose, marker: str) -> None:
-    """Write the wanted members below `staging`; those that are there, whole, are left as they are."""
+def _extract(file: IO[bytes], staging: Path, choose: Choose, marker: str) -> None:
+    """Write the wanted members below `staging`; those that are there, complete, are left as they are."""
     with zipfile.ZipFile(file) as archive:
         names = {name.replace("\\", "/"): name for name in archive.namelist() if not name.endswith("/")}
         tops = [PurePosixPath(name).parent for name in names if PurePosixPath(name).name == marker]
@@ -178,75 +148,38 @@ def _crc(path: Path) -> int:
     return value
 
 
-class _HttpFile(io.RawIOBase):
-    """A file on a server, read by ranges."""
+class _RemoteFile(AbstractBufferedFile):
+    """A file on a server, read in blocks by range requests.
 
-    def __init__(self, session: requests.Session, url: str, tries: int, pause: float) -> None:
-        self._session, self._url, self._tries, self._pause = session, url, tries, pause
-        self._at = 0
-        self._tag: str | None = None
-        self.size = 1
-        self._range(0, 1)
+    The buffer is fsspec's, the requests are ours: fsspec's own HTTP file does not repeat a failed request, does not
+    notice that the file changes while it is read, and ignores the proxies and certificates of the environment.
 
-    def readable(self) -> bool:
-        """Return True."""
-        return True
+    Raises
+    ------
+    _NoRanges
+        The server answers a range request with the whole file, or does not state the size of the file.
+    """
 
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
+    def __init__(self, url: str, session: requests.Session) -> None:
+        self._url, self._session = url, session
+        self._version: tuple[str | None, int] | None = None
+        self._fetch_range(0, 1)
+        assert self._version is not None
+        super().__init__(None, url, block_size=_BLOCK, size=self._version[1])
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position of the next read."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return retry(functools.partial(self._request, start, end), self._url)
 
-    def tell(self) -> int:
-        """Position of the next read."""
-        return self._at
-
-    def readinto(self, buffer: object) -> int:
-        """Read the next bytes."""
-        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        count = min(len(view), self.size - self._at)
-        if count <= 0:
-            return 0
-        view[:count] = self._range(self._at, count)
-        self._at += count
-        return count
-
-    def _range(self, start: int, count: int) -> bytes:
-        for attempt in range(1, self._tries + 1):
-            try:
-                return self._request(start, count)
-            except (requests.RequestException, urllib3.exceptions.HTTPError, _Short) as error:
-                if attempt == self._tries:
-                    raise InputError(f"the connection failed ({error})") from error
-                wait = self._pause * 2 ** (attempt - 1)
-                log.warning("%s: %s; try %d of %d in %.0f s", self._url, error, attempt + 1, self._tries, wait)
-                time.sleep(wait)
-        raise AssertionError("unreachable")
-
-    def _request(self, start: int, count: int) -> bytes:
-        headers = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
-        with self._session.get(self._url, headers=headers, timeout=TIMEOUT, stream=True) as response:
-            if response.status_code in _TRANSIENT:
-                raise _Short(f"HTTP {response.status_code} {response.reason}")
-            if response.status_code >= 400:
-                raise InputError(f"HTTP {response.status_code} {response.reason}")
-            if response.status_code != 206:
+    def _request(self, start: int, end: int) -> bytes:
+        with get(self._url, {"Range": f"bytes={start}-{end - 1}"}, self._session) as response:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if response.status_code != 206 or span is None or int(span[1]) != start:
                 raise _NoRanges
-            tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-            if self._tag not in (None, tag):
+            version = response.headers.get("ETag") or response.headers.get("Last-Modified"), int(span[2])
+            if self._version not in (None, version):
                 raise InputError("the file on the server changed while it was read; start again")
-            self._tag = tag
-            self.size = int(response.headers["Content-Range"].rpartition("/")[2])
+            self._version = version
             data = response.content
-        if len(data) != count:
-            raise _Short(f"got {len(data)} of {count} bytes")
+        if len(data) != end - start:
+            raise TransferError(f"got {len(data)} of {end - start} bytes", again=True)
         return data
-
-
-class _Short(Exception):
-    """An answer that is worth another try."""

@@ -41,9 +41,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         if final.is_dir():
             remove(final)
         os.replace(temporary, final)
-    except BaseException:
-        remove(temporary)
-        raise
+    finally:
+        remove(temporary)  # after an error, or if both names link to one file, which a rename leaves as it is
 
 
 @contextlib.contextmanager
@@ -55,6 +54,14 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno in _FULL:
             error.filename = str(path)
         raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where links are not possible (another file system)."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def remove(path: Path) -> None:

@@ -1,9 +1,6 @@
-"""Links of CELLxGENE datasets, against a server that answers like its API."""
+"""Links of CELLxGENE datasets, from a server that answers like its API."""
 
 import json
-import threading
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -22,33 +19,16 @@ DATASETS = [
 ]
 
 
-class Server(BaseHTTPRequestHandler):
-    def __init__(self, answer, *arguments):
-        self.answer = answer
-        super().__init__(*arguments)
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_GET(self):  # noqa: N802 - the name that http.server calls
-        known = self.path == "/collections/collection"
-        self.send_response(200 if known else 404)
-        self.end_headers()
-        self.wfile.write(self.answer if known else b"{}")
+@pytest.fixture
+def api(web):
+    web.files["/collections/collection"] = json.dumps({"datasets": DATASETS}).encode()
+    return web.url
 
 
-@pytest.fixture(scope="module")
-def api():
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, json.dumps({"datasets": DATASETS}).encode()))
-    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    httpd.server_close()
-
-
-@pytest.mark.parametrize("name", ["core atlas", "id-1", VERSION])
-def test_a_dataset_is_found_by_title_id_or_version(api, name):
-    assert dataset_url("collection", name, api=api) == "https://x/1.h5ad"
+def test_a_dataset_is_found_by_title_id_or_version(web, api):
+    web.statuses = [503]  # asked again
+    for name in ("core atlas", "id-1", VERSION):
+        assert dataset_url("collection", name, api=api) == "https://x/1.h5ad"
 
 
 def test_an_earlier_version_has_a_lasting_address(api):
