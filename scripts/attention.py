@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from celldetr.inference.attention import choose_nuclei, write_drawn, write_share
-from celldetr.inference.predict import best_device, measure_attention
+from celldetr.inference.predict import measure_attention
+from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store

@@ -11,7 +11,7 @@ import torch
 
 from celldetr.config.slides import DetectionSettings
 from celldetr.inference.detection import detect_file, model_detector, write_nuclei
-from celldetr.inference.predict import best_device
+from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
 from celldetr.runtime.rule import run_rule
 

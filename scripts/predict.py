@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from celldetr.inference.predict import best_device, predict_fold
+from celldetr.inference.predict import predict_fold
+from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
 from celldetr.runtime.provenance import git_revision, sha256, versions
 from celldetr.runtime.rule import run_rule

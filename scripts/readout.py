@@ -14,7 +14,7 @@ import torch
 from celldetr.config.evaluation import ReadoutSettings
 from celldetr.evaluation.frozen import WHAT, measure_readout, write_readout
 from celldetr.inference.embedding import embed_patches
-from celldetr.inference.predict import best_device
+from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
 from celldetr.pannuke.splits import read_split
 from celldetr.runtime.provenance import write_provenance

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from celldetr.model.recompute import use_recompute
 from ladder import draw_store
 from training_throughput import BATCHES, Run
 
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.model.recompute import use_recompute
 from celldetr.model.transformer import SelfAttention
 
 VARIANTS = {

@@ -23,7 +23,7 @@ from training_throughput import BATCHES, Run
 
 from celldetr.config.experiment import Experiment
 from celldetr.config.workflow import Config
-from celldetr.model.precision import has_bf16
+from celldetr.model.device import has_bf16
 from celldetr.pannuke.convert import OFFICIAL
 from celldetr.pannuke.splits import FOLDS, pannuke_split
 

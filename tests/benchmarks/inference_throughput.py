@@ -20,7 +20,7 @@ from training_throughput import experiment_of
 from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import DeformableAttention, use_sampling
-from celldetr.model.precision import autocast
+from celldetr.model.device import computing_in
 
 BATCHES = 4
 
@@ -33,7 +33,9 @@ class Prediction:
         self.path = folder / "predictions.parquet"
         self.precision = "bf16" if bf16 else "fp32"
         torch.manual_seed(0)
-        settings = experiment_of(told.mode, told.batch).model.model_copy(update={"fast": sampling != "plain"})
+        settings = experiment_of(told.mode, told.batch).model.model_copy(
+            update={"kernel": "reference" if sampling == "plain" else "auto"}
+        )
         self.model = CellDETR(settings).to(told.device).eval().requires_grad_(False)
         for module in self.model.modules():
             if isinstance(module, DeformableAttention):
@@ -59,7 +61,7 @@ class Prediction:
             predict_fold(self.model, self.store, self.path, **given, device=self.told.device, precision=self.precision)
             return
         for number in range(BATCHES):
-            with autocast(self.told.device, self.precision):
+            with computing_in(self.precision, self.told.device):
                 found = self.model.predict(self.images(number), self.threshold)
             for image in found:
                 for values in image:
@@ -88,7 +90,7 @@ def main() -> None:
     on_cpu = told.device == "cpu"
     rungs = [
         ("as the published code is built", {"sampling": "plain", "ahead": False, "bf16": False}),
-        ("+ model.fast: portable sampling, channels last", {"sampling": "portable"}),
+        ("+ model.kernel: portable sampling, channels last", {"sampling": "portable"}),
         ("+ patches read ahead, written as they come", {"ahead": True}),
         ("+ what the device has: kernels or torch.compile", {"sampling": "compiled" if on_cpu else "auto"}),
         ("+ bf16", {"bf16": True}),

@@ -113,7 +113,7 @@ class Run:
         train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=told.device)
         nothing = PatchData([store], split, "val", cache="none")
         torch.manual_seed(0)
-        settings = self.experiment.model.model_copy(update={"fast": sampling != "plain"})
+        settings = self.experiment.model.model_copy(update={"kernel": "reference" if sampling == "plain" else "auto"})
         kind, model = STAGES[self.experiment.stage], CellDETR(settings)
         limits = {"nucleus_threshold": 0.4, "radius": 12.0}
         self.stage: Stage = kind(self.experiment, model, train_data, nothing, **limits)
@@ -195,7 +195,7 @@ def variants(told, store) -> list[tuple[str, Run]]:
         ("+ costs of an image's own nuclei", {"matcher": "own"}),
         ("+ patches in memory, augmented in batches", {"loader": False}),
         ("+ fused AdamW", {"fused": True}),
-        ("+ model.fast: portable sampling, channels last", {"sampling": "portable"}),
+        ("+ model.kernel: portable sampling, channels last", {"sampling": "portable"}),
         ("+ what the device has: kernels or torch.compile", {"sampling": "compiled" if on_cpu else "auto"}),
         ("+ bf16", {"bf16": True}),
     ]

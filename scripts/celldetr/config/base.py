@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -13,6 +13,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Annotated[
+    Literal["auto", "bf16", "tf32", "fp32"],
+    Field(description="auto: bf16 on GPUs that have it, tf32 on other GPUs, fp32 on a CPU; fp32 never rounds to TF32"),
+]
 Range = Annotated[tuple[NotNegative, NotNegative], Field(description="smallest and largest value")]
 
 _VALUES = "expected numbers, texts, lists and mappings with texts as keys, none of which holds itself"

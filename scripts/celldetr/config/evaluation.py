@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from celldetr.config.base import Count, Positive, Settings, Share
+from celldetr.config.base import Count, Positive, Precision, Settings, Share
 
 
 class InferenceSettings(Settings):
@@ -12,7 +12,7 @@ class InferenceSettings(Settings):
 
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
     batch_size: Count = Field(16, description="patches at once")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that have it, else fp32")
+    precision: Precision = "auto"
 
 
 class EvaluationSettings(Settings):

@@ -4,8 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from celldetr.config.base import Count, NotNegative, Positive, Range, Settings, Share
+from celldetr.config.base import Count, NotNegative, Positive, Precision, Range, Settings, Share
 from celldetr.runtime.errors import ConfigError
+
+Kernel = Literal["auto", "reference"]
 
 
 class BackboneSettings(Settings):
@@ -65,8 +67,10 @@ class ModelConfig(Settings):
     position_offset: Share = Field(
         0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
     )
-    fast: bool = Field(
-        True, description="false: plain grid_sample form of the sampling, and fp32 in training; the same result, slowly"
+    kernel: Kernel = Field(
+        "auto",
+        description="form of the deformable sampling; auto: the fastest of the device, and channels-last convolutions; "
+        "reference: plain grid_sample, the same result, slowly",
     )
     projection: Annotated[int, Field(ge=0)] = Field(
         0, description="outputs of the projection head of contrastive pretraining (stage ssl; paper: 128); 0: no head"
@@ -109,7 +113,7 @@ class NoiseSettings(Settings):
         0.0, description="share of the boxes that get noise; the anchors of contrastive pretraining all do"
     )
     low: Share = Field(0.1, description="smallest relative change")
-    high: Share = Field(0.4, description="largest relative change")
+    high: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="largest relative change")
     enlarge: Share = Field(0.5, description="rho: probability that a size grows")
 
     @model_validator(mode="after")
@@ -179,7 +183,7 @@ class TrainingConfig(Settings):
     weight_decay: NotNegative = 1e-4
     gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0 = no limit")
     select: Literal["best_val", "last"] = Field("best_val", description="which epoch's weights become the model")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that have it, else fp32")
+    precision: Precision = "auto"
     cache: Literal["gpu", "ram", "none"] = Field(
         "gpu",
         description="where the patches are kept; gpu falls back to ram when they do not fit, none streams",
@@ -191,7 +195,7 @@ class TrainingConfig(Settings):
         description="torch.compile the deformable sampling; auto: on GPUs, where there is a C compiler and no package "
         "deformops",
     )
-    recompute: bool = Field(
+    activation_checkpointing: bool = Field(
         False,
         description="compute layers again in the backward pass: a fifth of the memory, more time, the same result",
     )

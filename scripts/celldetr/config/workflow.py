@@ -247,7 +247,7 @@ class Config(Settings):
             raise ConfigError(f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50")
         if block.initial in self.experiments:
             theirs = merge(self.model.to_dict(), _given(self.experiments[block.initial].model))
-            weightless: dict[str, Any] = {"dropout": 0, "fast": 0, "projection": 0}
+            weightless: dict[str, Any] = {"dropout": 0, "kernel": 0, "projection": 0}
             weightless["representation"] = {"global_tokens": 0}
             differ = [key for key in model if merge(model, weightless)[key] != merge(theirs, weightless)[key]]
             if differ:

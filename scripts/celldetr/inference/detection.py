@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.precision import autocast
+from celldetr.model.device import computing_in
 from celldetr.runtime.errors import ConfigError
 from celldetr.runtime.files import atomic
 from celldetr.slides.grid import Plan, stripe_order
@@ -302,11 +302,11 @@ def _second(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArra
 
 
 def model_detector(model: CellDETR, nucleus_threshold: float, device: str, precision: str = "fp32") -> Detector:
-    """Make a detector of a trained model that is on `device`; for precision see `celldetr.model.precision.autocast`."""
+    """Make a detector of a trained model that is on `device`; for precision see `model.device.computing_in`."""
 
     def find(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
-        with autocast(device, precision):
+        with computing_in(precision, device):
             found = model.predict(pixels, nucleus_threshold)
         return [(one.boxes.double().cpu().numpy(), one.nucleus_score.double().cpu().numpy()) for one in found]
 

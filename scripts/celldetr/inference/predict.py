@@ -17,16 +17,11 @@ from celldetr.evaluation.matching import Nuclei, pair_nuclei
 from celldetr.evaluation.predictions import PredictionsWriter
 from celldetr.inference.attention import DrawnNuclei, share_inside
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.precision import autocast
+from celldetr.model.device import computing_in
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
 
 log = logging.getLogger(__name__)
-
-
-def best_device() -> str:
-    """Name of the GPU if there is one, else of the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def predict_fold(
@@ -63,7 +58,7 @@ def predict_fold(
     device
         Where the model is, e.g. ``cpu`` or ``cuda``.
     precision
-        See `celldetr.model.precision.autocast`.
+        See `celldetr.model.device.computing_in`.
     metadata
         More JSON values to keep in the file.
     progress
@@ -83,7 +78,7 @@ def predict_fold(
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
-    precise = autocast(device, precision)
+    precise = computing_in(precision, device)
     with (
         PredictionsWriter(
             path,
@@ -162,7 +157,7 @@ def measure_attention(
     shares = _Shares(0, [], [], [])
     rows: dict[int, dict[str, NDArray[Any]]] = {}
     wanted = set(nuclei.tolist())
-    with autocast(device, precision):
+    with computing_in(precision, device):
         for start, images in _batches(store, batch_size, device, progress):
             for offset, (found, points) in enumerate(model.attention(images, nucleus_threshold)):
                 seen = _pair_patch(store, start + offset, found, points, radius, shares)

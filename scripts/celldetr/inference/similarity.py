@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from celldetr.config.experiment import NoiseSettings
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.precision import autocast
+from celldetr.model.device import computing_in
 from celldetr.report.figure4 import DrawnSimilarities
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
@@ -105,7 +105,7 @@ def _similarity_of_patches(
     """Yield for each patch its index, similarities (n, n) of anchors to originals, and how many find their own."""
     all_patches = pd.DataFrame({"store": store.path.stem, "patch": np.arange(store.n_patches), "part": "all"})
     batches = ValidationBatches(PatchData([store], all_patches, "all", cache="none"), batch_size)
-    with torch.no_grad(), autocast(device, precision):
+    with torch.no_grad(), computing_in(precision, device):
         for number in tqdm(range(len(batches)), unit="batch", disable=not progress, mininterval=5):
             batch = batches[number].to(device)
             uniforms = validation_uniforms(batch.patches.tolist(), batch.targets, seed)

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn, ones, zeros
 
 from celldetr.config.experiment import BackboneSettings
-from celldetr.model.recompute import Recomputing
+from celldetr.model.device import CheckpointedLayers
 
 Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics, weight and bias: four buffers, used by `normalised`."""
+    """Batch norm with fixed statistics, weight and bias: four buffers, applied by `conv_norm`."""
 
     weight: Tensor
     bias: Tensor
@@ -28,13 +28,13 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", ones(channels))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Factor and shift of each channel."""
-        factor = self.weight * (self.running_var + 1e-5).rsqrt()
-        return factor, self.bias - self.running_mean * factor
+        """Scale and shift of each channel, (C,) each."""
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 def group_norm(channels: int) -> nn.Module:
-    """Group norm with eight channels in a group, where that divides."""
+    """Group norm with eight channels per group, or the nearest number of groups that divides the channels."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
@@ -44,33 +44,34 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
     return layer
 
 
-def normalised(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+def conv_norm(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """Convolve and normalise maps (B, inputs, h, w).
 
-    A norm with fixed statistics goes into the weights of the convolution: no pass over its result, which need not be
-    kept for the backward pass either.
+    A frozen norm is folded into the weights of the convolution. This saves a pass over the result, which then need not
+    be kept for the backward pass either.
     """
     if not isinstance(norm, FrozenBatchNorm):
         out: Tensor = norm(convolution(x))
         return out
-    factor, shift = norm.affine()
-    weight = convolution.weight * factor.view(-1, 1, 1, 1)
+    scale, shift = norm.affine()
+    weight = convolution.weight * scale.view(-1, 1, 1, 1)
     return F.conv2d(x, weight, shift, convolution.stride, convolution.padding)
 
 
-def _passed_by(shortcut: nn.Module, x: Tensor) -> Tensor:
-    """Give maps the shape of a block's result."""
-    if isinstance(shortcut, nn.Sequential):
-        convolution, norm = shortcut
+class Shortcut(nn.Sequential):
+    """Path beside the convolutions of a block: a 1x1 convolution and its norm, or nothing if the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
+        changed = stride != 1 or inputs != outputs
+        super().__init__(*(_convolution(inputs, outputs, 1, stride), norm(outputs)) if changed else ())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn maps (B, inputs, h, w) into (B, outputs, h / stride, w / stride)."""
+        if not len(self):
+            return x
+        convolution, norm = self
         assert isinstance(convolution, nn.Conv2d)
-        return normalised(convolution, norm, x)
-    return x
-
-
-def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    return nn.Sequential(_convolution(inputs, outputs, 1, stride), norm(outputs))
+        return conv_norm(convolution, norm, x)
 
 
 class BasicBlock(nn.Module):
@@ -82,17 +83,17 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = _convolution(inputs, width, 3, stride), norm(width)
         self.conv2, self.bn2 = _convolution(width, width, 3), norm(width)
-        self.downsample = _shortcut(inputs, width, stride, norm)
+        self.downsample = Shortcut(inputs, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn maps (B, inputs, h, w) into (B, width, h / stride, w / stride)."""
-        y = F.relu(normalised(self.conv1, self.bn1, x), inplace=True)
-        y = normalised(self.conv2, self.bn2, y)
-        return F.relu(y + _passed_by(self.downsample, x), inplace=True)
+        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        y = conv_norm(self.conv2, self.bn2, y)
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride) and 1x1 convolutions beside a shortcut; four times as many channels leave it."""
+    """1x1, 3x3 (with the stride) and 1x1 convolutions beside a shortcut; the output has 4 * width channels."""
 
     expansion = 4
 
@@ -102,24 +103,18 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = _convolution(inputs, width, 1), norm(width)
         self.conv2, self.bn2 = _convolution(width, width, 3, stride), norm(width)
         self.conv3, self.bn3 = _convolution(width, outputs, 1), norm(outputs)
-        self.downsample = _shortcut(inputs, outputs, stride, norm)
+        self.downsample = Shortcut(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn maps (B, inputs, h, w) into (B, 4 * width, h / stride, w / stride)."""
-        y = F.relu(normalised(self.conv1, self.bn1, x), inplace=True)
-        y = F.relu(normalised(self.conv2, self.bn2, y), inplace=True)
-        y = normalised(self.conv3, self.bn3, y)
-        return F.relu(y + _passed_by(self.downsample, x), inplace=True)
+        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
+        y = F.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
+        y = conv_norm(self.conv3, self.bn3, y)
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
-class Backbone(Recomputing):
-    """Residual network that returns the maps of the stages asked for; later stages do not exist.
-
-    Parameters
-    ----------
-    settings
-        Kind and number of blocks, width, stages and norm.
-    """
+class Backbone(CheckpointedLayers):
+    """Residual network that returns the maps of the chosen stages; later stages are not built."""
 
     def __init__(self, settings: BackboneSettings) -> None:
         super().__init__()
@@ -139,19 +134,11 @@ class Backbone(Recomputing):
                 self.channels.append(inputs)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the maps of the chosen stages.
+        """Turn normalised images (B, 3, h, w) into maps (B, channels, h / 2^(s+1), w / 2^(s+1)), one per stage s.
 
-        Parameters
-        ----------
-        images
-            Normalised images (B, 3, h, w).
-
-        Returns
-        -------
-        list of Tensor
-            For each stage s in order, maps (B, channels, h / 2^(s+1), w / 2^(s+1)), rounded up.
+        Sizes are rounded up.
         """
-        x = F.relu(normalised(self.conv1, self.bn1, images), inplace=True)
+        x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         maps = []
         for stage in range(1, max(self.stages) + 1):

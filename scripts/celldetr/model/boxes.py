@@ -1,14 +1,12 @@
 """Boxes as tensors: formats, overlap, and the noise of the paper's appendix A.2.
 
 Two formats, both with the coordinates in the last dimension: cxcywh (centre x, centre y, width, height), in [0, 1] of
-the image inside the model; xyxy (left, top, right, bottom). Half-precision boxes are widened to float32: the
+the image inside the model; xyxy (left, top, right, bottom). Half-precision boxes are converted to float32: the
 difference of two coordinates of a nucleus has no digits left in bfloat16.
 """
 
 import torch
 from torch import Tensor
-
-from celldetr.runtime.errors import ConfigError
 
 NOISE_DRAWS = 9
 """Uniform numbers that the noise of one box takes."""
@@ -19,25 +17,14 @@ _LEAST_SIDE = 1e-6
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes (..., 4) from centre and size to corners."""
-    centre, size = _wide(boxes).split(2, dim=-1)
+    centre, size = _at_least_float32(boxes).split(2, dim=-1)
     return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """Convert boxes (..., 4) from corners to centre and size."""
-    low, high = _wide(boxes).split(2, dim=-1)
+    low, high = _at_least_float32(boxes).split(2, dim=-1)
     return torch.cat((0.5 * (low + high), high - low), dim=-1)
-
-
-def box_area(boxes: Tensor) -> Tensor:
-    """Areas (...) of xyxy boxes (..., 4); a box whose corners are swapped has none."""
-    boxes = _wide(boxes)
-    return _area(boxes[..., 2:] - boxes[..., :2])
-
-
-def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union (..., N, M) of xyxy boxes (..., N, 4) and (..., M, 4); 0 where the union is empty."""
-    return iou(first.unsqueeze(-2), second.unsqueeze(-3))
 
 
 def pairwise_giou(first: Tensor, second: Tensor) -> Tensor:
@@ -45,33 +32,20 @@ def pairwise_giou(first: Tensor, second: Tensor) -> Tensor:
     return giou(first.unsqueeze(-2), second.unsqueeze(-3))
 
 
-def iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union (...) of xyxy boxes (..., 4), one with one; 0 where the union is empty."""
-    intersection, union = _overlap(_wide(first), _wide(second))
-    return _ratio(intersection, union)
-
-
 def giou(first: Tensor, second: Tensor) -> Tensor:
     """Generalised IoU (...) in [-1, 1] of xyxy boxes (..., 4), one with one.
 
-    IoU minus the share of the enclosing box that the union leaves empty. Boxes without area are legal: a term whose
-    denominator is empty is 0 and has no gradient, so two equal points give 0 and two distant points -1. A coordinate
-    that is not a number stays visible in the result.
+    IoU minus the share of the enclosing box that the union leaves empty. Boxes without area are legal: a ratio whose
+    denominator is 0 is 0 and has no gradient, so two equal points give 0 and two distant points -1. NaN coordinates
+    give NaN.
     """
-    first, second = _wide(first), _wide(second)
-    intersection, union = _overlap(first, second)
-    low = torch.minimum(first[..., :2], second[..., :2])
-    high = torch.maximum(first[..., 2:], second[..., 2:])
+    first, second = _at_least_float32(first), _at_least_float32(second)
+    low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
+    intersection = _area(high - low)
+    union = _area(first[..., 2:] - first[..., :2]) + _area(second[..., 2:] - second[..., :2]) - intersection
+    low, high = torch.minimum(first[..., :2], second[..., :2]), torch.maximum(first[..., 2:], second[..., 2:])
     enclosing = _area(high - low)
     return _ratio(intersection, union) - _ratio(enclosing - union, enclosing)
-
-
-def noise_uniforms(count: int, generator: torch.Generator) -> Tensor:
-    """Draw the uniform numbers (count, 9) that `noise` takes for `count` boxes, on the generator's device.
-
-    Drawn for all boxes of a global batch in one order and then cut, they give the same noise on any number of devices.
-    """
-    return torch.rand(count, NOISE_DRAWS, generator=generator, device=generator.device)
 
 
 def noise(boxes: Tensor, uniforms: Tensor, *, low: float, high: float, enlarge: float, share: float = 1.0) -> Tensor:
@@ -86,29 +60,16 @@ def noise(boxes: Tensor, uniforms: Tensor, *, low: float, high: float, enlarge: 
     boxes
         Boxes (..., 4), cxcywh in [0, 1]. They are not changed in place.
     uniforms
-        Numbers (..., 9) in [0, 1): see `noise_uniforms`.
+        Numbers (..., 9) in [0, 1). Draw them for all boxes of a global batch in one order: then any number of devices
+        gives the same noise.
     low, high
         Range of the magnitudes, 0 <= low <= high < 1.
     enlarge
         Probability that a side grows instead of shrinking.
     share
         Probability that a box is changed at all.
-
-    Raises
-    ------
-    ConfigError
-        The range or a probability is not possible.
-    ValueError
-        `uniforms` does not fit `boxes`.
     """
-    if not 0 <= low <= high < 1:
-        raise ConfigError(f"noise: got low {low} and high {high}, expected 0 <= low <= high < 1")
-    for name, probability in (("enlarge", enlarge), ("share", share)):
-        if not 0 <= probability <= 1:
-            raise ConfigError(f"noise: got {name} {probability}, expected a probability in [0, 1]")
-    if uniforms.shape != (*boxes.shape[:-1], NOISE_DRAWS):
-        raise ValueError(f"uniforms: got shape {tuple(uniforms.shape)}, expected {(*boxes.shape[:-1], NOISE_DRAWS)}")
-    boxes = _wide(boxes)
+    boxes = _at_least_float32(boxes)
     draws = uniforms.to(device=boxes.device, dtype=boxes.dtype)
     magnitude = low + (high - low) * draws[..., :4]
     grow = _sign(draws[..., 4:6] < enlarge) * magnitude[..., :2]
@@ -120,8 +81,7 @@ def noise(boxes: Tensor, uniforms: Tensor, *, low: float, high: float, enlarge: 
     return torch.where(draws[..., 8:] < share, noised, boxes)
 
 
-def _wide(boxes: Tensor) -> Tensor:
-    """Widen to float32; float64 stays."""
+def _at_least_float32(boxes: Tensor) -> Tensor:
     return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
 
 
@@ -131,16 +91,8 @@ def _area(sides: Tensor) -> Tensor:
     return width * height
 
 
-def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas (...) of the intersection and the union of xyxy boxes (..., 4)."""
-    low = torch.maximum(first[..., :2], second[..., :2])
-    high = torch.minimum(first[..., 2:], second[..., 2:])
-    intersection = _area(high - low)
-    return intersection, box_area(first) + box_area(second) - intersection
-
-
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Part of a whole, 0 where the whole is empty; written so that NaN passes and the unused branch has no gradient."""
+    """Part / whole, 0 if the whole is empty; written so that NaN passes and the unused branch has no gradient."""
     empty = whole <= _NO_AREA
     return torch.where(empty, 0, part / torch.where(empty, 1, whole))
 

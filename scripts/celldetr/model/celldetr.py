@@ -1,8 +1,6 @@
 """The model: images in, nuclei with classes and embeddings out (paper, 3 and A.1)."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,18 +9,18 @@ from torch import Tensor, nn
 from celldetr.config.experiment import ModelSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.boxes import cxcywh_to_xyxy
-from celldetr.model.constants import constant
 from celldetr.model.deformable_attention import SamplingPoints
-from celldetr.model.position import Shape, sine_code
+from celldetr.model.device import cached_tensor, evaluating, full_precision
 from celldetr.model.representation import RepresentationDecoder
-from celldetr.model.transformer import DetectionDecoder, Encoder, class_head, full_precision
+from celldetr.model.sampling import Shapes
+from celldetr.model.transformer import DetectionDecoder, Encoder, class_head, sine_code
 
 IMAGE_MEAN = (0.70478431, 0.57330757, 0.74134993)
 IMAGE_STD = (0.1786614, 0.22592805, 0.19027899)
 
 
 class Features(NamedTuple):
-    """What the encoder knows of a batch of images.
+    """Encoded tokens of a batch of images.
 
     Attributes
     ----------
@@ -33,16 +31,16 @@ class Features(NamedTuple):
     """
 
     memory: Tensor
-    shapes: tuple[Shape, ...]
+    shapes: Shapes
 
 
 class Detections(NamedTuple):
-    """What the detection decoder found, layer by layer; the last one counts.
+    """Output of each layer of the detection decoder; the last layer's is the result.
 
     Attributes
     ----------
     logits
-        (L, B, Q, 1) "is a nucleus", or (L, B, Q, K) classes in mode ``baseline``.
+        (L, B, Q, 1) of the nucleus score, or (L, B, Q, K) of the classes in mode ``baseline``.
     boxes
         (L, B, Q, 4), cxcywh in [0, 1].
     """
@@ -65,7 +63,7 @@ class ImagePredictions(NamedTuple):
     class_scores
         (D, K) in [0, 1].
     embeddings
-        (D, C), none in mode ``baseline``.
+        (D, C), None in mode ``baseline``.
     """
 
     query: Tensor
@@ -76,7 +74,7 @@ class ImagePredictions(NamedTuple):
 
 
 class InputProjection(nn.Module):
-    """Feature maps of the backbone and of further strided convolutions, all with the channels of the model."""
+    """Project the maps of the backbone to the channels of the model; strided convolutions add further levels."""
 
     def __init__(self, settings: ModelSettings, inputs: list[int]) -> None:
         super().__init__()
@@ -106,8 +104,8 @@ class CellDETR(nn.Module):
     Parameters
     ----------
     settings
-        Sizes and options, the mode, and the classes. Heads exist for what they are used for: a class head where there
-        are classes, a projection head where it has a width.
+        Sizes and options, the mode, and the classes. There is a class head only if there are classes, and a projection
+        head only if it has a width.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -131,8 +129,8 @@ class CellDETR(nn.Module):
             self.class_head = class_head(settings.d_model, classes)
         if settings.projection:
             self.projection = projection_head(settings.d_model, settings.projection)
-        self.layout = torch.channels_last if settings.fast else torch.contiguous_format
-        for part in (self.backbone, self.input_projection):  # convolutions, which are faster so
+        self.layout = torch.channels_last if settings.kernel == "auto" else torch.contiguous_format
+        for part in (self.backbone, self.input_projection):  # convolutions are faster with channels last
             part.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Features:
@@ -140,11 +138,11 @@ class CellDETR(nn.Module):
         tokens, position, shapes = self.tokens(images)
         memory = self.encoder(tokens, position, shapes)
         kind = memory.device.type
-        if torch.is_autocast_enabled(kind):  # once, instead of in each layer of the decoders
+        if torch.is_autocast_enabled(kind):  # cast once, instead of in each layer of the decoders
             memory = memory.to(torch.get_autocast_dtype(kind))
         return Features(memory, shapes)
 
-    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Shape, ...]]:
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Shapes]:
         """Tokens (B, T, C) before the encoder, their position code (T, C), and the shapes of the levels."""
         normed = ((images - self.image_mean) / self.image_std).contiguous(memory_format=self.layout)
         maps = self.input_projection(self.backbone(normed))
@@ -156,7 +154,7 @@ class CellDETR(nn.Module):
         return tokens, position, shapes
 
     def detect(self, features: Features) -> Detections:
-        """Find nuclei; every layer's result is returned, for auxiliary losses."""
+        """Find nuclei; returns the result of every layer, for the auxiliary losses."""
         logits, boxes, _ = self.decoder(*features)
         return Detections(logits, boxes)
 
@@ -178,9 +176,9 @@ class CellDETR(nn.Module):
         boxes
             (B, R, 4), cxcywh in [0, 1]; R = 0 is legal. They are detached.
         valid
-            (B, R), False at padding, which has no influence; none: all are nuclei.
+            (B, R), False at padding, which has no influence; None: all are nuclei.
         mask, positions
-            Who attends to whom and whether by location: see `RepresentationDecoder.forward`.
+            See `RepresentationDecoder.forward`.
 
         Returns
         -------
@@ -201,7 +199,7 @@ class CellDETR(nn.Module):
         return logits
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """Turn embeddings (..., C) into what contrastive pretraining compares (..., P); with a projection head only."""
+        """Turn embeddings (..., C) into vectors (..., P) for the contrastive loss; needs a projection head."""
         with full_precision(embeddings):
             projected: Tensor = self.projection(embeddings.to(self.level_embed.dtype))
         return projected
@@ -219,46 +217,43 @@ class CellDETR(nn.Module):
         return [found for found, _ in self.attention(images, nucleus_threshold)]
 
     def attention(self, images: Tensor, nucleus_threshold: float) -> list[tuple[ImagePredictions, SamplingPoints]]:
-        """Predict, and tell where the last decoder layer looked for each nucleus.
+        """Predict, and return the points that the last decoder layer sampled for each nucleus.
 
         Returns
         -------
         list of (ImagePredictions, SamplingPoints)
-            For each image, D nuclei and their points: locations (D, H, L, P, 2), weights (D, H, L, P). The points are
-            those of the representation decoder, in mode ``baseline`` of the detection decoder.
+            For each image, D nuclei and their points: locations (D, H, L, P, 2), weights (D, H, L, P). The decoder is
+            the representation decoder, or the detection decoder in mode ``baseline``.
         """
-        with torch.no_grad(), _evaluating(self):
+        with evaluating(self):
             features = self.encode(images)
             logits, boxes, points = self.decoder(*features)
             scores = logits[-1].sigmoid()
             keep = scores.amax(dim=-1) >= nucleus_threshold
             kept = [image.nonzero().squeeze(1) for image in keep]
-            size = constant((images.shape[-1], images.shape[-2]) * 2, boxes.device, boxes.dtype)
-            found = [
-                (query, cxcywh_to_xyxy(box[query]) * size, score[query].amax(dim=-1), score[query])
-                for query, box, score in zip(kept, boxes[-1], scores, strict=True)
-            ]
-            if self.baseline:
-                return [
-                    (
-                        ImagePredictions(*item, None),
-                        SamplingPoints(points.locations[image, item[0]], points.weights[image, item[0]]),
-                    )
-                    for image, item in enumerate(found)
-                ]
-            represented = self._represent_kept(features, boxes[-1], kept)
-            return [
-                (ImagePredictions(*item[:3], self.classify(embeddings).sigmoid(), embeddings), points)
-                for item, (embeddings, points) in zip(found, represented, strict=True)
-            ]
+            size = cached_tensor((images.shape[-1], images.shape[-2]) * 2, boxes.device, boxes.dtype)
+            rows, embeddings = kept, None
+            if not self.baseline:
+                rows, embeddings, points = self._represent_kept(features, boxes[-1], kept)
+            found = []
+            for image, (query, row) in enumerate(zip(kept, rows, strict=True)):
+                classes, own = scores[image, query], None
+                nucleus_score = classes.amax(dim=-1)
+                if embeddings is not None:
+                    own = embeddings[image, row]
+                    classes = self.classify(own).sigmoid()
+                corners = cxcywh_to_xyxy(boxes[-1, image, query]) * size
+                sampled = SamplingPoints(points.locations[image, row], points.weights[image, row])
+                found.append((ImagePredictions(query, corners, nucleus_score, classes, own), sampled))
+            return found
 
     def _represent_kept(
         self, features: Features, boxes: Tensor, kept: list[Tensor]
-    ) -> list[tuple[Tensor, SamplingPoints]]:
-        """Embeddings (D, C) and points of the kept queries of each image.
+    ) -> tuple[list[Tensor], Tensor, SamplingPoints]:
+        """Represent the kept queries: the rows (D,) of each image's in the result, embeddings (B, R, C) and points.
 
-        In mode ``sequential`` all queries are represented and see each other, as in training; in mode ``parallel`` only
-        the kept ones, padded to the largest count.
+        In mode ``sequential`` all queries enter the decoder and attend to each other, as in training; in mode
+        ``parallel`` only the kept ones do, padded to the largest count.
         """
         valid, rows = None, kept
         if self.settings.mode == "parallel":
@@ -268,24 +263,9 @@ class CellDETR(nn.Module):
             counts = torch.tensor([len(query) for query in kept]).to(boxes.device, non_blocking=True)
             valid = torch.arange(largest, device=boxes.device) < counts[:, None]
             rows = [torch.arange(len(query), device=boxes.device) for query in kept]
-        embeddings, points = self.representation(features.memory, features.shapes, boxes, valid)
-        return [
-            (embeddings[image, row], SamplingPoints(points.locations[image, row], points.weights[image, row]))
-            for image, row in enumerate(rows)
-        ]
+        return rows, *self.representation(features.memory, features.shapes, boxes, valid)
 
 
 def projection_head(channels: int, outputs: int) -> nn.Sequential:
-    """Two linear layers with ReLU between, twice as wide inside (paper, 3.3)."""
+    """Two linear layers with a ReLU, twice as wide inside (paper, 3.3)."""
     return nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, outputs))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode inside the block, afterwards to what it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from celldetr.model.constants import constant
-from celldetr.model.sampling import Compile, Shapes, choose
+from celldetr.config.experiment import Kernel
+from celldetr.model.device import cached_tensor, full_precision
+from celldetr.model.sampling import Compile, Shapes, choose_sampler
 
 OffsetInit = Literal["authors", "spread"]
 
@@ -40,10 +41,11 @@ class DeformableAttention(nn.Module):
     constrained
         Keep every point inside the query's box (eq. 4). Otherwise a box reference only scales the offsets (eq. 3).
     offset_init
-        Distances of the points at the start: ``authors`` 1 to P (through tanh nearly all on the border of the box),
-        ``spread`` at 1/(2P), 3/(2P), ... of the half box. Of constrained attention only.
-    fast
-        False: the plain form of the sampling. The fast form is that of the CPU until `use_sampling` takes another.
+        Initial distances of the points of constrained attention: ``authors`` 1 to P (through tanh nearly all on the
+        border of the box), ``spread`` 1/(2P), 3/(2P), ... of the half box.
+    kernel
+        Form of the sampling, see `celldetr.model.sampling.choose_sampler`. With ``auto`` it is that of the CPU until
+        `use_sampling` is told the device.
     """
 
     def __init__(
@@ -55,15 +57,15 @@ class DeformableAttention(nn.Module):
         *,
         constrained: bool = False,
         offset_init: OffsetInit = "authors",
-        fast: bool = True,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         if d_model % heads:
             raise ValueError(f"d_model: got {d_model}, expected a multiple of heads ({heads})")
         self.heads, self.levels, self.points = heads, levels, points
         self.constrained = constrained
-        self.fast = fast
-        self.sample = choose("cpu", fast=fast, compiled=False).function
+        self.kernel: Kernel = kernel
+        self.sample = choose_sampler("cpu", kernel=kernel, compiled=False).function
         self.sampling_offsets = nn.Linear(d_model, heads * levels * points * 2)
         self.attention_weights = nn.Linear(d_model, heads * levels * points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -71,7 +73,7 @@ class DeformableAttention(nn.Module):
         self._initialise(offset_init if constrained else "authors")
 
     def _initialise(self, offset_init: OffsetInit) -> None:
-        """Head m looks along angle 2 pi m / H; attention starts uniform."""
+        """Head m starts along the angle 2 pi m / H; attention starts uniform."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -116,12 +118,12 @@ class DeformableAttention(nn.Module):
         Returns
         -------
         Tensor or tuple
-            (B, Q, C), and the sampling points when asked for.
+            (B, Q, C), and the sampling points with `return_points`.
 
         Raises
         ------
         ValueError
-            The reference has another size, or is a point where a box is needed.
+            The reference is neither a point nor a box, or a point in constrained attention.
         """
         batch, queries, channels = query.shape
         grid = (batch, queries, self.heads, self.levels, self.points)
@@ -133,8 +135,8 @@ class DeformableAttention(nn.Module):
         return (result, SamplingPoints(locations, weights)) if return_points else result
 
     def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Both projections at once, never in half precision: a point is worth more than its 8 bits."""
-        with torch.autocast(query.device.type, enabled=False):
+        """Both projections in one product, never in half precision: its 8 bits would blur the locations."""
+        with full_precision(query):
             weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
             bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
             joint = F.linear(query.to(weight.dtype), weight, bias)
@@ -152,17 +154,18 @@ class DeformableAttention(nn.Module):
         if reference.shape[-1] != 2 or self.constrained:
             wanted = "4 (box)" if self.constrained else "2 (point) or 4 (box)"
             raise ValueError(f"reference: got {reference.shape[-1]} numbers per query, expected {wanted}")
-        size = constant(tuple((width, height) for height, width in shapes), offsets.device, offsets.dtype)
+        size = cached_tensor(tuple((width, height) for height, width in shapes), offsets.device, offsets.dtype)
         return reference + offsets / size[:, None]
 
 
 def use_sampling(model: nn.Module, device: torch.device | str, *, compiled: Compile = "auto") -> str:
-    """Let all attentions of a model sample by the fastest form that a device has, and say which that is.
+    """Let all attentions of a model sample in the form that suits the device, and return its name for the log.
 
-    Parameters and errors are those of `celldetr.model.sampling.choose`.
+    For parameters and errors see `celldetr.model.sampling.choose_sampler`.
     """
     attentions = [module for module in model.modules() if isinstance(module, DeformableAttention)]
-    form = choose(device, fast=all(module.fast for module in attentions), compiled=compiled)
+    kernel: Kernel = "reference" if any(module.kernel == "reference" for module in attentions) else "auto"
+    form = choose_sampler(device, kernel=kernel, compiled=compiled)
     for module in attentions:
         module.sample = form.function
     return form.name

@@ -1,8 +1,8 @@
 """Representation decoder: boxes in, one embedding per nucleus out (paper, 3.2 and eq. 4).
 
-Size and location of a box enter through different projections, the size as the first content of a query, the location
-as its position; every sampling point stays inside its box; and the first layer (with ``self_attention: none`` every
-layer) has no attention among nuclei.
+Size and location of a box enter through different projections: the size is the initial content of a query, the location
+its position. Every sampling point stays inside its box. The first layer (with ``self_attention: none`` every layer) has
+no attention among nuclei.
 """
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
 from celldetr.model.deformable_attention import SamplingPoints
-from celldetr.model.position import Shape
-from celldetr.model.recompute import Recomputing
-from celldetr.model.transformer import DecoderLayer, full_precision
+from celldetr.model.device import CheckpointedLayers, cached_tensor, full_precision
+from celldetr.model.sampling import Shapes
+from celldetr.model.transformer import DecoderLayer
 
 FULL_IMAGE = (0.5, 0.5, 1.0, 1.0)
 
 
-class RepresentationDecoder(Recomputing):
+class RepresentationDecoder(CheckpointedLayers):
     """Turn given boxes into embeddings.
 
-    Where no layer attends among nuclei, global tokens reach no nucleus and are left out.
+    Without self-attention, global tokens cannot reach a nucleus and are left out.
 
     Parameters
     ----------
@@ -42,13 +42,11 @@ class RepresentationDecoder(Recomputing):
             DecoderLayer(settings, levels, self_attention=attend, constrained=True, offset_init=options.offset_init)
             for attend in attends
         )
-        self.register_buffer("full_image", torch.tensor(FULL_IMAGE), persistent=False)
-        self.full_image: Tensor
 
     def forward(
         self,
         memory: Tensor,
-        shapes: tuple[Shape, ...],
+        shapes: Shapes,
         boxes: Tensor,
         valid: Tensor | None = None,
         *,
@@ -64,19 +62,19 @@ class RepresentationDecoder(Recomputing):
         boxes
             Boxes (B, R, 4), cxcywh in [0, 1]; R = 0 is legal. No gradient flows into them.
         valid
-            False at padding (B, R); none: every box is a nucleus. What padding holds has no influence.
+            False at padding (B, R); None: every box is a nucleus. The values of padding have no influence.
         mask
-            Which box (last dimension) a box may attend to, bool (R, R) or (B, R, R); none: every one. Global tokens
+            Which box (last dimension) a box may attend to, bool (R, R) or (B, R, R); None: every one. Global tokens
             then attend to all and are attended by all, unless the mask has their rows and columns too, after those of
-            the boxes: (R + tokens, R + tokens). Padding is never attended to, and everything attends to itself.
+            the boxes: (R + tokens, R + tokens). Padding is never attended to, and every slot attends to itself.
         positions
-            Whether self-attention knows locations; the deformable attention always does. Without, nuclei cannot be told
-            apart by where they are (contrastive pretraining; paper, 3.3).
+            Whether self-attention gets the locations; the deformable attention always does. Contrastive pretraining
+            leaves them out, so that nuclei cannot be told apart by location (paper, 3.3).
 
         Returns
         -------
         Tensor, SamplingPoints
-            Embeddings (B, R, C), zero at padding, and where the last layer looked, for the R boxes.
+            Embeddings (B, R, C), zero at padding, and the points that the last layer sampled for the R boxes.
         """
         count = boxes.shape[1]
         slots, real = self._slots(boxes.detach(), valid)
@@ -102,24 +100,25 @@ class RepresentationDecoder(Recomputing):
         return x, SamplingPoints(points.locations[:, :count], points.weights[:, :count])
 
     def _slots(self, boxes: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Boxes and tokens (B, S, 4), and which of them count (B, S), none = all.
+        """Boxes and tokens (B, S, 4), and which of them are real (B, S), None = all.
 
-        Without boxes and tokens there is one slot that does not count, so that parameters get (zero) gradients from a
-        batch of images without nuclei as well: devices that share a batch must agree on what has a gradient.
+        Without boxes and tokens there is one slot that is not real, so that parameters get (zero) gradients even from
+        images without nuclei: devices that share a batch must agree on which parameters have a gradient.
         """
         batch, count = boxes.shape[:2]
+        full_image = cached_tensor(FULL_IMAGE, boxes.device, boxes.dtype)
         if valid is not None:
-            boxes = torch.where(valid[..., None], boxes, self.full_image.to(boxes.dtype))
+            boxes = torch.where(valid[..., None], boxes, full_image)
         extra = self.global_tokens or (count == 0)
         if not extra:
             return boxes, valid
-        tokens = self.full_image.to(boxes.dtype).expand(batch, extra, 4)
+        tokens = full_image.expand(batch, extra, 4)
         if valid is not None:
             valid = F.pad(valid, (0, extra), value=bool(self.global_tokens))
         return torch.cat((boxes, tokens), dim=1), valid
 
     def _allowed(self, slots: Tensor, real: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Which slot may attend to which, (B or 1, 1, S, S), none = all to all."""
+        """Which slot may attend to which, (B or 1, 1, S, S), None = all to all."""
         if mask is None and real is None:
             return None
         batch, count = slots.shape[:2]

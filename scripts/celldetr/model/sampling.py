@@ -1,10 +1,10 @@
-"""Multi-scale deformable sampling (paper, eqs. 1 and 2) in forms that compute the same; `choose` takes one.
+"""Multi-scale deformable sampling (paper, eqs. 1 and 2) in forms that compute the same; `choose_sampler` picks one.
 
-`sample_reference` says what is computed: `grid_sample` per level, then a weighted sum. `sample_portable` sees the
-sampled sum of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P
-points, with attention times bilinear weight as the row's weight. The table gets a border of zeros around each level, so
-that a point outside of the map needs no case of its own. `sample_kernels` are those of the optional package
-`deformops`, for CUDA.
+`sample_reference` defines the computation: `grid_sample` per level, then a weighted sum. `sample_portable` computes the
+result of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P points,
+with attention times bilinear weight as the weight of a row. The table has a border of zeros around each level, so that
+points outside of the map need no special case. `sample_kernels` calls the CUDA kernels of the optional package
+`deformops`.
 
 Shapes, with B images, T tokens, H heads, D channels per head, Q queries, L levels, P points:
 value (B, T, H, D), levels one after another, row by row; shapes, (height, width) of the L levels;
@@ -14,10 +14,11 @@ weights (B, Q, H, L, P); result (B, Q, H * D).
 
 import functools
 import importlib.util
+import itertools
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,14 +27,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from celldetr.config.experiment import Kernel
+from celldetr.model.device import cached_tensor
 from celldetr.runtime.errors import ConfigError
 
-# Only the pattern's values are used; PyTorch warns about everything else that such tensors cannot do yet.
+# PyTorch warns that most operations on sparse CSR tensors are missing; only the values of the result are used here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 _POINTS_AT_ONCE = 65536
 
-Shapes = Sequence[tuple[int, int]]
+Shapes = tuple[tuple[int, int], ...]
+"""Height and width of each level."""
 Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
 Geometry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Compile = Literal["auto"] | bool
@@ -42,31 +46,31 @@ _COMPILERS = {"cpu": ("c++", "g++", "clang++"), "cuda": ("cc", "gcc", "clang")}
 
 
 class Sampling(NamedTuple):
-    """A form of the sampling, and what to call it in a log."""
+    """A form of the sampling and its name in the log."""
 
     function: Sampler
     name: str
 
 
-def choose(device: torch.device | str, *, fast: bool, compiled: Compile = "auto") -> Sampling:
-    """Choose the fastest form that a device has.
+def choose_sampler(device: torch.device | str, *, kernel: Kernel = "auto", compiled: Compile = "auto") -> Sampling:
+    """Choose the form of the sampling.
 
     Parameters
     ----------
     device
         Where it will run.
-    fast
-        False takes the plain form, `sample_reference`, everywhere.
+    kernel
+        ``auto``: the fastest form that the device has; ``reference``: `sample_reference`.
     compiled
-        Whether the portable form passes through `torch.compile`. ``auto``: on CUDA, where a C compiler is found.
+        Whether `torch.compile` compiles the portable form. ``auto``: on CUDA, if there is a C compiler.
 
     Raises
     ------
     ConfigError
         `compiled` is true and there is no compiler.
     """
-    if not fast:
-        return Sampling(sample_reference, "plain form (grid_sample)")
+    if kernel == "reference":
+        return Sampling(sample_reference, "reference form (grid_sample)")
     kind = torch.device(device).type
     if kind == "cuda" and importlib.util.find_spec("deformops") is not None:
         return Sampling(sample_kernels, "kernels of deformops")
@@ -74,15 +78,15 @@ def choose(device: torch.device | str, *, fast: bool, compiled: Compile = "auto"
     if compiled is True and compiler is None:
         raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
     if compiled is True or (compiled == "auto" and kind == "cuda" and compiler is not None):
-        compiled_core = torch.compile(_sample_lean)
-        return Sampling(functools.partial(sample_portable, core=compiled_core), "portable form, compiled")
+        core = torch.compile(_sample_rows_again)
+        return Sampling(functools.partial(sample_portable, core=core), "portable form, compiled")
     if kind == "cuda":
-        return Sampling(functools.partial(sample_portable, core=_sample_lean), "portable form")
+        return Sampling(functools.partial(sample_portable, core=_sample_rows_again), "portable form")
     return Sampling(sample_portable, "portable form")
 
 
 def sample_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Sample by `grid_sample`; shapes at the top of this module."""
+    """Sample with `grid_sample`; for shapes see the top of this module."""
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     sampled = []
@@ -97,25 +101,25 @@ def sample_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
 
 
 def sample_kernels(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Sample with the kernels of `deformops`, in float32; shapes at the top of this module."""
+    """Sample with the kernels of `deformops`, in float32; for shapes see the top of this module."""
     from deformops.registry import msda
 
-    exact = value.float(), *_level_table(tuple(shapes), value.device), locations.float(), weights.float()
-    sampled: Tensor = msda(*exact)
+    first_tokens = tuple(itertools.accumulate((height * width for height, width in shapes[:-1]), initial=0))
+    levels = (cached_tensor(numbers, value.device, torch.int64) for numbers in (shapes, first_tokens))
+    sampled: Tensor = msda(value.float(), *levels, locations.float(), weights.float())
     return sampled.to(value.dtype)
 
 
 def sample_portable(
     value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, *, core: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """Sample by weighted sums over table rows; shapes at the top of this module.
+    """Sample by weighted sums over table rows; for shapes see the top of this module.
 
-    Half precision values are sampled in float32 and returned in their own type. `core` is another form of what does
-    it; the tables of the levels are made outside of it, once.
+    Half-precision values are sampled in float32 and returned in their own type. `core` replaces `_sample_rows`; the
+    tables of the levels are made outside of it, once.
     """
-    heads, points = weights.shape[2], weights.shape[4]
-    geometry = _geometry(tuple(shapes), heads, points, locations.device)
-    return (core or _sample_rows)(value, tuple(shapes), locations, weights, geometry)
+    geometry = _geometry(shapes, weights.shape[2], weights.shape[4], locations.device)
+    return (core or _sample_rows)(value, shapes, locations, weights, geometry)
 
 
 def _sample_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, geometry: Geometry) -> Tensor:
@@ -128,25 +132,25 @@ def _sample_rows(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tens
     image = image.view(-1, 1).expand(batch, queries).flatten()
     locations, weights = locations.flatten(0, 1), weights.flatten(0, 1)
     size = _queries_at_once(table, locations, weights)
-    weighted_sum = _row_sum(value.device)
+    sum_rows = _row_sum(value.device)
     sums = [
-        weighted_sum(table.view(-1, channels), *_corners(*part, geometry))
+        sum_rows(table.view(-1, channels), *_corners(*part, geometry))
         for part in zip(locations.split(size), weights.split(size), image.split(size), strict=True)
     ]
     return torch.cat(sums).view(batch, queries, heads * channels).to(value.dtype)
 
 
-def _sample_lean(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, geometry: Geometry) -> Tensor:
-    """Sample; of the corners of the points nothing is kept for the backward pass, they are cheap to compute again."""
+def _sample_rows_again(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, geometry: Geometry) -> Tensor:
+    """Sample; the backward pass computes the corners of the points again instead of keeping them."""
     if not torch.is_grad_enabled():
         return _sample_rows(value, shapes, locations, weights, geometry)
-    given = value, shapes, locations, weights, geometry
-    sampled: Tensor = checkpoint(_sample_rows, *given, use_reentrant=False, preserve_rng_state=False)
+    args = value, shapes, locations, weights, geometry
+    sampled: Tensor = checkpoint(_sample_rows, *args, use_reentrant=False, preserve_rng_state=False)
     return sampled
 
 
 def _queries_at_once(table: Tensor, locations: Tensor, weights: Tensor) -> int:
-    """Count the queries whose corners fit a CPU core's cache together; all where a gradient or a compiler follows."""
+    """Count the queries whose corners together fit the cache of a CPU core; all for a GPU, gradients or a compiler."""
     queries, *per_query = weights.shape
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (table, locations, weights))
     if table.device.type != "cpu" or gradient or torch.compiler.is_compiling():
@@ -155,22 +159,20 @@ def _queries_at_once(table: Tensor, locations: Tensor, weights: Tensor) -> int:
 
 
 def _row_sum(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Way to sum table rows: a compiler for GPUs fuses the plain product with the arithmetic that leads to it."""
-    return _gathered_rows if device.type == "cuda" and torch.compiler.is_compiling() else _weighted_rows
+    """Choose how rows of a table (R, D) at indices (N, K) are summed with weights (N, K) to (N, D)."""
+    if device.type == "cpu":
+        return _sum_rows
+    return _sum_gathered_rows if torch.compiler.is_compiling() else _sum_bags
 
 
-def _gathered_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum as `_weighted_rows` does, in operations that `torch.compile` turns into one kernel."""
+def _sum_gathered_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum rows in operations that `torch.compile` fuses into one kernel, with the arithmetic that leads to them."""
     return (table[rows] * weights[..., None]).sum(dim=1)
 
 
-@functools.lru_cache(maxsize=32)
-def _level_table(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Height and width (L, 2), and first token (L,), of each level: what the kernels ask for."""
-    with torch.inference_mode(False):  # what is cached may be needed with gradients later
-        sizes = torch.tensor(shapes)
-        starts = sizes.prod(dim=1).cumsum(0) - sizes.prod(dim=1)
-        return sizes.to(device, non_blocking=True), starts.to(device, non_blocking=True)
+def _sum_bags(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum rows with PyTorch's own forward and backward."""
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
 
 
 def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
@@ -195,7 +197,7 @@ def _geometry(shapes: Shapes, heads: int, points: int, device: torch.device) -> 
         on_host = torch.tensor(per_level, dtype=torch.int32).repeat_interleave(points)
         return on_host.to(device, non_blocking=True)
 
-    with torch.inference_mode(False):  # what is cached may be needed with gradients later
+    with torch.inference_mode(False):  # the tables may be needed with gradients later
         stride = of_points([width + 2 for _, width in shapes])
         cells = [(height + 2) * (width + 2) for height, width in shapes]
         origin = of_points([sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)])
@@ -208,7 +210,7 @@ def _geometry(shapes: Shapes, heads: int, points: int, device: torch.device) -> 
 def _corners(locations: Tensor, weights: Tensor, image: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Table rows and their weights, (N * H, 4 * L * P) each, of the pixels around each point.
 
-    Of locations (N, H, L, P, 2), weights (N, H, L, P) and the first table row (N,) of each query's image. Levels and
+    Takes locations (N, H, L, P, 2), weights (N, H, L, P) and the first table row (N,) of each query's image. Levels and
     points are one dimension here: longer inner loops are faster.
     """
     _, heads, levels, points = weights.shape
@@ -227,38 +229,32 @@ def _corners(locations: Tensor, weights: Tensor, image: Tensor, geometry: Geomet
 
 
 def _split(places: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the pixel before each place in [0, 1], -1 to size, and the way from its centre to the next, 0 to 1."""
-    # Beyond the border everything is zero: points farther out are moved onto it.
+    """Index of the pixel before each place in [0, 1], from -1 to size, and the distance from its centre, 0 to 1."""
+    # Everything beyond the border is zero: points farther out are moved onto it.
     places = torch.minimum((places * size - 0.5).clamp(min=-1), size)
     low = places.detach().floor()
-    # A place that is not a number shows in the result; its index must be one of the table all the same.
+    # A NaN location must show in the result, but its index must still be one of the table.
     return low.to(torch.int32).clamp_(min=-1), places - low
 
 
-@torch.library.custom_op("celldetr::weighted_rows", mutates_args=())
-def _weighted_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum rows of a table (R, D) at indices (N, K) with weights (N, K): (N, D)."""
+@torch.library.custom_op("celldetr::sum_rows", mutates_args=())
+def _sum_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum rows on the CPU: as `_sum_bags`, but with a backward of sparse products, which is several times faster."""
     return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
 
 
-@torch.library.custom_op("celldetr::weighted_rows_backward", mutates_args=())
-def _weighted_rows_backward(gradient: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of table (R, D) and weights (N, K). On the CPU they are sparse products, several times faster."""
-    if gradient.device.type == "cpu":
-        return _transposed_product(table, rows, weights, gradient), _row_products(table, rows, gradient)
-    with torch.enable_grad():
-        leaves = table.detach().requires_grad_(), weights.detach().requires_grad_()
-        summed = F.embedding_bag(rows, leaves[0], mode="sum", per_sample_weights=leaves[1])
-    of_table, of_weights = torch.autograd.grad(summed, leaves, gradient)
-    return of_table, of_weights
+@torch.library.custom_op("celldetr::sum_rows_backward", mutates_args=())
+def _sum_rows_backward(gradient: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of table (R, D) and weights (N, K)."""
+    return _transposed_product(table, rows, weights, gradient), _row_products(table, rows, gradient)
 
 
-@_weighted_rows.register_fake
+@_sum_rows.register_fake
 def _(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return table.new_empty(rows.shape[0], table.shape[1])
 
 
-@_weighted_rows_backward.register_fake
+@_sum_rows_backward.register_fake
 def _(gradient: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(table), torch.empty_like(weights)
 
@@ -268,11 +264,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> No
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
-    of_table, of_weights = _weighted_rows_backward(gradient.contiguous(), *ctx.saved_tensors)
+    of_table, of_weights = _sum_rows_backward(gradient.contiguous(), *ctx.saved_tensors)
     return of_table, None, of_weights
 
 
-_weighted_rows.register_autograd(_backward, setup_context=_save)
+_sum_rows.register_autograd(_backward, setup_context=_save)
 
 
 def _transposed_product(table: Tensor, rows: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:

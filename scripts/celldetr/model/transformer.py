@@ -1,5 +1,9 @@
-"""Encoder and detection decoder of Deformable DETR with iterative box refinement (paper, 3.1, eqs. 1-3)."""
+"""Encoder and detection decoder of Deformable DETR with iterative box refinement (paper, 3.1, eqs. 1-3).
 
+The position code of the tokens and their reference points are here as well.
+"""
+
+import functools
 import math
 from typing import Any
 
@@ -8,30 +12,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
-from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
-from celldetr.model.position import Shape, reference_grid
-from celldetr.model.recompute import Recomputing
+from celldetr.model.deformable_attention import DeformableAttention, OffsetInit, SamplingPoints
+from celldetr.model.device import CheckpointedLayers, full_precision
+from celldetr.model.sampling import Shapes
 
 PRIOR = 0.01
-"""Score that every class starts with, so that the many queries without a nucleus do not swamp the focal loss."""
+"""Initial score of every class: it keeps the many queries without a nucleus from dominating the focal loss."""
 
-_EPS = 1e-5
+TEMPERATURE = 10_000.0
+_POSITION_EPS = 1e-6
+_LOGIT_EPS = 1e-5
 _FIRST_SIZE = -2.0
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """Context in which nothing is computed in half precision, whatever autocast is on."""
-    return torch.autocast(x.device.type, enabled=False)
+@functools.lru_cache(maxsize=256)
+def sine_code(shape: tuple[int, int], channels: int, offset: float, device: torch.device) -> Tensor:
+    """Two-dimensional sine code (h * w, channels) float32 of the positions of a feature map, rows first.
+
+    Row i of n has the coordinate 2 pi (i + 1 - offset) / (n + 1e-6), columns alike. The first half of the channels
+    codes the row, the second the column; sine and cosine alternate, with wavelengths from 2 pi to 10,000 * 2 pi.
+    The code is shared: never change it in place.
+
+    Parameters
+    ----------
+    shape
+        Height and width of the map.
+    channels
+        Features of the code, a multiple of 4.
+    offset
+        0 for CellDETR, 0.5 for COCO Deformable DETR.
+    device
+        Where the code is needed.
+    """
+    with torch.inference_mode(False):
+        half = channels // 2
+        index = torch.arange(half, dtype=torch.float32, device=device)
+        wavelength = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / half)
+        rows, columns = (_axis_code(size, offset, wavelength) for size in shape)
+        height, width = shape
+        grid = (rows[:, None].expand(height, width, half), columns[None].expand(height, width, half))
+        return torch.cat(grid, dim=-1).flatten(0, 1)
+
+
+def _axis_code(size: int, offset: float, wavelength: Tensor) -> Tensor:
+    """Code (size, half) of the positions along one axis."""
+    position = torch.arange(1, size + 1, dtype=torch.float32, device=wavelength.device)
+    angle = (position - offset) / (position[-1:] + _POSITION_EPS) * (2 * math.pi)
+    angles = angle[:, None] / wavelength
+    return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1)
+
+
+@functools.lru_cache(maxsize=256)
+def reference_grid(shapes: Shapes, device: torch.device) -> Tensor:
+    """Pixel centres (T, 2) float32 of all levels, x and y in [0, 1], rows first. Shared: never change it in place."""
+    with torch.inference_mode(False):
+        levels = []
+        for height, width in shapes:
+            y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+            x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+            levels.append(torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1))
+        return torch.cat(levels)
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Logit of values in [0, 1], which are kept 1e-5 away from both ends."""
+    """Logit of values in [0, 1], clamped to 1e-5 from both ends."""
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=_EPS) / (1 - x).clamp(min=_EPS))
+    return torch.log(x.clamp(min=_LOGIT_EPS) / (1 - x).clamp(min=_LOGIT_EPS))
 
 
 def deformable_attention(
-    settings: ModelSettings, levels: int, *, constrained: bool = False, offset_init: str = "authors"
+    settings: ModelSettings, levels: int, *, constrained: bool = False, offset_init: OffsetInit = "authors"
 ) -> DeformableAttention:
     """Deformable attention with the sizes of a model."""
     return DeformableAttention(
@@ -40,13 +90,13 @@ def deformable_attention(
         levels,
         settings.points,
         constrained=constrained,
-        offset_init="spread" if offset_init == "spread" else "authors",
-        fast=settings.fast,
+        offset_init=offset_init,
+        kernel=settings.kernel,
     )
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among queries; a position is added to queries and keys, not to values."""
+    """Multi-head attention among queries; positions are added to queries and keys, not to values."""
 
     def __init__(self, channels: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -68,7 +118,7 @@ class SelfAttention(nn.Module):
         position
             Added to queries and keys (B, Q, C) or (Q, C).
         mask
-            Which key (last dimension) a query may attend to, bool (B, 1, Q, Q); none: every one.
+            Which key (last dimension) a query may attend to, bool (B, 1, Q, Q); None: every one.
         """
         channels = x.shape[-1]
         moved = x if position is None else x + position
@@ -99,7 +149,7 @@ class _ReluDropout(torch.autograd.Function):
 
 
 def relu_dropout(x: Tensor, p: float) -> Tensor:
-    """ReLU, then dropout; `x` may be overwritten. What passed both is above 0, so nothing but the result is kept."""
+    """ReLU, then dropout; `x` may be overwritten. The result is > 0 exactly where both pass, so only it is kept."""
     if not p or not torch.is_grad_enabled():
         return F.dropout(F.relu(x, inplace=True), p, training=p > 0)
     passed: Tensor = _ReluDropout.apply(x, p)
@@ -126,7 +176,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable attention of tokens among each other, then the feed-forward layer."""
+    """Deformable self-attention of the tokens, then the feed-forward layer."""
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
         super().__init__()
@@ -135,21 +185,21 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(settings.dropout)
         self.ffn = FeedForward(settings.d_model, settings.ffn, settings.dropout)
 
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
         """Transform tokens (B, T, C) with position (T, C) and centres (B, T, 2)."""
         attended = self.attention(tokens + position, reference, tokens, shapes)
         out: Tensor = self.ffn(self.norm(tokens + self.dropout(attended)))
         return out
 
 
-class Encoder(Recomputing):
-    """Encoder layers; every token refers to its own place on all levels."""
+class Encoder(CheckpointedLayers):
+    """Encoder layers; the reference point of a token is its own location on all levels."""
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(settings, levels) for _ in range(settings.encoder_layers))
 
-    def forward(self, tokens: Tensor, position: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+    def forward(self, tokens: Tensor, position: Tensor, shapes: Shapes) -> Tensor:
         """Transform tokens (B, T, C) with position (T, C) into the memory (B, T, C)."""
         grid = reference_grid(shapes, tokens.device).to(tokens.dtype)
         reference = grid.expand(len(tokens), -1, -1)
@@ -159,7 +209,7 @@ class Encoder(Recomputing):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention (unless left out), deformable attention to the memory, feed-forward layer.
+    """Self-attention (optional), deformable attention to the memory, feed-forward layer.
 
     Parameters
     ----------
@@ -172,7 +222,7 @@ class DecoderLayer(nn.Module):
     constrained
         Whether sampling points stay inside the query's box (paper, eq. 4).
     offset_init
-        How the sampling offsets start.
+        Initial sampling offsets, see `DeformableAttention`.
     """
 
     def __init__(
@@ -182,7 +232,7 @@ class DecoderLayer(nn.Module):
         *,
         self_attention: bool = True,
         constrained: bool = False,
-        offset_init: str = "authors",
+        offset_init: OffsetInit = "authors",
     ) -> None:
         super().__init__()
         if self_attention:
@@ -199,7 +249,7 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         reference: Tensor,
         memory: Tensor,
-        shapes: tuple[Shape, ...],
+        shapes: Shapes,
         *,
         self_position: Tensor | None,
         cross_position: Tensor,
@@ -223,7 +273,7 @@ class DecoderLayer(nn.Module):
         Returns
         -------
         Tensor, SamplingPoints
-            Queries (B, Q, C), and where the deformable attention looked.
+            Queries (B, Q, C), and the points that the deformable attention sampled.
         """
         if self.has_self_attention:
             x = self.norm_self(x + self.dropout(self.self_attention(x, self_position, mask)))
@@ -234,14 +284,14 @@ class DecoderLayer(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Three linear layers with ReLU: how a box moves, in logits (..., 4). It starts by moving nothing."""
+    """Three linear layers with ReLU that predict the shift of a box in logits (..., 4). Initially the shift is 0."""
 
     def __init__(self, channels: int, first: bool) -> None:
         super().__init__()
         last = nn.Linear(channels, 4)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        if first:  # before it there is a point without a size
+        if first:  # its reference is a point without a size
             nn.init.constant_(last.bias[2:], _FIRST_SIZE)
         self.layers = nn.ModuleList([nn.Linear(channels, channels), nn.Linear(channels, channels), last])
 
@@ -253,7 +303,7 @@ class BoxHead(nn.Module):
         return out
 
 
-class DetectionDecoder(Recomputing):
+class DetectionDecoder(CheckpointedLayers):
     """Learned queries that become boxes: each layer refines the detached box of the layer before it.
 
     Parameters
@@ -277,7 +327,7 @@ class DetectionDecoder(Recomputing):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, memory: Tensor, shapes: tuple[Shape, ...]) -> tuple[Tensor, Tensor, SamplingPoints]:
+    def forward(self, memory: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor, SamplingPoints]:
         """Detect.
 
         Parameters
@@ -288,7 +338,7 @@ class DetectionDecoder(Recomputing):
         Returns
         -------
         Tensor, Tensor, SamplingPoints
-            Logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and where the last layer looked.
+            Logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and the points that the last layer sampled.
         """
         position, content = self.query_embed.weight.chunk(2, dim=-1)
         with full_precision(memory):
@@ -309,7 +359,7 @@ class DetectionDecoder(Recomputing):
 
 
 def class_head(channels: int, classes: int) -> nn.Linear:
-    """Linear layer to sigmoid logits that start at the prior."""
+    """Linear layer to sigmoid logits; initially every score is about the prior."""
     layer = nn.Linear(channels, classes)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.constant_(layer.bias, -math.log(1 / PRIOR - 1))

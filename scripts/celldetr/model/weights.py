@@ -9,7 +9,6 @@ import logging
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ FORMAT = 1
 
 log = logging.getLogger(__name__)
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _PLAIN: list[Any] = [
     argparse.Namespace,
@@ -37,24 +35,24 @@ _PLAIN: list[Any] = [
     _SCALAR,
     (_SCALAR, "numpy.core.multiarray.scalar"),  # its name in numpy 1
 ]
-"""Harmless types that training codes leave in their checkpoints beside the weights."""
+"""Harmless types that other training codes save in their checkpoints beside the weights."""
 
 
 def save_model(
     path: str | os.PathLike[str], model: CellDETR, settings: ModelSettings, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model file; it appears under its name when it is complete.
+    """Write a model file atomically.
 
     Parameters
     ----------
     path
         File to write.
     model
-        Model whose weights are kept.
+        Model whose weights are saved.
     settings
         Settings that the model was built from.
     extra
-        JSON-like values to keep with it, e.g. epoch and score.
+        JSON-like values to save with it, e.g. epoch and score.
     """
     content = {
         "format": FORMAT,
@@ -75,31 +73,14 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         Not a model file, or its weights do not fit its settings.
     """
     content = read_checkpoint(path)
-    model = _build(model_settings(content, path), content["state"], path)
+    model = CellDETR(model_settings(content, path))
     load_exactly(model, content["state"], path)
     log.info("deformable sampling: %s", use_sampling(model, device))
     return model.to(device).eval()
 
 
-def _build(settings: ModelSettings, state: Mapping[str, Any], path: str | os.PathLike[str]) -> CellDETR:
-    """Build the model of a file; sizes that its weights do not have are refused before memory is asked for them."""
-    layers = settings.encoder_layers + settings.decoder_layers + settings.representation.layers
-    blocks = sum(settings.backbone.layers)
-    if layers + blocks > len(state):
-        raise InputError(
-            f"{path}: got {len(state)} weights, expected those of {layers} layers and {blocks} blocks, as it says"
-        )
-    try:
-        with torch.device("meta"):
-            shell = CellDETR(settings)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: no model can be built from its settings ({error})") from error
-    _check_fit(shell, state, path)
-    return CellDETR(settings)
-
-
 def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Collection[str] = ()) -> list[str]:
-    """Start a model from a file: a model file, or a ResNet of torchvision for the backbone alone.
+    """Initialise a model from a file: a model file, or a ResNet of torchvision for the backbone alone.
 
     Parameters
     ----------
@@ -108,9 +89,9 @@ def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Col
     path
         File to read.
     fresh
-        Parts of the model that keep their own initial values whatever the file holds, as beginnings of parameter names:
-        ``("class_head",)`` where the classes differ, ``("class_head", "representation", "decoder.class_embed")`` to go
-        on from a model of another mode.
+        Parts of the model that keep their own initial values whatever the file holds, as prefixes of parameter names:
+        ``("class_head",)`` if the classes differ, ``("class_head", "representation", "decoder.class_embed")`` to start
+        from a model of another mode.
 
     Returns
     -------
@@ -138,33 +119,33 @@ def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Col
 
 
 def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> ModelSettings:
-    """Return the settings in what `read_checkpoint` read of a model file.
+    """Return the settings of a model file that `read_checkpoint` has read.
 
     Raises
     ------
     InputError
         Not a model file, or settings that this version does not know.
     """
+    settings = dict(_model_file(path, content)["settings"])
+    settings.pop("fast", None)  # earlier versions saved how to compute; it changes no weights
     try:
-        return ModelSettings.from_dict(_model_file(path, content)["settings"], "settings")
+        return ModelSettings.from_dict(settings, "settings")
     except ConfigError as error:
         raise InputError(f"{path}: its settings are not those of this version of celldetr; {error}") from error
 
 
 def _model_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mapping[str, Any]:
-    found, state = content.get("format"), content.get("state")
-    if type(found) is not int or found != FORMAT or not {"settings", "state"} <= content.keys():
+    found = content.get("format")
+    if found != FORMAT or not {"settings", "state"} <= content.keys():
         raise InputError(
             f"{path}: got keys {sorted(map(str, content))[:8]} and format {found!r}, expected a model file of format "
-            f"{FORMAT}; checkpoints of other codes are turned into one by scripts/import_checkpoint.py"
+            f"{FORMAT}; scripts/import_checkpoint.py converts checkpoints of other codes"
         )
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise InputError(f"{path}: state: got a {type(state).__name__}, expected weights by their names")
     return content
 
 
 def _torchvision(model: CellDETR, content: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Weights of a torchvision ResNet under our names; the classifier and stages that the model lacks are left out."""
+    """Weights of a torchvision ResNet under our names, without its classifier and the stages that the model lacks."""
     if "conv1.weight" not in content or model.settings.backbone.norm != "frozen_batch":
         raise InputError(
             f"{path}: got keys {sorted(map(str, content))[:8]}, expected a model file, or weights of a torchvision "
@@ -176,55 +157,45 @@ def _torchvision(model: CellDETR, content: Mapping[str, Any], path: str | os.Pat
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Read a file of PyTorch without running code from it.
+    """Read a PyTorch file without running code from it.
 
     Raises
     ------
     InputError
-        No such file, not a file of PyTorch, or objects in it other than tensors and plain values.
+        No such file, not a PyTorch file, or objects in it other than tensors and plain values.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint")
     try:
-        _check_sums(path)
         with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).split("\n", 1)[0])
         raise InputError(
-            f"{path}: not read, because it is damaged, no file of PyTorch, or holds objects that could run code "
+            f"{path}: not read, because it is damaged, not a PyTorch file, or holds objects that could run code "
             f"({reason.strip()}); expected tensors and plain values: save the weights alone and use that file"
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # of damaged bytes there are many kinds
+    except Exception as error:  # torch raises many types for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"{path}: cannot be read as a file of PyTorch ({reason}); is it complete? Download or write it again"
+            f"{path}: cannot be read as a PyTorch file ({reason}); is it complete? Download or write it again"
         ) from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: got a {type(content).__name__}, expected a mapping with weights")
     return content
 
 
-def _check_sums(path: str | os.PathLike[str]) -> None:
-    """Compare the checksums that PyTorch writes and does not read: a changed bit would be another weight."""
-    if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are none, and have no checksums
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it has another checksum than was written")
-
-
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write what `read_checkpoint` reads; it appears under its name when it is complete.
+    """Write what `read_checkpoint` reads, atomically.
 
     Raises
     ------
     OSError
         It cannot be written.
     """
-    # Through a file of Python: PyTorch's own says of a full disk only that a position is unexpected.
+    # Through a Python file: PyTorch's own writer reports a full disk as an unexpected position.
     with atomic(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(content, file)
@@ -240,17 +211,12 @@ def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathL
     Raises
     ------
     InputError
-        Names, shapes or kinds differ, or a weight is not a number; the first few are listed.
+        Names, shapes or types differ, or a weight is not finite; the message lists the first few.
     """
-    _check_fit(model, state, path)
-    model.load_state_dict(dict(state), strict=True)
-
-
-def _check_fit(model: CellDETR, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     own = model.state_dict()
     problems = [f"{name}: missing, expected {tuple(own[name].shape)}" for name in own if name not in state]
     problems += [f"{name}: not in this model" for name in state if name not in own]
-    unfit = {name: why_unfit(tensor, own[name]) for name, tensor in state.items() if name in own}
+    unfit = {name: _why_unfit(tensor, own[name]) for name, tensor in state.items() if name in own}
     problems += [f"{name}: {reason}" for name, reason in unfit.items() if reason]
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -259,15 +225,15 @@ def _check_fit(model: CellDETR, state: Mapping[str, Any], path: str | os.PathLik
             + "\n  ".join(problems[:8])
             + f"{more}\nUse the settings that the file was trained with, or name the parts that start afresh"
         )
+    model.load_state_dict(dict(state), strict=True)
 
 
-def why_unfit(tensor: Any, own: Tensor) -> str | None:
-    """Say why a value of a file cannot take the place of a tensor; None if it can."""
+def _why_unfit(tensor: Any, own: Tensor) -> str | None:
+    """Say why a value of a file cannot replace a tensor of the model; None if it can."""
     if not isinstance(tensor, Tensor):
         return f"got a {type(tensor).__name__}, expected a tensor"
     if tensor.shape != own.shape:
         return f"got {tuple(tensor.shape)}, expected {tuple(own.shape)}"
-    kinds = _FLOATS if own.dtype in _FLOATS else (own.dtype,)
-    if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
-        return f"got {tensor.dtype}, {tensor.layout} on {tensor.device}, expected {own.dtype} with values"
+    if tensor.is_floating_point() != own.is_floating_point():
+        return f"got {tensor.dtype}, expected {own.dtype}"
     return None if tensor.isfinite().all() else "holds values that are not finite"

@@ -29,7 +29,8 @@ _LACKING = ("can't start new thread", "can't allocate lock", "can't allocate mem
 """The words of Python, torch and CUDA."""
 _MORE_MEMORY = "give the rule more mem_mb (--set-resources) and start again"
 _MORE_GPU_MEMORY = (
-    "set training.recompute: true, or a smaller inference.batch_size, or take a GPU with more memory, and start again"
+    "set training.activation_checkpointing: true or a smaller inference.batch_size, or take a GPU with more memory, "
+    "and start again"
 )
 
 

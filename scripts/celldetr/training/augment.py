@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from celldetr.config.experiment import AugmentationSettings
 from celldetr.model.boxes import xyxy_to_cxcywh
-from celldetr.model.constants import constant
+from celldetr.model.device import cached_tensor
 from celldetr.training.data import AUGMENTATION, Targets, random_stream
 
 ELASTIC_NODES = 7
@@ -197,7 +197,7 @@ def _jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: Au
 
 
 def _stain_jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    stains, unmixing = (constant(table, images.device) for table in (_STAINS, _UNMIXING))
+    stains, unmixing = (cached_tensor(table, images.device) for table in (_STAINS, _UNMIXING))
     density = -torch.log10(images.clamp(min=1 / 255))
     amounts = torch.einsum("bchw,cs->bshw", density, unmixing)
     factor, shift = _device(draws.stain[index], images).unbind(dim=1)

@@ -15,7 +15,7 @@ from celldetr.model.weights import model_settings, read_checkpoint, write_checkp
 from celldetr.runtime.errors import InputError
 
 FORMAT = 3
-FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "recompute")
+FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
 """Settings of training that may change while a run is interrupted: they change nothing in its result."""
 
 log = logging.getLogger(__name__)

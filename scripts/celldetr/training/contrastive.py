@@ -15,7 +15,7 @@ from torch.nn import functional
 from celldetr.config.experiment import NoiseSettings
 from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Features
-from celldetr.model.constants import constant
+from celldetr.model.device import cached_tensor
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream
 
@@ -109,7 +109,7 @@ def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once
         boxes, uniforms.to(device, non_blocking=True), low=noise.low, high=noise.high, enlarge=noise.enlarge
     )
     boxes = torch.where(anchor[..., None], moved, boxes)
-    whole = constant(FULL_IMAGE, device, boxes.dtype)
+    whole = cached_tensor(FULL_IMAGE, device, boxes.dtype)
     return Views(torch.where(valid[..., None], boxes, whole), nucleus, valid, anchor, counts)
 
 

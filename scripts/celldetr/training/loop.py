@@ -19,9 +19,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
-from celldetr.model.precision import allow_tf32, has_bf16
-from celldetr.model.recompute import use_recompute
-from celldetr.model.sampling import choose
+from celldetr.model.device import allow_tf32, resolve_precision, use_activation_checkpointing
+from celldetr.model.sampling import choose_sampler
 from celldetr.model.weights import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
 from celldetr.report.curves import draw_curves
 from celldetr.runtime.errors import ConfigError, InputError
@@ -145,7 +144,7 @@ def _check(run: Run) -> None:
         raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
     if run.accelerator == "cpu" and settings.gpus > 1:
         log.warning("training.gpus: %d, without a GPU: as many processes share the CPU", settings.gpus)
-    choose(run.accelerator, fast=run.experiment.model.fast, compiled=settings.compile)
+    choose_sampler(run.accelerator, kernel=run.experiment.model.kernel, compiled=settings.compile)
     if settings.select == "best_val" and not (run.split["part"] == "val").any():
         raise InputError(
             "split: no patch has part 'val', and training.select is best_val; give it validation patches or set "
@@ -157,7 +156,7 @@ def run_process(run: Run) -> None:
     """Do the work of one process of a run; the first one writes the results."""
     settings = run.experiment.training
     torch.set_num_threads(max(1, run.threads // settings.gpus))
-    allow_tf32(run.experiment.model.fast)
+    allow_tf32(resolve_precision(settings.precision, run.accelerator) != "fp32")
     device = f"cuda:{run.rank}" if run.accelerator == "cuda" else "cpu"
     train_data, val_data = (
         PatchData(run.stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
@@ -195,7 +194,7 @@ def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
             initial_weights(model, run.backbone)
         if run.initial is not None:
             _start_from(model, run.initial)
-    use_recompute(model, run.experiment.training.recompute)
+    use_activation_checkpointing(model, run.experiment.training.activation_checkpointing)
     form = use_sampling(model, run.accelerator, compiled=run.experiment.training.compile)
     if run.rank == 0:
         log.info("deformable sampling: %s", form)
@@ -227,9 +226,7 @@ def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
     if settings.gpus > 1:
         backend = "nccl" if run.accelerator == "cuda" else "gloo"
         strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    bf16 = settings.precision == "bf16" or (
-        settings.precision == "auto" and run.experiment.model.fast and run.accelerator == "cuda" and has_bf16()
-    )
+    bf16 = resolve_precision(settings.precision, run.accelerator) == "bf16"
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=settings.gpus,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from celldetr.model import boxes as box_ops
-from celldetr.model.constants import constant
+from celldetr.model.device import cached_tensor
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.base import Outputs, Stage, number
 from celldetr.training.data import Batch, Targets, noise_uniforms
@@ -48,7 +48,7 @@ class SupervisedStage(Stage):
             labels = targets.labels[last.image, last.box]
         if self.mode != "baseline":
             with torch.autocast(images.device.type, enabled=False):
-                weights = constant(self._weights, images.device)
+                weights = cached_tensor(self._weights, images.device)
                 losses["classes"] = class_loss(class_logits, labels, n_boxes, weights)
         return Outputs(losses, features, detections, embeddings)
 
@@ -86,7 +86,9 @@ class SupervisedStage(Stage):
         else:
             counts = torch.bincount(image, minlength=len(boxes))
             slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
-            padded = constant(FULL_IMAGE, boxes.device, boxes.dtype).repeat(len(boxes), max(1, int(counts.max())), 1)
+            padded = cached_tensor(FULL_IMAGE, boxes.device, boxes.dtype).repeat(
+                len(boxes), max(1, int(counts.max())), 1
+            )
             padded[image, slot] = boxes[image, query]
             valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
             chosen = self.model.represent(outputs.features, padded, valid)[image, slot]

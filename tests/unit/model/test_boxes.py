@@ -8,22 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celldetr.model import boxes
-from celldetr.runtime.errors import ConfigError
 
 PAPER = {"low": 0.1, "high": 0.4, "enlarge": 0.5}
 
 
-def draw(count=200, seed=0, dtype=torch.float32, least=1e-3):
+def draw(count=200, seed=0, least=1e-3):
     """Return boxes (count, 4) cxcywh that lie in the image."""
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.rand(count, 4, generator=generator, dtype=dtype)
+    numbers = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))
     size = least + (1 - least) * numbers[:, 2:] ** 3
     return torch.cat([size / 2 + numbers[:, :2] * (1 - size), size], dim=1)
 
 
-def noised(given_boxes, seed=0, **options):
-    uniforms = boxes.noise_uniforms(len(given_boxes), torch.Generator().manual_seed(seed))
-    return boxes.noise(given_boxes, uniforms, **(PAPER | options))
+def noised(original, seed=0, **options):
+    uniforms = torch.rand(len(original), boxes.NOISE_DRAWS, generator=torch.Generator().manual_seed(seed))
+    return boxes.noise(original, uniforms, **(PAPER | options))
 
 
 def test_formats_are_inverse_to_each_other():
@@ -34,38 +32,32 @@ def test_formats_are_inverse_to_each_other():
     assert boxes.cxcywh_to_xyxy(torch.zeros(0, 4)).shape == (0, 4)
 
 
-def test_half_precision_boxes_are_widened():
+def test_half_precision_boxes_are_converted_to_float32():
     half = draw().bfloat16()
-    for function in (boxes.cxcywh_to_xyxy, boxes.xyxy_to_cxcywh, boxes.box_area):
-        assert function(half).dtype == torch.float32
-    corners = boxes.cxcywh_to_xyxy(half)
-    assert boxes.giou(corners.bfloat16(), corners.bfloat16()).dtype == torch.float32
-    assert boxes.box_area(draw(dtype=torch.float64)).dtype == torch.float64
+    assert boxes.cxcywh_to_xyxy(half).dtype == boxes.xyxy_to_cxcywh(half).dtype == torch.float32
+    assert boxes.giou(half, half).dtype == torch.float32
+    assert boxes.cxcywh_to_xyxy(half.double()).dtype == torch.float64
 
 
 def test_overlap_of_known_boxes():
     first = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
     second = torch.tensor([[1.0, 1.0, 3.0, 3.0], [2.0, 0.0, 3.0, 1.0]])
-    assert boxes.box_area(first).tolist() == [4, 1]
-    torch.testing.assert_close(boxes.iou(first, second), torch.tensor([1 / 7, 0.0]))
     torch.testing.assert_close(boxes.giou(first, second), torch.tensor([1 / 7 - 2 / 9, -1 / 3]))
 
 
 def test_pairs_are_all_single_comparisons():
     first, second = (boxes.cxcywh_to_xyxy(draw(n, seed=n)) for n in (5, 7))
-    for pairwise, single in ((boxes.pairwise_iou, boxes.iou), (boxes.pairwise_giou, boxes.giou)):
-        table = pairwise(first, second)
-        assert table.shape == (5, 7)
-        for i in range(5):
-            assert torch.equal(table[i], single(first[i].expand(7, 4), second))
-        assert pairwise(first, second[:0]).shape == (5, 0)
+    table = boxes.pairwise_giou(first, second)
+    assert table.shape == (5, 7)
+    for i in range(5):
+        assert torch.equal(table[i], boxes.giou(first[i].expand(7, 4), second))
+    assert boxes.pairwise_giou(first, second[:0]).shape == (5, 0)
 
 
-def test_generalised_overlap_is_symmetric_and_bounded():
+def test_overlap_is_symmetric_and_bounded():
     first, second = (boxes.cxcywh_to_xyxy(draw(500, seed)) for seed in (1, 2))
     value = boxes.giou(first, second)
-    assert (value <= boxes.iou(first, second) + 1e-6).all()
-    assert (value >= -1).all()
+    assert ((value >= -1) & (value <= 1)).all()
     torch.testing.assert_close(value, boxes.giou(second, first))
     torch.testing.assert_close(boxes.giou(first, first), torch.ones(500))
 
@@ -86,13 +78,8 @@ def test_boxes_without_area_have_finite_overlap_and_gradient(first, second, expe
     assert leaf.grad.abs().max() < 1e3
 
 
-def test_swapped_corners_have_no_area():
-    assert boxes.box_area(torch.tensor([[0.6, 0.6, 0.4, 0.4]])).item() == 0
-
-
-def test_what_is_not_a_number_is_not_hidden():
-    broken = torch.tensor([[0.1, 0.1, float("nan"), 0.3]])
-    assert boxes.giou(broken, torch.tensor([SQUARE])).isnan().all()
+def test_nan_coordinates_give_nan():
+    assert boxes.giou(torch.tensor([[0.1, 0.1, float("nan"), 0.3]]), torch.tensor([SQUARE])).isnan().all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -107,8 +94,7 @@ def test_noised_boxes_lie_in_the_image_with_their_centre_in_the_original_box(see
     result = noised(original, seed, low=limits[0], high=limits[1], enlarge=enlarge)
     corners = boxes.cxcywh_to_xyxy(result)
     assert (result[:, 2:] > 0).all()
-    assert (corners >= -1e-5).all()
-    assert (corners <= 1 + 1e-5).all()
+    assert ((corners >= -1e-5) & (corners <= 1 + 1e-5)).all()
     assert ((result[:, :2] - original[:, :2]).abs() <= original[:, 2:] / 2 + 1e-6).all()
 
 
@@ -132,37 +118,14 @@ def test_share_is_the_part_of_boxes_that_change():
     changed = (noised(original, share=0.6) != original).any(dim=1).float().mean().item()
     assert changed == pytest.approx(0.6, abs=0.03)
     assert torch.equal(noised(original, share=0.0), original)
-    assert (noised(original, share=1.0) != original).any(dim=1).all()
 
 
 def test_noise_of_a_batch_is_the_noise_of_its_parts():
     original = draw(100)
-    uniforms = boxes.noise_uniforms(100, torch.Generator().manual_seed(3))
+    uniforms = torch.rand(100, boxes.NOISE_DRAWS, generator=torch.Generator().manual_seed(3))
     whole = boxes.noise(original, uniforms, **PAPER)
     parts = [boxes.noise(original[part], uniforms[part], **PAPER) for part in (slice(0, 30), slice(30, 100))]
     assert torch.equal(whole, torch.cat(parts))
     shaped = boxes.noise(original.view(4, 25, 4), uniforms.view(4, 25, -1), **PAPER)
     assert torch.equal(shaped.view(100, 4), whole)
-
-
-def test_noise_of_no_boxes():
     assert noised(torch.zeros(0, 4)).shape == (0, 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"low": 0.5, "high": 0.4}, "expected 0 <= low <= high < 1"),
-        ({"high": 1.0}, "expected 0 <= low <= high < 1"),
-        ({"enlarge": 1.5}, "got enlarge 1.5, expected a probability"),
-        ({"share": -0.1}, "got share -0.1, expected a probability"),
-    ],
-)
-def test_impossible_noise_is_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        noised(draw(3), **options)
-
-
-def test_draws_must_fit_the_boxes():
-    with pytest.raises(ValueError, match="uniforms: got shape"):
-        boxes.noise(draw(3), torch.rand(2, boxes.NOISE_DRAWS), **PAPER)

@@ -3,8 +3,7 @@ import torch
 
 from celldetr.config.experiment import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.recompute import use_recompute
-from celldetr.model.transformer import relu_dropout
+from celldetr.model.device import use_activation_checkpointing
 
 MODES = ("baseline", "sequential", "parallel")
 BOXED = ("sequential", "parallel")
@@ -294,7 +293,7 @@ def test_extra_levels_halve_the_last_map(extra):
 
 
 def test_both_forms_of_the_sampling_give_the_same_model():
-    first, second = build("parallel"), build("parallel", fast=False)
+    first, second = build("parallel"), build("parallel", kernel="reference")
     for found, expected in zip(first.predict(images(), 0.0), second.predict(images(), 0.0), strict=True):
         same(found, expected)
 
@@ -303,7 +302,7 @@ def test_recomputing_keeps_less_for_the_backward_pass_and_gives_the_same_gradien
     kept, gradients = {}, {}
     for again in (True, False):
         model = build("parallel", encoder_layers=4).train()
-        use_recompute(model, again)
+        use_activation_checkpointing(model, again)
         sizes = {}
 
         def keep(tensor, sizes=sizes):
@@ -321,18 +320,3 @@ def test_recomputing_keeps_less_for_the_backward_pass_and_gives_the_same_gradien
     assert kept[True] < 0.4 * kept[False]
     for first, second in zip(gradients[True], gradients[False], strict=True):
         assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_relu_and_dropout_together_are_relu_then_dropout(p):
-    x = torch.randn(7, 50, dtype=torch.float64)
-    first, second = (x.clone().requires_grad_() for _ in range(2))
-    torch.manual_seed(2)
-    together = relu_dropout(first * 1, p)
-    torch.manual_seed(2)
-    apart = torch.nn.functional.dropout(torch.relu(second * 1), p)
-    torch.testing.assert_close(together, apart)
-    weights = torch.randn_like(x)
-    (together * weights).sum().backward()
-    (apart * weights).sum().backward()
-    torch.testing.assert_close(first.grad, second.grad)

@@ -119,7 +119,7 @@ def test_queries_are_independent_and_ordered():
 
 
 def test_both_forms_give_the_same_layer():
-    layers = [attention(True, fast=fast) for fast in (True, False)]
+    layers = [attention(True, kernel=kernel) for kernel in ("auto", "reference")]
     torch.testing.assert_close(*(layer(*inputs(), SHAPES) for layer in layers), atol=1e-5, rtol=1e-5)
 
 

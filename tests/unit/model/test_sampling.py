@@ -4,21 +4,30 @@ import functools
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_weights import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celldetr.model import sampling
-from celldetr.model.sampling import choose, sample_portable, sample_reference
+from celldetr.model.sampling import choose_sampler, sample_portable, sample_reference
 from celldetr.runtime.errors import ConfigError
 
-LEAN = functools.partial(sample_portable, core=sampling._sample_lean)
-FORMS = {"reference": sample_reference, "portable": sample_portable, "lean": LEAN}
 SHAPES = ((6, 9), (3, 4), (1, 1))
+LEAN = functools.partial(sample_portable, core=sampling._sample_rows_again)
+
+
+@pytest.fixture(params=["reference", "portable", "portable on CUDA"])
+def sample(request, monkeypatch):
+    """Give each form; the last is the one that CUDA takes without `deformops` and without a compiler, on the CPU."""
+    if request.param == "portable on CUDA":
+        on_cuda = sampling._row_sum(torch.device("cuda"))
+        monkeypatch.setattr(sampling, "_row_sum", lambda device: on_cuda)
+        return LEAN
+    return {"reference": sample_reference, "portable": sample_portable}[request.param]
 
 
 def draw(batch=2, queries=5, heads=2, channels=3, points=2, shapes=SHAPES, dtype=torch.float64, seed=0, spread=0.4):
@@ -32,21 +41,25 @@ def draw(batch=2, queries=5, heads=2, channels=3, points=2, shapes=SHAPES, dtype
     return value, locations, weights / weights.sum(dim=(-2, -1), keepdim=True)
 
 
-def run(form, tensors, shapes=SHAPES):
+def run(sample, tensors, shapes=SHAPES):
     """Return the result and the gradients of a fixed sum of it."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-    result = FORMS[form](leaves[0], shapes, *leaves[1:])
+    result = sample(leaves[0], shapes, *leaves[1:])
     (result * torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)).sum().backward()
     return [result.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_reproduces_reference_numbers(form):
+def agree(sample, tensors, shapes=SHAPES, atol=1e-10, rtol=1e-9):
+    for found, expected in zip(run(sample, tensors, shapes), run(sample_reference, tensors, shapes), strict=True):
+        torch.testing.assert_close(found, expected, atol=atol, rtol=rtol)
+
+
+def test_reproduces_reference_numbers(sample):
     """Figures computed with the implementation that the paper's authors published."""
-    golden = np.load(Path(__file__).parents[2] / "fixtures" / "golden_sampling.npz")
+    golden = np.load(FIXTURES / "golden_sampling.npz")
     shapes = tuple(map(tuple, golden["shapes"].tolist()))
     leaves = [torch.from_numpy(golden[name]).requires_grad_() for name in ("value", "locations", "weights")]
-    result = FORMS[form](leaves[0], shapes, *leaves[1:])
+    result = sample(leaves[0], shapes, *leaves[1:])
     np.testing.assert_allclose(result.detach(), golden["output"], atol=1e-12)
     result.backward(torch.from_numpy(golden["grad_output"]))
     for leaf, name in zip(leaves, ("value", "locations", "weights"), strict=True):
@@ -59,48 +72,44 @@ def test_reproduces_reference_numbers(form):
     batch=st.integers(1, 3),
     queries=st.integers(1, 6),
     heads=st.integers(1, 3),
-    points=st.integers(1, 4),
+    points=st.sampled_from([1, 2, 4, 8]),
     spread=st.sampled_from([0.0, 0.4, 30.0]),
     seed=st.integers(0, 99),
 )
 def test_forms_agree_in_value_and_gradient(shapes, batch, queries, heads, points, spread, seed):
     tensors = draw(batch, queries, heads, 3, points, tuple(shapes), seed=seed, spread=spread)
-    for fast, plain in zip(run("portable", tensors, shapes), run("reference", tensors, shapes), strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-9)
+    agree(sample_portable, tensors, tuple(shapes))
 
 
-def test_forms_agree_in_single_precision_at_the_size_of_the_encoder():
+def test_forms_agree_in_single_precision_at_the_size_of_the_encoder(sample):
     shapes = ((64, 64), (32, 32), (16, 16), (8, 8))
-    tensors = draw(1, 600, 8, 32, 4, shapes, torch.float32)
-    result = [run(form, tensors, shapes) for form in FORMS]
-    torch.testing.assert_close(result[0][0], result[1][0], atol=3e-6, rtol=1e-5)
-    for fast, plain in zip(result[1][1:], result[0][1:], strict=True):
-        torch.testing.assert_close(fast, plain, atol=2e-3, rtol=1e-3)
+    agree(sample, draw(1, 300, 8, 32, 4, shapes, torch.float32), shapes, atol=2e-3, rtol=1e-3)
 
 
-def test_forms_agree_on_maps_smaller_than_the_points_of_a_query():
-    shapes = ((1, 1),)
-    tensors = draw(1, 3, 2, 3, 8, shapes)
-    for fast, plain in zip(run("portable", tensors, shapes), run("reference", tensors, shapes), strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-9)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, "auto"])
+def test_forms_agree_on_a_gpu(monkeypatch, compiled):
+    monkeypatch.setattr(sampling.importlib.util, "find_spec", lambda name: None)  # without deformops
+    form = choose_sampler("cuda", compiled=compiled).function
+    agree(form, [tensor.cuda() for tensor in draw()])
 
 
 def test_gradients_are_those_of_finite_differences():
-    value, locations, weights = draw(1, 2, 1, 2, 2, ((3, 4), (2, 2)))
+    shapes = ((3, 4), (2, 2))
+    value, locations, weights = draw(1, 2, 1, 2, 2, shapes)
     # away from pixel centres, where the derivative in the location jumps
-    for level, (height, width) in enumerate(((3, 4), (2, 2))):
+    for level, (height, width) in enumerate(shapes):
         place = locations[..., level, :, :] * torch.tensor([width, height]) - 0.5
         assert (place - place.round()).abs().min() > 1e-4
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda v, loc, w: sample_portable(v, ((3, 4), (2, 2)), loc, w), leaves)
+    assert torch.autograd.gradcheck(lambda v, loc, w: sample_portable(v, shapes, loc, w), leaves)
 
 
-def test_a_pixel_centre_gives_the_pixel_and_far_outside_is_zero():
+def test_a_pixel_centre_gives_the_pixel_and_far_outside_is_zero(sample):
     value = torch.arange(12.0).view(1, 12, 1, 1)
     centre = torch.tensor([[2.5 / 4, 1.5 / 3], [0.5 / 4, 2.5 / 3], [5.0, 0.5], [0.5, -3.0]]).view(1, 4, 1, 1, 1, 2)
-    for form in FORMS.values():
-        result = form(value, ((3, 4),), centre, torch.ones(1, 4, 1, 1, 1))
-        assert torch.allclose(result.flatten(), torch.tensor([6.0, 8.0, 0.0, 0.0]), atol=1e-5)
+    result = sample(value, ((3, 4),), centre, torch.ones(1, 4, 1, 1, 1))
+    assert torch.allclose(result.flatten(), torch.tensor([6.0, 8.0, 0.0, 0.0]), atol=1e-5)
 
 
 def test_half_precision_values_are_sampled_in_single_precision():
@@ -111,17 +120,13 @@ def test_half_precision_values_are_sampled_in_single_precision():
     torch.testing.assert_close(result.float(), exact, atol=1e-2, rtol=1e-2)
 
 
-def test_no_queries():
+def test_images_and_queries_are_independent(sample):
     value, locations, weights = draw()
-    assert sample_portable(value, SHAPES, locations[:, :0], weights[:, :0]).shape == (2, 0, 6)
-
-
-def test_images_and_queries_do_not_see_each_other():
-    value, locations, weights = draw()
-    whole = sample_portable(value, SHAPES, locations, weights)
+    whole = sample(value, SHAPES, locations, weights)
     order = torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(sample_portable(value, SHAPES, locations[:, order], weights[:, order]), whole[:, order])
-    torch.testing.assert_close(sample_portable(value[1:], SHAPES, locations[1:], weights[1:]), whole[1:])
+    torch.testing.assert_close(sample(value, SHAPES, locations[:, order], weights[:, order]), whole[:, order])
+    torch.testing.assert_close(sample(value[1:], SHAPES, locations[1:], weights[1:]), whole[1:])
+    assert sample(value, SHAPES, locations[:, :0], weights[:, :0]).shape == (2, 0, 6)
 
 
 def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
@@ -132,11 +137,10 @@ def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
         assert torch.equal(sample_portable(value.detach(), SHAPES, locations, weights), whole)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3])
-def test_a_location_that_is_not_a_number_shows_in_the_result_of_its_query_only(heads):
-    value, locations, weights = draw(heads=heads)
+def test_a_nan_location_gives_nan_for_its_query_only():
+    value, locations, weights = draw()
     locations[0, 1, :, 0, 0, 0] = float("nan")
-    result = run("portable", (value, locations, weights))[0]
+    result = run(sample_portable, (value, locations, weights))[0]
     assert result[0, 1].isnan().all()
     assert torch.equal(result.isnan().any(dim=-1).nonzero(), torch.tensor([[0, 1]]))
 
@@ -146,22 +150,19 @@ def test_geometry_made_without_gradients_serves_training():
     tensors = draw(shapes=shapes)
     with torch.inference_mode():
         sample_portable(tensors[0], shapes, *tensors[1:])
-    run("portable", tensors, shapes)
+    run(sample_portable, tensors, shapes)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiled_form_agrees_in_value_and_gradient(monkeypatch, fused):
-    """`fused` is the form that a GPU compiles."""
+    """`fused` is the form that is compiled for a GPU."""
     if fused:
-        monkeypatch.setattr(sampling, "_row_sum", lambda device: sampling._gathered_rows)
-    monkeypatch.setitem(FORMS, "compiled", choose("cpu", fast=True, compiled=True).function)
-    tensors = draw()
-    for compiled, plain in zip(run("compiled", tensors), run("reference", tensors), strict=True):
-        torch.testing.assert_close(compiled, plain, atol=1e-10, rtol=1e-9)
+        monkeypatch.setattr(sampling, "_row_sum", lambda device: sampling._sum_gathered_rows)
+    agree(choose_sampler("cpu", compiled=True).function, draw())
 
 
-def test_lean_form_keeps_what_it_was_given_and_nothing_else():
+def test_lean_form_keeps_its_inputs_and_nothing_else_for_the_backward_pass():
     value, locations, weights = (tensor.requires_grad_() for tensor in draw(queries=40))
     kept = {}
 
@@ -174,37 +175,30 @@ def test_lean_form_keeps_what_it_was_given_and_nothing_else():
     large = {pointer for pointer, tensor in kept.items() if tensor.numel() > 100}
     assert large <= {tensor.untyped_storage().data_ptr() for tensor in (value, locations, weights)}
     assert result.requires_grad
-    with torch.no_grad():
-        torch.testing.assert_close(LEAN(value, SHAPES, locations, weights), result.detach())
-
-
-def form(monkeypatch, device, *, compiler=True, kernels=False, **options):
-    """Name of the form that is chosen where there are such tools."""
-    monkeypatch.setattr(sampling.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
-    monkeypatch.setattr(sampling.importlib.util, "find_spec", lambda name: "found" if kernels else None)
-    return choose(device, **options).name
 
 
 def test_choice_of_the_form(monkeypatch):
-    def chosen(*given, **options):
-        return form(monkeypatch, *given, **options)
+    def chosen(device, *, compiler=True, deformops=False, **options):
+        monkeypatch.setattr(sampling.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+        monkeypatch.setattr(sampling.importlib.util, "find_spec", lambda name: "found" if deformops else None)
+        return choose_sampler(device, **options).name
 
-    assert chosen("cuda", fast=True, kernels=True) == "kernels of deformops"
-    assert chosen("cuda", fast=True) == chosen("cpu", fast=True, compiled=True) == "portable form, compiled"
-    assert chosen("cuda", fast=True, compiler=False) == chosen("cuda", fast=True, compiled=False) == "portable form"
-    assert chosen("cpu", fast=True, kernels=True) == "portable form"
-    assert chosen("cuda", fast=False, kernels=True, compiled=True) == "plain form (grid_sample)"
+    assert chosen("cuda", deformops=True) == "kernels of deformops"
+    assert chosen("cuda") == chosen("cpu", compiled=True) == "portable form, compiled"
+    assert chosen("cuda", compiler=False) == chosen("cuda", compiled=False) == "portable form"
+    assert chosen("cpu", deformops=True) == "portable form"
+    assert chosen("cuda", kernel="reference", deformops=True, compiled=True) == "reference form (grid_sample)"
     with pytest.raises(ConfigError, match=r"training.compile: got true, but there is no C\+\+ compiler"):
-        chosen("cpu", fast=True, compiled=True, compiler=False)
+        chosen("cpu", compiled=True, compiler=False)
 
 
-def test_kernels_get_what_they_ask_for(monkeypatch):
-    """A stand-in for the package, on the CPU: levels by sizes and starts, all in float32."""
+def test_arguments_of_the_kernels(monkeypatch):
+    """A stand-in for the package, on the CPU: levels by sizes and first tokens, all in float32."""
 
     def msda(value, sizes, starts, locations, weights):
         assert starts.tolist() == [0, 54, 66]
         assert {x.dtype for x in (value, locations, weights)} == {torch.float32}
-        return sample_reference(value, [tuple(size) for size in sizes.tolist()], locations, weights)
+        return sample_reference(value, tuple(map(tuple, sizes.tolist())), locations, weights)
 
     package = types.SimpleNamespace(registry=types.SimpleNamespace(msda=msda))
     monkeypatch.setitem(sys.modules, "deformops", package)

@@ -144,7 +144,11 @@ def caused(error, cause):
         (OSError(errno.ENOMEM, "Cannot allocate"), "Cannot allocate); give the rule more mem_mb", "Traceback"),
         (RuntimeError("can't start new thread"), "error: out of memory (can't start new thread); give", "Traceback"),
         (RuntimeError("can't allocate lock"), "error: out of memory (can't allocate lock); give", "Traceback"),
-        (RuntimeError("CUDA out of memory. Tried"), "set training.recompute: true, or a smaller", "mem_mb"),
+        (
+            RuntimeError("CUDA out of memory. Tried"),
+            "set training.activation_checkpointing: true, or a smaller",
+            "mem_mb",
+        ),
         (RuntimeError("wrong shape"), "Traceback", "error: "),
         (
             caused(InputError("a.zarr: damaged"), MemoryError()),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from celldetr.config.experiment import AugmentationSettings
-from celldetr.model.boxes import cxcywh_to_xyxy, iou, xyxy_to_cxcywh
+from celldetr.model.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import Targets
 
@@ -42,6 +42,13 @@ def seen_boxes(image):
     regions = find_objects(label(image[0].numpy() > 0.12)[0])
     boxes = [[s[1].start, s[0].start, s[1].stop, s[0].stop] for s in regions if s is not None]
     return torch.tensor(boxes, dtype=torch.float32) / SIZE
+
+
+def iou(first, second):
+    """Intersection over union of xyxy boxes (..., 4), one with one."""
+    sides = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(0)
+    first, second = ((boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (first, second))
+    return sides.prod(-1) / (first + second - sides.prod(-1))
 
 
 @pytest.mark.parametrize("settings", [only(elastic=1.0), only(flip=0.5), only(elastic=1.0, flip=0.5)])

@@ -1,0 +1,121 @@
+"""How the model runs on a device: precision, constants cached there, evaluation mode, activation checkpointing."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from celldetr.runtime.errors import ConfigError
+
+Numbers = tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+
+def best_device() -> str:
+    """Name of the GPU if there is one, else of the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 natively."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def resolve_precision(precision: str, device: torch.device | str) -> Literal["bf16", "tf32", "fp32"]:
+    """Turn the setting `precision` into what a device computes in.
+
+    ``bf16``: matrix products and convolutions in bfloat16. ``tf32``: float32 rounded to 10 bits in the matrix products
+    and convolutions of a GPU; a CPU has no TF32 and computes in ``fp32``. ``auto``: bf16 on GPUs that have it, TF32 on
+    other GPUs, fp32 on a CPU.
+
+    Raises
+    ------
+    ConfigError
+        Unknown precision.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    match precision:
+        case "bf16":
+            return "bf16"
+        case "auto" if on_gpu and has_bf16():
+            return "bf16"
+        case "auto" | "tf32":
+            return "tf32" if on_gpu else "fp32"
+        case "fp32":
+            return "fp32"
+    raise ConfigError(f"precision: got {precision!r}, expected one of auto, bf16, tf32, fp32")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs round float32 matrix products and convolutions to TF32, or not; for the whole process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def computing_in(precision: str, device: torch.device | str) -> Iterator[None]:
+    """Compute in a precision inside the block; see `resolve_precision`. With bf16, what stays float32 may use TF32."""
+    chosen = resolve_precision(precision, device)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    allow_tf32(chosen != "fp32")
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=chosen == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context in which nothing is computed in half precision, even under autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn off dropout and gradients inside the block; afterwards the model is in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@functools.lru_cache(maxsize=256)
+def cached_tensor(values: Numbers, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tensor of constants on a device. It is copied there once: a copy in every step would make the host wait.
+
+    The tensor is shared: never change it in place.
+    """
+    with torch.inference_mode(False):  # it may be needed with gradients later
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+class CheckpointedLayers(nn.Module):
+    """Base of parts that can keep only the inputs of their layers and compute the rest again in the backward pass.
+
+    Attributes
+    ----------
+    activation_checkpointing
+        Whether they do: the same gradients with less memory and more time.
+    """
+
+    activation_checkpointing = False
+
+    def run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call a layer."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+        return layer(*args, **kwargs)
+
+
+def use_activation_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Turn activation checkpointing on or off in the backbone, the encoder and the decoders of a model."""
+    for part in model.modules():
+        if isinstance(part, CheckpointedLayers):
+            part.activation_checkpointing = enabled
