@@ -146,7 +146,7 @@ def caused(error, cause):
         (RuntimeError("can't allocate lock"), "error: out of memory (can't allocate lock); give", "Traceback"),
         (
             RuntimeError("CUDA out of memory. Tried"),
-            "set training.activation_checkpointing: true, or a smaller",
+            "set training.activation_checkpointing: true or",
             "mem_mb",
         ),
         (RuntimeError("wrong shape"), "Traceback", "error: "),
