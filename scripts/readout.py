@@ -16,10 +16,10 @@ from celldetr.evaluation.frozen import WHAT, measure_readout, write_readout
 from celldetr.inference.embedding import embed_patches
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
-from celldetr.pannuke.splits import read_split
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
+from celldetr.store.splits import read_split
 
 log = logging.getLogger("readout")
 

@@ -6,11 +6,11 @@ parts, block_um, margin_um), seed.
 """
 
 from celldetr.config.xenium import XeniumSplitSettings
-from celldetr.pannuke.splits import PARTS
 from celldetr.report.xenium_split import write_counts, write_split_page
 from celldetr.runtime.files import atomic
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store, select
+from celldetr.store.splits import PARTS
 from celldetr.xenium.split import part_counts, xenium_split
 
 

@@ -8,9 +8,9 @@ curves.png, provenance.json; checkpoints/ lies beside them.
 from pathlib import Path
 
 from celldetr.config.experiment import Experiment
-from celldetr.pannuke.splits import read_split
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
+from celldetr.store.splits import read_split
 from celldetr.training.loop import train
 
 RADIUS_UM = 3.0  # validation pairs centres up to 12 px apart at 0.25 um/px, as the evaluation does

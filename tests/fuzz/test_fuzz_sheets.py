@@ -10,7 +10,6 @@ from strategies import damages, refused, tries
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow, read_sheet
-from celldetr.pannuke.splits import PARTS, read_split
 from celldetr.runtime.errors import ConfigError
 from celldetr.xenium.celltypes.reference import LEFT_OUT, read_mapping
 
@@ -115,28 +114,6 @@ def test_an_empty_cell_that_is_needed_is_named(tmp_path, column):
     path.write_text("\t".join(row) + "\n" + "\t".join(row.values()) + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=column):
         read_sheet(path, SlideRow, "slide")
-
-
-SPLIT = b"store\tpatch\tpart\nfold1\t0\ttrain\nfold1\t1\tval\nfold1\t2\ttrain\nfold2\t0\ttest\nfold2\t1\ttest\n"
-ODD_CELLS = st.sampled_from([b"", b"-1", b"1.5", b"NA", b"nan", b"9" * 30, b"\xff", b"\x00", b'"', b"a b", b"1\t2"])
-
-
-@tries(400)
-@given(data=st.data(), damage=st.one_of(st.none(), damages()))
-def test_a_changed_split_is_whole_or_refused(tmp_path_factory, data, damage):
-    cells = [line.split(b"\t") for line in SPLIT.splitlines()]
-    row = data.draw(st.sampled_from(cells))
-    row[data.draw(st.integers(0, 2))] = data.draw(ODD_CELLS)
-    content = b"\n".join(map(b"\t".join, cells)) + b"\n"
-    path = tmp_path_factory.mktemp("s") / "split.tsv"
-    path.write_bytes(damage(SPLIT) if damage else content)
-    error, table = refused(read_split, path)
-    assert error is None or str(path) in str(error)
-    if error is None:
-        assert set(table["part"]) <= set(PARTS)
-        assert (table["patch"] >= 0).all()
-        assert table["store"].map(lambda name: isinstance(name, str) and bool(name)).all()
-        assert not table.duplicated(["store", "patch"]).any()
 
 
 @tries(300)

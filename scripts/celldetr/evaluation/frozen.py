@@ -86,7 +86,7 @@ def measure_readout(
     test
         Store of the test patches.
     split
-        Columns ``store``, ``patch``, ``part``, as `celldetr.pannuke.splits.read_split` returns it.
+        Columns ``store``, ``patch``, ``part``, as `celldetr.store.splits.read_split` returns it.
     settings
         How many neighbours vote, and how many nuclei train.
     seed

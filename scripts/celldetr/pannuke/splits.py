@@ -1,30 +1,32 @@
-"""Which patches of PanNuke train, validate and test in a split."""
+"""Which PanNuke folds, and which of their patches, train, validate and test in a split.
 
-import os
+The workflow itself asks for the folds, in an environment that needs neither NumPy nor pandas: they are imported where a
+split is made.
+"""
+
 from collections.abc import Mapping
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from celldetr.runtime.errors import ConfigError, InputError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 FOLDS = (1, 2, 3)
-PARTS = ("train", "val", "test")
 PROTOCOLS = ("celldetr", "official")
-COLUMNS = ("store", "patch", "part")
 _TEST_FOLD = {1: 2, 2: 1, 3: 3}
 _OFFICIAL = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}
 
 
 def fold_parts(split: int, protocol: str) -> dict[str, tuple[int, ...]]:
-    """Folds that each part takes its patches from.
+    """Folds that each part (train, val, test) takes its patches from.
 
     Parameters
     ----------
     split
         1, 2 or 3.
     protocol
-        ``celldetr``: split 1, 2, 3 tests on fold 2, 1, 3, and the two others train and validate together.
+        ``celldetr``: split 1, 2, 3 tests on fold 2, 1, 3, and the two other folds train and validate together.
         ``official``: train, validate and test on folds 1/2/3, 2/1/3, 3/2/1.
 
     Raises
@@ -35,7 +37,8 @@ def fold_parts(split: int, protocol: str) -> dict[str, tuple[int, ...]]:
     if split not in _TEST_FOLD:
         raise ConfigError(f"pannuke.splits: got {split}, expected one of {sorted(_TEST_FOLD)}")
     if protocol == "official":
-        return {part: (fold,) for part, fold in zip(PARTS, _OFFICIAL[split], strict=True)}
+        train, val, test = _OFFICIAL[split]
+        return {"train": (train,), "val": (val,), "test": (test,)}
     if protocol == "celldetr":
         others = tuple(fold for fold in FOLDS if fold != _TEST_FOLD[split])
         return {"train": others, "val": others, "test": (_TEST_FOLD[split],)}
@@ -44,7 +47,7 @@ def fold_parts(split: int, protocol: str) -> dict[str, tuple[int, ...]]:
 
 def pannuke_split(
     n_patches: Mapping[str, int], split: int, *, protocol: str, train_share: float, seed: int
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Assign every patch of the folds to a part.
 
     Parameters
@@ -54,25 +57,29 @@ def pannuke_split(
     split, protocol
         See `fold_parts`.
     train_share
-        Share of the two non-test folds that trains, the rest validates (protocol celldetr).
+        Share of the patches of the two other folds that trains; the rest validates (protocol celldetr).
     seed
-        Seed of that draw; each split has a draw of its own.
+        Seed of that draw; each split has its own draw.
 
     Returns
     -------
     DataFrame
-        ``store`` (fold1, ...), ``patch`` (index in the store), ``part`` (train, val, test); a row per patch.
+        A split table, see `celldetr.store.splits`; a row per patch.
 
     Raises
     ------
     InputError
-        A part that trains, validates or tests would be empty.
+        A part would be empty.
     """
-    frames = []
-    for part, folds in fold_parts(split, protocol).items():
-        for fold in folds:
-            name = f"fold{fold}"
-            frames.append(pd.DataFrame({"store": name, "patch": np.arange(n_patches[name]), "part": part}))
+    import numpy as np
+    import pandas as pd
+
+    parts = fold_parts(split, protocol)
+    frames = [
+        pd.DataFrame({"store": f"fold{fold}", "patch": np.arange(n_patches[f"fold{fold}"]), "part": part})
+        for part, folds in parts.items()
+        for fold in folds
+    ]
     table = pd.concat(frames, ignore_index=True)
     if protocol == "celldetr":
         table = table[table["part"] != "val"].reset_index(drop=True)
@@ -80,42 +87,7 @@ def pannuke_split(
         rng = np.random.default_rng([seed, split])
         validate = rng.permutation(pool)[round(train_share * len(pool)) :]
         table.loc[validate, "part"] = "val"
-    table = table.sort_values(["store", "patch"], ignore_index=True)
-    for part in PARTS:
+    for part in parts:
         if not (table["part"] == part).any():
             raise InputError(f"split {split}: got no patches for {part!r} from {dict(n_patches)}; use larger folds")
-    return table
-
-
-def read_split(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a split file and check it.
-
-    Raises
-    ------
-    InputError
-        Not a split file, an unknown part, a patch that no store has, or one that occurs twice.
-    """
-    try:
-        table = pd.read_csv(
-            path,
-            sep="\t",
-            dtype={"store": "str", "patch": "int64", "part": "str"},
-            keep_default_na=False,
-            na_values={"store": [""]},
-        )
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: cannot be read as a split ({error}); make it again") from error
-    if tuple(table.columns) != COLUMNS:
-        raise InputError(f"{path}: got columns {list(table.columns)}, expected {list(COLUMNS)}")
-    bad = table["store"].isna() | (table["patch"] < 0)
-    if bad.any():
-        row = table[bad].iloc[0]
-        raise InputError(f"{path}: got patch {row['patch']} of {row['store']}, expected a store and its patch from 0")
-    unknown = set(table["part"]) - set(PARTS)
-    if unknown:
-        raise InputError(f"{path}: column part: got {sorted(map(str, unknown))}, expected {', '.join(PARTS)}")
-    twice = table.duplicated(["store", "patch"])
-    if twice.any():
-        row = table[twice].iloc[0]
-        raise InputError(f"{path}: patch {row['patch']} of {row['store']} occurs twice; a patch has one part")
-    return table
+    return table.sort_values(["store", "patch"], ignore_index=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celldetr.pannuke.splits import COLUMNS
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
+from celldetr.store.splits import COLUMNS
 
 PAPER_TOTAL = 64_000
 """Patches that the paper pretrains on (4.1)."""

@@ -1,36 +1,17 @@
-"""The patch store: patches, the boxes of their nuclei and where both come from, for all data (a Zarr v3 group).
+"""The patch store: patches, the boxes of their nuclei, and the origin of both, for all data (a Zarr v3 group).
 
     images     uint8   (N, S, S, 3)  RGB; one chunk per patch, many chunks per shard (file)
     boxes      float32 (M, 4)        xyxy px, half-open (xmax = last pixel + 1), clipped to the patch
     labels     int8    (M,)          index into `classes`; -1 = nucleus without a label
-    centroids  float32 (M, 2)        mean x, y of the nucleus' pixel centres, px; NaN = unknown
+    centroids  float32 (M, 2)        mean x, y of the pixel centres of the nucleus, px; NaN = unknown
     box_ptr    int64   (N + 1,)      nuclei of patch i are box_ptr[i]:box_ptr[i + 1]
     patches/   source, group, tissue (text) and x, y (int64): (N,) each
     attributes                       format, classes, mpp, counts per class, what was dropped, provenance
 
-A pixel has its centre at +0.5, so that the centre of a one-pixel box is its centroid. N = 0 and M = 0 are legal.
+The centre of a pixel is at +0.5, so that the centre of a one-pixel box is its centroid. N = 0 and M = 0 are legal.
 """
 
-from celldetr.store.reader import (
-    NO_LABEL,
-    Patch,
-    PatchStore,
-    class_counts,
-    open_store,
-    split_groups,
-    validate,
-)
-from celldetr.store.writer import StoreWriter, merge, select
+from celldetr.store.reader import NO_LABEL, Patch, PatchStore, class_counts, open_store
+from celldetr.store.writer import StoreWriter, select
 
-__all__ = [
-    "NO_LABEL",
-    "Patch",
-    "PatchStore",
-    "StoreWriter",
-    "class_counts",
-    "merge",
-    "open_store",
-    "select",
-    "split_groups",
-    "validate",
-]
+__all__ = ["NO_LABEL", "Patch", "PatchStore", "StoreWriter", "class_counts", "open_store", "select"]

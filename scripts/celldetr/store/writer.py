@@ -1,4 +1,4 @@
-"""Writing patch stores (format: `celldetr.store`): patch after patch, or by taking patches of others."""
+"""Write patch stores: patch by patch, or by selecting patches of other stores; `celldetr.store` states the format."""
 
 import contextlib
 import os
@@ -15,24 +15,15 @@ from zarr.codecs import ZstdCodec
 import celldetr
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
-from celldetr.store.reader import (
-    FORMAT,
-    NO_LABEL,
-    NUMBER_COLUMNS,
-    TEXT_COLUMNS,
-    PatchStore,
-    class_counts,
-    open_store,
-)
-from celldetr.store.shards import ShardWriter
+from celldetr.store.reader import COLUMNS, FORMAT, NO_LABEL, NUMBER_COLUMNS, TEXT_COLUMNS, PatchStore, class_counts
 
 PATCHES_PER_SHARD = 256
-_WRITE_ALL: Any = {"write_empty_chunks": True}  # what is not there is then known to be missing
-_COMPRESSION = ZstdCodec(level=1, checksum=True)  # a changed bit is an error, not another picture
+# A checksum turns a changed bit into an error. All chunks are written, black ones too: a missing file is then an error.
+_STORED: Any = {"compressors": ZstdCodec(level=1, checksum=True), "config": {"write_empty_chunks": True}}
 
 
 class StoreWriter:
-    """Append patches; the store gets its name when the ``with`` block ends without an error.
+    """Append patches; the store appears under its name when the ``with`` block ends without an error.
 
     Memory holds one shard of images and all boxes.
 
@@ -45,9 +36,9 @@ class StoreWriter:
     classes
         Class names in the order of the labels.
     mpp
-        Size of a pixel in um.
+        Pixel size in um.
     attrs
-        More JSON values to keep, e.g. ``provenance`` and ``dropped``; also settable until the block ends.
+        More JSON values to keep, e.g. ``provenance`` and ``dropped``; may be changed until the block ends.
     """
 
     def __init__(
@@ -70,21 +61,19 @@ class StoreWriter:
         self._boxes: list[NDArray[np.float32]] = []
         self._labels: list[NDArray[np.int8]] = []
         self._centroids: list[NDArray[np.float32]] = []
-        self._columns: dict[str, list[Any]] = {name: [] for name in (*TEXT_COLUMNS, *NUMBER_COLUMNS)}
+        self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def __enter__(self) -> Self:
         temporary = self._stack.enter_context(atomic(self.path))
         self._stack.push(lambda kind, error, trace: None if error else self._finish())
         self._group = zarr.open_group(temporary, mode="w", zarr_format=3)
-        self._shards = ShardWriter(temporary / "images", PATCHES_PER_SHARD, _COMPRESSION.level)
         self._images = self._group.create_array(
             "images",
             shape=(0, self.patch_size, self.patch_size, 3),
             chunks=(1, self.patch_size, self.patch_size, 3),
             shards=(PATCHES_PER_SHARD, self.patch_size, self.patch_size, 3),
             dtype="uint8",
-            compressors=_COMPRESSION,
-            config=_WRITE_ALL,
+            **_STORED,
         )
         return self
 
@@ -106,14 +95,14 @@ class StoreWriter:
         boxes, labels
             Boxes (n, 4) xyxy px and labels (n,) of each patch.
         centroids
-            Centroids (n, 2) of each patch; unknown when left out.
+            Centroids (n, 2) of each patch; None if unknown.
         patches
             ``source``, ``group``, ``tissue``, ``x``, ``y``: B values each.
 
         Raises
         ------
         ValueError
-            Lengths or shapes do not belong together, or a label is of no class.
+            Lengths or shapes do not agree, or a label is of no class.
         """
         count = len(images)
         if images.shape[1:] != (self.patch_size, self.patch_size, 3) or images.dtype != np.uint8:
@@ -143,10 +132,12 @@ class StoreWriter:
             self._flush(PATCHES_PER_SHARD)
 
     def _flush(self, count: int) -> None:
+        """Write the first waiting images: a whole shard, or at the end of the store the rest."""
         if count:
-            self._images.resize((self._written + count, *self._images.shape[1:]))
-            self._shards.write(self._written // PATCHES_PER_SHARD, self._waiting[:count])
-            self._written += count
+            stop = self._written + count
+            self._images.resize((stop, *self._images.shape[1:]))
+            self._images[self._written : stop] = np.stack(self._waiting[:count])
+            self._written = stop
             del self._waiting[:count]
 
     def __exit__(
@@ -166,12 +157,10 @@ class StoreWriter:
         for name in NUMBER_COLUMNS:
             arrays[f"patches/{name}"] = np.asarray(self._columns[name], dtype=np.int64)
         for name, array in arrays.items():
-            self._group.create_array(name, data=array, compressors=_COMPRESSION, config=_WRITE_ALL)
+            self._group.create_array(name, data=array, **_STORED)
         for name in TEXT_COLUMNS:
             text = np.asarray([str(value) for value in self._columns[name]], dtype=np.dtypes.StringDType())
-            self._group.create_array(
-                f"patches/{name}", shape=text.shape, dtype="string", compressors=_COMPRESSION, config=_WRITE_ALL
-            )[...] = text
+            self._group.create_array(f"patches/{name}", shape=text.shape, dtype="string", **_STORED)[...] = text
         own: dict[str, Any] = {
             "format": FORMAT,
             "classes": list(self.classes),
@@ -182,26 +171,13 @@ class StoreWriter:
         self._group.attrs.update({**self.attrs, **own})
 
 
-def merge(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """Write the patches of several stores, one after another, into a new one.
-
-    Raises
-    ------
-    InputError
-        No stores, or stores of different classes, patch size or pixel size.
-    """
-    stores = [open_store(path) for path in paths]
-    attrs = {"merged": [{**store.attrs, "path": str(store.path)} for store in stores]}
-    select([(store, np.arange(store.n_patches)) for store in stores], out, attrs=attrs)
-
-
 def select(
     chosen: Sequence[tuple[PatchStore, ArrayLike]],
     out: str | os.PathLike[str],
     *,
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write chosen patches of several stores, one store after another, into a new one.
+    """Write selected patches of several stores, one store after another, to a new store.
 
     Parameters
     ----------
@@ -215,7 +191,7 @@ def select(
     Raises
     ------
     InputError
-        No stores, or stores of different classes, patch size or pixel size.
+        No stores, or stores that differ in classes, patch size or pixel size.
     """
     if not chosen:
         raise InputError(f"{out}: got no stores to take patches from, expected at least one")

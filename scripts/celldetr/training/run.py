@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from celldetr.config.experiment import Experiment
-from celldetr.pannuke.splits import read_split
 from celldetr.store import PatchStore, open_store
+from celldetr.store.splits import read_split
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celldetr.pannuke.splits import COLUMNS, PARTS
 from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.store import PatchStore, split_groups
+from celldetr.store import PatchStore
+from celldetr.store.splits import COLUMNS, PARTS, split_groups
 
 log = logging.getLogger(__name__)
 

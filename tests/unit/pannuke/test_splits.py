@@ -2,7 +2,7 @@
 
 import pytest
 
-from celldetr.pannuke.splits import fold_parts, pannuke_split, read_split
+from celldetr.pannuke.splits import fold_parts, pannuke_split
 from celldetr.runtime.errors import ConfigError, InputError
 
 SIZES = {"fold1": 40, "fold2": 30, "fold3": 50}
@@ -56,18 +56,3 @@ def test_unknown_protocol_and_split():
         fold_parts(1, "other")
     with pytest.raises(ConfigError, match=r"pannuke.splits: got 4"):
         fold_parts(4, "celldetr")
-
-
-def test_file_round_trip_and_refusals(tmp_path):
-    path = tmp_path / "split.tsv"
-    make(3).to_csv(path, sep="\t", index=False)
-    assert read_split(path).equals(make(3))
-    for text, message in (
-        ("store\tpatch\n", "expected"),
-        ("store\tpatch\tpart\nfold1\t0\ttrial\n", "'trial'"),
-        ("store\tpatch\tpart\nfold1\tx\ttrain\n", "cannot be read"),
-        ("store\tpatch\tpart\nfold1\t0\ttrain\nfold1\t0\ttest\n", "occurs twice"),
-    ):
-        path.write_text(text)
-        with pytest.raises(InputError, match=message):
-            read_split(path)

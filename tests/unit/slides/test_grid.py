@@ -13,7 +13,7 @@ from celldetr.slides.cutting import extract, read_patch
 from celldetr.slides.grid import Nuclei, PatchSettings, boxes_from_polygons, plan_patches
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tissue import Raster, imaged, tissue_mask
-from celldetr.store import open_store, validate
+from celldetr.store import open_store
 
 LIGHT = 230.0  # room for the filter to overshoot
 ALL = PatchSettings(min_tissue=0, min_nuclei=0, min_labelled=0)
@@ -151,11 +151,10 @@ def test_the_cut_is_the_same_for_any_number_of_workers(tmp_path):
         extract(
             path, plan, nuclei, out, classes=("a", "b"), source="s", group="g", tissue="t", attrs={}, workers=workers
         )
-        validate(out)
         stores.append(open_store(out))
     one, three = stores
     assert len(one) == len(plan) > 1000
-    assert np.array_equal(one.all_images(), three.all_images())
+    assert np.array_equal(one.images(range(len(one))), three.images(range(len(three))))
     assert np.array_equal(one.boxes, three.boxes)
     assert one.patches.equals(three.patches)
     with open_pyramid(path) as slide:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from celldetr.config.sheets import SlideRow, read_sheet, used_slides
 from celldetr.config.slides import SlidePatchSettings, SlideSettings
-from celldetr.pannuke.splits import read_split
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import atomic
 from celldetr.slides.choice import SlidePatches, choose_patches
@@ -22,6 +21,7 @@ from celldetr.slides.patches import Slide, extract_slide, summary_rows, write_pa
 from celldetr.slides.pyramid import _Tiff
 from celldetr.slides.reading import DamagedSlide, TolerantPyramid, open_slide
 from celldetr.store import open_store
+from celldetr.store.splits import read_split
 
 MPP = 0.5
 RULES = SlidePatchSettings(min_nuclei=1, min_tissue=0.25)
@@ -164,7 +164,7 @@ def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut):
     assert (128, 128) not in places
     assert (384, 320) not in places
     kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
-    np.testing.assert_array_equal(store.all_images(), whole.images(kept))
+    np.testing.assert_array_equal(store.images(range(len(store))), whole.images(kept))
     np.testing.assert_array_equal(np.diff(store.box_ptr), np.diff(whole.box_ptr)[kept])
     rows = {name: count for kind, name, count in summary_rows(found, store) if kind == "damaged"}
     assert rows["patches"] == 2
@@ -216,7 +216,7 @@ def test_slides_that_openslide_reads_go_on_after_damage(tmp_path, cut):
     places = {tuple(row) for row in store.patches[["x", "y"]].to_numpy()}
     kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
     assert len(kept) == len(store) >= 50
-    np.testing.assert_array_equal(store.all_images(), whole.images(kept))
+    np.testing.assert_array_equal(store.images(range(len(store))), whole.images(kept))
 
 
 def test_what_cannot_be_decoded_reads_as_glass_and_the_rest_as_it_is(tmp_path):

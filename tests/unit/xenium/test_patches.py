@@ -13,7 +13,7 @@ import extract_xenium
 from celldetr.config.classes import ST_TYPES
 from celldetr.example.xenium import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
-from celldetr.store import open_store, validate
+from celldetr.store import open_store
 from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS
 from celldetr.xenium.patches import place_nuclei
 from celldetr.xenium.registration import Quality, Registration
@@ -90,7 +90,7 @@ def on_slide(store):
 
 def test_planted_nuclei_come_back_with_their_types(sample, store):
     truth = sample.truth
-    validate(store.path)
+    open_store(store.path)
     planted = np.array([[*p.min(axis=0), *p.max(axis=0)] for p in truth.nuclei_he]) * truth.he_mpp / MPP
     found = on_slide(store)
     local = store.boxes

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import split_xenium
 from celldetr.config.classes import ST_TYPES
-from celldetr.pannuke.splits import read_split
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.store import StoreWriter, open_store
+from celldetr.store.splits import read_split
 from celldetr.xenium.split import part_counts, xenium_split
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
