@@ -5,12 +5,14 @@ Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, and figures), ``pi
 Params: settings, he_mpp (um per H&E px, or None: what the file says), sample (name), seed.
 """
 
+from celldetr.config.xenium import RegistrationSettings
 from celldetr.report.registration import draw, save
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.slides.pyramid import open_pyramid
-from celldetr.xenium.output import dapi_path, read_nuclei, read_specs
-from celldetr.xenium.registration import RegistrationSettings, read_alignment, register
+from celldetr.xenium.output import dapi_path, read_nuclei, read_pixel_size
+from celldetr.xenium.registration.alignment import read_alignment
+from celldetr.xenium.registration.register import register
 
 
 def main(snakemake):
@@ -24,7 +26,7 @@ def main(snakemake):
             he,
             image,
             nuclei,
-            read_specs(source.outs).pixel_size,
+            read_pixel_size(source.outs),
             read_alignment(files[0]) if files else None,
             settings,
             name=params.sample,

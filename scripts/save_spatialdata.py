@@ -7,7 +7,7 @@ labels, outlines and the table with types and fractions are aligned in the coord
 from celldetr.config.classes import ST_TYPES
 from celldetr.runtime.rule import run_rule
 from celldetr.xenium.celltypes.labels import read_cells
-from celldetr.xenium.registration import read_registration
+from celldetr.xenium.registration.result import read_registration
 from celldetr.xenium.spatial import write_spatialdata
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
-from celldetr.xenium.registration.transform import affine, apply, inverse, rotation, scaling
+from celldetr.xenium.registration.affine import affine, apply, inverse, rotation, scaling
 
 PIXEL, MPP = 0.2125, 0.2738  # um of a Xenium px, of an H&E px
 BLOCK, STEP = 1024, 4  # px of a tile; factor between levels
@@ -27,7 +27,7 @@ REGISTER = """
 import json, resource, sys, time
 import numpy as np, shapely
 from celldetr.slides.pyramid import open_pyramid
-from celldetr.xenium.registration import register
+from celldetr.xenium.registration.register import register
 folder = sys.argv[1]
 scene = np.load(folder + "/scene.npz")
 nuclei = shapely.polygons(scene["outlines"])

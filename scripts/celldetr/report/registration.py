@@ -15,9 +15,9 @@ from scipy import ndimage
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.runtime.files import atomic
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.gate import directions
-from celldetr.xenium.registration.images import Grid, Values, colour, sample, window
-from celldetr.xenium.registration.nuclei import Nuclei, Region, densest, keep_clear, look
+from celldetr.xenium.registration.gate import control_shifts
+from celldetr.xenium.registration.maps import Grid, Values, colour, sample, window
+from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, densest, read_window
 from celldetr.xenium.registration.result import Registration
 
 _PLACES = 3
@@ -34,7 +34,7 @@ class _Scene:
 
     registration: Registration
     he: Pyramid
-    nuclei: Nuclei
+    nuclei: DapiNuclei
     regions: list[Region]
     settings: RegistrationSettings
 
@@ -57,7 +57,7 @@ def draw(
     name
         Name of the sample.
     """
-    nuclei = Nuclei(nuclei_um)  # type: ignore[arg-type]
+    nuclei = DapiNuclei(nuclei_um)  # type: ignore[arg-type]
     scene = _Scene(registration, he, nuclei, nuclei.regions(settings), settings)
     figure = Figure(figsize=(15, 9.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -184,12 +184,14 @@ def _draw_place(axes: Axes, scene: _Scene, region: Region, number: int) -> None:
 
 def _draw_distances(axes: Axes, scene: _Scene) -> None:
     """Distances from H&E nuclei to the nearest DAPI nucleus, and from shifted places."""
-    looks = [look(scene.he, scene.registration.he_to_um(), region, scene.settings, 0.0) for region in scene.regions]
-    blobs = np.concatenate(keep_clear(looks))
+    windows = [
+        read_window(scene.he, scene.registration.he_to_um(), region, scene.settings, 0.0) for region in scene.regions
+    ]
+    blobs = np.concatenate(clear_blobs(windows))
     bins = np.linspace(0, 15, 46).tolist()
     if len(blobs):
         near = scene.nuclei.tree.query(blobs)[0]
-        shifts = directions(scene.settings.control_shift)
+        shifts = control_shifts(scene.settings.control_shift)
         far = np.concatenate([scene.nuclei.tree.query(blobs + shift)[0] for shift in shifts])
         axes.hist(far, bins=bins, weights=np.full(len(far), 1 / len(far)), color=_CHANCE, label="shifted (chance)")
         axes.hist(

@@ -1,4 +1,4 @@
-"""Output folders of Xenium Onboard Analysis, versions 1.0 to 4: counts, nucleus polygons, and where the DAPI image is.
+"""Output folder of Xenium Onboard Analysis, versions 1.0 to 4: counts, nucleus polygons, path of the DAPI image.
 
 Positions are um of the Xenium frame; a Xenium pixel is `pixel_size` um (0.2125).
 """
@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,97 +19,50 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.hdf5 import check_heaps
 
 SPECS = "experiment.xenium"
 NUCLEI = "nucleus_boundaries.parquet"
 COUNTS = "cell_feature_matrix.h5"
-READ_MEMBERS = (
-    *(SPECS, "cells.zarr.zip", "cells.parquet", COUNTS),
-    *(NUCLEI, "cell_boundaries.parquet"),
-)
-"""Files that every version has and that are read here; `DAPI_IMAGES` names the image."""
+_COUNT_MEMBERS = (SPECS, "cells.zarr.zip", "cells.parquet", COUNTS)
+READ_MEMBERS = (*_COUNT_MEMBERS, NUCLEI, "cell_boundaries.parquet")
+"""Files of the folder that are read, besides the DAPI image."""
 DAPI_IMAGES = (
     "morphology_focus/ch0000_dapi.ome.tif",  # 4
     "morphology_focus/morphology_focus_0000.ome.tif",  # 2 and 3
     "morphology_mip.ome.tif",  # 1
     "morphology_focus.ome.tif",
 )
-"""Where DAPI is, from the newest layout to the oldest; it is the first plane."""
+"""Paths of the DAPI image, from the newest version to the oldest; DAPI is its first plane."""
 
 
-@dataclass(frozen=True)
-class Specs:
-    """What experiment.xenium says: um per Xenium pixel, and the version of the analysis software."""
-
-    pixel_size: float
-    version: str
-
-
-@dataclass(frozen=True)
-class XeniumSample:
-    """A sample as it was measured.
-
-    Attributes
-    ----------
-    counts
-        Cells by genes: X (csr_matrix) transcript counts, obs index the cell ids, var index the gene symbols,
-        var["gene_ids"], obsm["spatial"] the centres of the cells (um).
-    nuclei
-        See `read_nuclei`.
-    specs
-        See `Specs`.
-    """
-
-    counts: AnnData
-    nuclei: GeoDataFrame
-    specs: Specs
-
-    @property
-    def pixel_size(self) -> float:
-        """Um per Xenium pixel."""
-        return self.specs.pixel_size
-
-    @property
-    def version(self) -> str:
-        """Version of the analysis software."""
-        return self.specs.version
-
-
-def read_sample(outs: str | os.PathLike[str]) -> XeniumSample:
-    """Read counts and nuclei of an output folder.
+def read_pixel_size(outs: str | os.PathLike[str]) -> float:
+    """Read the size of a Xenium pixel, um, from experiment.xenium.
 
     Raises
     ------
     InputError
-        A file is missing or damaged; names it.
-    """
-    return XeniumSample(read_counts(outs), read_nuclei(outs), read_specs(outs))
-
-
-def read_specs(outs: str | os.PathLike[str]) -> Specs:
-    """Read experiment.xenium.
-
-    Raises
-    ------
-    InputError
-        No such file, or it lacks a plausible pixel size.
+        The file is missing or holds no plausible pixel size.
     """
     path = _member(outs, SPECS)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        size = float(content["pixel_size"])
+        size = float(json.loads(path.read_text(encoding="utf-8"))["pixel_size"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: got no readable key 'pixel_size' ({error}); expected the file of a Xenium run"
         ) from error
     if not 0.01 < size < 10:
         raise InputError(f"{path}: pixel_size: got {size}, expected um per pixel, e.g. 0.2125")
-    return Specs(size, str(content.get("analysis_sw_version", "unknown")).removeprefix("xenium-"))
+    return size
 
 
 def read_counts(outs: str | os.PathLike[str]) -> AnnData:
-    """Read the transcript counts of all cells; control probes and other features that are no genes are left out.
+    """Read the transcript counts of all cells, without control probes and other features that are no genes.
+
+    Returns
+    -------
+    AnnData
+        Cells by genes: X (csr_matrix, float32) counts, obs index cell ids, var index gene symbols, var["gene_ids"],
+        obsm["spatial"] centres of the cells, um.
 
     Raises
     ------
@@ -119,18 +71,17 @@ def read_counts(outs: str | os.PathLike[str]) -> AnnData:
     """
     import spatialdata_io
 
-    for name in READ_MEMBERS[:4]:
+    for name in _COUNT_MEMBERS:
         _member(outs, name)
-    check_heaps(Path(outs) / COUNTS)
-    nothing = dict.fromkeys(
-        ("cells_boundaries", "nucleus_boundaries", "cells_labels", "nucleus_labels", "transcripts"), False
-    )
-    images = dict.fromkeys(("morphology_mip", "morphology_focus", "aligned_images"), False)
+    unread = [
+        *("cells_boundaries", "nucleus_boundaries", "cells_labels", "nucleus_labels", "transcripts"),
+        *("morphology_mip", "morphology_focus", "aligned_images"),
+    ]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            table = spatialdata_io.xenium(Path(outs), **nothing, **images).tables["table"]
-    except Exception as error:  # h5py, zarr, pyarrow and the reader each have their own
+            table = spatialdata_io.xenium(Path(outs), **dict.fromkeys(unread, False)).tables["table"]
+    except Exception as error:  # h5py, zarr, pyarrow and spatialdata_io each raise their own
         raise InputError(f"{outs}: cannot be read as a Xenium output folder ({error!r}); get it again") from error
     counts = AnnData(
         sparse.csr_matrix(table.X, dtype=np.float32),
@@ -149,18 +100,18 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
     Returns
     -------
     GeoDataFrame
-        ``cell_id`` (text) and ``geometry`` (polygon, um), one row per nucleus: a cell may have several, or none.
+        ``cell_id`` (str) and ``geometry`` (polygon, um), one row per nucleus; a cell may have several nuclei or none.
 
     Raises
     ------
     InputError
-        The file is missing or damaged, or has a polygon of fewer than three corners.
+        The file is missing or damaged, or a polygon has fewer than three corners.
     """
     path = _member(outs, NUCLEI)
     try:
         table = pq.read_table(path)
         cell = table.column("cell_id").combine_chunks()
-        ids = cell.dictionary_encode() if not pa.types.is_dictionary(cell.type) else cell
+        ids = cell if pa.types.is_dictionary(cell.type) else cell.dictionary_encode()
         key = ids.indices.to_numpy().astype(np.int64)
         cells = np.array([_text(value) for value in ids.dictionary.to_pylist()], dtype=object)
         corners = np.column_stack(
@@ -176,27 +127,25 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
         starts = _changes(table.column("label_id").to_numpy())
     else:
         starts = _ring_starts(_changes(key), corners)
-    ends = np.append(starts[1:], len(corners))
-    if (ends - starts).min() < 3 or not np.isfinite(corners).all():
-        bad = int((ends - starts).argmin())
+    sizes = np.diff(np.append(starts, len(corners)))
+    if sizes.min() < 3 or not np.isfinite(corners).all():
         raise InputError(
-            f"{path}: nucleus {bad} has {(ends - starts).min()} corners, expected finite polygons of 3 or more"
+            f"{path}: nucleus {int(sizes.argmin())} has {sizes.min()} corners, expected finite polygons of 3 or more"
         )
-    ring = np.repeat(np.arange(len(starts)), ends - starts)
-    polygons = shapely.polygons(shapely.linearrings(corners.astype(np.float64), indices=ring))
+    ring = np.repeat(np.arange(len(starts)), sizes)
+    polygons = shapely.polygons(shapely.linearrings(corners, indices=ring))
     return GeoDataFrame({"cell_id": cells[key[starts]]}, geometry=polygons)
 
 
 def _changes(values: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Find the indices at which a new value begins, the first one included."""
+    """Find the indices at which a new value begins, 0 included."""
     return np.flatnonzero(np.append(True, values[1:] != values[:-1])).astype(np.int64)
 
 
 def _ring_starts(first_of_cell: NDArray[np.int64], corners: NDArray[np.floating]) -> NDArray[np.int64]:
-    """First corner of each polygon; the corners (V, 2) of a cell's polygons follow each other.
+    """First corner of each polygon, where the table lists the corners (V, 2) by cell only (early builds of version 2).
 
-    Early builds of version 2 number the cells alone. A further nucleus of a cell begins after the corner that closes
-    the ring before it.
+    The next nucleus of a cell begins after the corner that closes the ring before it.
     """
     starts = []
     stops = np.append(first_of_cell[1:], len(corners))
@@ -212,12 +161,12 @@ def _ring_starts(first_of_cell: NDArray[np.int64], corners: NDArray[np.floating]
 
 
 def choose_members(names: Sequence[str]) -> list[str]:
-    """Choose the files of an output folder that are read here.
+    """Choose the files of an output folder that are read.
 
     Raises
     ------
     InputError
-        One is missing.
+        A file is missing.
     """
     there = set(names)
     missing = [name for name in READ_MEMBERS if name not in there]
@@ -234,7 +183,7 @@ def dapi_path(outs: str | os.PathLike[str]) -> Path:
     Raises
     ------
     InputError
-        There is none.
+        No DAPI image.
     """
     found = [Path(outs) / name for name in DAPI_IMAGES if (Path(outs) / name).is_file()]
     if not found:

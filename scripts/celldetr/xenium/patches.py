@@ -19,7 +19,7 @@ from celldetr.slides.tissue import Raster, imaged, tissue_mask
 from celldetr.store import NO_LABEL, class_counts
 from celldetr.xenium.celltypes.labels import read_cells
 from celldetr.xenium.output import dapi_path, read_nuclei
-from celldetr.xenium.registration import Registration, read_registration
+from celldetr.xenium.registration.result import Registration, read_registration
 
 
 @dataclass(frozen=True)

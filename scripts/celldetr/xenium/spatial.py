@@ -16,7 +16,7 @@ from spatialdata.transformations import Affine, BaseTransformation, Identity, Sc
 
 from celldetr.runtime.files import atomic
 from celldetr.slides.pyramid import Pyramid, open_pyramid
-from celldetr.xenium.output import dapi_path, read_nuclei, read_specs
+from celldetr.xenium.output import dapi_path, read_nuclei, read_pixel_size
 
 _CHUNK = 1024  # px
 _SMALLEST = 1024  # px; the pyramid ends where the longer side is below
@@ -52,7 +52,7 @@ def write_spatialdata(
     InputError
         A file is missing or damaged.
     """
-    pixel_size = read_specs(outs).pixel_size
+    pixel_size = read_pixel_size(outs)
     with warnings.catch_warnings(), open_pyramid(he) as stained, open_pyramid(dapi_path(outs), plane=0) as dapi:
         warnings.simplefilter("ignore")
         sample = spatialdata_io.xenium(

@@ -29,7 +29,7 @@ from celldetr.example.xenium_layout import VERSIONS
 from celldetr.example.xenium_panel import gene_id
 from celldetr.runtime.errors import ConfigError
 from celldetr.slides.pyramid import open_pyramid
-from celldetr.xenium.output import dapi_path, read_sample
+from celldetr.xenium.output import dapi_path, read_counts, read_nuclei, read_pixel_size
 
 SIZE = (150.0, 120.0)
 NO_RIM = {"size_um": (80.0, 60.0), "rim_um": 0.0}
@@ -98,18 +98,18 @@ def test_label_images_number_nuclei_as_their_version_says(tmp_path, version):
 
 
 def test_cells_of_the_library_s_reader(sample):
-    read = read_sample(sample.outs)
-    assert (sample.counts != read.counts.X).nnz == 0
-    assert read.counts.obs_names.tolist() == sample.cell_ids.tolist()
-    assert read.counts.var["gene_ids"].tolist() == [gene_id(gene) for gene in PANEL]
-    assert read.nuclei["cell_id"].tolist() == sample.cell_ids[sample.nucleus_cell].tolist()
-    assert (read.pixel_size, read.version) == (0.2125, "3.0.0.15")
+    counts = read_counts(sample.outs)
+    assert (sample.counts != counts.X).nnz == 0
+    assert counts.obs_names.tolist() == sample.cell_ids.tolist()
+    assert counts.var["gene_ids"].tolist() == [gene_id(gene) for gene in PANEL]
+    assert read_nuclei(sample.outs)["cell_id"].tolist() == sample.cell_ids[sample.nucleus_cell].tolist()
+    assert read_pixel_size(sample.outs) == 0.2125
 
 
 def test_boundaries_without_numbers_as_in_first_builds_of_version_2(tmp_path):
     truth = write_xenium(tmp_path, seed=2, version="2.0.0", label_ids=False, size_um=(300.0, 200.0), rim_um=0.0)
     assert (np.bincount(truth.nucleus_cell) == 2).any()
-    nuclei = read_sample(truth.outs).nuclei
+    nuclei = read_nuclei(truth.outs)
     assert nuclei["cell_id"].tolist() == truth.cell_ids[truth.nucleus_cell].tolist()
     assert "label_id" not in pd.read_parquet(truth.outs / "nucleus_boundaries.parquet")
 

@@ -11,7 +11,7 @@ import spatialdata
 
 from celldetr.example.xenium import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.output import choose_members, dapi_path, read_counts, read_nuclei, read_sample, read_specs
+from celldetr.xenium.output import choose_members, dapi_path, read_counts, read_nuclei, read_pixel_size
 from celldetr.xenium.spatial import write_spatialdata
 
 VERSIONS = {"1.0.1": True, "1.5.0": True, "2.0.0": False, "3.0.0": True, "4.0.0": True}  # False: no label_id
@@ -41,18 +41,18 @@ def outs(tmp_path, request):
 
 
 def test_counts_and_nuclei_come_back(truth):
-    sample = read_sample(truth.outs)
-    assert sample.pixel_size == 0.2125
-    assert sample.counts.obs_names.tolist() == truth.cell_ids.tolist()
-    assert sample.counts.var_names.tolist() == list(truth.genes)
-    assert (truth.counts != sample.counts.X).nnz == 0
-    assert sample.counts.var["gene_ids"].str.startswith("ENSG").all()
+    counts, found_nuclei = read_counts(truth.outs), read_nuclei(truth.outs)
+    assert read_pixel_size(truth.outs) == 0.2125
+    assert counts.obs_names.tolist() == truth.cell_ids.tolist()
+    assert counts.var_names.tolist() == list(truth.genes)
+    assert (truth.counts != counts.X).nnz == 0
+    assert counts.var["gene_ids"].str.startswith("ENSG").all()
     cells = truth.cell_ids[truth.nucleus_cell]
-    assert sorted(sample.nuclei["cell_id"]) == sorted(cells)
+    assert sorted(found_nuclei["cell_id"]) == sorted(cells)
     areas = {name: [] for name in truth.cell_ids}
     for name, polygon in zip(cells, truth.nuclei_um, strict=True):
         areas[name].append(polygon.mean(axis=0))
-    for name, nuclei in sample.nuclei.groupby("cell_id"):
+    for name, nuclei in found_nuclei.groupby("cell_id"):
         found = np.array([[p.x, p.y] for p in nuclei.geometry.representative_point()])
         planted = np.array(areas[name])
         assert len(found) == len(planted)
@@ -98,10 +98,10 @@ def test_a_saved_sample_is_aligned(truth, tmp_path):
 def test_a_missing_or_damaged_file_is_named(outs, name):
     (outs / name).write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"get it again|file of a Xenium run"):
-        read_sample(outs)
+        read_counts(outs), read_pixel_size(outs)
     (outs / name).unlink()
     with pytest.raises(InputError, match=rf"{name}: no such file"):
-        read_sample(outs)
+        read_counts(outs), read_pixel_size(outs)
 
 
 def test_a_damaged_table_of_nuclei_is_named(outs):
@@ -125,7 +125,7 @@ def test_an_implausible_pixel_size_is_refused(outs):
     specs = json.loads((outs / "experiment.xenium").read_text())
     (outs / "experiment.xenium").write_text(json.dumps({**specs, "pixel_size": 212.5}))
     with pytest.raises(InputError, match=r"pixel_size: got 212\.5, expected um per pixel"):
-        read_specs(outs)
+        read_pixel_size(outs)
 
 
 def test_a_folder_without_dapi_is_refused(outs):

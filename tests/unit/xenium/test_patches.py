@@ -16,7 +16,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
 from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS
 from celldetr.xenium.patches import place_nuclei
-from celldetr.xenium.registration import Quality, Registration
+from celldetr.xenium.registration.result import Quality, Registration
 
 SIZE, MPP = 64, 0.5
 
@@ -50,9 +50,7 @@ def sample(tmp_path_factory):
         passed=True, failures=(), distance=1.0, chance=5.0, contrast=1.0, z=10.0, inside=1.0, he_nuclei=9,
         regions_passed=1.0, regions=(),
     )  # fmt: skip
-    registration = Registration(
-        matrix=truth.matrix, pixel_size=truth.pixel_size, he_mpp=truth.he_mpp, origin="file", quality=quality
-    )
+    registration = Registration(matrix=truth.matrix, pixel_size=truth.pixel_size, origin="file", quality=quality)
     registration.write(folder / "registration.json")
     labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
     write_cells(folder / "cells.parquet", truth.cell_ids, labels)

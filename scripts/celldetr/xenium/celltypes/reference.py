@@ -24,7 +24,6 @@ from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
 from celldetr.runtime.files import atomic
 from celldetr.xenium.celltypes.counts import RawCounts, find_counts, read_rows, why_not_raw
 from celldetr.xenium.celltypes.genes import sum_duplicates, symbols_and_ids
-from celldetr.xenium.hdf5 import check_heaps
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +167,6 @@ def prepare_reference(
     """
     where = Path(path)
     generator = np.random.default_rng(seed)
-    check_heaps(where)
     try:
         file = h5py.File(where, "r")
     except OSError as error:
@@ -230,7 +228,6 @@ def read_reference(path: str | os.PathLike[str]) -> AnnData:
     InputError
         The file is none.
     """
-    check_heaps(path)
     with _reading(Path(path)):
         reference = anndata.read_h5ad(path)
     wanted = {"type", "label", "held_out"}

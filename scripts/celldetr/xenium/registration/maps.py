@@ -1,189 +1,238 @@
-"""Maps of both images from the whole section down to a few um a sample, and the affine between them."""
+"""Maps of nuclear stain on a grid of the Xenium frame, read piece by piece, and shifts between maps by correlation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.images import Grid, Values, hematoxylin, intensity, sample
-from celldetr.xenium.registration.matching import band, match_blocks
-from celldetr.xenium.registration.transform import affine, apply, fit_robust, inverse, scaling
+from celldetr.xenium.registration.affine import apply
 
-_FINEST = 2.0  # um of a sample
-_LARGEST = 2048  # samples along the finest map of the smaller image; the larger one may have twice as many
-_SMALLEST = 96  # samples along the coarsest map of the smaller image, at least
-_BLOCK = 48  # samples along the side of a block
-_BLOCKS = 120  # blocks that are compared on a map
-_PEAKS = 2  # places that are kept of each linear part
+# Optical density of hematoxylin, eosin, and the residual (Ruifrok and Johnston 2001, Anal Quant Cytol Histol 23)
+_STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
+_READ_SIDE = 2048  # px of a region that is read at once
+_VOID = 8  # pixels darker than this in all colours are scanner fill, not tissue
+
+Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class MapPair:
-    """Banded maps with square samples of the same size.
+class Grid:
+    """Square samples in the um frame; sample (row, column) covers `spacing` um.
 
     Attributes
     ----------
+    x, y
+        Corner, um.
     spacing
-        Side of a sample, um (of the H&E: by its nominal pixel size).
-    he, dapi
-        (h, w) each; both begin at the corner of their image.
-    he_mpp
-        Nominal um per H&E px.
+        Side of a sample, um.
+    width, height
+        Number of samples.
     """
 
+    x: float
+    y: float
     spacing: float
-    he: Values
-    dapi: Values
-    he_mpp: float
+    width: int
+    height: int
+
+    def centres(self, rows: slice, columns: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres of samples, um: x (1, columns) and y (rows, 1)."""
+        x = self.x + (np.arange(columns.start, columns.stop) + 0.5) * self.spacing
+        y = self.y + (np.arange(rows.start, rows.stop) + 0.5) * self.spacing
+        return x[None, :], y[:, None]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A matrix (3, 3) from H&E level-0 px to um of the Xenium frame, and what speaks for it."""
-
-    to_um: NDArray[np.float64]
-    score: float
+def window(centre: NDArray[np.float64], side: float, spacing: float) -> Grid:
+    """Grid of about `side` um around a point (2,), um."""
+    count = max(round(side / spacing), 1)
+    return Grid(centre[0] - count * spacing / 2, centre[1] - count * spacing / 2, spacing, count, count)
 
 
-def make_maps(he: Pyramid, dapi: Pyramid, he_mpp: float, pixel_size: float) -> list[MapPair]:
-    """Make maps from the coarsest to the finest.
-
-    Parameters
-    ----------
-    he, dapi
-        The images.
-    he_mpp
-        um per H&E px, known or assumed.
-    pixel_size
-        um per Xenium px.
-    """
-    extents = [max(he.size) * he_mpp, max(dapi.size) * pixel_size]
-    spacing = max(_FINEST, min(extents) / _LARGEST, max(extents) / (2 * _LARGEST))
-    whole = []
-    for image, mpp, convert in ((he, he_mpp, hematoxylin), (dapi, pixel_size, intensity)):
-        size = [max(int(np.ceil(side * mpp / spacing)), 1) for side in image.size]
-        whole.append(sample(image, Grid(0.0, 0.0, spacing, *size), scaling(1 / mpp), convert))
-    pairs = []
-    while True:
-        pairs.append(MapPair(spacing, band(whole[0]), band(whole[1]), he_mpp))
-        if min(max(values.shape) for values in whole) < 2 * _SMALLEST:
-            return pairs[::-1]
-        whole = [_halve(values) for values in whole]
-        spacing *= 2
+def _hematoxylin_tables() -> NDArray[np.float32]:
+    """Contribution (3, 256) of each value of each colour channel to hematoxylin."""
+    stains = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
+    share = np.linalg.inv(stains)[:, 0]
+    density = -np.log10((np.arange(256) + 1.0) / 256)
+    return (share[:, None] * density).astype(np.float32)
 
 
-def _halve(values: Values) -> Values:
-    """Average 2 x 2 samples; the last row or column of an odd number is doubled."""
-    even = np.pad(values, [(0, side % 2) for side in values.shape], mode="edge")
-    halved: Values = even.reshape(even.shape[0] // 2, 2, even.shape[1] // 2, 2).mean(axis=(1, 3))
-    return halved
+_TABLES = _hematoxylin_tables()
 
 
-def search(maps: MapPair, linears: Iterable[NDArray[np.float64]]) -> list[Candidate]:
-    """Find the best shifts for each linear part by correlation of whole maps.
+def hematoxylin(pixels: NDArray[np.uint8]) -> Values:
+    """Hematoxylin (h, w) >= 0, in optical density, of an H&E image (h, w, 3) by colour deconvolution."""
+    amount: Values = sum(table[pixels[..., colour]] for colour, table in enumerate(_TABLES))
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    amount[np.maximum(np.maximum(red, green), blue) < _VOID] = 0
+    return np.maximum(amount, 0)
+
+
+def intensity(pixels: NDArray[Any]) -> Values:
+    """Square root of a single plane, so that bright nuclei do not drown the others."""
+    return np.sqrt(pixels.astype(np.float32))
+
+
+def colour(pixels: NDArray[np.uint8]) -> Values:
+    """Colours (h, w, 3), unchanged."""
+    return pixels.astype(np.float32)
+
+
+def sample(image: Pyramid, grid: Grid, um_to_px: NDArray[np.float64], convert: Callable[[Any], Values]) -> Values:
+    """Average an image over the samples of a grid.
 
     Parameters
     ----------
-    maps
-        A coarse pair.
-    linears
-        Linear parts (2, 2): nominal um of the H&E -> um of the Xenium frame.
+    image
+        H&E or DAPI.
+    grid
+        Samples, um.
+    um_to_px
+        (3, 3), um of the grid's frame -> level-0 px of the image.
+    convert
+        Pixels -> values (h, w) or (h, w, k): `hematoxylin`, `intensity` or `colour`.
 
     Returns
     -------
-    list of Candidate
-        Best first.
+    NDArray
+        (height, width) or (height, width, k). Memory does not depend on the size of the image.
     """
-    linears = list(linears)
-    height, width = maps.he.shape
-    stretch = max(np.linalg.norm(linear, 2) for linear in linears)
-    canvas = int(np.ceil(np.hypot(height, width) * stretch)) + 2
-    shape = tuple(fft.next_fast_len(canvas + side, real=True) for side in maps.dapi.shape)
-    target = fft.rfft2(maps.dapi, shape)
-    norm = float(np.linalg.norm(maps.dapi)) or 1.0
-    middle_in, middle_out = np.array([height - 1, width - 1]) / 2, np.full(2, (canvas - 1) / 2)
-    found = []
-    for linear in linears:
-        back = np.linalg.inv(linear)[::-1, ::-1]  # rows before columns
-        turned = ndimage.affine_transform(
-            maps.he, back, middle_in - back @ middle_out, output_shape=(canvas, canvas), order=1
-        )
-        product = fft.irfft2(target * np.conj(fft.rfft2(turned, shape)), shape)
-        most = norm * (float(np.linalg.norm(turned)) or 1.0)
-        for _ in range(_PEAKS):
-            place = np.array(np.unravel_index(product.argmax(), product.shape))
-            score = float(product[tuple(place)]) / most
-            offset = np.where(place > np.array(maps.dapi.shape), place - shape, place)
-            centre = (offset + middle_out)[::-1] * maps.spacing + maps.spacing / 2
-            origin = np.array([width, height]) / 2 * maps.spacing
-            to_um = affine(linear, centre - linear @ origin) @ scaling(maps.he_mpp)
-            found.append(Candidate(to_um, score))
-            rows, columns = ((place[axis] + np.arange(-4, 5)) % shape[axis] for axis in (0, 1))
-            product[np.ix_(rows, columns)] = -most
-    return sorted(found, key=lambda candidate: -candidate.score)
+    per_sample = grid.spacing * float(np.sqrt(abs(np.linalg.det(um_to_px[:2, :2]))))
+    level = image.level_for(per_sample)
+    down = image.levels[level].downsample
+    ratio = per_sample / down
+    step = int(np.clip(_READ_SIDE / (1.5 * ratio), 8, 512))
+    rows = []
+    for top in range(0, grid.height, step):
+        across = slice(top, min(top + step, grid.height))
+        pieces = []
+        for left in range(0, grid.width, step):
+            x, y = grid.centres(across, slice(left, min(left + step, grid.width)))
+            px = [um_to_px[axis, 0] * x + um_to_px[axis, 1] * y + um_to_px[axis, 2] for axis in (0, 1)]
+            pieces.append(_piece(image, level, px[0] / down, px[1] / down, ratio, convert))
+        rows.append(np.concatenate(pieces, axis=1))
+    return np.concatenate(rows, axis=0)
 
 
-def align(maps: MapPair, to_um: NDArray[np.float64], reach: int, seed: int) -> Candidate:
-    """Improve a matrix by finding blocks of the DAPI map in the H&E map.
+def _piece(
+    image: Pyramid,
+    level: int,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    ratio: float,
+    convert: Callable[[Any], Values],
+) -> Values:
+    """Values at positions (h, w), px of a level, averaged over `ratio` px."""
+    margin = int(np.ceil(ratio)) + 2
+    grid = image.levels[level]
+    x0, x1 = max(int(x.min()) - margin, -margin), min(int(x.max()) + margin + 2, grid.width + margin)
+    y0, y1 = max(int(y.min()) - margin, -margin), min(int(y.max()) + margin + 2, grid.height + margin)
+    if x0 >= x1 or y0 >= y1:
+        one = np.full((1, 1, 3) if image.channels == 3 else (1, 1), image.background, dtype=image.dtype)
+        values = convert(one)
+        return np.broadcast_to(values, (*x.shape, *values.shape[2:])).astype(np.float32)
+    values = convert(image.read(level, x0, y0, x1 - x0, y1 - y0))
+    half = 0.0
+    if ratio > 1.2:
+        side = round(ratio)
+        values = ndimage.uniform_filter(values, (side, side, *(0,) * (values.ndim - 2)))
+        # the centre of an even window lies between pixels
+        half = 0.5 if side % 2 == 0 else 0.0
+    positions = [y - y0 - 0.5 + half, x - x0 - 0.5 + half]
+    layers = [
+        ndimage.map_coordinates(layer, positions, order=1, mode="nearest")
+        for layer in np.moveaxis(np.atleast_3d(values), -1, 0)
+    ]
+    return np.stack(layers, axis=-1) if values.ndim == 3 else layers[0]
+
+
+def inside(image: Pyramid, um_to_px: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Mask (n,) of the points (n, 2), um, that lie inside an image."""
+    px = apply(um_to_px, points)
+    within: NDArray[np.bool_] = np.all((px >= 0) & (px < np.array(image.size)), axis=1)
+    return within
+
+
+def band(values: Values, fine: float = 1.0, wide: float = 8.0) -> Values:
+    """Band-pass a map (difference of Gaussians, samples) to suppress noise and gradients; scale to unit deviation."""
+    low, high = np.percentile(values, [0.5, 99.5])
+    clipped = np.clip(values, low, high)
+    kept = ndimage.gaussian_filter(clipped, fine) - ndimage.gaussian_filter(clipped, wide)
+    deviation = kept.std()
+    scaled: Values = kept / deviation if deviation > 0 else kept
+    return scaled
+
+
+def match_blocks(fixed: Values, moving: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Find each block in a larger block around the same place by normalised cross-correlation.
 
     Parameters
     ----------
-    maps
-        Pair of maps.
-    to_um
-        (3, 3), H&E level-0 px -> um of the Xenium frame.
-    reach
-        How far away a block may be, samples.
-    seed
-        Of the choice of blocks that a fit begins with.
+    fixed
+        Blocks (n, b, b).
+    moving
+        Blocks (n, b + 2 r, b + 2 r) with the same centres.
 
     Returns
     -------
-    Candidate
-        Improved matrix; the score is the trust in the blocks that agree, per block.
+    shifts
+        (n, 2) x and y in samples, to a fraction of a sample: point p of `fixed` lies at p + shift in `moving`.
+    score
+        (n,) trust from 0 to 1: correlation at the peak, times how clearly the peak beats distant places.
     """
-    block = min(_BLOCK, min(maps.dapi.shape))
-    corners = _block_corners(maps, to_um, block)
-    if not len(corners):
-        return Candidate(to_um, 0.0)
-    fixed = np.stack([maps.dapi[y : y + block, x : x + block] for x, y in corners])
-    moving = np.stack([_through(maps, to_um, corner - reach, block + 2 * reach) for corner in corners])
-    shifts, score = match_blocks(fixed, moving)
-    if not score.any():
-        return Candidate(to_um, 0.0)
-    centres = (corners + block / 2) * maps.spacing
-    update, agree = fit_robust(
-        centres + shifts * maps.spacing, centres, score + 1e-6, tolerance=max(2.0, reach / 6) * maps.spacing, seed=seed
+    side = fixed.shape[1]
+    reach = (moving.shape[1] - side) // 2
+    template = fixed - fixed.mean(axis=(1, 2), keepdims=True)
+    shape = [fft.next_fast_len(moving.shape[1], real=True)] * 2
+    ahead = fft.rfft2(moving, shape)
+    product = fft.irfft2(ahead * np.conj(fft.rfft2(template, shape)), shape)
+    valid = slice(0, 2 * reach + 1)
+    product = product[:, valid, valid]
+    energy = _window_sums(moving.astype(np.float64) ** 2, side) - _window_sums(moving, side) ** 2 / side**2
+    norm = np.sqrt(np.maximum(energy, 1e-12) * (template.astype(np.float64) ** 2).sum(axis=(1, 2))[:, None, None])
+    correlation = np.where(norm > 1e-3, product / np.maximum(norm, 1e-3), 0)
+    shifts, score = np.empty((len(fixed), 2)), np.empty(len(fixed))
+    for index, surface in enumerate(correlation):
+        row, column = np.unravel_index(surface.argmax(), surface.shape)
+        shifts[index] = _vertex(surface, int(row), int(column)) - reach
+        score[index] = max(surface.max(), 0) * _clarity(surface, int(row), int(column))
+    return shifts, score
+
+
+def _window_sums(values: NDArray[np.floating], side: int) -> NDArray[np.float64]:
+    """Sum over all windows of a side: (n, B, B) -> (n, B - side + 1, B - side + 1)."""
+    total = np.pad(values.astype(np.float64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
+    sums: NDArray[np.float64] = (
+        total[:, side:, side:] - total[:, :-side, side:] - total[:, side:, :-side] + total[:, :-side, :-side]
     )
-    return Candidate(update @ to_um, float(score[agree].sum() / len(score)))
+    return sums
 
 
-def _through(maps: MapPair, to_um: NDArray[np.float64], corner: NDArray[np.int64], side: int) -> Values:
-    """Square of the H&E map as it lies on the DAPI map."""
-    to_map = scaling(maps.he_mpp / maps.spacing) @ inverse(to_um) @ scaling(maps.spacing)
-    x = (corner[0] + np.arange(side) + 0.5)[None, :]
-    y = (corner[1] + np.arange(side) + 0.5)[:, None]
-    places = [to_map[axis, 0] * x + to_map[axis, 1] * y + to_map[axis, 2] - 0.5 for axis in (1, 0)]
-    found: Values = ndimage.map_coordinates(maps.he, places, order=1, mode="constant")
-    return found
+def _vertex(surface: NDArray[np.float64], row: int, column: int) -> NDArray[np.float64]:
+    """Position (x, y) of a peak between samples, by parabolas."""
+    position = []
+    for index, line in ((column, surface[row]), (row, surface[:, column])):
+        offset = 0.0
+        if 0 < index < len(line) - 1:
+            before, here, after = line[index - 1 : index + 2]
+            bend = before - 2 * here + after
+            offset = float(np.clip((before - after) / (2 * bend), -0.5, 0.5)) if bend < 0 else 0.0
+        position.append(index + offset)
+    return np.array(position)
 
 
-def _block_corners(maps: MapPair, to_um: NDArray[np.float64], block: int) -> NDArray[np.int64]:
-    """Corners (n, 2) x and y of blocks that have most signal and whose centre is inside the H&E."""
-    step = max(block // 2, 1)
-    height, width = maps.dapi.shape
-    x, y = np.meshgrid(np.arange(0, width - block + 1, step), np.arange(0, height - block + 1, step))
-    corners = np.column_stack([x.ravel(), y.ravel()]).astype(np.int64)
-    he = apply(inverse(to_um), (corners + block / 2) * maps.spacing) * maps.he_mpp / maps.spacing
-    within = ((he > 0) & (he < np.array(maps.he.shape)[::-1])).all(axis=1)
-    corners = corners[within]
-    signal = np.array([np.abs(maps.dapi[y : y + block, x : x + block]).mean() for x, y in corners])
-    if not len(corners):
-        return corners
-    strong = np.flatnonzero(signal > 0.3 * np.percentile(signal, 90))
-    if len(strong) > _BLOCKS:
-        strong = strong[np.linspace(0, len(strong) - 1, _BLOCKS).round().astype(int)]
-    return corners[strong]
+def _clarity(surface: NDArray[np.float64], row: int, column: int) -> float:
+    """Share, 0 to 1, by which the peak exceeds all distant values; a peak at the edge of the search counts a tenth."""
+    peak = surface[row, column]
+    if peak <= 0:
+        return 0.0
+    if len(surface) <= 7:  # nothing is distant
+        return 1.0
+    others = surface.copy()
+    others[max(row - 3, 0) : row + 4, max(column - 3, 0) : column + 4] = -1
+    second = max(float(others.max()), 0.0)
+    edge = row in (0, len(surface) - 1) or column in (0, len(surface) - 1)
+    return float((1 - second / peak) * (0.1 if edge else 1.0))

@@ -1,4 +1,4 @@
-"""From a nearly right matrix to one that puts nuclei on nuclei: windows of both images, then the nuclei themselves."""
+"""Refine a nearly right matrix: shifts of image windows first, then pairs of nuclei."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,51 +6,44 @@ from scipy.spatial import cKDTree
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.images import Values, hematoxylin, intensity, sample, window
-from celldetr.xenium.registration.matching import band, match_blocks
-from celldetr.xenium.registration.nuclei import Nuclei, Region, keep_clear, look
-from celldetr.xenium.registration.transform import apply, fit_affine, fit_robust, inverse, scaling
+from celldetr.xenium.registration.affine import apply, fit_affine, fit_robust, inverse, scaling
+from celldetr.xenium.registration.maps import Values, band, hematoxylin, intensity, match_blocks, sample, window
+from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, read_window
 
-# um of a sample, side of a window and how far away it may be, um; each must find what the one before leaves
+# Spacing of samples, side of a window, and search radius, um; the second step must find what the first one leaves
 _STEPS = ((2.0, 260.0, 40.0), (1.0, 200.0, 12.0))
-_CAPS = (8.0, 6.0, 5.0, 4.0, *(3.5,) * 12)  # um between partners, iteration by iteration
-_FINE, _WIDE = 1.0, 8.0  # um; what is between these sizes is compared
-_FEWEST = 20  # pairs of nuclei that can move a matrix
+_MAX_DISTANCES = (8.0, 6.0, 5.0, 4.0, *(3.5,) * 12)  # um between the nuclei of a pair, iteration by iteration
+_FINE, _WIDE = 1.0, 8.0  # um; structures between these sizes are compared
+_MIN_PAIRS = 20  # of nuclei
 
 
 def refine_windows(
     to_um: NDArray[np.float64], he: Pyramid, dapi: Pyramid, pixel_size: float, regions: list[Region], seed: int
 ) -> NDArray[np.float64]:
-    """Improve a matrix that is off by up to 40 um by the shifts of windows.
+    """Improve a matrix that is off by up to 40 um by matching a window of each region.
 
     Parameters
     ----------
     to_um
         (3, 3), H&E level-0 px -> um of the Xenium frame.
     he, dapi
-        The images.
+        Images.
     pixel_size
         um per Xenium px.
     regions
-        Where the windows are.
+        Centres of the windows.
     seed
-        Of the choice of windows that a fit begins with.
-
-    Returns
-    -------
-    NDArray
-        Improved matrix.
+        Seed of the robust fit.
     """
     centres = np.array([region.centre for region in regions])
     for spacing, side, reach in _STEPS:
         extra = round(reach / spacing)
         to_he, to_dapi = inverse(to_um), scaling(1 / pixel_size)
-        count = round(side / spacing)
+        larger_side = (round(side / spacing) + 2 * extra) * spacing
         fixed, moving = [], []
         for centre in centres:
-            fixed.append(_banded(sample(dapi, window(centre, side, spacing), to_dapi, intensity), spacing))
-            larger = window(centre, (count + 2 * extra) * spacing, spacing)
-            moving.append(_banded(sample(he, larger, to_he, hematoxylin), spacing))
+            fixed.append(_band_um(sample(dapi, window(centre, side, spacing), to_dapi, intensity), spacing))
+            moving.append(_band_um(sample(he, window(centre, larger_side, spacing), to_he, hematoxylin), spacing))
         shifts, score = match_blocks(np.stack(fixed), np.stack(moving))
         if not score.any():
             continue
@@ -60,36 +53,32 @@ def refine_windows(
     return to_um
 
 
-def _banded(values: Values, spacing: float) -> Values:
+def _band_um(values: Values, spacing: float) -> Values:
     return band(values, _FINE / spacing, _WIDE / spacing)
 
 
 def refine_nuclei(
-    to_um: NDArray[np.float64], he: Pyramid, nuclei: Nuclei, regions: list[Region], settings: RegistrationSettings
+    to_um: NDArray[np.float64], he: Pyramid, nuclei: DapiNuclei, regions: list[Region], settings: RegistrationSettings
 ) -> NDArray[np.float64]:
-    """Improve a matrix that is off by a few um: H&E nuclei and DAPI nuclei that are each other's nearest must meet.
+    """Improve a matrix that is off by a few um: iterated fit to pairs of mutually nearest H&E and DAPI nuclei.
 
-    Returns
-    -------
-    NDArray
-        Improved matrix (3, 3); the given one when there are too few pairs.
+    Returns the given matrix (3, 3) if there are too few pairs.
     """
-    looks = [look(he, to_um, region, settings, 4.0) for region in regions]
-    start = np.concatenate(keep_clear(looks))
-    if len(start) < _FEWEST:
+    start = np.concatenate(clear_blobs([read_window(he, to_um, region, settings, 4.0) for region in regions]))
+    if len(start) < _MIN_PAIRS:
         return to_um
     update = np.eye(3)
-    for cap in _CAPS:
+    for limit in _MAX_DISTANCES:
         points = apply(update, start)
-        distance, partner = nuclei.tree.query(points, distance_upper_bound=cap)
+        distance, partner = nuclei.tree.query(points, distance_upper_bound=limit)
         near = np.flatnonzero(np.isfinite(distance))
-        if len(near) < _FEWEST:
+        if len(near) < _MIN_PAIRS:
             return to_um
         _, back = cKDTree(points).query(nuclei.centroids[partner[near]])
         mutual = near[back == near]
-        if len(mutual) < _FEWEST:
+        if len(mutual) < _MIN_PAIRS:
             return to_um
-        # Tukey's weights: a pair counts less the farther it is apart
-        weights = (1 - (distance[mutual] / cap) ** 2) ** 2 + 1e-6
+        # Tukey's biweight: the farther apart, the less a pair counts
+        weights = (1 - (distance[mutual] / limit) ** 2) ** 2 + 1e-6
         update = fit_affine(start[mutual], nuclei.centroids[partner[mutual]], weights, stiffness=0.01 * len(mutual))
     return update @ to_um
