@@ -1,7 +1,8 @@
 """Cut a slide into patches with the boxes of its nuclei.
 
 Inputs: the slide (file) and the outlines of its nuclei. Outputs: the store (boxes in px, half-open; no labels), a
-picture of the slide with its tissue and patches, and what is in the store and what was left out, as TSV and as HTML.
+picture of the slide with its tissue and patches, and counts of what is in the store and what was left out, as TSV and
+HTML.
 Params: settings (which patches), on_damage, patch_size (px), mpp (um per px), slide_mpp (um per px, or null), unit (of
 the outlines), tissue, group, seed. Wildcard: slide.
 """
@@ -9,9 +10,10 @@ the outlines), tissue, group, seed. Wildcard: slide.
 from pathlib import Path
 
 from celldetr.config.slides import SlidePatchSettings
-from celldetr.report.patches import write_rows
+from celldetr.report.patches import overview, save_picture, write_report, write_rows, write_unreadable
 from celldetr.runtime.rule import run_rule
-from celldetr.slides.patches import Slide, extract_slide, summary_rows, write_page, write_picture
+from celldetr.slides.damage import open_slide
+from celldetr.slides.patches import Slide, extract_slide, summary_rows
 from celldetr.store import open_store
 
 
@@ -39,8 +41,14 @@ def main(snakemake):
     store = open_store(output.store)
     rows = summary_rows(found, store)
     write_rows(output.summary_tsv, rows)
-    write_picture(output.picture, slide, found, params.on_damage)
-    write_page(output.summary_html, slide, found, store, rows, params.on_damage)
+    names = {"title": f"Patches of {slide.name} ({slide.tissue})", "source": slide.file.name}
+    if found is None:
+        write_unreadable(output.summary_html, output.picture, **names)
+        return
+    with open_slide(slide.file, found.grid.image_mpp, slide.name, skip=params.on_damage == "skip") as image:
+        picture = overview(image, found.grid, found.tissue)
+    save_picture(output.picture, picture)
+    write_report(output.summary_html, store, picture=picture, rows=rows, **names)
 
 
 if "snakemake" in globals():

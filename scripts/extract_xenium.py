@@ -7,9 +7,9 @@ Params: settings (which patches), patch_size (px), mpp (um per px), tissue, grou
 
 from pathlib import Path
 
-from celldetr.report.patches import write_report, write_rows
+from celldetr.config.slides import PatchSettings
+from celldetr.report.patches import overview, write_report, write_rows
 from celldetr.runtime.rule import run_rule
-from celldetr.slides.grid import PatchSettings
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.store import open_store
 from celldetr.xenium.patches import SampleFiles, extract_sample, summary_rows
@@ -34,16 +34,10 @@ def main(snakemake):
     store = open_store(output.store)
     rows = summary_rows(found, store.labels)
     write_rows(output.summary_tsv, rows)
-    with open_pyramid(files.he, found.plan.image_mpp) as image:
-        write_report(
-            output.summary_html,
-            store,
-            title=f"Patches of {sample} ({params.tissue})",
-            image=image,
-            plan=found.plan,
-            tissue=found.tissue,
-            rows=rows,
-        )
+    with open_pyramid(files.he, found.grid.image_mpp) as image:
+        picture = overview(image, found.grid, found.tissue)
+    title = f"Patches of {sample} ({params.tissue})"
+    write_report(output.summary_html, store, title=title, source=files.he.name, picture=picture, rows=rows)
 
 
 if "snakemake" in globals():

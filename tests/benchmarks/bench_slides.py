@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 import openslide
 from celldetr.slides.outlines import read_nucleus_file
-from celldetr.slides.cutting import extract
-from celldetr.slides.grid import plan_patches
+from celldetr.slides.cutting import cut_patches
+from celldetr.slides.grid import patch_grid
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.config.slides import SlidePatchSettings
 from celldetr.slides.patches import Slide, extract_slide
@@ -42,14 +42,14 @@ settings = SlidePatchSettings()
 with open_pyramid(PATH) as image:
     mpp = image.mpp
     nuclei = read_nucleus_file(NUCLEI, image_mpp=mpp, mpp=0.25).nuclei
-    plan = plan_patches(image.size, mpp, nuclei, size=256, mpp=0.25, tissue=tissue_mask(image, mpp),
+    grid = patch_grid(image.size, mpp, nuclei, size=256, mpp=0.25, tissue=tissue_mask(image, mpp),
                         settings=settings.rules(), seed=0)
 ratio, side = 0.25 / mpp, round(256 * 0.25 / mpp)
-rows = sorted(plan.corners.tolist(), key=lambda corner: (corner[1], corner[0]))
+rows = sorted(grid.corners.tolist(), key=lambda corner: (corner[1], corner[0]))
 start = time.perf_counter()
 """
 REPORT = """
-print(len(plan), time.perf_counter() - start, peak())
+print(len(grid), time.perf_counter() - start, peak())
 """
 READ = """
 slide = openslide.OpenSlide(str(PATH))
@@ -59,7 +59,7 @@ def read(x, y):
 """
 WAYS = {
     "extraction (patches and boxes to a store)": """
-extract(PATH, plan, nuclei, OUT, classes=(), source="s", group="g", tissue="t", attrs={}, workers=WORKERS)
+cut_patches(PATH, grid, nuclei, OUT, classes=(), source="s", group="g", tissue="t", attrs={}, workers=WORKERS)
 """,
     "the whole step (outlines, tissue, plan, extraction)": """
 slide = Slide("s", PATH, NUCLEI, "g", "t", mpp)

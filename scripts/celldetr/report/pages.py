@@ -1,4 +1,4 @@
-"""What the summaries of data for people share: the look of a page, and patches with their boxes as pictures."""
+"""HTML pages that show data to people: their layout, and patches with their boxes as pictures."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from celldetr.runtime.files import atomic
 
 SIDE = 256
-"""Side of a picture on the page, px; it is drawn twice as large."""
+"""Side of a picture on the page, px; it is drawn at twice that size."""
 _CASING = "#1a1a1a"
 
 _PAGE = """<!doctype html>
@@ -41,9 +41,9 @@ def write_page(path: str | os.PathLike[str], body: str, values: Mapping[str, Any
     path
         HTML file.
     body
-        Jinja template of what stands below the title.
+        Jinja template of everything below the title.
     values
-        Values of the template: ``title``, and what the body names.
+        Values for the template: ``title``, and those used in the body.
     """
     sources = {"page": _PAGE, "this": f'{{% extends "page" %}}{{% block body %}}{body}{{% endblock %}}'}
     environment = jinja2.Environment(loader=jinja2.DictLoader(sources), autoescape=True)
@@ -54,19 +54,19 @@ def write_page(path: str | os.PathLike[str], body: str, values: Mapping[str, Any
 def patch_picture(
     image: NDArray[np.uint8], boxes: NDArray[np.float32], labels: NDArray[np.int8], colours: tuple[str, ...]
 ) -> str:
-    """Draw a patch (S, S, 3) with its boxes (n, 4) in the colours of their labels; -1 takes the last one."""
+    """Draw a patch (S, S, 3) with its boxes (n, 4) xyxy px, each in the colour of its label (-1: the last colour)."""
     scale = 2 * SIDE / len(image)
     picture = Image.fromarray(image).resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for box, label in zip(boxes * scale, labels, strict=True):
         low, high = box[:2], np.maximum(box[2:] - 1, box[:2])
-        draw.rectangle([*(low - 1), *(high + 1)], outline=_CASING, width=4)  # pale colours are lost on tissue
+        draw.rectangle([*(low - 1), *(high + 1)], outline=_CASING, width=4)  # so that pale colours stand out on tissue
         draw.rectangle([*low, *high], outline=colours[label], width=2)
     return embed(picture)
 
 
 def embed(picture: Image.Image) -> str:
-    """Picture as text (JPEG, base64) for a page; a PNG with a palette of its own is larger and takes 0.1 s."""
+    """Picture as text for a page: base64 of a JPEG, as a PNG is larger and takes 0.1 s."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90, subsampling=0)  # colours in full, for the thin lines of the boxes
+    picture.save(buffer, "JPEG", quality=90, subsampling=0)  # no subsampling: it blurs thin coloured lines
     return base64.b64encode(buffer.getvalue()).decode("ascii")

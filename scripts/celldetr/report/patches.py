@@ -1,4 +1,4 @@
-"""What was cut out of a slide, for people: a table of counts, and a page with the slide and some of its patches."""
+"""What was cut out of a slide or sample: a table of counts, a picture of the slide, and a page with some patches."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from celldetr.report.pages import SIDE, embed, patch_picture, write_page
 from celldetr.report.style import CLASS_COLOURS, UNLABELLED_COLOUR
 from celldetr.runtime.files import atomic
-from celldetr.slides.grid import Plan
+from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tissue import Raster
 from celldetr.store import PatchStore
@@ -35,6 +35,7 @@ _BODY = """
 {% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
 src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
 """
+_UNREADABLE = "<p class='warning'>{{ file }} cannot be opened; no patches are taken from it.</p>"
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[tuple[str, str, int]]) -> None:
@@ -48,29 +49,26 @@ def write_report(
     store: PatchStore,
     *,
     title: str,
-    image: Pyramid,
-    plan: Plan,
-    tissue: Raster,
+    source: str,
+    picture: Image.Image,
     rows: Sequence[tuple[str, str, int]],
 ) -> None:
-    """Write the page.
+    """Write the page: counts, the slide, and some patches with their boxes.
 
     Parameters
     ----------
     path
         HTML file.
     store
-        Store that was written.
+        Patches that were cut.
     title
-        Its title.
-    image
-        The slide.
-    plan
-        Patches that were taken.
-    tissue
-        Where there is tissue.
+        Title of the page.
+    source
+        Name of the slide's file.
+    picture
+        The slide, see `overview`.
     rows
-        Kind, name and count of what is to be told.
+        Kind, name and count.
     """
     colours = (*CLASS_COLOURS[: len(store.classes)], UNLABELLED_COLOUR)
     values: dict[str, Any] = {
@@ -78,9 +76,9 @@ def write_report(
         "patches": f"{len(store):,}",
         "size": store.patch_size,
         "mpp": store.mpp,
-        "source": image.path.name,
+        "source": source,
         "rows": rows,
-        "overview": embed(overview(image, plan, tissue)),
+        "overview": embed(picture),
         "key": list(zip((*store.classes, "no label"), colours, strict=True)),
         "pictures": _pictures(store, colours),
         "side": SIDE,
@@ -88,23 +86,31 @@ def write_report(
     write_page(path, _BODY, values)
 
 
-def overview(image: Pyramid, plan: Plan, tissue: Raster) -> Image.Image:
-    """Draw the whole slide with the outline of its tissue and the patches that were taken."""
+def write_unreadable(path: str | os.PathLike[str], picture: str | os.PathLike[str], *, title: str, source: str) -> None:
+    """Write the page and the picture (PNG) of a slide whose file `source` cannot be opened."""
+    write_page(path, _UNREADABLE, {"title": title, "file": source})
+    blank = Image.new("RGB", (640, 120), "white")
+    ImageDraw.Draw(blank).text((20, 50), f"{source} cannot be opened", fill="black")
+    save_picture(picture, blank)
+
+
+def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """Write a picture as PNG."""
+    with atomic(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
+    """Draw the whole slide with the outline of its tissue and its patches."""
     width, height = image.size
     scale = max(1.0, max(width, height) / _OVERVIEW)
     level = image.level_for(scale)
-    grid = image.levels[level]
-    # a slide whose coarsest level is still large is thinned out, strip by strip
-    step = max(1, int(scale / grid.downsample))
-    strips = [
-        image.read(level, 0, top, grid.width, min(step, grid.height - top))[:1, ::step]
-        if step > 1
-        else image.read(level, 0, top, grid.width, 1)
-        for top in range(0, grid.height, step)
-    ]
+    plane = image.levels[level]
+    # if the coarsest level is still large, take every n-th row and column of it
+    step = max(1, int(scale / plane.downsample))
+    rows_read = [image.read(level, 0, y, plane.width, 1)[:, ::step] for y in range(0, plane.height, step)]
     size = (max(1, round(width / scale)), max(1, round(height / scale)))
-    picture = Image.fromarray(np.concatenate(strips)).resize(size, Image.Resampling.BILINEAR)
-    pixels = np.array(picture)
+    pixels = np.array(Image.fromarray(np.concatenate(rows_read)).resize(size, Image.Resampling.BILINEAR))
     rows, columns = (
         np.clip((np.arange(count) + 0.5) * scale / tissue.cell, 0, limit - 1).astype(int)
         for count, limit in zip(size[::-1], tissue.inside.shape, strict=True)
@@ -112,14 +118,14 @@ def overview(image: Pyramid, plan: Plan, tissue: Raster) -> Image.Image:
     pixels[_rim(tissue.inside[np.ix_(rows, columns)])] = _TISSUE
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
-    ratio = plan.mpp / plan.image_mpp / scale
-    for x, y in plan.corners * ratio:
-        draw.rectangle([x, y, x + plan.size * ratio - 1, y + plan.size * ratio - 1], outline=_PATCH)
+    ratio = grid.mpp / grid.image_mpp / scale
+    for x, y in grid.corners * ratio:
+        draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=_PATCH)
     return picture
 
 
 def _rim(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Cells at which a mask changes, to either side."""
+    """Cells on both sides of an edge of a mask."""
     rim = np.zeros_like(mask)
     across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
     rim[:, 1:] |= across
@@ -130,6 +136,7 @@ def _rim(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _pictures(store: PatchStore, colours: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Captions and pictures of a few patches, evenly spread over the store."""
     found = []
     for index in np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int)):
         patch = store.read(int(index))

@@ -1,4 +1,4 @@
-"""Cut the patches of a plan out of a slide and write them to a patch store."""
+"""Cut patches out of a slide: several threads read and resample them, and one writes them to a patch store."""
 
 import logging
 import math
@@ -8,27 +8,42 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from celldetr.slides.grid import Nuclei, Plan
+from celldetr.runtime.errors import InputError
+from celldetr.slides.boxes import SlideBoxes
+from celldetr.slides.damage import log_damage
+from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid, open_pyramid
 from celldetr.store import StoreWriter
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 64  # patches that a thread cuts at a time
+_BLOCK = 64  # patches that a thread reads at a time
+_LOGGED = 2048  # patches between two messages
 _SUPPORT = 2  # px that the bicubic filter reaches to either side
-_ALIGNED = 1e-6  # px; patches that are off the grid of the level by less are copied
+_ALIGNED = 1e-6  # px; patches that lie on the pixels of a level to within this are copied
 
 
-def extract(
+class Block(NamedTuple):
+    """Patches that were read."""
+
+    numbers: NDArray[np.int64]
+    """(n,) their places in the grid."""
+    pixels: NDArray[np.uint8]
+    """(n, S, S, 3)."""
+    damaged: dict[int, str]
+    """Number -> error, of each patch that was left out."""
+
+
+def cut_patches(
     image: str | os.PathLike[str],
-    plan: Plan,
-    nuclei: Nuclei,
+    grid: PatchGrid,
+    nuclei: SlideBoxes,
     out: str | os.PathLike[str],
     *,
     classes: Sequence[str],
@@ -37,117 +52,145 @@ def extract(
     tissue: str,
     attrs: Mapping[str, Any],
     workers: int = 1,
-) -> None:
-    """Write the patches of a plan to a store; the same bytes for any number of workers.
-
-    Memory holds a few blocks of patches and a cache of tiles for each worker, whatever the size of the slide.
+    skip: bool = False,
+) -> PatchGrid:
+    """Write the patches of a grid to a store; the bytes do not depend on the number of workers.
 
     Parameters
     ----------
     image
-        The slide, colour.
-    plan
-        Patches and their nuclei.
+        Colour slide.
+    grid
+        Patches and the nuclei in each.
     nuclei
-        Nuclei of the slide, px of the plan.
+        Nuclei of the slide, px of the grid.
     out
         Store to write.
     classes
         Names of the labels.
     source, group, tissue
-        What the store says about each patch.
+        Columns of the store's table of patches.
     attrs
-        More attributes of the store.
+        Further attributes of the store; `patches_passed_over` and damaged patches are added.
     workers
-        Threads; decoding and resampling need no Python lock.
+        Threads. Each holds a few blocks of patches and a cache of tiles in memory.
+    skip
+        Leave out patches that cannot be decoded instead of raising an error.
+
+    Returns
+    -------
+    PatchGrid
+        The patches that were written.
 
     Raises
     ------
     InputError
-        A tile of the slide is damaged.
+        A patch cannot be decoded and `skip` is false.
     """
-    with StoreWriter(out, patch_size=plan.size, classes=classes, mpp=plan.mpp, attrs=attrs) as writer:
-        for block, pixels in _cut(image, plan, workers):
-            members = [plan.nuclei[plan.ptr[patch] : plan.ptr[patch + 1]] for patch in block]
-            placed = [
-                _place(nuclei, chosen, plan.corners[patch], plan.size)
-                for patch, chosen in zip(block, members, strict=True)
+    damaged: dict[int, str] = {}
+    with StoreWriter(out, patch_size=grid.size, classes=classes, mpp=grid.mpp, attrs=attrs) as writer:
+        for block in read_blocks(image, grid, size=_BLOCK, workers=workers, skip=skip):
+            damaged |= block.damaged
+            members = [grid.nuclei_of(patch) for patch in block.numbers]
+            places = [
+                nuclei.in_patch(chosen, grid.corners[patch], grid.size)
+                for patch, chosen in zip(block.numbers, members, strict=True)
             ]
-            x, y = plan.level0[block].T
+            x, y = grid.level0[block.numbers].T
+            names = {"source": source, "group": group, "tissue": tissue}
             writer.append(
-                pixels,
-                [boxes for boxes, _ in placed],
+                block.pixels,
+                [boxes for boxes, _ in places],
                 [nuclei.labels[chosen] for chosen in members],
-                centroids=[centroids for _, centroids in placed],
-                patches={
-                    "source": [source] * len(block),
-                    "group": [group] * len(block),
-                    "tissue": [tissue] * len(block),
-                    "x": x,
-                    "y": y,
-                },
+                centroids=[centroids for _, centroids in places],
+                patches={**{key: [name] * len(members) for key, name in names.items()}, "x": x, "y": y},
             )
-            if block[-1] // 2048 != (block[0] - 1) // 2048:
-                log.info("%d of %d patches", block[-1] + 1, len(plan))
+            if writer.n_patches % _LOGGED < len(members):
+                log.info("%d of %d patches", writer.n_patches, len(grid))
+        if damaged:
+            grid = grid.without(damaged, "damaged")
+            named = log_damage(source, list(damaged.values()))
+            writer.attrs["damage"] = {**writer.attrs.get("damage", {}), "patches": named}
+        writer.attrs["patches_passed_over"] = grid.passed_over
+    return grid
 
 
-def _cut(
-    path: str | os.PathLike[str], plan: Plan, workers: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    """Yield blocks of patches (their numbers, and pixels (n, S, S, 3)) in order; threads work ahead."""
-    blocks = [np.arange(start, min(start + _BLOCK, len(plan))) for start in range(0, len(plan), _BLOCK)]
-    with ExitStack() as stack:
-        idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
-        for _ in range(workers):  # each with tiles of its own in mind
-            idle.put(stack.enter_context(open_pyramid(path, plan.image_mpp)))
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
+def read_blocks(
+    path: str | os.PathLike[str], grid: PatchGrid, *, size: int, workers: int, skip: bool = False
+) -> Iterator[Block]:
+    """Yield the patches of a grid in order, `size` at a time; threads read a few blocks ahead.
 
-        def cut(block: NDArray[np.int64]) -> NDArray[np.uint8]:
-            image = idle.get()
-            try:
-                return np.stack([read_patch(image, plan, *plan.corners[patch].tolist()) for patch in block])
-            finally:
-                idle.put(image)
+    Parameters
+    ----------
+    path
+        Slide.
+    grid
+        Patches.
+    size
+        Patches in a block.
+    workers
+        Threads.
+    skip
+        Leave out patches that cannot be decoded instead of raising an error.
 
-        waiting: deque[tuple[NDArray[np.int64], Future[NDArray[np.uint8]]]] = deque()
+    Raises
+    ------
+    InputError
+        A patch cannot be decoded and `skip` is false.
+    """
+    idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
+
+    def read(numbers: NDArray[np.int64]) -> Block:
+        pixels = np.empty((len(numbers), grid.size, grid.size, 3), np.uint8)
+        good: list[int] = []
+        damaged: dict[int, str] = {}
+        image = idle.get()
         try:
-            for block in blocks:
-                waiting.append((block, pool.submit(cut, block)))
+            for number in numbers.tolist():
+                try:
+                    pixels[len(good)] = read_patch(image, grid, *grid.corners[number].tolist())
+                except InputError as error:
+                    if not skip:
+                        raise
+                    damaged[number] = str(error)
+                else:
+                    good.append(number)
+        finally:
+            idle.put(image)
+        return Block(np.array(good, dtype=np.int64), pixels[: len(good)], damaged)
+
+    with ExitStack() as stack:
+        for _ in range(workers):  # an image for each thread, as its cache holds the tiles of neighbouring patches
+            idle.put(stack.enter_context(open_pyramid(path, grid.image_mpp)))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        waiting: deque[Future[Block]] = deque()
+        try:
+            for start in range(0, len(grid), size):
+                waiting.append(pool.submit(read, np.arange(start, min(start + size, len(grid)))))
                 if len(waiting) > 2 * workers:
-                    done, result = waiting.popleft()
-                    yield done, result.result()
+                    yield waiting.popleft().result()
             while waiting:
-                done, result = waiting.popleft()
-                yield done, result.result()
+                yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def read_patch(image: Pyramid, plan: Plan, x: int, y: int) -> NDArray[np.uint8]:
-    """Read the patch (S, S, 3) whose first pixel is (x, y) px of `plan.mpp` um.
+def read_patch(image: Pyramid, grid: PatchGrid, x: int, y: int) -> NDArray[np.uint8]:
+    """Read the patch (S, S, 3) whose first pixel is (x, y), px of the grid.
 
-    It is resampled (bicubic, wide enough to hold no more detail than its pixels can show) from the coarsest level that
-    is not coarser than it, at exactly its place; neighbouring patches fit together without a seam.
+    It is resampled at exactly its place, so that neighbouring patches have no seam, from the coarsest level that is not
+    coarser than the patch; the bicubic filter is wide enough to prevent aliasing.
     """
-    ratio = plan.mpp / plan.image_mpp
+    ratio = grid.mpp / grid.image_mpp
     level = image.level_for(ratio)
     scale = ratio / image.levels[level].downsample
-    left, top, side = x * scale, y * scale, plan.size * scale
+    left, top, side = x * scale, y * scale, grid.size * scale
     if max(abs(value - round(value)) for value in (left, top, side, scale)) < _ALIGNED and round(scale) == 1:
-        pixels: NDArray[np.uint8] = image.read(level, round(left), round(top), plan.size, plan.size)
+        pixels: NDArray[np.uint8] = image.read(level, round(left), round(top), grid.size, grid.size)
         return pixels
     margin = math.ceil(_SUPPORT * max(1.0, scale)) + 1
     x0, y0 = math.floor(left) - margin, math.floor(top) - margin
     width, height = (math.ceil(start + side) + margin - first for start, first in ((left, x0), (top, y0)))
     region = image.read(level, x0, y0, width, height)
     box = (left - x0, top - y0, left - x0 + side, top - y0 + side)
-    return np.asarray(Image.fromarray(region).resize((plan.size, plan.size), Image.Resampling.BICUBIC, box=box))
-
-
-def _place(
-    nuclei: Nuclei, chosen: NDArray[np.int64], corner: NDArray[np.int64], size: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Boxes (n, 4) and centroids (n, 2) in a patch, clipped to it."""
-    boxes = np.clip(nuclei.boxes[chosen] - np.tile(corner, 2), 0, size).astype(np.float32)
-    centroids = (nuclei.centroids[chosen] - corner).astype(np.float32)
-    return boxes, np.clip(centroids, boxes[:, :2], boxes[:, 2:])
+    return np.asarray(Image.fromarray(region).resize((grid.size, grid.size), Image.Resampling.BICUBIC, box=box))

@@ -1,127 +1,43 @@
-"""Which patches of a slide are taken, and which nuclei each has.
+"""The grid of patches over a slide: which patches are cut, and which nuclei each has.
 
-Positions are pixels at the size of the patches (`mpp`), counted from the corner of the slide: patch pixel x lies over
-level-0 pixels x * mpp / image_mpp to (x + 1) * mpp / image_mpp. Boxes are xyxy and half-open.
+Positions are pixels of the size of the patches (`mpp` um), counted from the slide's corner: patch pixel x lies over
+level-0 pixels x * mpp / image_mpp to (x + 1) * mpp / image_mpp.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
-import shapely
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from celldetr.config.slides import PatchSettings
 from celldetr.runtime.errors import InputError
+from celldetr.slides.boxes import SlideBoxes
 from celldetr.slides.tissue import Raster
 from celldetr.store import NO_LABEL
 
-__all__ = ["Nuclei", "PatchSettings", "Plan", "boxes_from_polygons", "plan_patches", "stripe_order"]
-
-_STRIPE = 16  # columns of patches that are walked down together
-_THINNEST = 1e-3  # px; boxes that are thinner have no area
-_COVERED = 0.999  # share of a patch that must have been imaged: rounding of the map aside, all of it
+_STRIPE = 16  # columns of patches in a stripe
+_COVERED = 0.999  # smallest share of a patch that must have been imaged: all of it, but for rounding of the map
 
 
 @dataclass(frozen=True)
-class Nuclei:
-    """Nuclei of a slide.
-
-    Attributes
-    ----------
-    boxes
-        (M, 4) xyxy px, half-open.
-    centroids
-        (M, 2) x, y px.
-    labels
-        (M,) int8; -1 = no label.
-    """
-
-    boxes: NDArray[np.float64]
-    centroids: NDArray[np.float64]
-    labels: NDArray[np.int8]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def centres(self) -> NDArray[np.float64]:
-        """Centres of the boxes (M, 2), px."""
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
-
-    def keep(self, chosen: NDArray[np.bool_]) -> "Nuclei":
-        """Nuclei where `chosen` (M,) holds."""
-        return Nuclei(self.boxes[chosen], self.centroids[chosen], self.labels[chosen])
-
-
-def boxes_from_polygons(
-    polygons: ArrayLike | Sequence[shapely.Geometry], um_to_he: NDArray[np.floating], he_mpp: float, mpp: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Boxes and centroids of nuclei in pixels of `mpp` um.
-
-    Parameters
-    ----------
-    polygons
-        (M,) polygons; um in a frame of their own.
-    um_to_he
-        (3, 3) affine: their um -> level-0 pixel of the image.
-    he_mpp
-        Size of a level-0 pixel in um.
-    mpp
-        Size of a pixel of the result in um.
-
-    Returns
-    -------
-    tuple
-        Boxes (M, 4), xyxy px, half-open, around the transformed corners; centroids (M, 2), px. NaN where a polygon is
-        empty, not finite or has no area.
-    """
-    shapes = np.asarray(polygons, dtype=object)
-    affine = np.asarray(um_to_he, dtype=np.float64)[:2] * (he_mpp / mpp)
-    corners, owner = shapely.get_coordinates(shapes, return_index=True)
-    corners = corners @ affine[:, :2].T + affine[:, 2]
-    boxes = np.full((len(shapes), 4), np.nan)
-    if len(owner):
-        starts = np.flatnonzero(np.append(True, owner[1:] != owner[:-1]))
-        boxes[owner[starts], :2] = np.minimum.reduceat(corners, starts)
-        boxes[owner[starts], 2:] = np.maximum.reduceat(corners, starts)
-    centroids = np.full((len(shapes), 2), np.nan)
-    solid = ~(shapely.is_empty(shapes) | shapely.is_missing(shapes))
-    centroids[solid] = shapely.get_coordinates(shapely.centroid(shapes[solid])) @ affine[:, :2].T + affine[:, 2]
-    with np.errstate(invalid="ignore"):
-        sides = boxes[:, 2:] - boxes[:, :2]
-        good = np.isfinite(centroids).all(axis=1) & (sides > _THINNEST).all(axis=1) & (shapely.area(shapes) > 0)
-    boxes[~good], centroids[~good] = np.nan, np.nan
-    return boxes, centroids
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Patches to cut out of a slide, in the order of the store.
-
-    Attributes
-    ----------
-    size, mpp
-        Side of a patch in px, and size of a pixel in um.
-    image_mpp
-        Size of a level-0 pixel of the slide in um.
-    corners
-        (N, 2) x, y of the patches' first pixels, px of `mpp` um.
-    nuclei
-        (K,) index of each patch's nuclei, patch after patch; patches that overlap share nuclei.
-    ptr
-        (N + 1,) nuclei of patch i are ``nuclei[ptr[i]:ptr[i + 1]]``.
-    passed_over
-        Reason -> patches of the grid that were not taken.
-    """
+class PatchGrid:
+    """Patches (N) to cut out of a slide, in the order of the store."""
 
     size: int
+    """Side of a patch, px."""
     mpp: float
+    """Size of a pixel of the patches, um."""
     image_mpp: float
+    """Size of a level-0 pixel of the slide, um."""
     corners: NDArray[np.int64]
+    """(N, 2) x, y of the first pixels, px of `mpp` um."""
     nuclei: NDArray[np.int64]
+    """(K,) indices of each patch's nuclei, patch after patch; a nucleus is in each patch that its centre is in."""
     ptr: NDArray[np.int64]
+    """(N + 1,) the nuclei of patch i are ``nuclei[ptr[i]:ptr[i + 1]]``."""
     passed_over: dict[str, int]
+    """Reason -> patches of the grid that are not cut."""
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -131,11 +47,27 @@ class Plan:
         """Corners of the patches (N, 2) in level-0 px, rounded."""
         return np.rint(self.corners * (self.mpp / self.image_mpp)).astype(np.int64)
 
+    def nuclei_of(self, patch: int) -> NDArray[np.int64]:
+        """Return the indices (n,) of a patch's nuclei."""
+        return self.nuclei[self.ptr[patch] : self.ptr[patch + 1]]
 
-def plan_patches(
+    def without(self, patches: Collection[int], reason: str) -> "PatchGrid":
+        """Leave patches out; `passed_over` counts them under the reason."""
+        kept = np.setdiff1d(np.arange(len(self)), np.fromiter(patches, dtype=np.int64, count=len(patches)))
+        members = [self.nuclei_of(patch) for patch in kept]
+        return replace(
+            self,
+            corners=self.corners[kept],
+            nuclei=np.concatenate([np.empty(0, np.int64), *members]),
+            ptr=np.cumsum([0, *map(len, members)], dtype=np.int64),
+            passed_over={**self.passed_over, reason: len(patches)},
+        )
+
+
+def patch_grid(
     image_size: tuple[int, int],
     image_mpp: float,
-    nuclei: Nuclei,
+    nuclei: SlideBoxes,
     *,
     size: int,
     mpp: float,
@@ -143,8 +75,8 @@ def plan_patches(
     settings: PatchSettings,
     seed: int,
     imaged: Raster | None = None,
-) -> Plan:
-    """Choose patches on a grid that starts at the slide's corner.
+) -> PatchGrid:
+    """Lay a grid over the slide, from its corner, and choose patches.
 
     Parameters
     ----------
@@ -159,12 +91,12 @@ def plan_patches(
     tissue
         Where there is tissue.
     settings
-        Which patches are taken.
+        Rules for the choice.
     seed
-        Seed of the draw when there are more than `max_patches`.
+        Seed of the draw if there are more than `max_patches`.
     imaged
-        Where nuclei are known, if that is not everywhere: patches that reach beyond are not taken, as their nuclei
-        would pass for background.
+        Area in which nuclei are known, if not everywhere. Patches that reach beyond it are left out: their nuclei would
+        be taken for background.
 
     Raises
     ------
@@ -177,17 +109,17 @@ def plan_patches(
     across, down = (int((side / ratio - size + 0.5) // step) + 1 for side in image_size)
     if across < 1 or down < 1:
         raise InputError(
-            f"image: got {image_size[0]} x {image_size[1]} px of {image_mpp:.4g} um, expected at least a patch "
-            f"({size} px of {mpp} um) each way; check the pixel size"
+            f"image: got {image_size[0]} x {image_size[1]} px of {image_mpp:.4g} um, expected at least one patch "
+            f"({size} px of {mpp} um) in each direction; check the pixel size"
         )
     columns, rows = np.meshgrid(np.arange(across), np.arange(down))
     corners = np.stack([columns.ravel(), rows.ravel()], axis=1) * step
     patch, nucleus = _members(nuclei.centres, (across, down), step, size)
+    labelled = patch[nuclei.labels[nucleus] != NO_LABEL]
     rules = {
         "with too little tissue": tissue.share(corners * ratio, size * ratio) >= settings.min_tissue,
         "with too few nuclei": np.bincount(patch, minlength=len(corners)) >= settings.min_nuclei,
-        "with too few labelled nuclei": np.bincount(patch[nuclei.labels[nucleus] != NO_LABEL], minlength=len(corners))
-        >= settings.min_labelled,
+        "with too few labelled nuclei": np.bincount(labelled, minlength=len(corners)) >= settings.min_labelled,
     }
     if imaged is not None:
         rules = {"beyond the imaged area": imaged.share(corners * ratio, size * ratio) >= _COVERED, **rules}
@@ -201,18 +133,18 @@ def plan_patches(
         passed_over["not drawn"] = len(chosen) - settings.max_patches
         chosen = np.random.default_rng(seed).permutation(chosen)[: settings.max_patches]
     chosen = chosen[stripe_order(corners[chosen], size)]
-    return Plan(size, mpp, image_mpp, corners[chosen], *_select(patch, nucleus, chosen, len(corners)), passed_over)
+    return PatchGrid(size, mpp, image_mpp, corners[chosen], *_select(patch, nucleus, chosen, len(corners)), passed_over)
 
 
 def stripe_order(corners: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Order (n,) of patches in stripes of a few columns: a tile of the slide serves all its patches at once.
+    """Order (n,) that walks patches in stripes a few columns wide, so that a tile of the file is decoded once.
 
     Parameters
     ----------
     corners
-        Left upper corners (n, 2), x and y in px.
+        (n, 2) x, y of the first pixels, px.
     size
-        Distance of the columns, px.
+        Distance between columns, px.
     """
     x, y = corners.T
     return np.lexsort((x, y, x // (_STRIPE * size)))
@@ -221,7 +153,7 @@ def stripe_order(corners: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 def _members(
     centres: NDArray[np.float64], grid: tuple[int, int], step: int, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs (patch, nucleus): the centre of the nucleus is in the patch. Patches are numbered row by row."""
+    """Pairs (patch, nucleus) for each centre that lies in a patch; patches are numbered row by row."""
     across, down = grid
     last = np.floor(centres / step).astype(np.int64)
     back = range(-(-size // step))
@@ -239,7 +171,7 @@ def _members(
 def _select(
     patch: NDArray[np.int64], nucleus: NDArray[np.int64], chosen: NDArray[np.int64], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Nuclei of the chosen patches in their order, each patch's by number; and where each patch's begin."""
+    """Turn pairs into the `nuclei` and `ptr` of the chosen patches, in their order."""
     place = np.full(count, -1)
     place[chosen] = np.arange(len(chosen))
     rank = place[patch]

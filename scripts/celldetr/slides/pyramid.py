@@ -1,17 +1,17 @@
-"""Gigapixel images read region by region: OME-TIFF and TIFF pyramids, and all else that OpenSlide opens.
+"""Pixels of gigapixel images, region by region: TIFF and OME-TIFF pyramids, and the formats that OpenSlide reads.
 
     image = open_pyramid("he.ome.tif")
-    image.read(level, x, y, width, height)     # (height, width, 3) uint8, or (height, width) of a single plane
+    image.read(level, x, y, width, height)     # (height, width, 3) uint8, or (height, width) for a single plane
 
-A level's pixel (x, y) covers [x, x + 1) x [y, y + 1) of that level; level coordinates times `downsample` are those of
-level 0. Nothing but the tiles that a region touches is read, and any number of threads may read at once.
+Pixel (x, y) of a level covers [x, x + 1) x [y, y + 1) of that level; level coordinates times `downsample` are level-0
+coordinates. Only the tiles that a region touches are decoded. Threads may read from one image at the same time.
 """
 
 import functools
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from celldetr.runtime.errors import InputError
 
 _UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
-_PLAUSIBLE_MPP = (0.02, 20.0)  # um; a resolution tag outside of this is of a printer, not of a microscope
-_CACHE_BYTES = 48 << 20  # decoded tiles that are kept for a level
+_PLAUSIBLE_MPP = (0.02, 20.0)  # um; a resolution tag beyond this range is for printing (72 dpi), not from a microscope
+_CACHE_BYTES = 48 << 20  # decoded tiles kept for each level
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a pyramid: size in px, and level-0 pixels per pixel."""
+    """A level of a pyramid: its size in px, and level-0 pixels per pixel."""
 
     width: int
     height: int
@@ -39,30 +39,18 @@ class Level:
 
 
 class Pyramid(ABC):
-    """An open image. Made by `open_pyramid`.
-
-    Attributes
-    ----------
-    path
-        The file.
-    levels
-        From the finest to the coarsest; at least one.
-    mpp
-        Size of a level-0 pixel in um, as given or as the file says; None when nobody knows.
-    channels
-        3 for colour, 1 for a single plane.
-    dtype
-        Type of a sample.
-    background
-        Value of pixels outside of the image: white for colour, 0 for a single plane.
-    """
+    """An open image, made by `open_pyramid`."""
 
     path: Path
     levels: tuple[Level, ...]
+    """At least one, the finest first."""
     mpp: float | None
+    """Size of a level-0 pixel in um; None if unknown."""
     channels: int
+    """3 for colour, 1 for a single plane."""
     dtype: np.dtype[Any]
     background: int
+    """Value of pixels outside the image: white (255) for colour, 0 for a single plane."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -70,7 +58,7 @@ class Pyramid(ABC):
         return self.levels[0].width, self.levels[0].height
 
     def level_for(self, downsample: float) -> int:
-        """Index of the coarsest level that is no coarser than `downsample` level-0 pixels per pixel."""
+        """Index of the coarsest level with at most `downsample` level-0 pixels per pixel."""
         fine = [index for index, level in enumerate(self.levels) if level.downsample <= downsample * 1.01]
         return fine[-1] if fine else 0
 
@@ -82,19 +70,19 @@ class Pyramid(ABC):
         level
             Index of the level.
         x, y
-            First column and row, px of that level; may lie outside of the image.
+            First column and row, px of that level; may lie outside the image.
         width, height
-            Size in px of that level.
+            Size, px of that level.
 
         Returns
         -------
         NDArray
-            (height, width, 3) uint8, or (height, width) of `dtype`; `background` outside of the image.
+            (height, width, 3) uint8, or (height, width) of `dtype`; `background` outside the image.
 
         Raises
         ------
         InputError
-            The region cannot be decoded; names the file, the level and the place.
+            The region cannot be decoded; the message names the file, the level and the place.
         """
         shape = (height, width, 3) if self.channels == 3 else (height, width)
         region = np.full(shape, self.background, dtype=self.dtype)
@@ -109,6 +97,10 @@ class Pyramid(ABC):
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         """Write the pixels of a box (x0, y0, x1, y1) inside the level to `out`."""
 
+    def damage(self) -> list[str]:
+        """Regions that were read as background because they cannot be decoded; see `celldetr.slides.damage`."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Close the file."""
@@ -121,22 +113,22 @@ class Pyramid(ABC):
 
 
 def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plane: int | None = None) -> Pyramid:
-    """Open an image for reading regions.
+    """Open an image.
 
     Parameters
     ----------
     path
-        OME-TIFF or TIFF, tiled or in strips, colour as (y, x, 3), (3, y, x), (4, y, x) or (1, y, x, 3); or a slide that
-        OpenSlide reads.
+        A slide that OpenSlide reads; or TIFF or OME-TIFF, tiled or in strips, colour as (y, x, 3), (3, y, x), (4, y, x)
+        or (1, y, x, 3).
     mpp
-        Size of a level-0 pixel in um, instead of what the file says.
+        Size of a level-0 pixel in um; replaces what the file says.
     plane
-        Read this plane (channel) alone, as gray values: 0 is DAPI in a Xenium morphology image. TIFF only.
+        Read only this plane (channel), as gray values: 0 is DAPI in a Xenium morphology image. TIFF only.
 
     Raises
     ------
     InputError
-        No such file, or no image that can be read.
+        There is no such file, or it cannot be read as an image.
     """
     file = Path(path)
     if not file.is_file():
@@ -148,28 +140,32 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
 
 
 class _Slide(Pyramid):
-    """A slide read by OpenSlide."""
+    """A slide that OpenSlide reads."""
 
     def __init__(self, path: Path, mpp: float | None) -> None:
         self.path = path
-        try:
-            self._slide = openslide.OpenSlide(str(path))
-        except openslide.OpenSlideError as error:
-            raise InputError(f"{path}: OpenSlide cannot open it ({error}); is the file complete?") from error
+        self._slide = self._open()
         self._downsamples = [float(down) for down in self._slide.level_downsamples]
         self.levels = _levels(self._slide.level_dimensions)
         self.mpp = mpp or _plausible(self._slide.properties.get(openslide.PROPERTY_NAME_MPP_X))
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
 
+    def _open(self) -> openslide.OpenSlide:
+        try:
+            return openslide.OpenSlide(str(self.path))
+        except openslide.OpenSlideError as error:
+            raise InputError(f"{self.path}: OpenSlide cannot open it ({error}); is the file complete?") from error
+
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         x0, y0, x1, y1 = box
-        down = self._downsamples[level]  # OpenSlide divides by this, rounded sizes and all
+        down = self._downsamples[level]  # not that of `levels`: OpenSlide divides by the ratio of the rounded sizes
         try:
             region = self._slide.read_region((round(x0 * down), round(y0 * down)), level, (x1 - x0, y1 - y0))
         except openslide.OpenSlideError as error:
+            self._slide = self._open()  # after an error OpenSlide reads nothing from an open slide
             raise InputError(f"{self.path}: level {level}, {x0},{y0} to {x1},{y1} px: {error}") from error
         pixels = np.asarray(region)
-        for channel in range(3):  # numpy is slow along an axis of three
+        for channel in range(3):  # numpy copies slowly along an axis of length three
             out[..., channel] = pixels[..., channel]
         out[pixels[..., 3] == 0] = self.background
 
@@ -178,12 +174,12 @@ class _Slide(Pyramid):
 
 
 class _Tiff(Pyramid):
-    """A TIFF pyramid, its tiles decoded here."""
+    """A TIFF pyramid; tiles are decoded by tifffile."""
 
     def __init__(self, path: Path, mpp: float | None, plane: int | None) -> None:
         self.path = path
         try:
-            # OME metadata is not followed: it may name sister files (channels of a morphology image) that are not here
+            # ignore OME metadata: it may name other files (channels of a morphology image) that are not here
             self._file = tifffile.TiffFile(path, is_ome=False)
         except Exception as error:
             raise _unreadable(path, error) from error
@@ -207,8 +203,8 @@ class _Tiff(Pyramid):
             raise InputError(f"{self.path}: got colour of type {self.dtype}, expected uint8 (8 bit a channel)")
         if self.channels == 1 and self.dtype.kind != "u":
             raise InputError(
-                f"{self.path}: got a plane of type {self.dtype}, expected uint8 or uint16; other types may hold "
-                "negative values or NaN: convert the image"
+                f"{self.path}: got a plane of type {self.dtype}, expected uint8 or uint16 (other types may have "
+                "negative values or NaN); convert the image"
             )
         self.background = 255 if self.channels == 3 else 0
         self.levels = _levels([(level[0].imagewidth, level[0].imagelength) for level in pages])
@@ -235,20 +231,20 @@ class _Tiff(Pyramid):
 
     def close(self) -> None:
         for reader in (reader for readers in self._planes for reader in readers):
-            reader.forget()
+            reader.tile.cache_clear()
         self._file.close()
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    """Error of a file whose structure is damaged: tifffile trusts it, and each damage has its own kind of error."""
+    """Error for a file with a damaged structure, for which tifffile raises many kinds of exceptions."""
     return InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?")
 
 
 def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
-    """Levels of the sizes (width, height), the finest first.
+    """Levels from their sizes (width, height), the finest first.
 
-    A level of half the size is rounded up or down to whole pixels; its pixels are still two wide. Dividing the sizes
-    would misplace the far end of a slide by as much as two pixels.
+    The size of a level is rounded to whole pixels, but the pixels of a level at half the size are still exactly two
+    level-0 pixels wide. The ratio of the sizes would misplace the far end of a slide by up to two pixels.
     """
     width, height = sizes[0]
     levels = []
@@ -260,44 +256,47 @@ def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
 
 
 def _tile_planes(pages: Sequence[tifffile.TiffPage], plane: int | None, path: Path) -> list["_Tiles"]:
-    """Readers of the planes that make an image of three channels or of one."""
+    """Readers of the planes of a level: colour in one reader or in three, or a single plane."""
     first = pages[0]
     if first.samplesperpixel in (3, 4) and first.planarconfig == 1:
-        readers = [_Tiles(first, 0, 3 if plane is None else 1, 0 if plane is None else plane)]
-    elif first.samplesperpixel > 1:
-        readers = [_Tiles(first, index) for index in range(first.samplesperpixel)]
+        samples = slice(0, 3) if plane is None else slice(plane, plane + 1)
+        parts = [(first, 0, samples)]
+        count = samples.stop - samples.start
     else:
-        readers = [_Tiles(page, 0) for page in pages]
-    if plane is not None and len(readers) > 1:
-        readers = readers[plane : plane + 1]
-    if len(readers) == 4:
-        readers = readers[:3]  # alpha
-    if sum(reader.samples for reader in readers) not in (1, 3):
-        raise InputError(f"{path}: got {len(readers)} planes, expected a colour image or one plane")
-    for reader in readers:
-        reader.remember(_CACHE_BYTES // len(readers))
-    return readers
+        separate = first.samplesperpixel > 1
+        parts = [(first, index, slice(1)) for index in range(first.samplesperpixel)] if separate else []
+        parts = parts or [(page, 0, slice(1)) for page in pages]
+        if plane is not None and len(parts) > 1:
+            parts = parts[plane : plane + 1]
+        if len(parts) == 4:
+            parts = parts[:3]  # the fourth is alpha
+        count = len(parts)
+    if count not in (1, 3):
+        raise InputError(f"{path}: got {count} planes, expected a colour image or one plane")
+    return [_Tiles(*part, cache=_CACHE_BYTES // len(parts)) for part in parts]
 
 
 class _Tiles:
-    """Tiles (or strips) of one plane of a page.
+    """Tiles (or strips) of a page.
 
     Parameters
     ----------
     page
         TIFF page.
     plane
-        Plane, where a page keeps them apart.
-    samples, first_sample
-        Samples of a pixel that are wanted, and the first of them.
+        Index of the plane if the page stores its planes one after another.
+    samples
+        Samples of a pixel to read.
+    cache
+        Bytes of decoded tiles to keep; at least two tiles are kept.
     """
 
-    def __init__(self, page: tifffile.TiffPage, plane: int, samples: int = 1, first_sample: int = 0) -> None:
-        self._page, self.samples, self._first = page, samples, first_sample
+    def __init__(self, page: tifffile.TiffPage, plane: int, samples: slice, *, cache: int) -> None:
+        self._page, self._samples = page, samples
+        self.samples = samples.stop - (samples.start or 0)
         self._path = page.parent.filehandle.path
-        tiled = page.is_tiled
-        self._width = page.tilewidth if tiled else page.imagewidth
-        self._height = page.tilelength if tiled else min(page.rowsperstrip, page.imagelength)
+        self._width = page.tilewidth if page.is_tiled else page.imagewidth
+        self._height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
         self._across = -(-page.imagewidth // self._width)
         down = -(-page.imagelength // self._height)
         self._offset = plane * self._across * down
@@ -310,24 +309,16 @@ class _Tiles:
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
-        samples = page.samplesperpixel if page.planarconfig == 1 else 1
-        self._tile_bytes = self._width * self._height * samples * np.dtype(page.dtype).itemsize
-        self._recent: Callable[[int, int], NDArray[Any] | None] = self._tile
-
-    def remember(self, size: int) -> None:
-        """Keep the tiles decoded last, of `size` bytes together, at least two."""
-        self._recent = functools.lru_cache(maxsize=max(2, size // self._tile_bytes))(self._tile)
-
-    def forget(self) -> None:
-        """Give the memory of the tiles back."""
-        self._recent = self._tile
+        stored = page.samplesperpixel if page.planarconfig == 1 else 1
+        tile_bytes = self._width * self._height * stored * np.dtype(page.dtype).itemsize
+        self.tile = functools.lru_cache(maxsize=max(2, cache // tile_bytes))(self._read_tile)
 
     def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
         x0, y0, x1, y1 = box
         for row in range(y0 // self._height, -(-y1 // self._height)):
             for column in range(x0 // self._width, -(-x1 // self._width)):
-                tile = self._recent(row, column)
+                tile = self.tile(row, column)
                 if tile is None:
                     continue
                 left, top = column * self._width, row * self._height
@@ -335,8 +326,8 @@ class _Tiles:
                 a1, b1 = min(x1, left + tile.shape[1]), min(y1, top + tile.shape[0])
                 out[b0 - y0 : b1 - y0, a0 - x0 : a1 - x0] = tile[b0 - top : b1 - top, a0 - left : a1 - left]
 
-    def _tile(self, row: int, column: int) -> NDArray[Any] | None:
-        """Pixels (rows, columns, samples) of a tile; None when the file leaves it out (empty glass)."""
+    def _read_tile(self, row: int, column: int) -> NDArray[Any] | None:
+        """Pixels (rows, columns, samples) of a tile; None if it is not in the file (empty glass)."""
         index = self._offset + row * self._across + column
         offset, count = self._page.dataoffsets[index], self._page.databytecounts[index]
         if not count:
@@ -346,7 +337,7 @@ class _Tiles:
             if len(data) != count:
                 raise ValueError(f"the file ends after {len(data)} of its {count} bytes")
             tile, _, shape = self._decode(data, index, jpegtables=self._tables)
-        except Exception as error:  # each codec has its own kind of error for damaged bytes
+        except Exception as error:  # each codec raises its own kind of exception
             raise InputError(
                 f"{self._path}: the tile in row {row}, column {column} of the level {self._page.imagewidth} x "
                 f"{self._page.imagelength} px cannot be decoded ({error}); the file is damaged: get it again"
@@ -354,11 +345,11 @@ class _Tiles:
         if tile is None:
             return None
         pixels: NDArray[Any] = tile.reshape(tile.shape[-3:])[: shape[1], : shape[2]]
-        return pixels[..., self._first : self._first + self.samples]
+        return pixels[..., self._samples]
 
 
 def _ome_mpp(text: str) -> float | None:
-    """Pixel size in um of the first image of OME metadata."""
+    """Pixel size in um from OME metadata (its first image)."""
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
@@ -371,7 +362,7 @@ def _ome_mpp(text: str) -> float | None:
 
 
 def _plausible(value: object) -> float | None:
-    """Pixel size in um as a number, if it can be one of a microscope."""
+    """Pixel size in um as a number; None if no microscope has such pixels."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from pandas import DataFrame, Index, Series
 
 from celldetr.config.classes import ST_TYPES
+from celldetr.config.slides import PatchSettings
 from celldetr.runtime.errors import InputError
-from celldetr.slides.cutting import extract
-from celldetr.slides.grid import Nuclei, PatchSettings, Plan, boxes_from_polygons, plan_patches
-from celldetr.slides.pyramid import Pyramid, open_pyramid
+from celldetr.slides.boxes import SlideBoxes, boxes_from_polygons
+from celldetr.slides.cutting import cut_patches
+from celldetr.slides.grid import PatchGrid, patch_grid
+from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tissue import Raster, imaged, tissue_mask
 from celldetr.store import NO_LABEL, class_counts
 from celldetr.xenium.celltypes.labels import read_cells
@@ -38,19 +40,19 @@ class Extraction:
 
     Attributes
     ----------
-    plan
+    grid
         The patches.
     tissue
         Where there is tissue.
     nuclei
-        Nuclei with a box, px of the plan.
+        Nuclei with a box, px of the grid.
     dropped
         Reason -> nuclei or cells that are in no patch.
     """
 
-    plan: Plan
+    grid: PatchGrid
     tissue: Raster
-    nuclei: Nuclei
+    nuclei: SlideBoxes
     dropped: Mapping[str, int]
 
 
@@ -96,10 +98,11 @@ def extract_sample(
     nuclei, dropped = place_nuclei(read_nuclei(files.outs), cells, registration, mpp)
     with open_pyramid(files.he, registration.he_mpp) as image:
         tissue_raster = tissue_mask(image, registration.he_mpp)
-        nuclei, outside = _inside(nuclei, image, registration.he_mpp / mpp)
+        scale = registration.he_mpp / mpp
+        placed, nuclei = nuclei, nuclei.on_slide((image.size[0] * scale, image.size[1] * scale))
         with open_pyramid(dapi_path(files.outs), registration.pixel_size, plane=0) as dapi:
             covered = imaged(dapi, registration.pixel_size, tissue_raster, registration.matrix)
-        plan = plan_patches(
+        grid = patch_grid(
             image.size,
             registration.he_mpp,
             nuclei,
@@ -111,27 +114,26 @@ def extract_sample(
             imaged=covered,
         )
         where = {"file": Path(files.he).name, "size": list(image.size), "mpp": registration.he_mpp}
-    if not len(plan):
+    if not len(grid):
         raise InputError(
             f"{sample}: got no patch; of the grid there were "
-            + ", ".join(f"{count} {reason}" for reason, count in plan.passed_over.items())
+            + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
             + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
             "types, or lower patches.min_tissue and patches.min_labelled"
         )
     dropped |= {
-        "nuclei outside of the H&E image": outside,
-        "nuclei in no patch that was taken": len(nuclei) - len(np.unique(plan.nuclei)),
+        "nuclei outside of the H&E image": len(placed) - len(nuclei),
+        "nuclei in no patch that was taken": len(nuclei) - len(np.unique(grid.nuclei)),
     }
     attrs = {
         "image": where,
         "dropped": dropped,
-        "patches_passed_over": plan.passed_over,
         "settings": {**settings.to_dict(), "seed": seed},
         "registration": {"matrix": registration.matrix.tolist(), "origin": registration.origin},
     }
-    extract(
+    cut_patches(
         files.he,
-        plan,
+        grid,
         nuclei,
         out,
         classes=ST_TYPES,
@@ -141,12 +143,12 @@ def extract_sample(
         attrs=attrs,
         workers=workers,
     )
-    return Extraction(plan, tissue_raster, nuclei, dropped)
+    return Extraction(grid, tissue_raster, nuclei, dropped)
 
 
 def place_nuclei(
     polygons: DataFrame, cells: DataFrame, registration: Registration, mpp: float
-) -> tuple[Nuclei, dict[str, int]]:
+) -> tuple[SlideBoxes, dict[str, int]]:
     """Lay nuclei over the H&E image and give them the labels of their cells.
 
     Parameters
@@ -187,25 +189,18 @@ def place_nuclei(
         "cells without a nucleus outline": int((~label_of.index.isin(owners)).sum()),
         "nuclei with an outline that has no area": int((~good).sum()),
     }
-    return Nuclei(boxes, centroids, labels).keep(good), dropped
-
-
-def _inside(nuclei: Nuclei, image: Pyramid, scale: float) -> tuple[Nuclei, int]:
-    """Nuclei whose centre is on the image, and the number of others; `scale` px of the nuclei are a level-0 px."""
-    limit = np.asarray(image.size) * scale
-    inside = np.asarray(((nuclei.centres >= 0) & (nuclei.centres < limit)).all(axis=1))
-    return nuclei.keep(inside), int((~inside).sum())
+    return SlideBoxes(boxes, centroids, labels).keep(good), dropped
 
 
 def summary_rows(found: Extraction, labels: NDArray[np.int8]) -> list[tuple[str, str, int]]:
     """Rows (kind, name, count) of a sample's summary; `labels` are those of the nuclei in the patches."""
     rows: list[tuple[str, str, Any]] = [
-        ("total", "patches", len(found.plan)),
+        ("total", "patches", len(found.grid)),
         ("total", "nuclei in patches", len(labels)),
         ("total", "labelled nuclei in patches", int((labels != NO_LABEL).sum())),
         ("total", "nuclei on the H&E", len(found.nuclei)),
         *(("class", name, count) for name, count in class_counts(labels, ST_TYPES).items()),
         *(("dropped", name, count) for name, count in found.dropped.items()),
-        *(("not taken", f"patches {name}", count) for name, count in found.plan.passed_over.items()),
+        *(("not taken", f"patches {name}", count) for name, count in found.grid.passed_over.items()),
     ]
     return rows

@@ -11,13 +11,12 @@ from scipy import ndimage
 from tiny_training import SIZE, make_experiment
 
 from celldetr.inference.detection import (
-    SlideNuclei,
+    DetectedNuclei,
     Tiling,
     _Findings,
-    detect_file,
     detect_slide,
+    detect_tiles,
     model_detector,
-    plan_tiles,
     write_nuclei,
 )
 from celldetr.model.celldetr import CellDETR
@@ -73,10 +72,10 @@ def test_each_nucleus_is_found_once_whatever_the_tiles(slide, size, margin, batc
     path, image_size, truth = slide
     tiling = Tiling(size, 1.0, margin)
     everywhere = Raster(np.ones((36, 42), bool), 8, 8.0)
-    plan = plan_tiles(image_size, 1.0, tiling, everywhere)
-    found = detect_slide(path, plan, tiling, find_dark, image_size=image_size, batch_size=batch, workers=workers)
+    grid = tiling.grid(image_size, 1.0, everywhere)
+    found = detect_tiles(path, grid, tiling, find_dark, image_size=image_size, batch_size=batch, workers=workers)
     np.testing.assert_array_equal(in_order(found.boxes), in_order(truth))
-    assert found.tiles == len(plan)
+    assert found.tiles == len(grid)
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,7 +87,7 @@ def test_tiles_that_do_not_agree_on_the_place_count_each_nucleus_once(size, marg
     overlap = truth[:6] + rng.uniform(3, 4, (6, 1))  # nuclei that lie over others
     truth = np.concatenate([truth, overlap])
     findings = _Findings(tiling, np.array([200.0, 180.0]))
-    tiles = plan_tiles((200, 180), 1.0, tiling, Raster(np.ones((23, 25), bool), 8, 8.0)).corners
+    tiles = tiling.grid((200, 180), 1.0, Raster(np.ones((23, 25), bool), 8, 8.0)).corners
     for tile, corner in enumerate(tiles):
         boxes = truth - np.tile(corner, 2)
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -134,15 +133,16 @@ def test_glass_is_not_looked_at(tmp_path):
         seen.extend(images)
         return find_dark(images)
 
-    options = {"slide": "s", "size": 64, "mpp": 2.0, "margin_um": 28.0, "batch_size": 4, "workers": 1}
-    found = detect_file(path, find, slide_mpp=2.0, on_damage="stop", **options)
+    tiling = Tiling.of(64, 2.0, 28.0)
+    options = {"slide": "s", "batch_size": 4, "workers": 1}
+    found = detect_slide(path, find, tiling, slide_mpp=2.0, on_damage="stop", **options)
     left = boxes[boxes[:, 2] <= 400]
     np.testing.assert_array_equal(in_order(found.boxes[found.boxes[:, 2] < 395]), in_order(left[left[:, 2] < 395]))
     assert not any((tile == WHITE).all() for tile in seen)
     with pytest.raises(InputError, match="column mpp"):
-        detect_file(path, find, slide_mpp=None, on_damage="stop", **options)
+        detect_slide(path, find, tiling, slide_mpp=None, on_damage="stop", **options)
     with pytest.raises(ConfigError, match="margin_um"):
-        detect_file(path, find, slide_mpp=2.0, on_damage="stop", **{**options, "margin_um": 64.0})
+        Tiling.of(64, 2.0, 64.0)
 
 
 def test_boxes_are_px_of_level_0(tmp_path):
@@ -151,22 +151,22 @@ def test_boxes_are_px_of_level_0(tmp_path):
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, double, photometric="rgb", tile=(64, 64))
     tiling = Tiling(64, 1.0, 16)
-    plan = plan_tiles((400, 400), 0.5, tiling, Raster(np.ones((25, 25), bool), 16, 8.0))
-    found = detect_slide(path, plan, tiling, find_dark, image_size=(400, 400), batch_size=4, workers=1)
+    grid = tiling.grid((400, 400), 0.5, Raster(np.ones((25, 25), bool), 16, 8.0))
+    found = detect_tiles(path, grid, tiling, find_dark, image_size=(400, 400), batch_size=4, workers=1)
     assert np.abs(in_order(found.boxes) - in_order(boxes * 2)).max() <= 2  # a px of the tiles
 
 
 def test_what_was_found_is_read_again(tmp_path):
     _, boxes = draw(400, 400)
     scores = np.linspace(0, 1, len(boxes))
-    write_nuclei(tmp_path / "n.parquet", SlideNuclei(boxes, scores, [], 1))
+    write_nuclei(tmp_path / "n.parquet", DetectedNuclei(boxes, scores, 0, 1))
     found = read_nucleus_file(tmp_path / "n.parquet", image_mpp=0.5, mpp=0.5)
     np.testing.assert_allclose(found.nuclei.boxes, boxes)
     geopandas = pytest.importorskip("geopandas")
     frame = geopandas.read_parquet(tmp_path / "n.parquet")
     np.testing.assert_allclose(frame["score"], scores, rtol=1e-6)
     assert shapely.area(frame.geometry.to_numpy()).min() > 0
-    write_nuclei(tmp_path / "none.parquet", SlideNuclei(np.empty((0, 4)), np.empty(0), [], 0))
+    write_nuclei(tmp_path / "none.parquet", DetectedNuclei(np.empty((0, 4)), np.empty(0), 0, 0))
     assert len(read_nucleus_file(tmp_path / "none.parquet", image_mpp=0.5, mpp=0.5).nuclei) == 0
 
 
@@ -181,12 +181,12 @@ def test_damaged_tiles_are_left_out_and_counted(tmp_path):
     data[offset + 20 : offset + count - 20] = bytes(count - 40)
     path.write_bytes(data)
     tiling = Tiling(64, 1.0, 14)
-    plan = plan_tiles((512, 256), 1.0, tiling, Raster(np.ones((32, 64), bool), 8, 8.0))
+    grid = tiling.grid((512, 256), 1.0, Raster(np.ones((32, 64), bool), 8, 8.0))
     options = {"image_size": (512, 256), "batch_size": 3, "workers": 2}
     with pytest.raises(InputError, match=r"slide\.tif.*row 0, column 0"):
-        detect_slide(path, plan, tiling, find_dark, **options)
-    found = detect_slide(path, plan, tiling, find_dark, skip=True, **options)
-    assert len(found.damaged) == len(plan) - found.tiles == 9  # all whose margins reach it
+        detect_tiles(path, grid, tiling, find_dark, **options)
+    found = detect_tiles(path, grid, tiling, find_dark, skip=True, **options)
+    assert found.damaged == len(grid) - found.tiles == 9  # all whose margins reach it
     far = truth[(truth[:, :2] > 108).any(axis=1)]  # outside of the cores of those tiles
     assert {tuple(box) for box in far} <= {tuple(box) for box in found.boxes}
 

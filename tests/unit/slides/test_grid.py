@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from celldetr.config.slides import PatchSettings
 from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.slides.cutting import extract, read_patch
-from celldetr.slides.grid import Nuclei, PatchSettings, boxes_from_polygons, plan_patches
+from celldetr.slides.boxes import SlideBoxes, boxes_from_polygons
+from celldetr.slides.cutting import cut_patches, read_patch
+from celldetr.slides.grid import patch_grid
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tissue import Raster, imaged, tissue_mask
 from celldetr.store import open_store
@@ -39,13 +41,13 @@ def everywhere(width, height, cell=16):
 def make_nuclei(boxes, labels=None):
     boxes = np.asarray(boxes, float).reshape(-1, 4)
     labels = np.zeros(len(boxes)) if labels is None else labels
-    return Nuclei(boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, np.asarray(labels, np.int8))
+    return SlideBoxes(boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, np.asarray(labels, np.int8))
 
 
-def plan_of(image_size, nuclei, *, ratio=1.0, size=32, chosen=ALL, seed=0, **more):
-    """Plan patches of 1 um per px on an image of 1 / ratio um per px."""
+def grid_of(image_size, nuclei, *, ratio=1.0, size=32, chosen=ALL, seed=0, **more):
+    """Lay a grid of patches of 1 um per px on an image of 1 / ratio um per px."""
     more = {"tissue": everywhere(*image_size), **more}
-    return plan_patches(image_size, 1 / ratio, nuclei, size=size, mpp=1.0, settings=chosen, seed=seed, **more)
+    return patch_grid(image_size, 1 / ratio, nuclei, size=size, mpp=1.0, settings=chosen, seed=seed, **more)
 
 
 def discs(width, height, count, seed, radius, gap):
@@ -87,18 +89,18 @@ def test_boxes_lie_over_the_pixels_of_their_nuclei(tmp_path, image_mpp, mpp, lev
     path = write_image(tmp_path / "he.tif", image, levels)
     polygons = shapely.buffer(shapely.points(truth[:, :2] * image_mpp), truth[:, 2] * image_mpp, quad_segs=32)
     boxes, centroids = boxes_from_polygons(polygons, np.diag([1 / image_mpp, 1 / image_mpp, 1]), image_mpp, mpp)
-    nuclei = Nuclei(boxes, centroids, np.zeros(len(boxes), np.int8))
+    nuclei = SlideBoxes(boxes, centroids, np.zeros(len(boxes), np.int8))
     size = 64
     half = ALL.model_copy(update={"stride": 0.5})
-    plan = plan_patches(
+    grid = patch_grid(
         (width, height), image_mpp, nuclei, size=size, mpp=mpp, tissue=everywhere(width, height), settings=half, seed=0
     )
     found = []
     with open_pyramid(path) as slide:
-        for patch in range(len(plan)):
-            pixels = read_patch(slide, plan, *plan.corners[patch].tolist())
-            for nucleus in plan.nuclei[plan.ptr[patch] : plan.ptr[patch + 1]]:
-                box = boxes[nucleus] - np.tile(plan.corners[patch], 2)
+        for patch in range(len(grid)):
+            pixels = read_patch(slide, grid, *grid.corners[patch].tolist())
+            for nucleus in grid.nuclei_of(patch):
+                box = boxes[nucleus] - np.tile(grid.corners[patch], 2)
                 low, high = np.floor(box[:2]).astype(int) - 3, np.ceil(box[2:]).astype(int) + 3
                 if low.min() < 0 or high.max() > size:
                     continue
@@ -117,12 +119,12 @@ def test_boxes_lie_over_the_pixels_of_their_nuclei(tmp_path, image_mpp, mpp, lev
 def test_neighbouring_patches_have_no_seam(tmp_path):
     rng = np.random.default_rng(0)
     path = write_image(tmp_path / "he.tif", rng.integers(0, 256, (200, 200, 3)))
-    plan = plan_of((200, 200), make_nuclei([]), ratio=1.37, size=32)
-    whole = plan_of((200, 200), make_nuclei([]), ratio=1.37, size=64)
+    grid = grid_of((200, 200), make_nuclei([]), ratio=1.37, size=32)
+    whole = grid_of((200, 200), make_nuclei([]), ratio=1.37, size=64)
     with open_pyramid(path) as slide:
         large = read_patch(slide, whole, 0, 0)
         for x, y in [(0, 0), (32, 0), (0, 32), (32, 32)]:
-            small = read_patch(slide, plan, x, y)
+            small = read_patch(slide, grid, x, y)
             difference = np.abs(large[y : y + 32, x : x + 32].astype(int) - small)
             assert difference.max() <= 1  # rounding of the filter
 
@@ -132,9 +134,9 @@ def test_shrinking_does_not_alias(tmp_path):
     stripes = np.zeros((256, 256, 3))
     stripes[:, ::2] = 255
     path = write_image(tmp_path / "he.tif", stripes)
-    plan = plan_of((256, 256), make_nuclei([]), ratio=3.3, size=64)
+    grid = grid_of((256, 256), make_nuclei([]), ratio=3.3, size=64)
     with open_pyramid(path) as slide:
-        inner = read_patch(slide, plan, 0, 0)[4:-4, 4:-4]
+        inner = read_patch(slide, grid, 0, 0)[4:-4, 4:-4]
     assert inner.min() > 110
     assert inner.max() < 145
 
@@ -144,23 +146,23 @@ def test_the_cut_is_the_same_for_any_number_of_workers(tmp_path):
     path = write_image(tmp_path / "he.tif", rng.integers(0, 256, (600, 900, 3)), levels=2)
     low = rng.uniform(0, 550, (300, 2))
     nuclei = make_nuclei(np.concatenate([low, low + rng.uniform(2, 20, (300, 2))], axis=1), rng.integers(-1, 2, 300))
-    plan = plan_of((900, 600), nuclei, ratio=1.1, size=32, chosen=ALL.model_copy(update={"stride": 0.5}))
+    grid = grid_of((900, 600), nuclei, ratio=1.1, size=32, chosen=ALL.model_copy(update={"stride": 0.5}))
     stores = []
     for workers in (1, 3):
         out = tmp_path / f"{workers}.zarr"
-        extract(
-            path, plan, nuclei, out, classes=("a", "b"), source="s", group="g", tissue="t", attrs={}, workers=workers
+        cut_patches(
+            path, grid, nuclei, out, classes=("a", "b"), source="s", group="g", tissue="t", attrs={}, workers=workers
         )
         stores.append(open_store(out))
     one, three = stores
-    assert len(one) == len(plan) > 1000
+    assert len(one) == len(grid) > 1000
     assert np.array_equal(one.images(range(len(one))), three.images(range(len(three))))
     assert np.array_equal(one.boxes, three.boxes)
     assert one.patches.equals(three.patches)
     with open_pyramid(path) as slide:
-        for patch in (0, 70, len(plan) - 1):
-            assert np.array_equal(one.read(patch).image, read_patch(slide, plan, *plan.corners[patch].tolist()))
-    assert np.array_equal(one.patches[["x", "y"]], np.rint(plan.corners * 1.1).astype(int))
+        for patch in (0, 70, len(grid) - 1):
+            assert np.array_equal(one.read(patch).image, read_patch(slide, grid, *grid.corners[patch].tolist()))
+    assert np.array_equal(one.patches[["x", "y"]], np.rint(grid.corners * 1.1).astype(int))
 
 
 def test_a_damaged_tile_stops_the_cut_and_leaves_no_store(tmp_path):
@@ -168,9 +170,9 @@ def test_a_damaged_tile_stops_the_cut_and_leaves_no_store(tmp_path):
     with tifffile.TiffFile(path) as tiff:
         end = tiff.pages[0].dataoffsets[9]
     path.write_bytes(path.read_bytes()[:end])
-    plan = plan_of((256, 256), make_nuclei([]))
+    grid = grid_of((256, 256), make_nuclei([]))
     with pytest.raises(InputError, match="row 2, column 1"):
-        extract(path, plan, make_nuclei([]), tmp_path / "x.zarr", classes=("a",), source="", group="", tissue="",
+        cut_patches(path, grid, make_nuclei([]), tmp_path / "x.zarr", classes=("a",), source="", group="", tissue="",
                 attrs={}, workers=2)  # fmt: skip
     assert not (tmp_path / "x.zarr").exists()
 
@@ -189,7 +191,7 @@ def test_patches_have_the_nuclei_whose_centre_is_inside(stride, ratio, seed, min
     low = rng.uniform(-10, 170, (40, 2))
     nuclei = make_nuclei(np.concatenate([low, low + rng.uniform(1, 9, (40, 2))], axis=1), rng.integers(-1, 3, 40))
     chosen = PatchSettings(stride=stride, min_tissue=0, min_nuclei=min_nuclei, min_labelled=min_labelled)
-    plan = plan_of((width, height), nuclei, ratio=ratio, size=size, chosen=chosen)
+    grid = grid_of((width, height), nuclei, ratio=ratio, size=size, chosen=chosen)
     step = round(stride * size)
     expected = {}
     for y in range(0, int(height / ratio) - size + 1, step):
@@ -197,20 +199,15 @@ def test_patches_have_the_nuclei_whose_centre_is_inside(stride, ratio, seed, min
             inside = ((nuclei.centres >= [x, y]) & (nuclei.centres < [x + size, y + size])).all(axis=1)
             if inside.sum() >= min_nuclei and (nuclei.labels[inside] >= 0).sum() >= min_labelled:
                 expected[x, y] = np.flatnonzero(inside).tolist()
-    got = {
-        tuple(corner): plan.nuclei[plan.ptr[i] : plan.ptr[i + 1]].tolist()
-        for i, corner in enumerate(plan.corners.tolist())
-    }
+    got = {tuple(corner): grid.nuclei_of(i).tolist() for i, corner in enumerate(grid.corners.tolist())}
     assert got == expected
-    assert len(plan) == len(expected)
+    assert len(grid) == len(expected)
 
 
 def test_a_centre_on_the_border_is_in_one_patch():
     nuclei = make_nuclei([[30, 30, 34, 34], [30, 8, 34, 12], [-4, -4, 4, 4]])
-    plan = plan_of((64, 64), nuclei)
-    members = {
-        tuple(c): plan.nuclei[plan.ptr[i] : plan.ptr[i + 1]].tolist() for i, c in enumerate(plan.corners.tolist())
-    }
+    grid = grid_of((64, 64), nuclei)
+    members = {tuple(c): grid.nuclei_of(i).tolist() for i, c in enumerate(grid.corners.tolist())}
     assert members == {(0, 0): [2], (32, 0): [1], (0, 32): [], (32, 32): [0]}
 
 
@@ -221,23 +218,23 @@ def test_every_patch_of_the_grid_is_accounted_for():
     half = everywhere(640, 640)
     half.inside[:, 20:] = False
     chosen = PatchSettings(min_tissue=0.5, min_nuclei=1, min_labelled=1, max_patches=25)
-    plan = plan_of((640, 640), nuclei, chosen=chosen, tissue=half, imaged=everywhere(640, 400))
-    assert len(plan) == 25
-    assert sum(plan.passed_over.values()) + 25 == 20 * 20
-    assert plan.passed_over["beyond the imaged area"] == 20 * 8  # 400 px: 12.5 patches, and the half one is beyond
-    assert plan.passed_over["with too little tissue"] == 10 * 12
-    assert plan.corners[:, 0].max() < 320
+    grid = grid_of((640, 640), nuclei, chosen=chosen, tissue=half, imaged=everywhere(640, 400))
+    assert len(grid) == 25
+    assert sum(grid.passed_over.values()) + 25 == 20 * 20
+    assert grid.passed_over["beyond the imaged area"] == 20 * 8  # 400 px: 12.5 patches, and the half one is beyond
+    assert grid.passed_over["with too little tissue"] == 10 * 12
+    assert grid.corners[:, 0].max() < 320
     again, other = (
-        plan_of((640, 640), nuclei, chosen=chosen, tissue=half, imaged=everywhere(640, 400), seed=seed)
+        grid_of((640, 640), nuclei, chosen=chosen, tissue=half, imaged=everywhere(640, 400), seed=seed)
         for seed in (0, 1)
     )
-    assert np.array_equal(plan.corners, again.corners)
-    assert not np.array_equal(plan.corners, other.corners)
+    assert np.array_equal(grid.corners, again.corners)
+    assert not np.array_equal(grid.corners, other.corners)
 
 
 def test_an_image_smaller_than_a_patch_is_refused():
-    with pytest.raises(InputError, match="at least a patch"):
-        plan_of((30, 100), make_nuclei([]))
+    with pytest.raises(InputError, match="at least one patch"):
+        grid_of((30, 100), make_nuclei([]))
 
 
 def test_boxes_follow_any_affine_and_bad_polygons_are_not_a_number():
@@ -258,11 +255,13 @@ def test_boxes_follow_any_affine_and_bad_polygons_are_not_a_number():
 
 def test_nuclei_at_the_rim_are_clipped_and_their_centroids_with_them(tmp_path):
     path = write_image(tmp_path / "he.tif", np.full((64, 64, 3), 200))
-    nuclei = Nuclei(
+    nuclei = SlideBoxes(
         np.array([[28, 10, 34, 20.0], [-3, 2, 5, 6]]), np.array([[33.9, 12.0], [-0.5, 4]]), np.array([1, -1], np.int8)
     )
-    plan = plan_of((64, 64), nuclei)
-    extract(path, plan, nuclei, tmp_path / "x.zarr", classes=("a", "b"), source="s", group="g", tissue="t", attrs={})
+    grid = grid_of((64, 64), nuclei)
+    cut_patches(
+        path, grid, nuclei, tmp_path / "x.zarr", classes=("a", "b"), source="s", group="g", tissue="t", attrs={}
+    )
     store = open_store(tmp_path / "x.zarr")  # a centroid outside of its box is an error of the store
     assert store.boxes.tolist() == [[28, 10, 32, 20], [0, 2, 5, 6]]
     assert store.labels.tolist() == [1, -1]

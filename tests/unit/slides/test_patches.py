@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import extract_slide
 from celldetr.config.sheets import SlideRow, read_sheet, used_slides
-from celldetr.config.slides import SlidePatchSettings, SlideSettings
+from celldetr.config.slides import SlideSettings
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import atomic
 from celldetr.slides.choice import SlidePatches, choose_patches
-from celldetr.slides.patches import Slide, extract_slide, summary_rows, write_page, write_picture
+from celldetr.slides.damage import DamagedSlide, open_slide
 from celldetr.slides.pyramid import _Tiff
-from celldetr.slides.reading import DamagedSlide, TolerantPyramid, open_slide
 from celldetr.store import open_store
 from celldetr.store.splits import read_split
 
 MPP = 0.5
-RULES = SlidePatchSettings(min_nuclei=1, min_tissue=0.25)
+RULES = {"min_nuclei": 1, "min_tissue": 0.25}
 RNG = np.random.default_rng(0)
 CENTRES = RNG.uniform(140, 620, (400, 2))
 SHAPES = shapely.buffer(shapely.points(CENTRES), RNG.uniform(5, 9, 400))
@@ -79,23 +80,31 @@ def write_outlines(path, shapes=SHAPES):
 
 @pytest.fixture
 def cut(tmp_path):
-    """Extract a slide into a folder of its own."""
+    """Run the script on a slide; return the store, its attributes' folder, and the counts {(kind, name): count}."""
 
-    def run(file, nuclei=None, *, name="s1", mpp=None, unit="px", on_damage="stop", rules=RULES, workers=1):
-        nuclei = nuclei or write_outlines(tmp_path / "nuclei")
-        slide = Slide(name, file, nuclei, "donor", "kidney", mpp, unit)
-        out = tmp_path / f"{name}.zarr"
-        found = extract_slide(
-            slide, out, size=64, mpp=MPP, settings=rules, on_damage=on_damage, seed=0, workers=workers
+    def run(file, nuclei=None, *, name="s1", mpp=None, unit="px", on_damage="stop", settings=RULES, workers=1):
+        out = {"store": f"{name}.zarr", "picture": f"{name}.png", "summary_tsv": f"{name}.tsv"}
+        params = {"settings": settings, "patch_size": 64, "mpp": MPP, "slide_mpp": mpp, "unit": unit, "seed": 0}
+        params |= {"on_damage": on_damage, "group": "donor", "tissue": "kidney"}
+        rule = SimpleNamespace(
+            input=SimpleNamespace(file=file, nuclei=nuclei or write_outlines(tmp_path / "nuclei")),
+            output=SimpleNamespace(
+                **{key: tmp_path / value for key, value in out.items()}, summary_html=tmp_path / f"{name}.html"
+            ),
+            params=SimpleNamespace(**params),
+            wildcards=SimpleNamespace(slide=name),
+            threads=workers,
         )
-        return slide, found, open_store(out)
+        extract_slide.main(rule)
+        counts = pd.read_csv(rule.output.summary_tsv, sep="\t").set_index(["kind", "name"])["count"].to_dict()
+        return open_store(rule.output.store), counts
 
     return run
 
 
 def test_a_slide_becomes_patches_with_the_boxes_of_its_nuclei(tmp_path, cut):
     file = write_slide(tmp_path / "slide")
-    _, found, store = cut(file)
+    store, rows = cut(file)
     assert store.classes == ()
     assert (store.labels == -1).all()
     assert set(store.patches["tissue"]) == {"kidney"}
@@ -111,7 +120,6 @@ def test_a_slide_becomes_patches_with_the_boxes_of_its_nuclei(tmp_path, cut):
     pixels = tifffile.imread(file, key=0)
     x, y = store.patches.loc[5, ["x", "y"]].astype(int)
     np.testing.assert_array_equal(store.read(5).image, pixels[y : y + 64, x : x + 64])
-    rows = {(kind, name): count for kind, name, count in summary_rows(found, store)}
     assert rows["total", "patches"] == 64
     assert rows["total", "nuclei on the slide"] == 400
     assert rows["total", "nuclei in patches"] + rows["dropped", "nuclei in no patch that was taken"] == 400
@@ -122,10 +130,10 @@ def test_the_size_of_a_pixel_is_known_or_the_slide_refused(tmp_path, cut):
     with pytest.raises(InputError, match=r"s1.*column mpp of the slides sheet") as caught:
         cut(file, on_damage="skip")  # not damage
     assert not isinstance(caught.value, DamagedSlide)
-    _, _, store = cut(file, mpp=MPP)
+    store, _ = cut(file, mpp=MPP)
     assert len(store) == 64
     wrong = write_slide(tmp_path / "wrong", mpp=0.25)
-    assert len(cut(wrong, mpp=MPP, name="s2")[2]) == 64  # the sheet overrules the file
+    assert len(cut(wrong, mpp=MPP, name="s2")[0]) == 64  # the sheet overrules the file
 
 
 def test_gray_images_are_refused(tmp_path, cut):
@@ -140,25 +148,25 @@ def test_outlines_of_another_slide_or_unit_are_refused(tmp_path, cut):
     with pytest.raises(InputError, match=r"far.*lie on the slide.*nuclei_unit"):
         cut(file, far)
     um = write_outlines(tmp_path / "um", shapely.transform(SHAPES, lambda points: points * MPP))
-    _, _, store = cut(file, um, unit="um")
-    _, _, same = cut(file, name="s2")
+    store, _ = cut(file, um, unit="um")
+    same, _ = cut(file, name="s2")
     np.testing.assert_allclose(store.boxes, same.boxes, atol=1e-4)
 
 
 def test_no_patch_is_an_error_with_the_reasons(tmp_path, cut):
     file = write_slide(tmp_path / "slide")
     with pytest.raises(InputError, match=r"s1: got no patch.*with too few nuclei.*min_nuclei"):
-        cut(file, rules=SlidePatchSettings(min_nuclei=500))
+        cut(file, settings={"min_nuclei": 500})
 
 
 def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut):
-    whole = cut(write_slide(tmp_path / "whole"), name="whole")[2]
+    whole = cut(write_slide(tmp_path / "whole"), name="whole")[0]
     tiles = [(0, 2 * 12 + 2), (0, 5 * 12 + 6)]  # 12 tiles across; patches lie on tiles
     file = write_slide(tmp_path / "damaged", damage=tiles)
     with pytest.raises(InputError, match=r"damaged.*row 2, column 2"):
         cut(file)
     assert not (tmp_path / "s1.zarr").exists()
-    slide, found, store = cut(file, on_damage="skip", workers=2)
+    store, rows = cut(file, on_damage="skip", workers=2)
     assert len(store) == 62
     places = [tuple(row) for row in store.patches[["x", "y"]].to_numpy()]
     assert (128, 128) not in places
@@ -166,12 +174,9 @@ def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut):
     kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
     np.testing.assert_array_equal(store.images(range(len(store))), whole.images(kept))
     np.testing.assert_array_equal(np.diff(store.box_ptr), np.diff(whole.box_ptr)[kept])
-    rows = {name: count for kind, name, count in summary_rows(found, store) if kind == "damaged"}
-    assert rows["patches"] == 2
-    assert ("not taken", "patches damaged", 2) in summary_rows(found, store)
+    assert rows["damaged", "patches"] == rows["not taken", "patches damaged"] == 2
+    assert store.attrs["patches_passed_over"]["damaged"] == 2
     assert "row 2, column 2" in store.attrs["damage"]["patches"][0]
-    write_picture(tmp_path / "p.png", slide, found, "skip")
-    write_page(tmp_path / "p.html", slide, found, store, summary_rows(found, store), "skip")
 
 
 def test_damage_of_the_overview_costs_its_region_alone(tmp_path, cut):
@@ -179,9 +184,8 @@ def test_damage_of_the_overview_costs_its_region_alone(tmp_path, cut):
     file = write_slide(tmp_path / "slide", levels=4, damage=[(last, 0)])  # 2 x 2 tiles of 512 px each
     with pytest.raises(InputError, match="cannot be decoded"):
         cut(file)
-    _, found, store = cut(file, on_damage="skip")
-    counts = dict((name, count) for kind, name, count in found.counts if kind == "damaged")
-    assert counts["regions of the overview"] == 1
+    store, rows = cut(file, on_damage="skip")
+    assert rows["damaged", "regions of the overview"] == len(store.attrs["damage"]["overview"]) == 1
     assert 0 < len(store) < 64
     assert (store.patches[["x", "y"]].max(axis=1) >= 512 - 64).all()
 
@@ -190,29 +194,26 @@ def test_a_slide_that_cannot_be_opened_stops_or_gives_an_empty_store(tmp_path, c
     (tmp_path / "broken").write_bytes(b"no slide at all" * 50)
     with pytest.raises(DamagedSlide, match=r"s1.*broken"):
         cut(tmp_path / "broken")
-    slide, found, store = cut(tmp_path / "broken", on_damage="skip")
-    assert found is None
+    store, rows = cut(tmp_path / "broken", on_damage="skip")
     assert len(store) == 0
-    assert ("damaged", "slides that cannot be opened", 1) in summary_rows(found, store)
-    write_picture(tmp_path / "p.png", slide, found, "skip")
-    write_page(tmp_path / "p.html", slide, found, store, summary_rows(found, store), "skip")
-    assert "cannot be opened" in (tmp_path / "p.html").read_text()
+    assert rows["damaged", "slides that cannot be opened"] == 1
+    assert "cannot be opened" in (tmp_path / "s1.html").read_text()
+    assert (tmp_path / "s1.png").exists()
     with pytest.raises(InputError, match="no such file"):
         cut(tmp_path / "missing", on_damage="skip")
 
 
 def test_slides_that_openslide_reads_go_on_after_damage(tmp_path, cut):
-    whole = cut(write_slide(tmp_path / "whole", aperio=True), name="whole")[2]
+    whole = cut(write_slide(tmp_path / "whole", aperio=True), name="whole")[0]
     file = write_slide(tmp_path / "damaged", aperio=True, damage=[(0, 2 * 12 + 2), (1, 2 * 6 + 3)])
     with open_slide(file, None, "s1") as image:
         assert not isinstance(image, _Tiff)
         assert image.mpp == MPP
     with pytest.raises(InputError, match="damaged"):
         cut(file)
-    _, found, store = cut(file, on_damage="skip", workers=2)
-    counts = {name: count for kind, name, count in found.counts if kind == "damaged"}
-    assert counts["patches"] == 1
-    assert counts["regions of the overview"] == 1
+    store, rows = cut(file, on_damage="skip", workers=2)
+    assert rows["damaged", "patches"] == 1
+    assert rows["damaged", "regions of the overview"] == 1
     places = {tuple(row) for row in store.patches[["x", "y"]].to_numpy()}
     kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
     assert len(kept) == len(store) >= 50
@@ -224,7 +225,7 @@ def test_what_cannot_be_decoded_reads_as_glass_and_the_rest_as_it_is(tmp_path):
     file = write_slide(tmp_path / "damaged", damage=[(0, 30)])
     with open_slide(whole, None, "s") as image:
         expected = image.read(0, 0, 0, 768, 768)
-    image = TolerantPyramid(file, None)
+    image = open_slide(file, None, "s", skip=True)
     found = image.read(0, 0, 0, 768, 768)
     different = (found != expected).any(axis=2)
     rows, columns = np.nonzero(different)
@@ -235,9 +236,8 @@ def test_what_cannot_be_decoded_reads_as_glass_and_the_rest_as_it_is(tmp_path):
 
 
 def test_pictures_show_tissue_and_patches(tmp_path, cut):
-    slide, found, store = cut(write_slide(tmp_path / "slide"))
-    write_picture(tmp_path / "p.png", slide, found, "stop")
-    pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).astype(int)
+    cut(write_slide(tmp_path / "slide"))
+    pixels = np.asarray(Image.open(tmp_path / "s1.png").convert("RGB")).astype(int)
     assert pixels.shape == (768, 768, 3)
     for colour in ((0, 158, 115), (0, 80, 200)):
         where = np.argwhere((pixels == colour).all(axis=2))
@@ -351,9 +351,9 @@ def test_too_few_patches_are_told(caplog):
 
 
 def test_a_choice_of_stores_is_a_split_file(tmp_path, cut):
-    _, _, store = cut(write_slide(tmp_path / "slide"))
+    store, _ = cut(write_slide(tmp_path / "slide"))
     (tmp_path / "broken").write_bytes(b"no slide" * 50)
-    _, _, empty = cut(tmp_path / "broken", on_damage="skip", name="s2")
+    empty, _ = cut(tmp_path / "broken", on_damage="skip", name="s2")
     slides = [SlidePatches.of(one, "donor", "kidney") for one in (store, empty)]
     assert slides[0].side == 64
     with atomic(tmp_path / "split.tsv") as temporary:
