@@ -5,7 +5,7 @@ Output: ``png``, ``svg``.
 """
 
 from celldetr.inference.attention import read_drawn, read_share
-from celldetr.report.figures import SystemShare, figure3
+from celldetr.report.figure3 import SystemShare, figure3
 from celldetr.report.style import save
 from celldetr.runtime.rule import run_rule
 

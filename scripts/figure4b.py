@@ -3,7 +3,8 @@
 Input: ``log`` (log.jsonl of an experiment of stage ssl). Output: ``png``, ``svg``. Params: title.
 """
 
-from celldetr.report.figure4 import figure4b, read_log
+from celldetr.report.curves import read_log
+from celldetr.report.figure4 import figure4b
 from celldetr.report.style import save
 from celldetr.runtime.rule import run_rule
 

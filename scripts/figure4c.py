@@ -4,7 +4,9 @@ Input: ``matrices`` and ``retrieval`` (of the similarity rule), ``log`` (log.jso
 Output: ``png``, ``svg``. Params: title.
 """
 
-from celldetr.report.figure4 import figure4c, read_log, read_retrieval, read_similarities
+from celldetr.evaluation.similarity import read_retrieval, read_similarities
+from celldetr.report.curves import read_log
+from celldetr.report.figure4 import figure4c
 from celldetr.report.style import save
 from celldetr.runtime.rule import run_rule
 

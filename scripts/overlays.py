@@ -7,7 +7,7 @@ Output: PNG, patches twice: true boxes and predicted boxes, coloured by class.
 from pathlib import Path
 
 from celldetr.evaluation.predictions import read_predictions
-from celldetr.report.figures import choose_patches, overlays
+from celldetr.report.overlays import choose_patches, overlays
 from celldetr.report.style import save
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from celldetr.config.experiment import NoiseSettings
+from celldetr.evaluation.similarity import choose_readable, write_retrieval, write_similarities
 from celldetr.inference.similarity import measure_similarity
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
-from celldetr.report.figure4 import choose_readable, write_retrieval, write_similarities
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 

@@ -1,6 +1,6 @@
 """Write a table of the paper: published rows beside measured ones.
 
-Input: ``scores`` (TSV files of the score rule), ``readouts`` (those of the readout rule, may be none), ``published``
+Input: ``scores`` (TSV files of the score rule), ``frozen_features`` (TSV files of that rule, or none), ``published``
 (TSV of published rows).
 Output: ``tsv`` (a row per system), ``splits`` (every split, metric and class), ``md`` and ``html`` for people,
 ``provenance``.
@@ -8,33 +8,25 @@ Output: ``tsv`` (a row per system), ``splits`` (every split, metric and class), 
 
 from pathlib import Path
 
+from celldetr.evaluation.scoring import write_tsv
 from celldetr.report.rendering import html, markdown
-from celldetr.report.tables import (
-    System,
-    build_table,
-    read_published,
-    read_readouts,
-    read_scores,
-    scored_with,
-    write_tsv,
-)
+from celldetr.report.tables import System, build_table, read_frozen_features, read_published, read_scores
 from celldetr.runtime.files import atomic
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):
-    params, output = snakemake.params, snakemake.output
+    params, output, given = snakemake.params, snakemake.output, snakemake.input
     settings = {key: params[key] for key in ("systems", "splits", "metric", "protocol", "synthetic")}
     table = build_table(
         Path(output.tsv).stem,
-        read_published(snakemake.input.published),
-        read_scores(snakemake.input.scores),
+        read_published(given.published),
+        read_scores(given.scores),
         [System(**system) for system in params.systems],
-        splits=params.splits,
         metric=params.metric,
         protocol=params.protocol,
-        readouts=read_readouts(snakemake.input.readouts) if snakemake.input.readouts else None,
+        frozen_features=read_frozen_features(given.frozen_features) if given.frozen_features else None,
         synthetic=params.synthetic,
     )
     write_tsv(output.tsv, table.rows)
@@ -44,8 +36,8 @@ def main(snakemake):
             temporary.write_text(text, encoding="utf-8")
     write_provenance(
         output.provenance,
-        settings={**settings, **scored_with(table.splits)},
-        inputs=[*snakemake.input.scores, *snakemake.input.readouts, snakemake.input.published],
+        settings={**settings, **table.scored_with},
+        inputs=[*given.scores, *given.frozen_features, given.published],
     )
 
 

@@ -2,7 +2,7 @@
 
 Inputs: patch stores of the training and validation patches, the split, and optional initial weights (backbone, model).
 Outputs: model.pt, log.jsonl (a line per epoch; in stage ssl also epoch 0, before training),
-curves.png, provenance.json; checkpoints/ lies beside them.
+provenance.json (with the epoch whose weights became the model); checkpoints/ lies beside them.
 """
 
 from pathlib import Path

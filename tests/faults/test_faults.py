@@ -27,8 +27,8 @@ KILLED = (
     *("download_slide", "download_slide_nuclei", "convert_pannuke", "split_pannuke"),
     *("register_xenium", "prepare_reference", "annotate_xenium", "extract_xenium", "split_xenium", "save_spatialdata"),
     *("detect_slide", "extract_slide", "choose_slide_patches"),
-    *("train", "predict", "attention", "score", "similarity", "readout", "table"),
-    *("overlays", "figure3", "figure4b", "figure4c", "figure5a", "figure5b"),
+    *("train", "predict", "attention", "score", "similarity", "frozen_features", "table"),
+    *("overlays", "learning_curves", "figure3", "figure4b", "figure4c", "figure5a", "figure5b"),
 )
 WAITS_FOR_A_THREAD = re.compile(r'threading\.py", line \d+ in start$|/pyarrow/', re.M)  # not ours: README, limits
 
@@ -272,7 +272,7 @@ DAMAGES = [
     ("predict", cut_model, "model.pt"),
     ("similarity", cut_model, "model.pt"),
     ("detect_slide", no_number, "not finite"),
-    ("readout", no_number, "not finite"),
+    ("frozen_features", no_number, "not finite"),
     ("attention", hostile_model, "could run code"),
     ("train", hostile_checkpoint, "could run code"),
     ("score", cut("*.parquet"), ".parquet"),

@@ -49,7 +49,7 @@ SMALL = {
     "slides": {"total": 40},
     "figure3": {"experiments": ["celldetr_p"], "nuclei": 2},
     "figure4": {"patches": 2},
-    "readout": {"k": 3},
+    "frozen_features": {"k": 3},
     "xenium": {"cells_per_type": 60, "split": {"block_um": 64.0}},
     "tables": {
         "table1": {"experiments": ["celldetr_p"]},

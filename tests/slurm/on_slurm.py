@@ -72,7 +72,7 @@ class Workflow:
         config = merge(yaml.safe_load(text), SMALL)
         config["experiments"] = {"celldetr_p": config["experiments"]["celldetr_p"]}
         config["tables"] = {"table1": config["tables"]["table1"] | {"experiments": ["celldetr_p"]}}
-        config["readout"] = {"k": 3}
+        config["frozen_features"] = {"k": 3}
         self.config = config
         status = "sacct" if accounting else "squeue"
         self.profile = [

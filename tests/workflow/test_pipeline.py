@@ -38,7 +38,7 @@ SMALL = {
     },
     "slides": {"total": 40},
     "figure4": {"patches": 2},
-    "readout": {"k": 3},
+    "frozen_features": {"k": 3},
     "xenium": {"cells_per_type": 60, "split": {"block_um": 64.0}},
 }
 
@@ -47,10 +47,20 @@ TRAINING_LOG = "results/logs/train/celldetr_p_split1.log"
 
 
 FIGURES = ("attention", "figure3", "figure4c", "figure5b")
-AFTER_PATCHES = ("split_xenium", "figure5a", "figure5b", "train", "predict", "score", "table", "overlays")
+AFTER_PATCHES = (
+    "split_xenium",
+    "figure5a",
+    "figure5b",
+    "train",
+    "learning_curves",
+    "predict",
+    "score",
+    "table",
+    "overlays",
+)
 
 AFTER_SLIDES = (
-    *("train", "figure4b", "figure4c", "similarity", "readout"),
+    *("train", "figure4b", "figure4c", "similarity", "frozen_features", "learning_curves"),
     *("predict", "score", "table", "overlays"),
 )
 
@@ -122,7 +132,7 @@ def test_zero_shot_and_finetuned_rows_stand_in_table_3(finished):
     assert set(scores["class"]) == {"Detection", *ST_TYPES}
 
 
-def test_probe_finetuned_and_readout_rows_stand_in_table_2(finished):
+def test_probe_finetuned_and_frozen_feature_rows_stand_in_table_2(finished):
     table = pd.read_csv(finished.folder / "results" / "table2.tsv", sep="\t", keep_default_na=False)
     assert list(table.loc[table["source"] == "measured", "experiment"]) == ["ssl_probe", "ssl_finetune"]
     readout = table[table["source"] == "readout"]
@@ -210,7 +220,8 @@ def test_every_rule_wrote_its_log_and_benchmark(finished):
             "choose_slide_patches",
             "similarity",
             "figure4b",
-            "readout",
+            "frozen_features",
+            "learning_curves",
         } <= names
 
 
@@ -238,18 +249,18 @@ def test_nothing_reruns_when_nothing_changed(finished):
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
         (
             {"inference": {"batch_size": 4}},
-            {"predict", "score", "table", "overlays", "similarity", "readout", *FIGURES},
+            {"predict", "score", "table", "overlays", "similarity", "frozen_features", *FIGURES},
         ),
         (
             {"experiments": {"celldetr_s": {"training": {"lr": 5.0e-4}}}},
-            {"train", "predict", "score", "table", "overlays", "attention", "figure3"},
+            {"train", "learning_curves", "predict", "score", "table", "overlays", "attention", "figure3"},
         ),
         ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium", *AFTER_PATCHES}),
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium", *AFTER_PATCHES}),
         ({"xenium": {"patches": {"min_nuclei": 2}}}, {"extract_xenium", *AFTER_PATCHES}),
         ({"xenium": {"split": {"block_um": 96.0}}}, set(AFTER_PATCHES) - {"figure5a"}),
         ({"slides": {"total": 30}}, {"choose_slide_patches", *AFTER_SLIDES}),
-        ({"readout": {"k": 2}}, {"readout", "table"}),
+        ({"frozen_features": {"k": 2}}, {"frozen_features", "table"}),
         ({"figure4": {"patches": 1}}, {"similarity", "figure4c"}),
     ],
 )

@@ -100,18 +100,20 @@ def test_one_lost_output_is_made_by_its_job_alone_to_the_byte(finished, work):
 
 
 AFTER_TRAINING = {
-    *("train", "predict", "score", "table", "attention", "overlays", "similarity", "readout", "detect_slide"),
+    *("train", "predict", "score", "table", "attention", "overlays", "similarity", "detect_slide"),
+    *("frozen_features", "learning_curves"),
     *("extract_slide", "choose_slide_patches", "figure3", "figure4b", "figure4c", "figure5b"),
 }
 AFTER_EXTRACTION = {
-    *("extract_xenium", "split_xenium", "train", "predict", "score", "table", "overlays", "figure5a", "figure5b"),
+    *("extract_xenium", "split_xenium", "train", "learning_curves", "predict", "score", "table", "overlays"),
+    *("figure5a", "figure5b"),
 }
 EDITS = {
     "evaluation/scoring.py": {"score", "table", "figure5a", "figure5b"},
-    "evaluation/tables.py": {"table", "figure5a", "figure5b"},
+    "report/tables.py": {"table"},
     "evaluation/metrics.py": AFTER_TRAINING | {"figure5a"},  # validation chooses the epoch by it
     "training/losses.py": AFTER_TRAINING,
-    "training/curves.py": AFTER_TRAINING,
+    "report/curves.py": {"learning_curves", "figure4b", "figure4c"},
     "data/registration/gate.py": {"register_xenium"} | AFTER_EXTRACTION,
     "data/celltypes/annotators.py": {"annotate_xenium"} | AFTER_EXTRACTION,
     "data/splits.py": {"split_pannuke", "split_xenium"} | AFTER_TRAINING,

@@ -181,6 +181,30 @@ def class_map(experiment: str) -> dict | None:
     )
 
 
+def trained_models() -> list[str]:
+    """Model files that tables, figures and slides need, and those of the experiments that they start from."""
+    waiting = [
+        (name, split)
+        for table in CONFIG.tables.values()
+        for name in (*table.systems, *table.frozen_features)
+        for split in CONFIG.pannuke.splits
+    ]
+    if CONFIG.figure3 is not None:
+        waiting += [(name, CONFIG.figure3.split) for name in CONFIG.figure3.experiments]
+    waiting += [(name, 1) for name in CONFIG.experiments if stage_of(name) == "st"]
+    waiting.append((experiment_of("ssl"), 1))
+    if any(row.detect for row in SLIDES.values()):
+        waiting.append((CONFIG.slides.detection.model, CONFIG.pannuke.splits[0]))
+    found = set()
+    while waiting:
+        name, split = waiting.pop()
+        if name in CONFIG.experiments:
+            if stage_of(name) != "zero_shot":
+                found.add(initial_model(name, str(split)))
+            waiting.append((CONFIG.experiments[name].initial, split))
+    return sorted(found)
+
+
 def all_results() -> list[str]:
     """Everything that the configuration asks for."""
     wanted = [
@@ -197,6 +221,7 @@ def all_results() -> list[str]:
                 f"results/figures/overlays_{experiment}_split{split}.png"
                 for split in CONFIG.splits(experiment)
             ]
+    wanted += [path.replace("model.pt", "curves.png") for path in trained_models()]
     wanted += expand("results/pannuke/fold{fold}_summary.html", fold=FOLDS)
     if SAMPLES:
         wanted += expand(

@@ -1,4 +1,4 @@
-"""Predictions on the test folds, scores, tables and figures."""
+"""Predictions on the test folds, scores, tables, figures and learning curves."""
 
 PUBLISHED = {name: own_file(table.published) for name, table in CONFIG.tables.items()}
 
@@ -62,7 +62,7 @@ rule score:
         "../../scripts/score.py"
 
 
-rule readout:
+rule frozen_features:
     input:
         model=lambda wildcards: initial_model(wildcards.experiment, wildcards.split),
         stores=lambda wildcards: [
@@ -71,12 +71,12 @@ rule readout:
         split="results/pannuke/split{split}.tsv",
         test=lambda wildcards: fold_store(folds_of(wildcards.split, "test")[0]),
     output:
-        tsv="results/readout/{experiment}/split{split}.tsv",
-        provenance="results/readout/{experiment}/split{split}.provenance.json",
+        tsv="results/frozen_features/{experiment}/split{split}.tsv",
+        provenance="results/frozen_features/{experiment}/split{split}.provenance.json",
     log:
-        "results/logs/readout/{experiment}_split{split}.log",
+        "results/logs/frozen_features/{experiment}_split{split}.log",
     benchmark:
-        "results/benchmarks/readout/{experiment}_split{split}.tsv"
+        "results/benchmarks/frozen_features/{experiment}_split{split}.tsv"
     conda:
         "../../envs/training.yaml"
     threads: 4
@@ -85,15 +85,43 @@ rule readout:
         mem_mb=16000,
         runtime=120,
     params:
-        k=CONFIG.readout.k,
-        max_nuclei=CONFIG.readout.max_nuclei,
+        k=CONFIG.frozen_features.k,
+        max_nuclei=CONFIG.frozen_features.max_nuclei,
         batch_size=CONFIG.inference.batch_size,
         seed=CONFIG.seed,
-        code=code("readout"),
+        code=code("frozen_features"),
     message:
-        "Reading classes out of the frozen embeddings of {wildcards.experiment} on split {wildcards.split}"
+        "Classifying nuclei by the frozen embeddings of {wildcards.experiment} on split {wildcards.split}"
     script:
-        "../../scripts/readout.py"
+        "../../scripts/frozen_features.py"
+
+
+rule learning_curves:
+    input:
+        log="results/models/{experiment}/split{split}/log.jsonl",
+        provenance="results/models/{experiment}/split{split}/provenance.json",
+    output:
+        report(
+            "results/models/{experiment}/split{split}/curves.png",
+            category="Training",
+            caption="../report/curves.rst",
+            labels={"experiment": "{experiment}", "split": "{split}"},
+        ),
+    log:
+        "results/logs/learning_curves/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/learning_curves/{experiment}_split{split}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        code=code("learning_curves"),
+    message:
+        "Drawing the learning curves of {wildcards.experiment} on split {wildcards.split}"
+    script:
+        "../../scripts/learning_curves.py"
 
 
 rule table:
@@ -103,9 +131,9 @@ rule table:
             experiment=CONFIG.tables[wildcards.table].systems,
             split=CONFIG.pannuke.splits,
         ),
-        readouts=lambda wildcards: expand(
-            "results/readout/{experiment}/split{split}.tsv",
-            experiment=CONFIG.tables[wildcards.table].readouts,
+        frozen_features=lambda wildcards: expand(
+            "results/frozen_features/{experiment}/split{split}.tsv",
+            experiment=CONFIG.tables[wildcards.table].frozen_features,
             split=CONFIG.pannuke.splits,
         ),
         published=lambda wildcards: PUBLISHED[wildcards.table],
@@ -248,6 +276,6 @@ rule overlays:
         seed=CONFIG.seed,
         code=code("overlays"),
     message:
-        "Drawing predictions of {wildcards.experiment} beside the truth"
+        "Drawing predictions of {wildcards.experiment} beside the true nuclei"
     script:
         "../../scripts/overlays.py"

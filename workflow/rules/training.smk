@@ -32,12 +32,6 @@ rule train:
     output:
         model="results/models/{experiment}/split{split}/model.pt",
         log="results/models/{experiment}/split{split}/log.jsonl",
-        curves=report(
-            "results/models/{experiment}/split{split}/curves.png",
-            category="Training",
-            caption="../report/curves.rst",
-            labels={"experiment": "{experiment}", "split": "{split}"},
-        ),
         provenance="results/models/{experiment}/split{split}/provenance.json",
     log:
         "results/logs/train/{experiment}_split{split}.log",

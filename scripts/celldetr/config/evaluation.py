@@ -28,10 +28,10 @@ class EvaluationSettings(Settings):
     resamples: NonNegativeInt = Field(1000, description="bootstrap resamples of the intervals")
 
 
-class ReadoutSettings(Settings):
-    """Simple classifiers on frozen embeddings of true boxes; they tell classes apart and detect nothing."""
+class FrozenFeatureSettings(Settings):
+    """Simple classifiers on the frozen embeddings of true boxes: k nearest neighbours and logistic regression."""
 
     k: Count = Field(20, description="nearest training nuclei that vote on the class")
     max_nuclei: Annotated[int, Field(ge=2)] = Field(
-        20_000, description="most nuclei that train, drawn with the seed in the proportions of their classes"
+        20_000, description="most training nuclei; more are subsampled in the proportions of their classes"
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from celldetr.config.base import Count, Positive, Settings, merge, partial
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.config.evaluation import EvaluationSettings, InferenceSettings, ReadoutSettings
+from celldetr.config.evaluation import EvaluationSettings, FrozenFeatureSettings, InferenceSettings
 from celldetr.config.experiment import (
     BackboneSettings,
     Experiment,
@@ -102,7 +102,9 @@ class TableConfig(Settings):
     experiments: tuple[str, ...] = Field(min_length=1)
     ours: tuple[str, ...] = Field((), description="experiments beyond the paper, in rows that say so")
     published: str = Field(description="file with the published rows, from the root of the workflow")
-    readouts: tuple[str, ...] = Field((), description="experiments whose frozen embeddings are read out, as extra rows")
+    frozen_features: tuple[str, ...] = Field(
+        (), description="experiments whose frozen embeddings are evaluated, in rows of their own"
+    )
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ class Config(Settings):
     experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentConfig] = Field(min_length=1)
     tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableConfig] = Field(default_factory=dict)
     figure3: Figure3Config | None = None
-    readout: ReadoutSettings = ReadoutSettings()
+    frozen_features: FrozenFeatureSettings = FrozenFeatureSettings()
     figure4: Figure4Config = Figure4Config()
     overlays: OverlayConfig = OverlayConfig()
     example: ExampleConfig | None = Field(None, description="makes the archives instead of downloading them")
@@ -183,8 +185,8 @@ class Config(Settings):
                 raise ValueError(f"tables.{name}.ours: got {sorted(twice)}, which are in experiments too")
         if self.figure3 is not None:
             named["figure3.experiments"] = self.figure3.experiments
-        readouts = {f"tables.{name}.readouts": table.readouts for name, table in self.tables.items()}
-        for key, names in (named | readouts).items():
+        frozen = {f"tables.{name}.frozen_features": table.frozen_features for name, table in self.tables.items()}
+        for key, names in (named | frozen).items():
             unknown = [name for name in names if name not in self.experiments]
             if unknown:
                 raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
@@ -192,7 +194,7 @@ class Config(Settings):
             if elsewhere and key in named:
                 raise ValueError(f"{key}: got {elsewhere}, expected experiments that are tested on PanNuke")
             without = [name for name in names if self.experiments[name].mode == "baseline"]
-            if without and key in readouts:
+            if without and key in frozen:
                 raise ValueError(f"{key}: got {without}, expected experiments with a representation decoder")
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")

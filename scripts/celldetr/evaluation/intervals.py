@@ -1,27 +1,26 @@
-"""Percentile intervals of the scores by resampling the images of a fold."""
+"""Bootstrap intervals of the scores: the images of a fold are resampled."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from celldetr.evaluation.metrics import scores
 
-_DRAWS_AT_ONCE = 1 << 22
+_DRAWS_AT_ONCE = 1 << 22  # bounds the memory
 
 
 def intervals(
     counts: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> NDArray[np.float64]:
-    """Bootstrap percentile intervals of P, R and F.
+    """Compute bootstrap percentile intervals of P, R and F.
 
-    Images are drawn with replacement and their counts summed; nuclei of one image stay together, because
-    their errors are not independent. The draws depend on the seed and the number of images alone, so that two
-    systems scored on the same fold are compared on the same resamples. Resamples without truth of a class say
-    nothing about it and are left out of its interval.
+    Images are drawn with replacement and their counts summed. Nuclei of one image stay together because their errors
+    are not independent. The draws depend only on the seed and the number of images, so two systems scored on the same
+    fold are compared on the same resamples. Resamples without true nuclei of a class do not enter its interval.
 
     Parameters
     ----------
     counts
-        Per-image counts (N, R, len(COUNTS)) of `celldetr.evaluation.metrics.count_images`.
+        Counts per image (N, R, len(COUNTS)) of `celldetr.evaluation.metrics.count_images`.
     resamples
         Number of resamples; 0 gives no intervals.
     seed
@@ -32,8 +31,7 @@ def intervals(
     Returns
     -------
     NDArray
-        Lower and upper ends (2, R, 3); NaN where the score is not defined, without images, or without
-        resamples.
+        Lower and upper ends (2, R, 3); NaN if the score is undefined, or without images or resamples.
     """
     n_images, n_rows, n_counts = counts.shape
     if n_images == 0 or resamples == 0:

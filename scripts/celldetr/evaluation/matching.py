@@ -9,17 +9,17 @@ from scipy.spatial.distance import cdist
 
 
 @dataclass(frozen=True)
-class Nuclei:
-    """Nuclei of a fold, image after image.
+class NucleusCentres:
+    """Centres and labels of the nuclei of a fold, image by image.
 
     Attributes
     ----------
     ptr
-        Nuclei of image i are ``ptr[i]:ptr[i + 1]`` (N + 1,).
+        The nuclei of image i are ``ptr[i]:ptr[i + 1]`` (N + 1,).
     centres
         Centres (M, 2), x then y, px.
     labels
-        0-based class (M,); -1 = nucleus without a label.
+        0-based class (M,); -1 = unlabelled nucleus.
     """
 
     ptr: NDArray[np.int64]
@@ -27,19 +27,12 @@ class Nuclei:
     labels: NDArray[np.integer]
 
     def __post_init__(self) -> None:
-        count = len(self.labels)
-        if self.centres.shape != (count, 2):
-            raise ValueError(f"centres: got shape {self.centres.shape}, expected ({count}, 2)")
-        if self.ptr.ndim != 1 or len(self.ptr) == 0 or self.ptr[0] != 0 or self.ptr[-1] != count:
-            raise ValueError(f"ptr: expected offsets from 0 to {count}, got shape {self.ptr.shape}")
-        if (np.diff(self.ptr) < 0).any():
-            raise ValueError("ptr: got decreasing offsets")
-        if not np.isfinite(self.centres).all():
-            raise ValueError(f"centres: {int((~np.isfinite(self.centres)).any(axis=1).sum())} are not finite")
+        assert self.centres.shape == (len(self.labels), 2)
+        assert self.ptr[-1] == len(self.labels)
 
     @property
     def n_images(self) -> int:
-        """Images, with or without nuclei."""
+        """Number of images, including images without nuclei."""
         return len(self.ptr) - 1
 
     @property
@@ -56,29 +49,18 @@ class Pairs:
     predicted: NDArray[np.int64]
 
 
-def pair_nuclei(truth: Nuclei, predicted: Nuclei, radius: float) -> Pairs:
-    """Match per image: Hungarian on Euclidean centre distance between all truth and all predictions.
+def pair_nuclei(truth: NucleusCentres, predicted: NucleusCentres, radius: float) -> Pairs:
+    """Match each image by the Hungarian algorithm on the distances between all true and predicted centres.
 
-    Pairs farther apart than `radius` px are dropped after the assignment, not before it: a pair at exactly
-    `radius` stays. So the assignment is that of HoVer-Net, in which distant nuclei can compete for the same
-    partner.
-
-    Raises
-    ------
-    ValueError
-        Truth and predictions have different numbers of images.
+    Pairs more than `radius` px apart are dropped after the assignment, not before, as HoVer-Net does: distant nuclei
+    can compete for the same partner. A pair at exactly `radius` is kept.
     """
-    if truth.n_images != predicted.n_images:
-        raise ValueError(f"got {predicted.n_images} images of predictions, expected {truth.n_images}")
-    rows, columns = [], []
+    assert truth.n_images == predicted.n_images
+    rows, columns = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for t0, t1, p0, p1 in zip(truth.ptr, truth.ptr[1:], predicted.ptr, predicted.ptr[1:], strict=False):
-        if t0 == t1 or p0 == p1:
-            continue
         distance = cdist(truth.centres[t0:t1], predicted.centres[p0:p1])
         row, column = linear_sum_assignment(distance)
         near = distance[row, column] <= radius
         rows.append(row[near] + t0)
         columns.append(column[near] + p0)
-    if not rows:
-        return Pairs(np.empty(0, np.int64), np.empty(0, np.int64))
-    return Pairs(np.concatenate(rows).astype(np.int64), np.concatenate(columns).astype(np.int64))
+    return Pairs(np.concatenate(rows), np.concatenate(columns))

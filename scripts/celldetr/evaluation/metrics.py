@@ -1,15 +1,15 @@
-"""Detection and class scores of PanNuke in the manner of HoVer-Net (paper, 4.2).
+"""Detection and class scores as HoVer-Net defines them for PanNuke (paper, 4.2).
 
-Everything is counted per image, so that a fold, a resample of its images, or an average needs only sums of
-counts. A row is "Detection" (index 0) or a class (index 1 + label). With the counts of a row
+Counts are kept per image: the score of a fold, or of a bootstrap resample of its images, needs only their sums. A row
+is "Detection" (index 0) or a class (index 1 + label). With the counts of a row
 
     P = TP / (TP + 2 FP + FPd)    R = TP / (TP + 2 FN + FNd)    F = 2 TP / (2 TP + 2 FP + 2 FN + FPd + FNd)
 
-where FP and FN are pairs whose other side has another class, FPd and FNd nuclei without a partner. Detection
-has no FP and FN, so the same formulas are its usual P, R and F. F is the harmonic mean of P and R.
+where FP and FN count pairs whose partner has another class, FPd and FNd nuclei without a partner. Detection has no FP
+and FN, so the formulas give its usual P, R and F. F is the harmonic mean of P and R.
 
-Undefined values: a row without truth has no P, R and F (NaN, printed NA): whatever was predicted, the fold
-cannot tell how well the class is found. A row with truth of which nothing was predicted has P = R = F = 0.
+P, R and F are undefined (NaN, printed NA) in a row without true nuclei, whatever was predicted. They are 0 in a row
+with true nuclei and no predictions.
 """
 
 from collections.abc import Sequence
@@ -17,32 +17,32 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from celldetr.evaluation.matching import Nuclei, Pairs
+from celldetr.evaluation.matching import NucleusCentres, Pairs
 
 METRICS = ("strict", "hovernet_compat")
 COUNTS = (
     "n_truth",  # true nuclei of the row
-    "n_predicted",  # kept predictions of the row
+    "n_predicted",  # predictions of the row
     "n_paired",  # true nuclei of the row with a predicted partner
-    "tp",  # pairs of equal class; for Detection: pairs, with those of inserted points
+    "tp",  # pairs of equal class; for Detection: all pairs, including inserted points
     "fp_paired",  # predictions of the class paired with another class
     "fn_paired",  # truth of the class paired with another class
     "fp_unpaired",  # predictions of the class without a partner
     "fn_unpaired",  # truth of the class without a partner
-    "n_ignored",  # predictions of the class paired with a nucleus without a label
+    "n_ignored",  # predictions of the class paired with an unlabelled nucleus
     "n_inserted",  # background points inserted (hovernet_compat only)
 )
 _COLUMN = {name: index for index, name in enumerate(COUNTS)}
 
 
 def row_names(classes: Sequence[str]) -> tuple[str, ...]:
-    """Names of the rows: Detection, then the classes with a capital first letter."""
+    """Return the row names: Detection, then the classes with a capital first letter."""
     return ("Detection", *(name[:1].upper() + name[1:] for name in classes))
 
 
 def count_images(
-    truth: Nuclei,
-    predicted: Nuclei,
+    truth: NucleusCentres,
+    predicted: NucleusCentres,
     pairs: Pairs,
     n_classes: int,
     *,
@@ -51,21 +51,21 @@ def count_images(
 ) -> NDArray[np.int64]:
     """Count per image what the scores need.
 
-    Nuclei without a label (-1) count for Detection; for classes they are neither truth nor does a prediction
-    paired with one count for or against its class (`n_ignored`).
+    Unlabelled nuclei (-1) count for Detection. For the classes they are not truth, and a prediction paired with one
+    counts neither for nor against its class (`n_ignored`).
 
     Parameters
     ----------
     truth, predicted
-        Nuclei of the fold; predictions have a label each.
+        Nuclei of the fold; every prediction has a label.
     pairs
         Result of `pair_nuclei` with the same radius.
     n_classes
         Number of classes K.
     metric
-        ``strict`` inserts nothing. ``hovernet_compat`` gives each image that lacks truth or predictions one
-        background point at (0, 0) on the empty side, as HoVer-Net and CellViT do. The point has no class: it
-        can become or take a Detection pair, and turns the class error of its partner from unpaired to paired.
+        ``strict`` inserts nothing. ``hovernet_compat`` gives each image that lacks truth or predictions one background
+        point at (0, 0) on the empty side, as HoVer-Net and CellViT do. The point has no class. It can pair for
+        Detection, and then the class error of its partner is counted as paired, not as unpaired.
     radius
         Largest distance of a pair, px.
 
@@ -73,30 +73,21 @@ def count_images(
     -------
     NDArray
         Counts (N, 1 + K, len(COUNTS)).
-
-    Raises
-    ------
-    ValueError
-        Unknown metric, or a label out of range.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(METRICS)}")
-    for name, nuclei, lowest in (("truth", truth, -1), ("predicted", predicted, 0)):
-        if len(nuclei.labels) and (nuclei.labels.min() < lowest or nuclei.labels.max() >= n_classes):
-            got = f"{nuclei.labels.min()} to {nuclei.labels.max()}"
-            raise ValueError(f"{name} labels: got {got}, expected {lowest} to {n_classes - 1}")
+    assert metric in METRICS
+    assert max(truth.labels.max(initial=-1), predicted.labels.max(initial=-1)) < n_classes
     tally = _Tally(truth.n_images, n_classes)
     truth_image, predicted_image = truth.image, predicted.image
     true_label, predicted_label = truth.labels.astype(np.int64), predicted.labels.astype(np.int64)
-    alone = np.ones(len(true_label), dtype=bool)
-    alone[pairs.truth] = False
-    spare = np.ones(len(predicted_label), dtype=bool)
-    spare[pairs.predicted] = False
+    missed = np.ones(len(true_label), dtype=bool)
+    missed[pairs.truth] = False
+    spurious = np.ones(len(predicted_label), dtype=bool)
+    spurious[pairs.predicted] = False
 
     tally.both("n_truth", truth_image, true_label)
     tally.both("n_predicted", predicted_image, predicted_label)
-    tally.both("fn_unpaired", truth_image[alone], true_label[alone])
-    tally.both("fp_unpaired", predicted_image[spare], predicted_label[spare])
+    tally.both("fn_unpaired", truth_image[missed], true_label[missed])
+    tally.both("fp_unpaired", predicted_image[spurious], predicted_label[spurious])
     image = truth_image[pairs.truth]
     left, right = true_label[pairs.truth], predicted_label[pairs.predicted]
     equal, labelled = left == right, left >= 0
@@ -112,7 +103,7 @@ def count_images(
 
 
 class _Tally:
-    """Counts (N, 1 + K, len(COUNTS)) that are filled by field."""
+    """Counts (N, 1 + K, len(COUNTS)), filled field by field."""
 
     def __init__(self, n_images: int, n_classes: int) -> None:
         self.counts = np.zeros((n_images, 1 + n_classes, len(COUNTS)), dtype=np.int64)
@@ -132,7 +123,8 @@ class _Tally:
         self.by_class(field, image, label, amount)
 
 
-def _insert_background(tally: _Tally, truth: Nuclei, predicted: Nuclei, radius: float) -> None:
+def _insert_background(tally: _Tally, truth: NucleusCentres, predicted: NucleusCentres, radius: float) -> None:
+    """Add one background point at (0, 0) to the empty side of each image that lacks truth or predictions."""
     no_truth, no_predicted = np.diff(truth.ptr) == 0, np.diff(predicted.ptr) == 0
     empty = np.flatnonzero(no_truth & no_predicted)
     tally.detection("tp", empty)
@@ -153,13 +145,13 @@ def _insert_background(tally: _Tally, truth: Nuclei, predicted: Nuclei, radius: 
         tally.by_class(paired, images[near], label)
 
 
-def _nearest_to_origin(nuclei: Nuclei, image: int) -> int:
+def _nearest_to_origin(nuclei: NucleusCentres, image: int) -> int:
     start, stop = nuclei.ptr[image], nuclei.ptr[image + 1]
     return int(start + np.hypot(*nuclei.centres[start:stop].T).argmin())
 
 
 def scores(counts: NDArray[np.number]) -> NDArray[np.float64]:
-    """Precision, recall and F of summed counts (formulas at the top of this module).
+    """Compute precision, recall and F of summed counts (formulas at the top of this module).
 
     Parameters
     ----------
@@ -169,7 +161,7 @@ def scores(counts: NDArray[np.number]) -> NDArray[np.float64]:
     Returns
     -------
     NDArray
-        P, R, F (..., 3); NaN where there is no truth, 0 where there is truth and nothing was predicted.
+        P, R, F (..., 3); NaN without true nuclei, 0 with true nuclei and no predictions.
     """
     values = {name: np.asarray(counts[..., index], dtype=np.float64) for name, index in _COLUMN.items()}
     tp = values["tp"]

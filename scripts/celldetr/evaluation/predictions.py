@@ -1,10 +1,10 @@
-"""The predictions of a test fold as one Parquet file: writer, validating reader, and which detections count.
+"""The predictions of a test fold as one Parquet file: writer, reader, and the rule for which detections count.
 
-One row per detection whose nucleus score reached the inference threshold. Columns: ``patch`` int32 (index in
-the test fold's store), ``query`` int16, ``x0 y0 x1 y1`` float32 (px, half-open), ``nucleus_score`` float32,
-``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score). The schema metadata
-carries, under the key ``celldetr``, a JSON object with at least ``classes``, ``n_patches`` and
-``nucleus_threshold``. A patch without detections has no rows.
+One row per detection whose nucleus score reached the inference threshold. Columns: ``patch`` int32 (index in the store
+of the test fold), ``query`` int16, ``x0 y0 x1 y1`` float32 (px, half-open), ``nucleus_score`` float32,
+``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score). The schema metadata holds a JSON
+object under the key ``celldetr`` with at least ``classes``, ``n_patches`` and ``nucleus_threshold``. A patch without
+detections has no rows.
 """
 
 import contextlib
@@ -19,15 +19,14 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import atomic
 
 METADATA_KEY = b"celldetr"
-SCORE_RULES = ("both_thresholds", "class", "product")
 _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
-_ROWS = 10_000  # detections in a row group, about; each group costs time to write and to read
+_ROWS = 10_000  # detections per row group, about; each group costs time to write and to read
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Predictions:
     n_patches
         Patches that were predicted, with or without detections.
     metadata
-        Everything that the file says about itself (experiment, split, ...).
+        All metadata of the file (experiment, split, ...).
     """
 
     patch: NDArray[np.int32]
@@ -76,48 +75,44 @@ class Predictions:
 
     @property
     def centres(self) -> NDArray[np.float64]:
-        """Centres of the boxes (D, 2), x then y, px."""
+        """Box centres (D, 2), x then y, px."""
         boxes = self.boxes.astype(np.float64)
         return (boxes[:, :2] + boxes[:, 2:]) / 2
 
     def select(self, keep: NDArray[np.bool_] | NDArray[np.integer]) -> "Predictions":
         """Return the detections where `keep` (D,) is true, or those at the indices `keep`."""
-        return replace(
-            self,
-            patch=self.patch[keep],
-            query=self.query[keep],
-            boxes=self.boxes[keep],
-            nucleus_score=self.nucleus_score[keep],
-            class_scores=self.class_scores[keep],
-            labels=self.labels[keep],
-        )
+        names = ("patch", "query", "boxes", "nucleus_score", "class_scores", "labels")
+        arrays: dict[str, Any] = {name: getattr(self, name)[keep] for name in names}
+        return replace(self, **arrays)
+
+    def check_store(self, classes: tuple[str, ...], n_patches: int) -> None:
+        """Check that the detections are of a store with these classes and this number of patches.
+
+        Raises
+        ------
+        InputError
+            They were made on another store.
+        """
+        if (self.classes, self.n_patches) != (tuple(classes), n_patches):
+            raise InputError(
+                f"predictions: got {self.n_patches} patches with classes {list(self.classes)}, expected those of the "
+                f"test store: {n_patches} patches with classes {list(classes)}; predict this split again"
+            )
 
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """Which detections count: how nucleus score and class scores decide together.
+    """Which detections count, by nucleus score and largest class score.
 
-    ``both_thresholds``: nucleus score >= `nucleus_threshold` and largest class score >= `class_threshold`.
-    ``class``: largest class score >= `class_threshold`.
-    ``product``: nucleus score times largest class score >= `class_threshold`.
-    In every case only among the detections in the file, which were cut at the inference threshold.
-
-    Raises
-    ------
-    ConfigError
-        Unknown rule, or a threshold outside of [0, 1].
+    ``both_thresholds``: nucleus score >= `nucleus_threshold` and class score >= `class_threshold`.
+    ``class``: class score >= `class_threshold`.
+    ``product``: nucleus score times class score >= `class_threshold`.
+    Detections below the inference threshold are not in the file and never count.
     """
 
     rule: str = "both_thresholds"
     nucleus_threshold: float = 0.4
     class_threshold: float = 0.4
-
-    def __post_init__(self) -> None:
-        if self.rule not in SCORE_RULES:
-            raise ConfigError(f"evaluation.score: got {self.rule!r}, expected one of {', '.join(SCORE_RULES)}")
-        for key in ("nucleus_threshold", "class_threshold"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError(f"{key}: got {getattr(self, key)}, expected a score in [0, 1]")
 
     def keep(self, predictions: Predictions) -> Predictions:
         """Return the detections that count.
@@ -125,37 +120,25 @@ class ScoreRule:
         Raises
         ------
         ConfigError
-            The rule asks for nucleus scores below those that the file holds.
+            The nucleus threshold is lower than the inference threshold of the file.
         """
-        best = predictions.class_scores.max(axis=1, initial=0)
+        nucleus, best = predictions.nucleus_score, predictions.class_scores.max(axis=1, initial=0)
         if self.rule == "class":
             return predictions.select(best >= self.class_threshold)
         if self.rule == "product":
-            return predictions.select(predictions.nucleus_score * best >= self.class_threshold)
+            return predictions.select(nucleus * best >= self.class_threshold)
+        assert self.rule == "both_thresholds"
         written = predictions.metadata.get("nucleus_threshold", 0.0)
         if self.nucleus_threshold < written:
             raise ConfigError(
-                f"nucleus_threshold: got {self.nucleus_threshold}, but the predictions hold only detections "
-                f"with a nucleus score of at least {written}; lower inference.nucleus_threshold, predict again"
+                f"nucleus_threshold: got {self.nucleus_threshold}, but the predictions hold only detections with a "
+                f"nucleus score of at least {written}; lower inference.nucleus_threshold and predict again"
             )
-        keep = (predictions.nucleus_score >= self.nucleus_threshold) & (best >= self.class_threshold)
-        return predictions.select(keep)
-
-
-def schema(classes: tuple[str, ...], metadata: Mapping[str, Any]) -> pa.Schema:
-    """Parquet schema of a predictions file."""
-    fields = [("patch", pa.int32()), ("query", pa.int16())]
-    fields += [(name, pa.float32()) for name in (*_BOX_COLUMNS, "nucleus_score")]
-    fields += [(f"score_{name}", pa.float32()) for name in classes]
-    fields += [("label", pa.int8())]
-    return pa.schema(
-        [pa.field(name, kind, nullable=False) for name, kind in fields],
-        metadata={METADATA_KEY: json.dumps(dict(metadata)).encode()},
-    )
+        return predictions.select((nucleus >= self.nucleus_threshold) & (best >= self.class_threshold))
 
 
 class PredictionsWriter:
-    """Write predictions batch by batch; the file gets its name when the ``with`` block ends without an error.
+    """Write predictions batch by batch; the file appears when the ``with`` block ends without an error.
 
     Parameters
     ----------
@@ -166,9 +149,9 @@ class PredictionsWriter:
     n_patches
         Patches of the test fold's store.
     nucleus_threshold
-        Nucleus score that every appended detection reaches.
+        Lower bound of the nucleus scores that are appended.
     metadata
-        More JSON values to keep in the file (experiment, split, test_fold, ...).
+        Further JSON values to keep in the file (experiment, split, test_store, ...).
     """
 
     def __init__(
@@ -182,14 +165,9 @@ class PredictionsWriter:
     ) -> None:
         self.path = Path(path)
         self.classes = tuple(classes)
-        self.n_patches = int(n_patches)
         self.n_detections = 0
-        own = {
-            "classes": list(classes),
-            "n_patches": self.n_patches,
-            "nucleus_threshold": float(nucleus_threshold),
-        }
-        self._schema = schema(self.classes, {**(metadata or {}), **own})
+        own = {"classes": list(classes), "n_patches": n_patches, "nucleus_threshold": nucleus_threshold}
+        self._schema = _schema(self.classes, {**(metadata or {}), **own})
         self._stack = contextlib.ExitStack()
         self._waiting: list[pa.Table] = []
         self._rows = 0
@@ -209,11 +187,11 @@ class PredictionsWriter:
 
     def append(
         self,
-        patch: ArrayLike,
-        query: ArrayLike,
-        boxes: ArrayLike,
-        nucleus_score: ArrayLike,
-        class_scores: ArrayLike,
+        patch: NDArray[np.integer],
+        query: NDArray[np.integer],
+        boxes: NDArray[np.floating],
+        nucleus_score: NDArray[np.floating],
+        class_scores: NDArray[np.floating],
     ) -> None:
         """Append detections; D = 0 is legal.
 
@@ -228,29 +206,19 @@ class PredictionsWriter:
         nucleus_score
             Scores (D,) in [0, 1].
         class_scores
-            Scores (D, K) in [0, 1]. The label is the index of the largest, the first among equals.
-
-        Raises
-        ------
-        ValueError
-            Arrays of other shapes, or indices out of range.
+            Scores (D, K) in [0, 1]. The label is the index of the largest, the first of equals.
         """
-        count = len(np.asarray(patch))
-        if count == 0:
+        if not len(patch):
             return
-        columns: dict[str, NDArray[Any]] = {
-            "patch": _index(patch, count, self.n_patches, "patch"),
-            "query": _index(query, count, np.iinfo(np.int16).max + 1, "query"),
-        }
-        columns |= zip(_BOX_COLUMNS, _float(boxes, (count, 4), "boxes").T, strict=True)
-        columns["nucleus_score"] = _float(nucleus_score, (count,), "nucleus_score")
-        scores = _float(class_scores, (count, len(self.classes)), "class_scores")
+        scores = np.asarray(class_scores, dtype=np.float32)
+        columns = {"patch": patch, "query": query, "nucleus_score": np.asarray(nucleus_score, dtype=np.float32)}
+        columns |= zip(_BOX_COLUMNS, np.asarray(boxes, dtype=np.float32).T, strict=True)
         columns |= zip((f"score_{name}" for name in self.classes), scores.T, strict=True)
         columns["label"] = scores.argmax(axis=1)
-        arrays = [pa.array(columns[field.name], type=field.type) for field in self._schema]
+        arrays = [pa.array(columns[item.name], type=item.type) for item in self._schema]
         self._waiting.append(pa.Table.from_arrays(arrays, schema=self._schema))
-        self.n_detections += count
-        self._rows += count
+        self.n_detections += len(patch)
+        self._rows += len(patch)
         if self._rows >= _ROWS:
             self._flush()
 
@@ -260,109 +228,42 @@ class PredictionsWriter:
             self._waiting, self._rows = [], 0
 
 
-def _index(values: ArrayLike, count: int, stop: int, name: str) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.shape != (count,) or array.dtype.kind not in "iu":
-        raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected integers ({count},)")
-    if array.min() < 0 or array.max() >= stop:
-        raise ValueError(f"{name}: got {array.min()} to {array.max()}, expected 0 to {stop - 1}")
-    return array.astype(np.int64)
-
-
-def _float(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
-    array = np.ascontiguousarray(values, dtype=np.float32)
-    if array.shape != shape:
-        raise ValueError(f"{name}: got shape {array.shape}, expected {shape}")
-    return array
-
-
 def read_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """Read and check a predictions file.
+    """Read a predictions file.
 
     Raises
     ------
     InputError
-        Not a predictions file, or a column holds what it must not; names file, column and row.
+        Not a predictions file, or damaged.
     """
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({error}); predict this split again") from error
-    metadata = _metadata(path, table.schema.metadata or {})
-    classes = tuple(metadata["classes"])
-    for want in schema(classes, {}):
-        index = table.schema.get_field_index(want.name)
-        got = "no such column" if index < 0 else str(table.schema.field(index).type)
-        if got != str(want.type):
-            raise InputError(f"{path}: column {want.name!r}: got {got}, expected {want.type}")
-        if table.column(index).null_count:
-            raise InputError(f"{path}: column {want.name!r}: got {table.column(index).null_count} empty values")
+        metadata = json.loads(table.schema.metadata[METADATA_KEY])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: got {error!r}, expected a Parquet file of the predict rule; predict this split again"
+        ) from error
     column = {name: table.column(name).to_numpy() for name in table.column_names}
-    scores = np.empty((len(table), len(classes)), dtype=np.float32)
-    for index, name in enumerate(classes):
-        scores[:, index] = column[f"score_{name}"]
     found = Predictions(
         patch=column["patch"],
         query=column["query"],
         boxes=np.stack([column[name] for name in _BOX_COLUMNS], axis=1),
         nucleus_score=column["nucleus_score"],
-        class_scores=scores,
+        class_scores=np.stack([column[f"score_{name}"] for name in metadata["classes"]], axis=1),
         labels=column["label"],
-        classes=classes,
+        classes=tuple(metadata["classes"]),
         n_patches=metadata["n_patches"],
         metadata=metadata,
     )
-    _check(path, found)
     return found.select(np.lexsort((found.query, found.patch)))
 
 
-def _metadata(path: str | os.PathLike[str], raw: Mapping[bytes, bytes]) -> dict[str, Any]:
-    if METADATA_KEY not in raw:
-        raise InputError(f"{path}: the schema metadata has no key 'celldetr'; expected a file of the predict rule")
-    try:
-        metadata = json.loads(raw[METADATA_KEY])
-    except ValueError as error:
-        raise InputError(f"{path}: metadata 'celldetr' is not JSON ({error}); predict this split again") from error
-    kinds = {
-        "classes": (list, "a list of names"),
-        "n_patches": (int, "a count"),
-        "nucleus_threshold": (int | float, "a number"),
-    }
-    for key, (kind, words) in kinds.items():
-        if not isinstance(metadata, dict) or not isinstance(metadata.get(key), kind):
-            got = metadata.get(key) if isinstance(metadata, dict) else metadata
-            raise InputError(f"{path}: metadata 'celldetr', key {key!r}: got {got!r}, expected {words}")
-    most = np.iinfo(np.int32).max  # patches are numbered in 32 bits
-    if not 0 <= metadata["n_patches"] <= most:
-        raise InputError(
-            f"{path}: metadata 'celldetr', key 'n_patches': got a count out of range, expected 0 to {most}"
-        )
-    if not metadata["classes"]:
-        raise InputError(f"{path}: metadata 'celldetr', key 'classes': got none, expected at least one name")
-    return metadata
-
-
-def _check(path: str | os.PathLike[str], found: Predictions) -> None:
-    threshold = found.metadata["nucleus_threshold"]
-    boxes, scores, rows = found.boxes, found.class_scores, np.arange(len(found))
-    nucleus, best = found.nucleus_score, scores.max(axis=1, initial=0)
-    in_range = (found.labels >= 0) & (found.labels < len(found.classes))
-    label = np.where(in_range, found.labels, 0)
-    order = np.lexsort((found.query, found.patch))
-    same = (np.diff(found.patch[order]) == 0) & (np.diff(found.query[order]) == 0)
-    repeated = np.zeros(len(found), dtype=bool)
-    repeated[order[1:]] = same
-    checks = {
-        f"'patch' must be 0 to {found.n_patches - 1}": (found.patch >= 0) & (found.patch < found.n_patches),
-        "a query of a patch must occur once": ~repeated,
-        "boxes must be finite": np.isfinite(boxes).all(axis=1),
-        "boxes must be x0 <= x1, y0 <= y1": (boxes[:, 2] >= boxes[:, 0]) & (boxes[:, 3] >= boxes[:, 1]),
-        f"'nucleus_score' must be {threshold} to 1": (nucleus >= threshold) & (nucleus <= 1),
-        "class scores must be 0 to 1": ((scores >= 0) & (scores <= 1)).all(axis=1),
-        "'label' must be a class": in_range,
-        "'label' must be the class of the largest score": scores[rows, label] >= best,
-    }
-    for rule, good in checks.items():
-        bad = np.flatnonzero(~good)
-        if bad.size:
-            raise InputError(f"{path}: {bad.size} of {len(found)} rows break '{rule}', first row {bad[0]}")
+def _schema(classes: tuple[str, ...], metadata: Mapping[str, Any]) -> pa.Schema:
+    fields = [("patch", pa.int32()), ("query", pa.int16())]
+    fields += [(name, pa.float32()) for name in (*_BOX_COLUMNS, "nucleus_score")]
+    fields += [(f"score_{name}", pa.float32()) for name in classes]
+    fields += [("label", pa.int8())]
+    return pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in fields],
+        metadata={METADATA_KEY: json.dumps(dict(metadata)).encode()},
+    )

@@ -8,21 +8,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celldetr.evaluation import intervals as bootstrap
-from celldetr.evaluation.matching import Nuclei, pair_nuclei
+from celldetr.evaluation.intervals import intervals
+from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, row_names, scores
 from celldetr.evaluation.predictions import Predictions, ScoreRule
-from celldetr.evaluation.truth import TruthStore
-from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
+from celldetr.store import PatchStore
 
-CENTRES = ("box", "mask")
 MISSING = "NA"
 VALUES = ("precision", "recall", "f1")
 
 
-def truth_nuclei(store: TruthStore, centres: str = "box") -> Nuclei:
-    """All true nuclei of a store; none is rounded, shifted or dropped.
+def truth_nuclei(store: PatchStore, centres: str = "box") -> NucleusCentres:
+    """Return all true nuclei of a store; none is rounded, shifted or dropped.
 
     Parameters
     ----------
@@ -33,13 +32,9 @@ def truth_nuclei(store: TruthStore, centres: str = "box") -> Nuclei:
 
     Raises
     ------
-    ConfigError
-        Unknown kind of centre.
     InputError
-        Mask centres are asked for and the store does not know all of them.
+        Mask centres are asked for and the store lacks some of them.
     """
-    if centres not in CENTRES:
-        raise ConfigError(f"evaluation.centres: got {centres!r}, expected one of {', '.join(CENTRES)}")
     if centres == "box":
         boxes = np.asarray(store.boxes, dtype=np.float64)
         points = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -48,20 +43,20 @@ def truth_nuclei(store: TruthStore, centres: str = "box") -> Nuclei:
         unknown = int((~np.isfinite(points)).any(axis=1).sum())
         if unknown:
             raise InputError(
-                f"evaluation.centres: mask, but {unknown} of {len(points)} nuclei of the test store have no "
-                "mask centroid; use centres: box or convert the data with masks"
+                f"evaluation.centres: got mask, but {unknown} of {len(points)} nuclei of the test store have no mask "
+                "centroid; use centres: box, or convert the data with masks"
             )
-    return Nuclei(np.asarray(store.box_ptr, dtype=np.int64), points, np.asarray(store.labels))
+    return NucleusCentres(np.asarray(store.box_ptr, dtype=np.int64), points, np.asarray(store.labels))
 
 
-def predicted_nuclei(predictions: Predictions) -> Nuclei:
-    """Centres and labels of detections, image after image."""
-    return Nuclei(predictions.ptr, predictions.centres, predictions.labels)
+def predicted_nuclei(predictions: Predictions) -> NucleusCentres:
+    """Return centres and labels of detections, image by image."""
+    return NucleusCentres(predictions.ptr, predictions.centres, predictions.labels)
 
 
 def score_fold(
     predictions: Predictions,
-    store: TruthStore,
+    store: PatchStore,
     *,
     rule: ScoreRule | None = None,
     radius: float = 12.0,
@@ -74,7 +69,7 @@ def score_fold(
     Parameters
     ----------
     predictions
-        All detections of the fold's file.
+        All detections of the fold.
     store
         Patch store of the test fold.
     rule
@@ -82,38 +77,29 @@ def score_fold(
     radius
         Largest distance of a pair, px.
     centres
-        Centres of the truth, see `truth_nuclei`. Predictions are boxes: their centres are those of the boxes.
+        Centres of the true nuclei, see `truth_nuclei`. The centre of a prediction is always that of its box.
     resamples, seed
         Bootstrap, see `celldetr.evaluation.intervals.intervals`.
 
     Returns
     -------
     DataFrame
-        One row per metric and class: ``metric``, ``class``, each of `VALUES` with ``_lo`` and ``_hi``, the
-        counts of `celldetr.evaluation.metrics.COUNTS`, ``absent`` (the model has no such class), ``images``, and the
-        settings it was scored with. True nuclei of an absent class count for Detection alone, as those without a label
-        do: the model cannot find them (paper, 4.4).
+        One row per metric and class: ``metric``, ``class``, each of `VALUES` with ``_lo`` and ``_hi``, the counts of
+        `celldetr.evaluation.metrics.COUNTS`, ``absent`` (the model has no such class), ``images``, and the settings of
+        the scoring. True nuclei of an absent class count as unlabelled: the model cannot find the class (paper, 4.4).
 
     Raises
     ------
     InputError
-        Predictions and store do not belong together.
+        The predictions were made on another store.
     """
     rule = rule or ScoreRule()
-    if predictions.classes != tuple(store.classes):
-        raise InputError(f"predictions have classes {predictions.classes}, the test store {tuple(store.classes)}")
-    if predictions.n_patches != store.n_patches:
-        raise InputError(
-            f"predictions are for {predictions.n_patches} patches, the test store has {store.n_patches}: "
-            "they were made on another store; predict this split again"
-        )
-    if radius <= 0:
-        raise ConfigError(f"evaluation.radius: got {radius}, expected a distance in px above 0")
+    predictions.check_store(store.classes, store.n_patches)
     truth, predicted = truth_nuclei(store, centres), predicted_nuclei(rule.keep(predictions))
     absent = [name in predictions.metadata.get("absent", []) for name in store.classes]
     truth = replace(truth, labels=np.where(np.isin(truth.labels, np.flatnonzero(absent)), -1, truth.labels))
     pairs = pair_nuclei(truth, predicted, radius)
-    settings = {
+    settings: dict[str, Any] = {
         "absent": [False, *absent],
         "images": store.n_patches,
         "score_rule": rule.rule,
@@ -126,25 +112,21 @@ def score_fold(
     frames = []
     for metric in METRICS:
         counts = count_images(truth, predicted, pairs, len(store.classes), metric=metric, radius=radius)
-        ends = bootstrap.intervals(counts, resamples=resamples, seed=seed)
-        frames.append(_frame(metric, row_names(store.classes), counts.sum(axis=0), ends, settings))
+        ends = intervals(counts, resamples=resamples, seed=seed)
+        frames.append(_frame(counts.sum(axis=0), ends).assign(**settings))
+        frames[-1].insert(0, "metric", metric)
+        frames[-1].insert(1, "class", row_names(store.classes))
     return pd.concat(frames, ignore_index=True)
 
 
-def _frame(
-    metric: str,
-    names: tuple[str, ...],
-    counts: NDArray[np.int64],
-    ends: NDArray[np.float64],
-    settings: dict[str, Any],
-) -> pd.DataFrame:
+def _frame(counts: NDArray[np.int64], ends: NDArray[np.float64]) -> pd.DataFrame:
+    """Scores with their intervals, then the counts; one line per row of `counts`."""
     values = scores(counts)
-    columns: dict[str, Any] = {"metric": metric, "class": list(names)}
+    columns: dict[str, Any] = {}
     for index, name in enumerate(VALUES):
         columns[name] = values[:, index]
         columns[f"{name}_lo"], columns[f"{name}_hi"] = ends[:, :, index]
-    columns |= {name: counts[:, index] for index, name in enumerate(COUNTS)}
-    return pd.DataFrame(columns | settings)
+    return pd.DataFrame(columns | {name: counts[:, index] for index, name in enumerate(COUNTS)})
 
 
 def write_scores(
@@ -152,6 +134,10 @@ def write_scores(
 ) -> None:
     """Write the scores of an experiment on a split as TSV; undefined values are NA."""
     origin: dict[str, Any] = {"experiment": experiment, "split": split, "test_store": test_store}
-    frame = scores.assign(**origin)[[*origin, *scores.columns]]
+    write_tsv(path, scores.assign(**origin)[[*origin, *scores.columns]], float_format="%.6g")
+
+
+def write_tsv(path: str | os.PathLike[str], frame: pd.DataFrame, *, float_format: str | None = None) -> None:
+    """Write a table as TSV without its index; undefined values are NA."""
     with atomic(path) as temporary:
-        frame.to_csv(temporary, sep="\t", index=False, na_rep=MISSING, float_format="%.6g")
+        frame.to_csv(temporary, sep="\t", index=False, na_rep=MISSING, float_format=float_format)

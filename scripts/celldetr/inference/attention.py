@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from celldetr.evaluation.truth import TruthStore
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import atomic
 from celldetr.runtime.npz import read_npz, write_npz
+from celldetr.store import PatchStore
 
 MARGIN = 0.125  # of the patch: nuclei to draw keep this distance from its edge where there are enough of them
 EDGE = 1e-3  # px; points of the box-constrained attention may lie exactly on the edge, up to rounding
@@ -69,7 +69,7 @@ class DrawnNuclei:
         return len(self.patch)
 
 
-def choose_nuclei(store: TruthStore, patch_size: int, count: int, seed: int) -> NDArray[np.int64]:
+def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> NDArray[np.int64]:
     """Choose nuclei to draw from the truth alone, so that every model is shown on the same ones.
 
     Classes take turns. Within a class a nucleus is drawn at random among those well inside of their patch and

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from celldetr.evaluation.matching import Nuclei, pair_nuclei
+from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.evaluation.predictions import PredictionsWriter
 from celldetr.inference.attention import DrawnNuclei, share_inside
 from celldetr.model.celldetr import CellDETR
@@ -193,10 +193,10 @@ def _pair_patch(
     ]
 
 
-def _one_image(boxes: NDArray[np.floating]) -> Nuclei:
+def _one_image(boxes: NDArray[np.floating]) -> NucleusCentres:
     values = np.asarray(boxes, dtype=np.float64)
     centres = (values[:, :2] + values[:, 2:]) / 2
-    return Nuclei(np.array([0, len(values)]), centres, np.zeros(len(values), dtype=np.int8))
+    return NucleusCentres(np.array([0, len(values)]), centres, np.zeros(len(values), dtype=np.int8))
 
 
 def _drawn(store: PatchStore, nuclei: NDArray[np.int64], rows: Mapping[int, Mapping[str, Any]]) -> DrawnNuclei:

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celldetr.config.experiment import NoiseSettings
+from celldetr.evaluation.similarity import DrawnSimilarities
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import computing_in
-from celldetr.report.figure4 import DrawnSimilarities
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
 from celldetr.training.contrastive import found_own, make_views, project_views, similarities, validation_uniforms
@@ -44,7 +44,7 @@ def measure_similarity(
     store, batch_size, device, precision, progress
         As in `celldetr.inference.predict.predict_fold`.
     patches
-        Indices (P,) of the patches to draw, see `celldetr.report.figure4.choose_readable`.
+        Indices (P,) of the patches to draw, see `celldetr.evaluation.similarity.choose_readable`.
     seed
         Seed of the noise.
     noise

@@ -1,61 +1,105 @@
-"""Learning curves as a picture."""
+"""Learning curves of a training run."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from celldetr.runtime.files import atomic
+from celldetr.report.style import CASING, CLASS_COLOURS, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLOUR, cased, styled
+from celldetr.runtime.errors import InputError
+
+Log = Sequence[dict[str, Any]]
+"""Lines of log.jsonl, one per epoch, with ``epoch``, ``train`` and ``val``; the last two may be None."""
+_LOSSES = ("nucleus", "l1", "giou", "classes", "contrastive")
 
 
-def draw_curves(path: str | os.PathLike[str], history: Sequence[dict[str, Any]], best: int | None) -> None:
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the log of a training run; in stage ssl, epoch 0 is the model before training.
+
+    Raises
+    ------
+    InputError
+        Not a log.
+    """
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: got {error}, expected the log of a training run") from error
+
+
+def series(log: Log, part: str, *keys: str) -> tuple[list[int], list[float]]:
+    """Return the epochs in which a value was measured, and its values; NaN where it is undefined.
+
+    Parameters
+    ----------
+    log
+        Lines of the log.
+    part
+        ``train`` or ``val``.
+    keys
+        Path of the value in that part.
+    """
+    epochs, values = [], []
+    for line in log:
+        value = line[part]
+        if not value:
+            continue
+        for key in keys:
+            value = value[key]
+        epochs.append(line["epoch"])
+        values.append(float("nan") if value is None else value)
+    return epochs, values
+
+
+def tidy(axes: Axes) -> None:
+    """Give axes of epochs a grid, whole numbers, and no frame at the top and right."""
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+@styled
+def draw_curves(log: Log, chosen: int) -> Figure:
     """Draw the losses and the validation scores of a run.
 
     Parameters
     ----------
-    path
-        PNG file to write.
-    history
-        Lines of the log, one per epoch.
-    best
-        Epoch whose weights became the model, marked by a line.
+    log
+        Lines of `read_log`.
+    chosen
+        Epoch whose weights became the model; a dashed line marks it.
     """
+    measured: dict[str, Any] = next((line["val"] for line in log if line["val"]), {})
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     total, parts, found = figure.subplots(1, 3)
-    trained = [line for line in history if line["train"]]
-    validated = [line for line in history if line["val"]]
-    losses = [line["train"]["loss"] for line in trained]
-    total.plot([line["epoch"] for line in trained], losses, label="training", color="0.5")
-    when = [line["epoch"] for line in validated]
-    if validated:
-        total.plot(when, [line["val"]["loss"] for line in validated], label="validation", color="C0")
-        names = [name for name in ("nucleus", "l1", "giou", "classes", "contrastive") if name in validated[0]["val"]]
-        for index, name in enumerate(names):
-            parts.plot(when, [line["val"][name] for line in validated], label=name, color=f"C{index}")
-        detection = [_value(line["val"]["detection"]["f1"]) for line in validated]
-        found.plot(when, detection, label="detection", color="black", linewidth=2)
-        for name in (key for key in ("retrieval", "spread") if key in validated[0]["val"]):
-            found.plot(when, [_value(line["val"][name]) for line in validated], label=name, linewidth=2)
-        for index, name in enumerate(validated[0]["val"].get("f1", {})):
-            values = [_value(line["val"]["f1"][name]) for line in validated]
-            found.plot(when, values, label=name, color=f"C{index}", linewidth=1)
-    learned = "Validation F" if not validated or "f1" in validated[0]["val"] else "Validation"
-    titles = ("Weighted loss, all layers", "Validation losses, last layer", learned)
+    total.plot(*series(log, "train", "loss"), label="training", color=TRAIN_COLOUR)
+    if measured:
+        total.plot(*series(log, "val", "loss"), label="validation", color=VAL_COLOUR)
+        found.plot(*series(log, "val", "detection", "f1"), label="detection", color=CASING, linewidth=2)
+    for name, colour in zip((name for name in _LOSSES if name in measured), SERIES_COLOURS, strict=False):
+        parts.plot(*series(log, "val", name), label=name, color=colour)
+    for name, colour in zip(("retrieval", "spread"), SERIES_COLOURS, strict=False):
+        if name in measured:
+            found.plot(*series(log, "val", name), label=name, color=colour, linewidth=2)
+    for name in measured.get("f1", {}):
+        lines = series(log, "val", "f1", name)
+        found.plot(*lines, label=name, color=CLASS_COLOURS[name], linewidth=1.4, path_effects=cased(2.4))
+    titles = ("Weighted loss, all layers", "Validation losses, last layer", "Validation F")
     for axes, title in zip((total, parts, found), titles, strict=True):
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        if best is not None:
-            label = f"epoch {best}, the model" if axes is total else None
-            axes.axvline(best, color="0.7", linestyle="--", linewidth=1, label=label)
+        label = f"epoch {chosen}: the model" if axes is total else None
+        axes.axvline(chosen, color="0.7", linestyle="--", linewidth=1, label=label)
+        axes.set_title(title)
+        tidy(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
+    if "retrieval" in measured:
+        found.set_title("Validation scores")
     found.set_ylim(0, 1)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-
-
-def _value(number: float | None) -> float:
-    return float("nan") if number is None else number
+    return figure

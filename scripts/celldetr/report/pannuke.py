@@ -1,4 +1,4 @@
-"""What the conversion of a fold found, for people: a TSV of counts and an HTML page with pictures."""
+"""Summary of the conversion of a PanNuke fold: a TSV of counts, and an HTML page with pictures."""
 
 import os
 from collections.abc import Iterable
@@ -8,16 +8,17 @@ import numpy as np
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.pannuke.convert import ODDITIES, FoldSummary
 from celldetr.report.pages import SIDE, patch_picture, write_page
+from celldetr.report.style import class_colours
 from celldetr.runtime.files import atomic
 from celldetr.store import PatchStore
 
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#000000", "#cc79a7")  # told apart with every kind of colour vision
+_COLOURS = class_colours(PANNUKE_CLASSES)
 _USUAL = 6  # patches shown besides the odd ones
 
 _BODY = """<p>{{ images }} images, {{ total }} nuclei, at most {{ most }} in one image. Nothing was dropped.</p>
 <table><tr><th>class</th><th>nuclei</th></tr>
 {% for name, count in nuclei %}<tr><td>{{ name }}</td><td class="n">{{ count }}</td></tr>{% endfor %}</table>
-<h2>What is odd</h2>
+<h2>Oddities</h2>
 <table><tr><th>what</th><th>count</th><th>images</th></tr>
 {% for name, count, images in odd %}
 <tr><td>{{ name }}</td><td class="n">{{ count }}</td><td class="n">{{ images }}</td></tr>
@@ -25,7 +26,7 @@ _BODY = """<p>{{ images }} images, {{ total }} nuclei, at most {{ most }} in one
 <h2>Tissues</h2><p>{% for name, count in tissues %}{{ name }} {{ count }}{{ ", " if not loop.last }}{% endfor %}</p>
 <h2>Pictures</h2>
 <p class="key">Boxes:{% for name, colour in key %}
-<span style="background:{{ colour }}"></span>{{ name }}{% endfor %}</p>
+<span style="background:{{ colour }}; outline: 1px solid #999"></span>{{ name }}{% endfor %}</p>
 {% for title, pictures in groups %}<h3>{{ title }}</h3>
 {% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
 src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endfor %}
@@ -48,7 +49,7 @@ def write_tsv(path: str | os.PathLike[str], summary: FoldSummary) -> None:
 
 
 def write_html(path: str | os.PathLike[str], summary: FoldSummary, store: PatchStore, title: str) -> None:
-    """Write the page: counts, and patches with their boxes, the odd ones by kind."""
+    """Write the page: counts, and pictures of a few patches and of each kind of oddity, with their boxes."""
     full = np.flatnonzero(np.diff(store.box_ptr) > 0)
     usual = full[np.linspace(0, len(full) - 1, min(_USUAL, len(full))).astype(int)] if len(full) else full
     groups = [("A few patches", _pictures(store, usual.tolist()))]
@@ -61,7 +62,7 @@ def write_html(path: str | os.PathLike[str], summary: FoldSummary, store: PatchS
         "nuclei": list(summary.nuclei.items()),
         "odd": [(ODDITIES[name], count, summary.odd_images[name]) for name, count in summary.odd.items()],
         "tissues": sorted(summary.tissues.items()),
-        "key": list(zip(PANNUKE_CLASSES, COLOURS, strict=True)),
+        "key": list(zip(PANNUKE_CLASSES, _COLOURS, strict=False)),
         "groups": groups,
         "side": SIDE,
     }
@@ -73,5 +74,5 @@ def _pictures(store: PatchStore, indices: Iterable[int]) -> list[tuple[str, str]
     for index in indices:
         patch = store.read(index)
         caption = f"image {index}, {store.patches['tissue'].iloc[index]}, {len(patch.labels)} nuclei"
-        found.append((caption, patch_picture(patch.image, patch.boxes, patch.labels, COLOURS)))
+        found.append((caption, patch_picture(patch.image, patch.boxes, patch.labels, _COLOURS)))
     return found

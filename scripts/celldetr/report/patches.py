@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from celldetr.report.pages import SIDE, embed, patch_picture, write_page
-from celldetr.report.style import CLASS_COLOURS, UNLABELLED_COLOUR
+from celldetr.report.style import class_colours
 from celldetr.runtime.files import atomic
 from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid
@@ -70,7 +70,7 @@ def write_report(
     rows
         Kind, name and count.
     """
-    colours = (*CLASS_COLOURS[: len(store.classes)], UNLABELLED_COLOUR)
+    colours = class_colours(store.classes)
     values: dict[str, Any] = {
         "title": title,
         "patches": f"{len(store):,}",

@@ -1,4 +1,4 @@
-"""Tables for people: Markdown and HTML of a `celldetr.report.tables.Table`."""
+"""Markdown and HTML of a `celldetr.report.tables.Table`."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import jinja2
 import pandas as pd
 
 from celldetr.evaluation.scoring import MISSING
-from celldetr.report.tables import LETTERS, MEASURED, OTHER, OURS, PAPER, READOUT, Table, scored_with, value_columns
+from celldetr.report.tables import FROZEN, LETTERS, MEASURED, OTHER, OURS, PAPER, Table, value_columns
 
 BANNER = "Synthetic example data; says nothing about tissue."
 DASH = "–"
@@ -44,8 +44,8 @@ class _Section:
 
 
 def caption(table: Table) -> str:
-    """Say what the values are: metric, protocol, splits, score rule."""
-    settings = scored_with(table.splits)
+    """Describe the values: metric, protocol, splits, score rule."""
+    settings = table.scored_with
     folds = table.splits.drop_duplicates("split").sort_values("split")
     tested = ", ".join(
         f"{store} (split {split})" for split, store in zip(folds["split"], folds["test_store"], strict=True)
@@ -69,7 +69,7 @@ def _sections(table: Table) -> tuple[list[_Section], list[str]]:
         OTHER: "Published elsewhere",
         MEASURED: "Measured here",
         OURS: "Measured here: ours, beyond the paper",
-        READOUT: "Measured here: true boxes, frozen embeddings",
+        FROZEN: "Measured here: true boxes, frozen embeddings",
     }
     sections: list[_Section] = []
     notes: list[str] = []
@@ -80,7 +80,7 @@ def _sections(table: Table) -> tuple[list[_Section], list[str]]:
         if note and note not in notes:
             notes.append(note)
         mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
-        measured = row["source"] in (MEASURED, OURS, READOUT)
+        measured = row["source"] in (MEASURED, OURS, FROZEN)
         cells = [
             _Cell(_shown(row[name], measured), best=(index, name) in best) for name in value_columns(table.classes)
         ]
@@ -97,7 +97,7 @@ def _shown(text: str, measured: bool) -> str:
 
 
 def _best(table: Table) -> set[tuple[object, str]]:
-    """Cells (row, column) with the best measured value as shown; nothing is best of one."""
+    """Cells (row, column) with the best measured value as shown, if there are two values or more."""
     rows = table.rows[table.rows["source"].isin((MEASURED, OURS))]
     found: set[tuple[object, str]] = set()
     for name in value_columns(table.classes):
@@ -127,7 +127,7 @@ def markdown(table: Table) -> str:
 
 
 def html(table: Table) -> str:
-    """Render a table as one HTML page that needs nothing else."""
+    """Render a table as a self-contained HTML page."""
     sections, notes = _sections(table)
     return _PAGE.render(
         title=_title(table),

@@ -1,20 +1,45 @@
-"""How all figures look, and how they are written. Apart from what is drawn: what draws data needs nothing of scores."""
+"""How figures look: the colours of all classes, fonts, and how a figure is written."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, withStroke
 
 from celldetr.runtime.files import atomic
 
-# From the palettes of Okabe and Ito and of Tol (for colour-blind readers too); bright, as tissue is dark and pink.
-CLASS_COLOURS = (
-    *("#FF9A1F", "#4FC8FF", "#19DDA0", "#F7EC3C", "#FFFFFF"),
-    *("#D55E00", "#0057C2", "#F4A6D0", "#999933", "#AAAAAA"),
-)
+CLASS_COLOURS = {
+    # PanNuke
+    "neoplastic": "#FF9A1F",
+    "inflammatory": "#4FC8FF",
+    "connective": "#19DDA0",
+    "necrotic": "#F7EC3C",
+    "epithelial": "#FFFFFF",
+    # cell types of Xenium
+    "T": "#FF9A1F",
+    "Myeloid": "#4FC8FF",
+    "Malignant": "#19DDA0",
+    "NK": "#F7EC3C",
+    "Mast": "#FFFFFF",
+    "Fibroblast": "#D55E00",
+    "Epithelial": "#0057C2",
+    "Endothelial": "#F4A6D0",
+    "B": "#999933",
+    "Plasma": "#AAAAAA",
+}
+"""From the palettes of Okabe and Ito and of Tol, which colour-blind readers can tell apart; bright, because tissue is
+dark and pink."""
 UNLABELLED_COLOUR = "#000000"
+TRUTH_COLOUR, PREDICTED_COLOUR = "#D55E00", "#000000"  # boxes of figure 3
+TRAIN_COLOUR, VAL_COLOUR = "#8A8A8A", "#0057C2"
+SIMILARITY_COLOURS = ("#1A1A1A", "#B2182B", "#2166AC", TRAIN_COLOUR)  # retrieval, own, others, spread: figure 4c
+SERIES_COLOURS = ("#0057C2", "#D55E00", "#009E73", "#CC79A7", "#999933")  # lines that are not classes, on white
+CASING = "#1A1A1A"  # of lines in class colours, which are too pale for tissue and for white paper
+LINE_COLOUR = "#444444"
+ATTENTION_COLOURS = ("#1B2A6B", "#2A7FB8", "#7FD3C4", "#FFF59A")  # from low to high weight
 STYLE: Any = {  # rc parameters
     "font.family": "sans-serif",
     "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
@@ -23,17 +48,29 @@ STYLE: Any = {  # rc parameters
     "axes.linewidth": 0.6,
 }
 DPI = 200
+_P = ParamSpec("_P")
 
 
-def colour_of(label: int) -> str:
-    """Colour of a class; -1 = nucleus without a label."""
-    return UNLABELLED_COLOUR if label < 0 else CLASS_COLOURS[label % len(CLASS_COLOURS)]
+def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the colours of classes in order, then that of unlabelled nuclei: label -1 indexes the last one."""
+    return (*(CLASS_COLOURS[name] for name in classes), UNLABELLED_COLOUR)
+
+
+def cased(width: float, colour: str = CASING, alpha: float = 1.0) -> list[Any]:
+    """Return path effects that draw a line of `width` points in `colour` below the line itself."""
+    return [withStroke(linewidth=width, foreground=colour, alpha=alpha), Normal()]
+
+
+def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Let a function draw its figure in the style of this module."""
+    decorated: Callable[_P, Figure] = matplotlib.rc_context(STYLE)(draw)
+    return decorated
 
 
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = DPI) -> None:
-    """Write a figure under its name when it is complete; the ending (png, svg, pdf) tells the format.
+    """Write a figure atomically; the suffix (png, svg, pdf) sets the format, `dpi` the resolution of a png.
 
-    The same figure gives the same bytes: neither the time nor the version of matplotlib is written. `dpi` is for png.
+    The same figure gives the same bytes: neither the time nor the version of matplotlib is written.
     """
     kind = Path(path).suffix[1:].lower()
     fixed: dict[str, str | None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {"Software": None})  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from celldetr.config.experiment import Experiment, TrainingSettings
-from celldetr.evaluation.matching import Nuclei, pair_nuclei
+from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, count_images, scores
 from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Detections, Features
@@ -356,12 +356,12 @@ class Stage(pl.LightningModule, ABC):
         size = self.val_data.patch_size
         valid = torch.arange(true_labels.shape[1]) < targets.counts[:, None]
         counts = targets.counts.numpy()
-        truth = Nuclei(
+        truth = NucleusCentres(
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             (targets.boxes.cpu()[valid][:, :2].double() * size).numpy(),
             true_labels.cpu()[valid].numpy(),
         )
-        predicted = Nuclei(
+        predicted = NucleusCentres(
             np.searchsorted(image.cpu().numpy(), np.arange(len(counts) + 1)).astype(np.int64),
             centres.cpu().double().numpy(),
             labels.cpu().numpy(),

@@ -22,7 +22,6 @@ from celldetr.model.deformable_attention import use_sampling
 from celldetr.model.device import allow_tf32, resolve_precision, use_activation_checkpointing
 from celldetr.model.sampling import choose_sampler
 from celldetr.model.weights import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
-from celldetr.report.curves import draw_curves
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import naming
 from celldetr.runtime.provenance import write_provenance
@@ -75,7 +74,7 @@ def train(
     split
         Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used, others are not read.
     run_dir
-        Folder for model.pt, log.jsonl, curves.png, provenance.json, checkpoints/ and tensorboard/.
+        Folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/.
     initial
         Model file to start from. Parts that do not exist in it for another mode, other classes or without a projection
         head start afresh; parts of it that this model lacks are left out.
@@ -292,7 +291,6 @@ def _finish(run: Run, stage: Stage, keeper: RunKeeper, device: str) -> None:
     extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
     save_model(run.run_dir / "model.pt", stage.model, run.experiment.model, extra)
     write_log(run.run_dir / "log.jsonl", history)
-    draw_curves(run.run_dir / "curves.png", history, chosen["epoch"])
     write_provenance(
         run.run_dir / "provenance.json",
         settings=run.experiment.to_dict(),

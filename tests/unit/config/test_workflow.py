@@ -52,7 +52,7 @@ def test_shipped_configuration_is_complete_and_states_the_defaults():
         "pannuke",
         "xenium",
         "slides",
-        "readout",
+        "frozen_features",
         "figure4",
         "model",
         "training",

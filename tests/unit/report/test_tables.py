@@ -1,4 +1,4 @@
-"""Tables: published rows as printed, means over splits, what is missing, and what people are shown."""
+"""Tables: published rows as printed, means over splits, missing values, and what people are shown."""
 
 import json
 import re
@@ -11,18 +11,16 @@ import pytest
 
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.evaluation.metrics import COUNTS, METRICS, row_names
-from celldetr.evaluation.scoring import VALUES, write_scores
+from celldetr.evaluation.scoring import VALUES, write_scores, write_tsv
 from celldetr.report.rendering import BANNER, DASH, caption, html, markdown
 from celldetr.report.tables import (
     System,
     build_table,
     published_classes,
+    read_frozen_features,
     read_published,
-    read_readouts,
     read_scores,
-    scored_with,
     slips,
-    write_tsv,
 )
 from celldetr.runtime.errors import InputError
 
@@ -67,10 +65,9 @@ def make_scores(folder, values=None, splits=(1, 2)):
     ]
 
 
-def make_table(paths, *, splits=(1, 2), metric="strict", systems=SYSTEMS, synthetic=False):
-    published = read_published(PUBLISHED / "table1.tsv")
-    options = {"splits": splits, "metric": metric, "protocol": "celldetr", "synthetic": synthetic}
-    return build_table("table1", published, read_scores(paths), systems, **options)
+def make_table(paths, *, name="table1", metric="strict", systems=SYSTEMS, **options):
+    published = read_published(PUBLISHED / f"{name}.tsv")
+    return build_table(name, published, read_scores(paths), systems, metric=metric, protocol="celldetr", **options)
 
 
 # ---- published rows
@@ -116,7 +113,7 @@ def test_spot_checks_against_the_printed_tables():
         ("Connective_F: printed", "printed", "Micro-Net, Connective_F does not follow"),
         ("0.76\t0.68\t0.72", "0.76\tx\t0.72", "Mask-RCNN, Detection_R: got 'x', expected a number"),
         ("0.76\t0.68\t0.72", "76\t0.68\t0.72", "Mask-RCNN, Detection_P: got '76'"),
-        ("Necrotic_R", "Necrotic", r"columns: got \['Necrotic'\] too much and \['Necrotic_R'\] too few"),
+        ("Necrotic_R", "Necrotic", r"columns: got unknown \['Necrotic'\] and missing \['Necrotic_R'\]"),
     ],
 )
 def test_a_wrong_published_file_is_refused(tmp_path, old, new, message):
@@ -141,7 +138,7 @@ def test_measured_values_are_means_over_the_splits(tmp_path):
 def test_what_goes_beyond_the_paper_says_so(tmp_path):
     values = {("celldetr_s", 1): {"Neoplastic": 0.6}}
     systems = [SYSTEMS[0], System("celldetr_s", "CellDETR+", ours=True)]
-    table = make_table(make_scores(tmp_path, values, splits=(1,)), systems=systems, splits=(1,))
+    table = make_table(make_scores(tmp_path, values, splits=(1,)), systems=systems)
     assert list(table.rows["source"])[-2:] == ["measured", "ours"]
     page = Page(html(table))
     shown = [row[0] for row, measured in zip(page.rows, page.measured, strict=True) if measured]
@@ -185,7 +182,7 @@ def test_splits_table_holds_every_split_metric_and_class(tmp_path):
 
 def test_files_come_back_as_written(tmp_path):
     values = {("celldetr_s", 1): {"Necrotic": np.nan}}
-    table = make_table(make_scores(tmp_path, values, splits=(1,)), splits=(1,))
+    table = make_table(make_scores(tmp_path, values, splits=(1,)))
     write_tsv(tmp_path / "table1.tsv", table.rows)
     back = pd.read_csv(tmp_path / "table1.tsv", sep="\t")
     assert back["Necrotic_F"].isna().tolist() == [False] * 13 + [True]
@@ -195,62 +192,21 @@ def test_files_come_back_as_written(tmp_path):
     pd.testing.assert_frame_equal(back, table.splits, check_dtype=False)
 
 
-def test_missing_repeated_and_foreign_scores_are_refused(tmp_path):
+def test_damaged_and_foreign_scores_are_refused(tmp_path):
     paths = make_scores(tmp_path)
-    with pytest.raises(InputError, match=r"missing \[\('deformable_detr', 1\)\]"):
-        make_table(paths[1:])
-    with pytest.raises(InputError, match="celldetr_s, split 2: got two files"):
-        make_table([*paths, paths[-1]])
-    with pytest.raises(InputError, match=r"not asked for \[\('celldetr_s', 1\)"):
-        make_table(paths, systems=SYSTEMS[:1])
-    with pytest.raises(InputError, match="got no score files"):
-        read_scores([])
     other = score_file(tmp_path, "celldetr_p", 1, {}, radius=6.0)
-    with pytest.raises(InputError, match=r"celldetr_p_1.tsv: radius: got \[6"):
+    with pytest.raises(InputError, match=r"radius differs between files: .*\('celldetr_p', 1\): 6"):
         read_scores([*paths, other])
-    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"other.tsv: got no columns \['experiment'"):
-        read_scores([tmp_path / "other.tsv"])
-    (tmp_path / "empty.tsv").touch()
-    with pytest.raises(InputError, match=r"empty.tsv: got No columns"):
-        read_scores([tmp_path / "empty.tsv"])
-
-
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9, 0.999])
-def test_a_file_that_was_cut_off_is_named(tmp_path, share):
-    readouts = [readout_file(tmp_path, split, 0.9) for split in (1, 2)]
-    for paths, read in ((make_scores(tmp_path), read_scores), (readouts, read_readouts)):
-        content = paths[1].read_bytes()
-        paths[1].write_bytes(content[: int(share * len(content))])
-        with pytest.raises(InputError, match=rf"^{paths[1]}: got .* delete it and start again"):
-            read(paths)
-
-
-@pytest.mark.parametrize("keep", [1, 2, 6, 7, 8, 12])
-def test_a_file_that_ends_after_a_whole_line_is_named(tmp_path, keep):
-    paths = make_scores(tmp_path)
     lines = paths[2].read_text().splitlines(keepends=True)
-    assert len(lines) == 13
-    paths[2].write_text("".join(lines[:keep]))
-    with pytest.raises(InputError, match=str(paths[2])):
+    paths[2].write_text("".join(lines[:7]))
+    with pytest.raises(InputError, match=rf"^{paths[2]}: got 6 rows, expected 12; delete the file"):
         read_scores(paths)
-
-
-@pytest.mark.parametrize(("old", "new"), [("0.5", "0.x"), ("False", "Fal5e"), ("celldetr_s\t", "celldetr_p\t")])
-def test_a_file_with_a_changed_cell_is_named(tmp_path, old, new):
-    paths = make_scores(tmp_path)
-    paths[3].write_text(paths[3].read_text().replace(old, new, 1))
-    with pytest.raises(InputError, match=rf"^{paths[3]}: got "):
+    paths[2].write_text("")
+    with pytest.raises(InputError, match=rf"^{paths[2]}: got No columns"):
         read_scores(paths)
-
-
-def test_scores_of_other_classes_are_refused(tmp_path):
-    paths = make_scores(tmp_path)
-    scores = read_scores(paths).replace({"class": {"Necrotic": "Dead"}})
-    published = read_published(PUBLISHED / "table1.tsv")
-    options = {"splits": (1, 2), "metric": "strict", "protocol": "celldetr"}
+    paths[2].write_text("".join(lines).replace("Necrotic", "Dead"))
     with pytest.raises(InputError, match="give the table a file of published rows"):
-        build_table("table1", published, scores, SYSTEMS, **options)
+        make_table(paths)
 
 
 # ---- for people
@@ -291,7 +247,7 @@ def test_page_marks_measured_rows_and_their_best_values(tmp_path):
         ("deformable_detr", 1): {"Neoplastic": 0.6, "Necrotic": np.nan},
         ("celldetr_s", 1): {"Neoplastic": 0.6001, "Epithelial": 0.7, "Detection": 0.2},
     }
-    page = Page(html(make_table(make_scores(tmp_path, values, splits=(1,)), splits=(1,))))
+    page = Page(html(make_table(make_scores(tmp_path, values, splits=(1,)))))
     shown = {row[0]: row for row, measured in zip(page.rows, page.measured, strict=True) if measured}
     assert set(shown) == {"Deformable DETR", "CellDETR-S"}
     assert shown["Deformable DETR"][13:16] == [DASH] * 3
@@ -324,7 +280,7 @@ def test_caption_says_how_it_was_measured(tmp_path):
         "table1_splits.tsv",
     ):
         assert word in text
-    assert json.loads(json.dumps(scored_with(table.splits)))["radius"] == 12
+    assert json.loads(json.dumps(table.scored_with))["radius"] == 12
     assert text in markdown(table)
     assert text in "".join(Page(html(table)).text)
 
@@ -357,40 +313,25 @@ def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
     assert DASH in markdown(table)
 
 
-def readout_file(folder, split, f1, readouts=("knn", "logistic", "majority")):
-    rows = [
-        {"experiment": "ssl", "split": split, "readout": kind, "class": name, "precision": f1, "recall": f1, "f1": f1}
-        for kind in readouts
-        for name in ("Accuracy", "Macro", *row_names(PANNUKE_CLASSES)[1:])
-    ]
-    path = folder / f"readout_{split}.tsv"
-    pd.DataFrame(rows).assign(n=5).to_csv(path, sep="\t", index=False)
-    return path
-
-
-def table_with_readouts(folder, paths):
-    published = read_published(PUBLISHED / "table2.tsv")
-    scores = read_scores(make_scores(folder))
-    options = {"splits": (1, 2), "metric": "strict", "protocol": "celldetr", "readouts": read_readouts(paths)}
-    return build_table("table2", published, scores, SYSTEMS, **options)
-
-
-def test_readouts_are_rows_of_their_own_without_detection_and_never_the_best(tmp_path):
-    table = table_with_readouts(tmp_path, [readout_file(tmp_path, 1, 0.9), readout_file(tmp_path, 2, 0.8)])
+def test_frozen_features_are_rows_of_their_own_without_detection_and_never_the_best(tmp_path):
+    paths = []
+    for split, f1 in ((1, 0.9), (2, 0.8)):
+        values = dict.fromkeys(VALUES, f1)
+        rows = [
+            {"experiment": "ssl", "split": split, "classifier": kind, "class": name, **values, "n": 5}
+            for kind in ("knn", "linear", "majority")
+            for name in ("Accuracy", "Macro", *row_names(PANNUKE_CLASSES)[1:])
+        ]
+        paths.append(tmp_path / f"frozen_{split}.tsv")
+        write_tsv(paths[-1], pd.DataFrame(rows))
+    table = make_table(make_scores(tmp_path), name="table2", frozen_features=read_frozen_features(paths))
     rows = table.rows[table.rows["source"] == "readout"]
     assert rows["system"].tolist() == ["Nearest neighbours", "Logistic regression"]
     assert (rows["Connective_F"] == "0.8500").all()
     assert (rows["Detection_F"] == "NA").all()
+    assert (rows["splits"] == "2").all()
     text = markdown(table)
     assert "true boxes, frozen embeddings" in text
     assert "not to be compared with rows that detect" in text
     assert "**0.85**" not in text
     assert "0.85" in text
-
-
-def test_readouts_of_other_splits_or_files_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"readout knn of ssl: got splits \[1\], expected \[1, 2\]"):
-        table_with_readouts(tmp_path, [readout_file(tmp_path, 1, 0.9)])
-    (tmp_path / "other.tsv").write_text("a\tb\n1\t2\n")
-    with pytest.raises(InputError, match="expected a file of the readout rule"):
-        read_readouts([tmp_path / "other.tsv"])

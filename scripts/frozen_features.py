@@ -1,9 +1,9 @@
-"""Tell classes from the frozen embeddings of true boxes with simple classifiers; this scores no detection.
+"""Evaluate the frozen embeddings of true boxes with simple classifiers; this is not a detection score.
 
 Inputs: ``model`` (weights of the experiment), ``stores`` (patch stores of the training patches), ``split`` (TSV: part
 of each patch), ``test`` (patch store of the test fold).
-Outputs: ``tsv`` (experiment, split, readout, class, precision, recall, f1, n) and ``provenance`` (JSON).
-Params: k (neighbours that vote), max_nuclei (most nuclei that train), batch_size (patches), seed.
+Outputs: ``tsv`` (experiment, split, classifier, class, precision, recall, f1, n) and ``provenance`` (JSON).
+Params: k (neighbours that vote), max_nuclei (most training nuclei), batch_size (patches), seed.
 Wildcards: experiment, split.
 """
 
@@ -11,8 +11,8 @@ import logging
 
 import torch
 
-from celldetr.config.evaluation import ReadoutSettings
-from celldetr.evaluation.frozen import WHAT, measure_readout, write_readout
+from celldetr.config.evaluation import FrozenFeatureSettings
+from celldetr.evaluation.frozen_features import WHAT, evaluate_frozen_features, write_frozen_features
 from celldetr.inference.embedding import embed_patches
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
@@ -21,19 +21,19 @@ from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 from celldetr.store.splits import read_split
 
-log = logging.getLogger("readout")
+log = logging.getLogger("frozen_features")
 
 
 def main(snakemake):
     torch.set_num_threads(snakemake.threads)
     params, inputs, device = snakemake.params, snakemake.input, best_device()
     model = load_model(inputs.model, device)
-    settings = ReadoutSettings.from_dict({"k": params.k, "max_nuclei": params.max_nuclei}, "readout")
+    settings = FrozenFeatureSettings(k=params.k, max_nuclei=params.max_nuclei)
 
     def embed(store, patches):
         return embed_patches(model, store, patches=patches, batch_size=params.batch_size, device=device, progress=True)
 
-    readout = measure_readout(
+    scores = evaluate_frozen_features(
         embed,
         [open_store(path) for path in inputs.stores],
         open_store(inputs.test),
@@ -42,16 +42,16 @@ def main(snakemake):
         seed=params.seed,
     )
     origin = {"experiment": snakemake.wildcards.experiment, "split": int(snakemake.wildcards.split)}
-    write_readout(snakemake.output.tsv, readout, **origin)
+    write_frozen_features(snakemake.output.tsv, scores, **origin)
     write_provenance(
         snakemake.output.provenance,
         settings={**settings.to_dict(), "batch_size": params.batch_size},
         inputs=[inputs.model, inputs.split, *inputs.stores, inputs.test],
         seed=params.seed,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        readout={**origin, **readout.summary},
+        frozen_features={**origin, **scores.summary},
     )
-    log.info("%s\n%s", WHAT, readout.table.to_string(index=False))
+    log.info("%s\n%s", WHAT, scores.table.to_string(index=False))
 
 
 if "snakemake" in globals():

@@ -1,4 +1,4 @@
-"""Readout of frozen embeddings: planted embeddings score as they must, and nothing but training nuclei is learnt."""
+"""Frozen-feature evaluation: planted embeddings get the scores they must, and only training nuclei are learnt."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,23 @@ import torch
 from sklearn import metrics
 from tiny_training import make_experiment, make_split, make_store
 
-import readout as readout_script
-from celldetr.config.evaluation import ReadoutSettings
-from celldetr.evaluation import frozen as readout
-from celldetr.evaluation.frozen import classify, draw_nuclei, measure_readout, score, write_readout
+import frozen_features as script
+from celldetr.config.evaluation import FrozenFeatureSettings
+from celldetr.evaluation import frozen_features
+from celldetr.evaluation.frozen_features import (
+    classify,
+    draw_nuclei,
+    evaluate_frozen_features,
+    score,
+    write_frozen_features,
+)
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import save_model
 from celldetr.runtime.errors import ConfigError, InputError
 
 CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic")
 PATCHES, CHANNELS = 40, 6
-SETTINGS = ReadoutSettings(k=5, max_nuclei=1000)
+SETTINGS = FrozenFeatureSettings(k=5, max_nuclei=1000)
 
 
 def make_fold(name, seed):
@@ -67,30 +73,30 @@ class Planted:
 
 def measure(embed, *, train=("fold1", "fold3"), test="fold2", split=None, settings=SETTINGS, seed=1):
     split = whole_split() if split is None else split
-    return measure_readout(embed, [FOLDS[k] for k in train], FOLDS[test], split, settings=settings, seed=seed)
+    return evaluate_frozen_features(embed, [FOLDS[k] for k in train], FOLDS[test], split, settings=settings, seed=seed)
 
 
 def accuracy(found):
-    return found.table[found.table["class"] == "Accuracy"].set_index("readout")["f1"]
+    return found.table[found.table["class"] == "Accuracy"].set_index("classifier")["f1"]
 
 
 def test_separable_embeddings_are_told_apart():
     found = measure(Planted())
-    scores = found.table.set_index("readout").loc[["knn", "logistic"]]
+    scores = found.table.set_index("classifier").loc[["knn", "linear"]]
     assert (scores[["precision", "recall", "f1"]] == 1).all(axis=None)
-    assert found.summary["logistic"]["converged"]
+    assert found.summary["linear"]["converged"]
     share = np.bincount(FOLDS["fold2"].labels[FOLDS["fold2"].labels >= 0]).max() / found.table["n"].max()
     assert accuracy(found)["majority"] <= share < 0.5
 
 
 def test_embeddings_without_information_score_at_chance():
-    found = accuracy(measure(Planted(informative=False), settings=ReadoutSettings(k=1, max_nuclei=1000)))
+    found = accuracy(measure(Planted(informative=False), settings=FrozenFeatureSettings(k=1, max_nuclei=1000)))
     n = (FOLDS["fold2"].labels >= 0).sum()
     assert np.abs(found - 1 / len(CLASSES)).max() < 4 * np.sqrt(0.25 * 0.75 / n)
 
 
-def test_only_labelled_nuclei_of_training_patches_train():
-    """Embeddings of validation patches are not finite, which no readout would take."""
+def test_only_labelled_nuclei_of_training_patches_train_and_of_test_patches_are_scored():
+    """Embeddings of validation patches are not finite, which no classifier would take."""
     embed, split = Planted(), whole_split()
     expected = 0
     for name in ("fold1", "fold3"):
@@ -100,25 +106,19 @@ def test_only_labelled_nuclei_of_training_patches_train():
         expected += used.sum()
         embed.values[name][~used] = np.nan
     found = measure(embed, split=split)
-    assert (accuracy(found)[["knn", "logistic"]] == 1).all()
+    assert (accuracy(found)[["knn", "linear"]] == 1).all()
     assert sum(found.summary["train"].values()) == found.summary["train_available"] == expected
+    tested = FOLDS["fold2"].labels
+    assert (found.table.loc[found.table["class"] == "Accuracy", "n"] == (tested >= 0).sum()).all()
+    assert found.summary["test"] == {name: (tested == k).sum() for k, name in enumerate(CLASSES)}
     for name, asked in embed.asked.items():
         part = "test" if name == "fold2" else "train"
         assert set(asked) <= set(split.loc[(split["store"] == name) & (split["part"] == part), "patch"])
 
 
-def test_only_labelled_nuclei_of_test_patches_are_scored():
-    split = whole_split()
-    split = split[(split["store"] != "fold2") | (split["patch"] < 10)]
-    found = measure(Planted(), split=split)
-    labels = FOLDS["fold2"].labels[: FOLDS["fold2"].box_ptr[10]]
-    assert (found.table.loc[found.table["class"] == "Accuracy", "n"] == (labels >= 0).sum()).all()
-    assert found.summary["test"] == {name: (labels == k).sum() for k, name in enumerate(CLASSES)}
-
-
 @pytest.mark.parametrize("limit", [60, 1000])
 def test_order_of_rows_and_stores_does_not_matter(limit):
-    settings = ReadoutSettings(k=3, max_nuclei=limit)
+    settings = FrozenFeatureSettings(k=3, max_nuclei=limit)
     embed = Planted(spread=2.5)
     first = measure(embed, settings=settings)
     shuffled = whole_split().sample(frac=1, random_state=3)
@@ -173,15 +173,15 @@ def test_logistic_regression_does_not_depend_on_the_scale_of_a_feature():
     scale, shift = np.array([1e-3, 1.0, 50.0, 1e3, 2.0]), np.array([0, 5.0, -100.0, 3.0, 1.0])
     plain, _ = classify(train, labels, test, 3, seed=0)
     scaled, _ = classify(train * scale + shift, labels, test * scale + shift, 3, seed=0)
-    assert (plain["logistic"] == scaled["logistic"]).mean() > 0.99
-    assert (plain["logistic"] == plain["majority"]).mean() < 0.6
+    assert (plain["linear"] == scaled["linear"]).mean() > 0.99
+    assert (plain["linear"] == plain["majority"]).mean() < 0.6
 
 
 def test_a_fit_that_has_not_converged_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(readout, "_ITERATIONS", 1)
+    monkeypatch.setattr(frozen_features, "_ITERATIONS", 1)
     found = measure(Planted(spread=2.0))
-    assert found.summary["logistic"] == {"converged": False, "iterations": 1}
-    assert "has not converged" in caplog.text
+    assert found.summary["linear"] == {"converged": False, "iterations": 1}
+    assert "did not converge" in caplog.text
 
 
 def test_scores_are_those_of_scikit_learn():
@@ -206,9 +206,9 @@ def test_classes_without_truth_or_prediction():
 def test_missing_values_are_written_as_na(tmp_path):
     split = whole_split()
     few = split[(split["store"] != "fold2") | (split["patch"] == 0)]
-    write_readout(tmp_path / "a.tsv", measure(Planted(), split=few), experiment="ssl", split=2)
+    write_frozen_features(tmp_path / "a.tsv", measure(Planted(), split=few), experiment="ssl", split=2)
     lines = (tmp_path / "a.tsv").read_text().splitlines()
-    assert lines[0] == "experiment\tsplit\treadout\tclass\tprecision\trecall\tf1\tn"
+    assert lines[0] == "experiment\tsplit\tclassifier\tclass\tprecision\trecall\tf1\tn"
     assert len(lines) == 1 + 3 * (2 + len(CLASSES))
     assert {line.split("\t")[1] for line in lines[1:]} == {"2"}
     table = pd.read_csv(tmp_path / "a.tsv", sep="\t")
@@ -219,30 +219,18 @@ def renamed(fold, **change):
     return SimpleNamespace(**{**vars(fold), **change})
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"train": ["fold1"]}, InputError, r"training stores \['fold1'\], the split has \['fold1', 'fold3'\]"),
-        ({"train": ["fold1", "fold3", "fold1"]}, InputError, "each name once"),
-        ({"test": "fold3"}, InputError, r"test store fold3, the split tests on \['fold2'\]"),
-        ({"settings": ReadoutSettings(k=900, max_nuclei=800)}, ConfigError, "readout.k: got 900, expected at most the"),
-        ({"classes": ("a", "b", "c", "d")}, InputError, "classes"),
-        ({"beyond": True}, InputError, "patch 99, the store 40 patches"),
-        ({"label": -1}, InputError, "got 0 classes with nuclei to train on"),
-        ({"label": 2}, InputError, "got 1 classes with nuclei to train on"),
-    ],
-)
-def test_what_does_not_fit_is_refused(monkeypatch, change, error, message):
-    split = whole_split()
-    if "classes" in change:
-        monkeypatch.setitem(FOLDS, "fold3", renamed(FOLDS["fold3"], classes=change.pop("classes")))
-    if change.pop("beyond", False):
-        split.loc[3, "patch"] = 99
-    label = change.pop("label", None)
-    for name in ("fold1", "fold3") if label is not None else ():
-        monkeypatch.setitem(FOLDS, name, renamed(FOLDS[name], labels=np.full_like(FOLDS[name].labels, label)))
-    with pytest.raises(error, match=message):
-        measure(Planted(), split=split, **change)
+def test_what_does_not_fit_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="frozen_features.k: got 900, expected at most"):
+        measure(Planted(), settings=FrozenFeatureSettings(k=900, max_nuclei=800))
+    for label, classes in ((-1, 0), (2, 1)):
+        with monkeypatch.context() as patch:
+            for name in ("fold1", "fold3"):
+                patch.setitem(FOLDS, name, renamed(FOLDS[name], labels=np.full_like(FOLDS[name].labels, label)))
+            with pytest.raises(InputError, match=f"got {classes} classes with training nuclei"):
+                measure(Planted())
+    monkeypatch.setitem(FOLDS, "fold3", renamed(FOLDS["fold3"], classes=("a", "b", "c", "d")))
+    with pytest.raises(InputError, match="got classes"):
+        measure(Planted())
 
 
 def test_the_script_reads_a_model_and_stores(tmp_path):
@@ -253,18 +241,18 @@ def test_the_script_reads_a_model_and_stores(tmp_path):
     split = make_split(train, 90, 10)
     rows = pd.DataFrame({"store": "fold2", "patch": np.arange(40), "part": "test"})
     pd.concat([split, rows]).to_csv(tmp_path / "split1.tsv", sep="\t", index=False)
-    output = SimpleNamespace(tsv=tmp_path / "readout.tsv", provenance=tmp_path / "readout.json")
+    output = SimpleNamespace(tsv=tmp_path / "out.tsv", provenance=tmp_path / "out.json")
     inputs = SimpleNamespace(
         model=tmp_path / "model.pt", stores=[train.path], split=tmp_path / "split1.tsv", test=test.path
     )
     params = SimpleNamespace(k=3, max_nuclei=500, batch_size=8, seed=1)
     wildcards = SimpleNamespace(experiment="tiny", split="1")
-    readout_script.main(SimpleNamespace(input=inputs, output=output, params=params, wildcards=wildcards, threads=1))
+    script.main(SimpleNamespace(input=inputs, output=output, params=params, wildcards=wildcards, threads=1))
     table = pd.read_csv(output.tsv, sep="\t")
-    scores = table[table["class"] == "Accuracy"].set_index("readout")["f1"]
-    assert scores["logistic"] > scores["majority"] + 0.15  # weights that were never trained see colours, too
+    scores = table[table["class"] == "Accuracy"].set_index("classifier")["f1"]
+    assert scores["linear"] > scores["majority"] + 0.15  # weights that were never trained see colours, too
     record = json.loads(output.provenance.read_text())
     assert record["settings"] == {"k": 3, "max_nuclei": 500, "batch_size": 8}
-    assert "no detection score" in record["readout"]["what"]
+    assert "not a detection score" in record["frozen_features"]["what"]
     assert set(record["inputs"]) == {str(path) for path in (*vars(inputs).values(), train.path) if path != [train.path]}
-    assert sum(record["readout"]["test"].values()) == len(test.labels)
+    assert sum(record["frozen_features"]["test"].values()) == len(test.labels)

@@ -1,0 +1,94 @@
+"""Files of the similarity rule: heat maps of a few patches, and the retrieval accuracy over all of them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import atomic
+from celldetr.runtime.npz import read_npz, write_npz
+
+READABLE = (6, 40)
+"""Nuclei of a patch that make a readable heat map."""
+
+
+@dataclass(frozen=True)
+class DrawnSimilarities:
+    """Cosine similarity of the anchors of P patches to all originals of their patch.
+
+    Attributes
+    ----------
+    patch
+        Index of each patch in the store (P,).
+    counts
+        Nuclei n of each patch (P,).
+    similarity
+        (P, N, N); row i, column j: the anchor of nucleus i and the original of nucleus j, in [-1, 1]. NaN from n on.
+    """
+
+    patch: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    similarity: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.patch)
+
+
+def choose_readable(box_ptr: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Choose random patches with at least two nuclei; those that make a readable heat map come first.
+
+    Parameters
+    ----------
+    box_ptr
+        Offsets (N + 1,) of the nuclei of each patch.
+    count
+        Number of patches.
+    seed
+        Seed of the draw.
+
+    Returns
+    -------
+    NDArray
+        Ascending indices (at most `count`,).
+    """
+    sizes = np.diff(box_ptr)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes >= 2))
+    readable = (sizes[order] >= READABLE[0]) & (sizes[order] <= READABLE[1])
+    return np.asarray(np.sort(order[np.argsort(~readable, kind="stable")][:count]), dtype=np.int64)
+
+
+def write_similarities(path: str | os.PathLike[str], drawn: DrawnSimilarities) -> None:
+    """Write the heat maps as an NPZ file."""
+    write_npz(path, drawn)
+
+
+def read_similarities(path: str | os.PathLike[str]) -> DrawnSimilarities:
+    """Read the file of `write_similarities`."""
+    return DrawnSimilarities(**read_npz(path, DrawnSimilarities, "similarity"))
+
+
+def write_retrieval(path: str | os.PathLike[str], measured: Mapping[str, Any]) -> None:
+    """Write the measures over all patches as JSON."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def read_retrieval(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the file of `write_retrieval`.
+
+    Raises
+    ------
+    InputError
+        Not JSON.
+    """
+    try:
+        measured: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: got {error}, expected JSON of the similarity rule; run that rule again") from error
+    return measured

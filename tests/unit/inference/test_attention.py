@@ -1,0 +1,77 @@
+"""Nuclei that figure 3 draws, and shares of attention."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from celldetr.inference import attention
+from celldetr.inference.attention import choose_nuclei, read_share, share_inside, write_share
+from celldetr.runtime.errors import InputError
+
+SIZE = 64
+
+
+@dataclass(frozen=True)
+class Store:
+    box_ptr: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def n_patches(self):
+        return len(self.box_ptr) - 1
+
+
+def make_store(n_patches=60):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 9, n_patches)
+    low = rng.uniform(0, SIZE - 4, (sizes.sum(), 2))
+    boxes = np.concatenate([low, np.minimum(low + rng.uniform(1, 14, low.shape), SIZE)], axis=1)
+    labels = rng.choice((0, 1, 2, 4), sizes.sum()).astype(np.int8)
+    return Store(np.cumsum([0, *sizes]), boxes.astype(np.float32), labels)
+
+
+def test_nuclei_are_of_different_classes_and_patches_and_well_inside_and_follow_the_seed():
+    store = make_store()
+    drawn = [choose_nuclei(store, SIZE, 4, seed) for seed in range(10)]
+    for chosen in drawn:
+        assert store.labels[chosen].tolist() == [0, 1, 2, 4]
+        assert len(set(np.searchsorted(store.box_ptr, chosen, side="right"))) == 4
+        edge = attention.MARGIN * SIZE
+        assert (store.boxes[chosen, :2] >= edge).all()
+        assert (store.boxes[chosen, 2:] <= SIZE - edge).all()
+    assert np.array_equal(choose_nuclei(store, SIZE, 4, 1), drawn[1])
+    assert len({tuple(chosen) for chosen in drawn}) > 5
+    twelve = choose_nuclei(store, SIZE, 12, 0)
+    assert len(set(twelve.tolist())) == 12
+    assert np.bincount(store.labels[twelve]).tolist() == [3, 3, 3, 0, 3]
+
+
+def test_fewer_nuclei_than_asked_for_are_all_drawn():
+    few = Store(np.array([0, 2, 2]), np.array([[0, 0, 1, 1], [60, 60, 64, 64]], np.float32), np.array([0, -1], np.int8))
+    assert choose_nuclei(few, SIZE, 4, 0).tolist() == [0]
+    unlabelled = replace(few, labels=np.array([-1, -1], np.int8))
+    assert choose_nuclei(unlabelled, SIZE, 4, 0).tolist() == [0, 1]
+    none = Store(np.array([0, 0]), np.empty((0, 4), np.float32), np.empty(0, np.int8))
+    assert choose_nuclei(none, SIZE, 4, 0).tolist() == []
+
+
+def test_share_is_the_weight_of_the_points_inside():
+    points = np.array([[[1, 1], [5, 5], [10, 3], [11, 3]], [[0, 0], [0, 0], [0, 0], [0, 0]]], dtype=float)
+    weights = np.array([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    boxes = np.array([[5, 3, 10, 6], [1, 1, 2, 2]], dtype=float)
+    assert share_inside(points, weights, boxes) == pytest.approx([0.5, 0.0])  # edges count
+    assert share_inside(points, 7 * weights, boxes) == pytest.approx([0.5, 0.0])
+    assert share_inside(points[:0], weights[:0], boxes[:0]).shape == (0,)
+
+
+def test_shares_come_back_as_written(tmp_path):
+    path = tmp_path / "share.json"
+    write_share(path, {"share_true_box": 0.25, "nuclei": 4})
+    assert read_share(path) == (0.25, 4)
+    write_share(path, {"share_true_box": None, "nuclei": 0})
+    assert np.isnan(read_share(path)[0])
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"share.json: got TypeError"):
+        read_share(path)

@@ -1,0 +1,62 @@
+"""Detections beside the true nuclei."""
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.evaluation.predictions import Predictions
+from celldetr.report.overlays import choose_patches, overlays
+from celldetr.report.style import class_colours, save
+from celldetr.runtime.errors import InputError
+
+SIZE = 64
+
+
+def predictions(n_patches, count=5):
+    rng = np.random.default_rng(0)
+    patch = np.repeat(np.arange(n_patches), count).astype(np.int32)
+    low = rng.uniform(0, SIZE - 10, (len(patch), 2))
+    scores = rng.uniform(size=(len(patch), len(PANNUKE_CLASSES))).astype(np.float32)
+    return Predictions(
+        patch=patch,
+        query=np.tile(np.arange(count), n_patches).astype(np.int16),
+        boxes=np.concatenate([low, low + 9], axis=1).astype(np.float32),
+        nucleus_score=np.full(len(patch), 0.9, np.float32),
+        class_scores=scores,
+        labels=scores.argmax(axis=1).astype(np.int8),
+        classes=PANNUKE_CLASSES,
+        n_patches=n_patches,
+    )
+
+
+def test_overlays_draw_every_box_of_the_chosen_patches(tmp_path):
+    found = predictions(9)
+    patches = np.array([1, 4, 5, 8])
+    truth = [(np.array([[1, 1, 9, 9]] * k, dtype=np.float32).reshape(-1, 4), np.full(k, -1)) for k in range(4)]
+    images = np.full((4, SIZE, SIZE, 3), 200, dtype=np.uint8)
+    figure = overlays(images, patches, truth, found, title="a model")
+    counts = [len(axis.patches) / 2 for axis in figure.axes]  # each box has a dark casing
+    assert counts == [0, 5, 1, 5, 2, 5, 3, 5]
+    assert {"a model", "patch 4: 1 true", "5 predicted", "no label", *PANNUKE_CLASSES} <= {
+        text.get_text() for text in figure.findobj(Text)
+    }
+    save(figure, tmp_path / "overlays.png")
+    with Image.open(tmp_path / "overlays.png") as picture:
+        assert min(picture.size) > 500
+    with pytest.raises(InputError, match="without patches"):
+        overlays(images[:0], patches[:0], [], found, title="none")
+
+
+def test_patches_with_nuclei_are_chosen_first():
+    box_ptr = np.cumsum([0, 0, 3, 0, 0, 1, 2, 0])
+    assert choose_patches(box_ptr, 3, 0).tolist() == [1, 4, 5]
+    assert set(choose_patches(box_ptr, 5, 0)) > {1, 4, 5}
+    assert choose_patches(box_ptr, 99, 0).tolist() == list(range(7))
+    assert choose_patches(np.array([0]), 3, 0).tolist() == []
+
+
+def test_classes_have_colours_of_their_own():
+    for classes in (PANNUKE_CLASSES, ST_TYPES):
+        assert len(set(class_colours(classes))) == len(classes) + 1
