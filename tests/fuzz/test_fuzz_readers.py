@@ -16,15 +16,11 @@ import shapely
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
-from strategies import DEEP, NUMBERS, VALUES, damages, dump, mutations, refused, tries
+from strategies import DEEP, NUMBERS, damages, dump, mutations, refused, tries
 
-from celldetr.evaluation.predictions import METADATA_KEY, PredictionsWriter, read_predictions
 from celldetr.example.xenium import write_xenium
-from celldetr.inference.attention import DrawnNuclei, read_share
 from celldetr.pannuke.archive import NpyMember
-from celldetr.report.figure4 import read_log, read_retrieval
-from celldetr.report.tables import read_published, read_readouts, read_scores
-from celldetr.runtime.npz import read_npz
+from celldetr.report.tables import read_published
 from celldetr.slides.outlines import read_nucleus_file
 from celldetr.xenium.celltypes.reference import prepare_reference
 from celldetr.xenium.output import read_counts, read_nuclei, read_pixel_size
@@ -77,39 +73,14 @@ def test_alignments(folder, data, text, damage):
         assert np.isfinite(found.residuals).all()
 
 
-# Small JSON and TSV files between rules
-
-
-LOG = [{"epoch": 0, "train": None, "val": {"contrastive": 1.0}}, {"epoch": 1, "train": {"contrastive": 2.0}, "val": {}}]
-RETRIEVAL = {"store": "a", "retrieval": [0.5, 0.6], "chance": 0.1, "anchors": 30, "patches": 4}
-SHARE = {"share_true_box": 0.5, "nuclei": 30}
-
-
-@pytest.mark.parametrize("read", [read_log, read_retrieval, read_share])
-def test_what_is_nested_too_deep_is_refused(folder, read):
-    assert read_damaged(folder / "deep.json", DEEP, read) is None
-
-
-@tries(400)
-@given(data=st.data(), damage=st.one_of(st.none(), damages()))
-def test_json_between_rules(folder, data, damage):
-    lines = data.draw(mutations(LOG))[0]
-    texts = map(dump, lines) if isinstance(lines, list) else [dump(lines)]
-    log = b"\n".join(map(dump, LOG)) if damage else b"\n".join(texts)
-    read_damaged(folder / "log.jsonl", damage(log) if damage else log, read_log)
-    for name, value, read in (("retrieval", RETRIEVAL, read_retrieval), ("share", SHARE, read_share)):
-        content = damage(dump(value)) if damage else dump(data.draw(mutations(value))[0])
-        read_damaged(folder / f"{name}.json", content, read)
+# Published rows
 
 
 @tries(250)
-@given(damage=damages(), more=damages())
-def test_tables(folder, damage, more):
+@given(damage=damages())
+def test_tables(folder, damage):
     published = (ROOT / "config" / "published" / "table1.tsv").read_bytes()
-    readouts = b"experiment\tsplit\treadout\tclass\tprecision\trecall\tf1\nx\t1\tknn\tDetection\t0.5\t0.5\t0.5\n"
     read_damaged(folder / "published.tsv", damage(published), read_published)
-    for read in (read_readouts, read_scores):
-        read_damaged(folder / "rows.tsv", more(damage(readouts)), lambda path, read=read: read([path]))
 
 
 # Outlines of nuclei
@@ -200,46 +171,6 @@ def test_metadata_of_geoparquet(folder, geo):
     check_nuclei(read_damaged(path, path.read_bytes(), outlines))
 
 
-# Predictions
-
-
-@pytest.fixture(scope="module")
-def predicted(folder):
-    """Bytes of a predictions file."""
-    rng = np.random.default_rng(4)
-    options = {"classes": CLASSES, "n_patches": 6, "nucleus_threshold": 0.4, "metadata": {"experiment": "x"}}
-    with PredictionsWriter(folder / "p.parquet", **options) as writer:
-        low = rng.uniform(0, 200, (40, 2))
-        boxes = np.concatenate([low, low + rng.uniform(1, 30, (40, 2))], axis=1)
-        patch = np.sort(rng.integers(0, 6, 40))
-        writer.append(patch, np.arange(40), boxes, rng.uniform(0.4, 1, 40), rng.uniform(0, 1, (40, 3)))
-    return (folder / "p.parquet").read_bytes()
-
-
-@tries(600)
-@given(damage=damages())
-def test_damaged_predictions(folder, predicted, damage):
-    whole = read_damaged(folder / "whole.parquet", predicted, read_predictions)
-    found = read_damaged(folder / "damaged.parquet", damage(predicted), read_predictions)
-    if found is not None:
-        for name in ("patch", "query", "boxes", "nucleus_score", "class_scores", "labels"):
-            assert same(getattr(found, name), getattr(whole, name)), name
-
-
-@tries(250)
-@given(data=st.data())
-def test_metadata_of_predictions(folder, predicted, data):
-    path = folder / "meta.parquet"
-    path.write_bytes(predicted)
-    table = pq.read_table(path)
-    metadata = data.draw(mutations({"classes": ["a", "b", "c"], "n_patches": 6, "nucleus_threshold": 0.4}))[0]
-    pq.write_table(table.replace_schema_metadata({METADATA_KEY: dump(metadata)}), path)
-    found = read_damaged(path, path.read_bytes(), read_predictions)
-    if found is not None:
-        assert len(found.ptr) == found.n_patches + 1
-        assert found.ptr[-1] == len(found)
-
-
 # Arrays in archives
 
 
@@ -286,17 +217,6 @@ def test_damaged_archives(folder, damage):
     whole = packed(HEADER)
     found = read_damaged(folder / "a.zip", damage(whole), read_all)
     assert found is None or same(found, np.full((4, 16), 1, np.uint8))
-
-
-@tries(400)
-@given(damage=damages())
-def test_damaged_arrays_of_figures(folder, damage):
-    names = DrawnNuclei.__dataclass_fields__
-    arrays = {name: np.arange(12.0).reshape(3, 4) for name in names}
-    np.savez_compressed(folder / "whole.npz", **arrays)
-    content = damage((folder / "whole.npz").read_bytes())
-    found = read_damaged(folder / "a.npz", content, lambda path: read_npz(path, DrawnNuclei, "attention"))
-    assert found is None or all(same(found[name], arrays[name]) for name in names)
 
 
 # References of cell types
