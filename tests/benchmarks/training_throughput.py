@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from bench_matcher import assign_all_by_all
 from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, synchronize
+from scipy.optimize import linear_sum_assignment
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.config.experiment import Experiment
+from celldetr.config.experiment import Experiment, LossSettings
+from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.training import base
@@ -29,9 +30,31 @@ from celldetr.training.augment import augment, draw
 from celldetr.training.base import Stage, pixels
 from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
 from celldetr.training.loop import STAGES
-from celldetr.training.matching import Matching
+from celldetr.training.matching import Matches, Matching
 
 BATCHES = 8
+
+
+def assign_all_by_all(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, weights: LossSettings) -> Matches:
+    """Match as Deformable DETR does: per layer, the costs of all queries for all nuclei of the batch."""
+    counts = targets.counts.tolist()
+    true, labels = targets.boxes[targets.valid], targets.labels[targets.valid].clamp(min=0)
+    rows = []
+    for layer, (of_layer, box) in enumerate(zip(logits, boxes, strict=True)):
+        p, box = of_layer.flatten(0, 1).float().sigmoid(), box.flatten(0, 1).float()
+        negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
+        positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+        label = labels if p.shape[-1] > 1 else torch.zeros_like(labels)
+        cost = (
+            weights.l1 * torch.cdist(box, true, p=1)
+            + weights.nucleus * (positive[:, label] - negative[:, label])
+            - weights.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
+        )
+        parts = cost.view(len(counts), -1, len(true)).cpu().split(counts, dim=-1)
+        for image, part in enumerate(parts):
+            query, nucleus = linear_sum_assignment(part[image])
+            rows.extend((layer, image, q, n) for q, n in zip(query.tolist(), nucleus.tolist(), strict=True))
+    return Matches(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).T.to(logits.device))
 
 
 class Trainer:

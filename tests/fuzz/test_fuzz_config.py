@@ -52,14 +52,14 @@ def check(values, places):
 
 
 @pytest.mark.parametrize("name", FILES)
-@tries(700)
+@tries(140)
 @given(data=st.data())
 def test_a_changed_configuration_is_valid_or_refused_by_its_keys(name, data):
     values, places = data.draw(mutations(FILES[name]))
     check(values, places)
 
 
-@tries(300)
+@tries(60)
 @given(data=st.data())
 def test_a_setting_of_a_wrong_kind_is_named(data):
     base = FILES["example/config.yaml"]
@@ -74,7 +74,7 @@ def test_a_setting_of_a_wrong_kind_is_named(data):
     assert error is not None or not isinstance(wrong, dict)
 
 
-@tries(200)
+@tries(40)
 @given(values=VALUES)
 def test_anything_else_is_refused(values):
     assert check(values, [])

@@ -52,7 +52,7 @@ def read_all(path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@tries(400)
+@tries(80)
 @given(damage=damages(), more=st.one_of(st.none(), damages()))
 def test_damaged_images(wholes, kind, damage, more):
     path, contents = wholes

@@ -29,7 +29,7 @@ ODD = st.sampled_from(
 )
 
 
-@tries(200)
+@tries(40)
 @given(data=st.data(), end=st.sampled_from(["\n", "\r\n"]), mark=st.sampled_from(["", "\ufeff"]))
 def test_valid_rows_come_back(tmp_path_factory, data, end, mark):
     names = data.draw(st.lists(NAMES, min_size=1, max_size=5, unique_by=str.lower))
@@ -77,7 +77,7 @@ def check(path, name):
     return False
 
 
-@tries(500)
+@tries(100)
 @given(file=st.sampled_from(FILES), damage=damages(), more=st.one_of(st.none(), damages()))
 def test_a_damaged_sheet_is_read_or_refused(tmp_path_factory, file, damage, more):
     name, content = file
@@ -87,7 +87,7 @@ def test_a_damaged_sheet_is_read_or_refused(tmp_path_factory, file, damage, more
     check(path, name)
 
 
-@tries(400)
+@tries(80)
 @given(data=st.data(), file=st.sampled_from(FILES))
 def test_a_sheet_with_odd_cells_is_read_or_refused(tmp_path_factory, data, file):
     name, content = file
@@ -116,7 +116,7 @@ def test_an_empty_cell_that_is_needed_is_named(tmp_path, column):
         read_sheet(path, SlideRow, "slide")
 
 
-@tries(300)
+@tries(60)
 @given(damage=damages(), more=st.one_of(st.none(), damages()))
 def test_a_changed_mapping_is_whole_or_refused(tmp_path_factory, damage, more):
     content = damage(b"# labels\nlabel\ttype\nCD4\tT\nCD8 \xc3\xa9\tT\ntumour\tMalignant\ndoublet\t-\n" + b"x" * 8)

@@ -2,13 +2,16 @@
 
     run_job.py JOB REPORT FAULT...
 
-A fault is none | kill_change=SHARE | kill_seconds=SHARE | kill_worker | file_bytes=N | more_memory=N.
-kill_change: SIGKILL before a change of the file system (a file opened to be written, a renaming, a removal, a folder
-made), after this share of those of the first attempt; kill_seconds: SIGKILL after this share of the time of the first
-attempt; kill_worker: SIGKILL of the first process that the script starts; file_bytes: no file may grow beyond;
-more_memory: bytes that the process may get beyond those of its imports; if it waits for ever, it prints where after
-WAIT_SECONDS and ends with status 1.
-The outputs are removed before each attempt, as Snakemake does. The report is a JSON list: fault, status, changes,
+    none               no fault
+    kill_change=SHARE  SIGKILL before a change of the file system (a file opened for writing, a rename, a removal, a new
+                       folder), after this share of the changes of the first attempt
+    kill_seconds=SHARE SIGKILL after this share of the time of the first attempt
+    kill_worker        SIGKILL of the first process that the script starts
+    file_bytes=N       no file may grow beyond N bytes
+    more_memory=N      the process may allocate N bytes more than its imports; if it hangs, it prints where after
+                       WAIT_SECONDS and ends with status 1
+
+The outputs are removed before each attempt, as Snakemake does. The report is a JSON list of: fault, status, changes,
 seconds, text (all output), outputs (path -> checksum, or null if missing).
 """
 
@@ -28,14 +31,13 @@ from pathlib import Path
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-NOT_FORKED = {"annotate_xenium"}  # TACCO starts the threads of OpenMP when it is imported: a fork may not use them
 STAMP = ".snakemake_timestamp"  # Snakemake's own, in folders
 TIMES = ("written", "wall_seconds")
 WAIT_SECONDS = 60
 
 
 def checksum(path):
-    """SHA-256 of an output without the times of writing; of a folder over its files' names and contents."""
+    """SHA-256 of an output without its times; of a folder, over the names and contents of its files."""
     path = Path(path)
     if not path.exists():
         return None
@@ -52,7 +54,7 @@ def checksum(path):
 
 
 class Changes:
-    """Audit hook that counts changes below the working folder, and may kill the process before one."""
+    """Audit hook that counts changes below the working folder and can kill the process before one of them."""
 
     def __init__(self, kill_at):
         self.kill_at, self.count, self.root = kill_at, 0, os.getcwd()
@@ -109,7 +111,7 @@ def kill_worker(process):
 
 
 def attempt(job, script, fault, first):
-    """Run the script in a child process under a fault; return what came of it. `first` is the first attempt."""
+    """Run the script in a child process under a fault and describe the result. `first` is the first attempt."""
     for output in map(Path, job.output):
         if output.is_dir():
             shutil.rmtree(output)
@@ -148,11 +150,10 @@ def attempt(job, script, fault, first):
 
 
 def main(job_file, report, *faults):
-    """Import what the script imports, then run it per fault."""
+    """Import the script once, then run it in a fork per fault."""
     job = pickle.loads(Path(job_file).read_bytes())
     script = str(Path(os.environ["PYTHONPATH"]) / job.script)
-    if job.rule not in NOT_FORKED:
-        runpy.run_path(script)
+    runpy.run_path(script)
     attempts = []
     for fault in faults:
         attempts.append(attempt(job, script, fault, attempts[0] if attempts else None))

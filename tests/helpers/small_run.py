@@ -1,7 +1,7 @@
-"""A small finished run of the whole workflow, with the objects that Snakemake gave to its scripts.
+"""One small finished run of the whole workflow that all tests share, with the objects that its scripts received.
 
-The run is made once for all test processes, from a copy of the workflow; tests work in copies of it. A test module gets
-the fixtures `finished` (not to be changed) and `work` (a copy) with ``pytest_plugins = ["small_run"]``.
+The run is made once for all test processes, from a copy of the workflow. Two fixtures give access: `finished` (read
+only) and `work` (a copy that a test may change).
 """
 
 import ast
@@ -31,13 +31,32 @@ if ".snakemake/scripts/" in sys.orig_argv[-1] and "RECORDED_JOBS" in os.environ:
     shutil.copy(sys.orig_argv[-1], os.environ["RECORDED_JOBS"])
 """
 
-EXPERIMENTS = ("celldetr_p", "ssl_pretrain", "st_pretrain", "st_zero_shot")
+TABLES = {
+    "table1": ("deformable_detr", "celldetr_p"),
+    "table2": ("ssl_probe",),
+    "table3": ("st_zero_shot", "st_finetune"),
+}
+EXPERIMENTS = (
+    "deformable_detr",
+    "celldetr_p",
+    "ssl_pretrain",
+    "ssl_probe",
+    "st_pretrain",
+    "st_zero_shot",
+    "st_finetune",
+)
+FEWEST = (
+    "celldetr_p",
+    "ssl_pretrain",
+    "st_pretrain",
+    "st_zero_shot",
+)  # one of each stage: what every rule of the workflow needs
 
 SMALL = {
     "patch": {"size": 64, "mpp": 0.5},
     "model": {"d_model": 32, "ffn": 32, "decoder_layers": 1, "queries": 16},
     "training": {"epochs": 2, "warmup_steps": 1},
-    "inference": {"nucleus_threshold": 0.01},  # the model has learnt little: some of its boxes must count all the same
+    "inference": {"nucleus_threshold": 0.01},  # the models have learnt little: some of their boxes must count
     "evaluation": {"resamples": 10},
     "overlays": {"patches": 2},
     "example": {
@@ -51,20 +70,22 @@ SMALL = {
     "figure4": {"patches": 2},
     "frozen_features": {"k": 3},
     "xenium": {"cells_per_type": 60, "split": {"block_um": 64.0}},
-    "tables": {
-        "table1": {"experiments": ["celldetr_p"]},
-        "table2": {"experiments": ["celldetr_p"]},
-        "table3": {"experiments": ["st_zero_shot"]},
-    },
 }
 
 
-def small_config():
-    """Return the example's configuration with one experiment of each kind, as small as it can be."""
+def small_config(experiments=EXPERIMENTS):
+    """Return the example's configuration with some of its experiments, as small as it can be."""
     text = (ROOT / "config" / "example" / "config.yaml").read_text(encoding="utf-8")
     config = merge(yaml.safe_load(text), SMALL)
-    config["experiments"] = {name: config["experiments"][name] for name in EXPERIMENTS}
+    config["experiments"] = {name: config["experiments"][name] for name in experiments}
+    for name, listed in TABLES.items():
+        config["tables"][name]["experiments"] = [row for row in listed if row in experiments] or ["celldetr_p"]
     return config
+
+
+def counted_jobs(output):
+    """Read Snakemake's table of jobs: rule -> number of jobs; empty if nothing would run."""
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", output, re.M) if rule != "total"}
 
 
 def copy_sources(folder):
@@ -109,12 +130,21 @@ class SmallRun:
             check=False,
         )
 
-    def planned(self, *arguments):
-        """Rules of a dry-run and how many jobs of each."""
-        done = self.snakemake(*arguments, "--dry-run")
+    def configure(self, changes):
+        """Lay settings over the configuration of this run."""
+        path = self.work / "config.yaml"
+        config = merge(yaml.safe_load(path.read_text(encoding="utf-8")), changes)
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    def planned(self, *arguments, changes=None):
+        """Rules of a dry run and how many jobs of each, with some settings changed for this call."""
+        path = self.work / "config.yaml"
+        before = path.read_text(encoding="utf-8")
+        self.configure(changes or {})
+        done = self.snakemake(*(arguments or ["all"]), "--dry-run")
+        path.write_text(before, encoding="utf-8")
         assert done.returncode == 0, done.stdout
-        counts = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.M))
-        return {rule: int(count) for rule, count in counts.items() if rule not in ("all", "total")}
+        return {rule: count for rule, count in counted_jobs(done.stdout).items() if rule != "all"}
 
     def copy(self, folder):
         """Return the run and its workflow in a folder of their own; the times of their files are kept."""

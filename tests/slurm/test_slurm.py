@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from on_slurm import Workflow, ask, end, jobs, wait_for
-from small_run import small_config
+from small_run import FEWEST, small_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -179,7 +179,7 @@ def test_two_processes_stop_before_the_time_limit_and_go_on(finished, unfinished
 def test_the_whole_workflow_runs_on_a_cluster_with_accounting(cluster, tmp_path):
     """From the raw files to all tables, the three stages of training included."""
     workflow = Workflow(tmp_path, accounting=cluster)
-    workflow.config = small_config()
+    workflow.config = small_config(FEWEST)
     workflow("all", seconds=1500)
     for number in (1, 2, 3):
         assert (tmp_path / "results" / f"table{number}.tsv").is_file()

@@ -10,12 +10,9 @@ import pytest
 import stand_in_conda
 import yaml
 from programs import ENVIRONMENT, ROOT, run
+from small_run import FEWEST, MORE, counted_jobs, small_config
 from test_environments import RULES
-from test_pipeline import counted_jobs, smoke
 
-from celldetr.config.base import merge
-
-SMALLER = {"training": {"epochs": 1}, "example": {"images": [16, 8, 16]}, "slides": {"total": 24}}
 NOT_IN_THE_EXAMPLE = {"download_imagenet"}  # the example starts from random weights; its script is download_pannuke's
 ABSENT = {
     "data": ("torch", "tacco", "anndata", "hypothesis"),
@@ -76,12 +73,12 @@ class Finished:
     def __init__(self, folder, environment):
         self.folder, self.environment = folder, environment
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(merge(smoke(), SMALLER)), encoding="utf-8")
+        config.write_text(yaml.safe_dump(small_config(FEWEST)), encoding="utf-8")
         self.command = (
             *("snakemake", "--snakefile", ROOT / "workflow" / "Snakefile", "--configfile", config),
             *("--sdm", "conda", "--directory", folder, "--cores", 2),
         )
-        self.done = self("all", "results/xenium/drawn_1/spatialdata.zarr")
+        self.done = self("all", *MORE)
 
     def __call__(self, *arguments):
         return run(*self.command, *arguments, environment=self.environment, timeout=1500)
@@ -100,7 +97,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, conda):
+def isolated(tmp_path_factory, conda):
     found = Finished(tmp_path_factory.mktemp("all"), conda)
     yield found
     shutil.rmtree(found.folder, ignore_errors=True)
@@ -108,18 +105,18 @@ def finished(tmp_path_factory, conda):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-def test_every_rule_runs_in_the_environment_of_its_file(finished):
-    assert finished.done.returncode == 0, finished.done.stdout[-6000:]
-    assert set(RULES) - set(counted_jobs(finished.done.stdout)) == NOT_IN_THE_EXAMPLE
-    assert set(finished.environments()) == {environment for environment, _ in RULES.values()}
-    assert finished("--dry-run", "all").stdout.count("Nothing to be done") == 1
+def test_every_rule_runs_in_the_environment_of_its_file(isolated):
+    assert isolated.done.returncode == 0, isolated.done.stdout[-6000:]
+    assert set(RULES) - set(counted_jobs(isolated.done.stdout)) == NOT_IN_THE_EXAMPLE
+    assert set(isolated.environments()) == {environment for environment, _ in RULES.values()}
+    assert isolated("--dry-run", "all").stdout.count("Nothing to be done") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", ABSENT)
-def test_no_environment_holds_what_its_rules_do_not_need(finished, name):
-    python = finished.environments()[name] / "bin" / "python"
+def test_no_environment_holds_what_its_rules_do_not_need(isolated, name):
+    python = isolated.environments()[name] / "bin" / "python"
     assert imports(python, "import numpy, pandas, zarr, pyarrow")
     for package in ABSENT[name]:
         assert not imports(python, f"import {package}"), package
