@@ -27,10 +27,10 @@ SCHEMAS := workflow/schemas
 # The tools run as programs of the environment, whatever is active in the shell.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help venv example test lint format lock clean
+.PHONY: help venv example test test-fast lint format lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 venv: $(STAMP) ## make the virtual environment .venv with the exact versions of envs/lock.txt
 
@@ -49,6 +49,9 @@ example: $(STAMP) ## make the example data, train the three small models, write 
 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope
+
+test-fast: $(STAMP) ## run the unit tests that take less than some seconds
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) -m 'unit and not slow' tests/unit
 
 lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)
 	ruff check .

@@ -1,7 +1,7 @@
 """Draw synthetic tissue and write it as a Xenium sample with its H&E image, the raw input of the example.
 
 Output: ``outs`` (zip of the output folder), ``he`` (OME-TIFF), ``alignment`` (CSV, wrong by as much as the params say).
-Params: sample (see `celldetr.config.workflow.ExampleSample`), number (of the sample), he_mpp (um per px), seed.
+Params: sample (see `celldetr.config.workflow.ExampleSampleSettings`), number (of the sample), he_mpp (um per px), seed.
 """
 
 import logging

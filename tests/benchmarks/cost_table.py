@@ -22,10 +22,11 @@ from ladder import draw_store, synchronize
 from training_throughput import BATCHES, Run
 
 from celldetr.config.experiment import Experiment
+from celldetr.config.pannuke import FOLDS
 from celldetr.config.workflow import Config
 from celldetr.model.device import has_bf16
 from celldetr.pannuke.convert import OFFICIAL
-from celldetr.pannuke.splits import FOLDS, pannuke_split
+from celldetr.pannuke.splits import pannuke_split
 
 CONFIG = Path(__file__).resolve().parents[2] / "config" / "config.yaml"
 

@@ -37,20 +37,10 @@ TABLES = {
     "table3": ("st_zero_shot", "st_finetune"),
 }
 EXPERIMENTS = (
-    "deformable_detr",
-    "celldetr_p",
-    "ssl_pretrain",
-    "ssl_probe",
-    "st_pretrain",
-    "st_zero_shot",
-    "st_finetune",
+    *("deformable_detr", "celldetr_p", "ssl_pretrain", "ssl_probe"),
+    *("st_pretrain", "st_zero_shot", "st_finetune"),
 )
-FEWEST = (
-    "celldetr_p",
-    "ssl_pretrain",
-    "st_pretrain",
-    "st_zero_shot",
-)  # one of each stage: what every rule of the workflow needs
+FEWEST = ("celldetr_p", "ssl_pretrain", "st_pretrain", "st_zero_shot")  # one of each stage: every rule has a job
 
 SMALL = {
     "patch": {"size": 64, "mpp": 0.5},

@@ -30,10 +30,10 @@ INTERMEDIATES = {
 }
 STAMP = ".snakemake_timestamp"
 
-FROZEN = {"readout", "frozen_features"}
 FIGURES = {"attention", "figure3", "figure4c", "figure5b"}
-AFTER_PATCHES = {"split_xenium", "figure5a", "figure5b", "train", "curves", "predict", "score", "table", "overlays"}
-AFTER_SLIDES = {"train", "curves", "figure4b", "figure4c", "similarity", "predict", "score", "table", "overlays"}
+AFTER_TRAINING = {"learning_curves", "predict", "score", "table", "overlays"}
+AFTER_PATCHES = {"split_xenium", "figure5a", "figure5b", "train"} | AFTER_TRAINING
+AFTER_SLIDES = {"train", "figure4b", "figure4c", "similarity", "frozen_features"} | AFTER_TRAINING
 DATA = {"convert_pannuke", "register_xenium", "annotate_xenium", "prepare_reference", "extract_xenium"}
 
 
@@ -52,10 +52,13 @@ def test_nothing_reruns_when_nothing_changed(work):
         ({"evaluation": {"radius": 5.0}}, {"score", "attention", "table", "figure3", "figure5b"}),
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
-        ({"inference": {"batch_size": 4}}, {"predict", "score", "table", "overlays", "similarity"} | FIGURES),
+        (
+            {"inference": {"batch_size": 4}},
+            {"predict", "score", "table", "overlays", "similarity", "frozen_features"} | FIGURES,
+        ),
         (
             {"experiments": {"deformable_detr": {"training": {"lr": 5.0e-4}}}},
-            {"train", "curves", "predict", "score", "table", "overlays"},
+            {"train"} | AFTER_TRAINING,
         ),
         ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium"} | AFTER_PATCHES),
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_PATCHES),
@@ -66,7 +69,7 @@ def test_nothing_reruns_when_nothing_changed(work):
     ids=lambda value: ".".join(value) if isinstance(value, dict) else "",
 )
 def test_a_setting_reruns_what_depends_on_it(work, changes, rules):
-    assert set(work.planned(changes=changes)) - FROZEN - {"curves"} == rules - {"curves"}
+    assert set(work.planned(changes=changes)) == rules
 
 
 def test_an_experiments_setting_leaves_the_others_alone(work):
@@ -87,6 +90,7 @@ def test_lost_intermediates_come_back_to_the_byte(finished, work):
 
 EDITS = {  # file of the library -> rules that must run again, rules that must not
     "evaluation/scoring.py": ({"score", "table"}, DATA | {"train", "predict"}),
+    "report/curves.py": ({"learning_curves"}, DATA | {"train", "predict", "score"}),
     "report/tables.py": ({"table"}, DATA | {"train", "predict", "score"}),
     "training/losses.py": ({"train", "predict", "score", "table"}, DATA - {"extract_xenium"}),
     "xenium/registration/gate.py": (

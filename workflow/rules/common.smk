@@ -2,25 +2,66 @@
 
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.sourcecache import LocalSourceFile
+
+
+def checkout(rules) -> Path:
+    """Folder of the workflow; one that Snakemake reads from a git host is checked out below .snakemake."""
+    if isinstance(rules, LocalSourceFile):
+        return Path(rules).parents[1]
+    hosted = not hasattr(rules, "repo_path")
+    git = [
+        "git",
+        "-C",
+        str(rules.hosted_repo.repo_clone if hosted else rules.repo_path),
+    ]
+    revision = subprocess.check_output(
+        [*git, "rev-parse", f"{rules.ref}^{{commit}}"], text=True
+    ).strip()
+    folder = Path(".snakemake", "celldetr", revision).absolute()
+    if not folder.exists():
+        temporary = folder.with_name(f"{revision}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        archive = subprocess.check_output([*git, "archive", revision])
+        subprocess.run(["tar", "-x", "-C", str(temporary)], input=archive, check=True)
+        temporary.rename(folder)
+    return folder
+
+
+ROOT = checkout(workflow.current_basedir)
 
 sys.path.insert(0, str(ROOT / "scripts"))
-
-from celldetr.config.classes import ST_TO_PANNUKE
-from celldetr.config.workflow import Config
-from celldetr.pannuke.splits import FOLDS, fold_parts
-from celldetr.runtime.errors import ConfigError
-from celldetr.runtime.provenance import source_hash
-from celldetr.config.sheets import used_samples, used_slides
+# The scripts of the rules import this library too, even if another one is installed in their environment.
+os.environ.update(
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")])
+    )
+)
 
 try:
-    CONFIG = Config.from_dict(config)
+    from celldetr.config.classes import ST_TO_PANNUKE
+    from celldetr.config.pannuke import FOLDS, fold_parts
+    from celldetr.config.sheets import locate, used_samples, used_slides
+    from celldetr.config.workflow import load_config
+    from celldetr.runtime.errors import ConfigError
+    from celldetr.runtime.provenance import source_hash
+except ImportError as error:
+    raise WorkflowError(
+        f"{error}: the environment that runs Snakemake needs pydantic to check the configuration; "
+        "install it there: pip install 'pydantic>=2.10'"
+    ) from error
+
+try:
+    CONFIG = load_config(config, ROOT)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
     SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
 except ConfigError as error:
-    raise WorkflowError(f"The configuration is not right:\n{error}") from error
+    raise WorkflowError(f"The configuration is not valid:\n{error}") from error
 
 
 wildcard_constraints:
@@ -34,17 +75,19 @@ wildcard_constraints:
 
 
 def code(script: str) -> str:
-    """Hash of a rule's script and of the library below it: editing either reruns the rule."""
+    """Hash of a rule's script and of the library code that it uses: editing either reruns the rule."""
     return source_hash(ROOT / "scripts" / f"{script}.py")
 
 
 def own_file(path: str) -> str:
-    """A file of the workflow, seen from the working folder: the same path after both were moved."""
-    return path if Path(path).is_absolute() else os.path.relpath(ROOT / path)
+    """A file from the working folder or, if it is not there, of the workflow; a module's prefix does not apply."""
+    return local(
+        path if Path(path).is_absolute() else os.path.relpath(locate(path, ROOT))
+    )
 
 
 def local_files(urls) -> list[str]:
-    """Sources that are paths of this machine: inputs of the rule that reads them, so that a rule can make them."""
+    """Sources that are local paths: they are inputs of the rule that reads them, so that another rule can make them."""
     return [url for url in urls if "://" not in url]
 
 
@@ -65,7 +108,7 @@ def sample_store(sample: str) -> str:
 
 
 def sample_source(wildcards, what: str) -> dict:
-    """Where a raw file of a Xenium sample can be had (outs, he or alignment)."""
+    """Where to get a raw file of a Xenium sample (outs, he or alignment)."""
     row = SAMPLES[wildcards.sample].to_dict()
     return {
         "urls": row[what],
@@ -75,7 +118,7 @@ def sample_source(wildcards, what: str) -> dict:
 
 
 def alignment_file(wildcards) -> list[str]:
-    """Alignment of a Xenium sample, where there is one."""
+    """Alignment file of a Xenium sample, if it has one."""
     path = f"results/raw/xenium/{wildcards.sample}/alignment.csv"
     return [path] if SAMPLES[wildcards.sample].alignment else []
 
@@ -86,7 +129,7 @@ def slide_store(slide: str) -> str:
 
 
 def slide_source(wildcards) -> dict:
-    """Where a slide can be had."""
+    """Where to get a slide."""
     row = SLIDES[wildcards.slide]
     return {
         "urls": list(row.file),
@@ -97,25 +140,25 @@ def slide_source(wildcards) -> dict:
 
 
 def outline_sources(wildcards) -> list[str]:
-    """URLs or paths of the outlines of a slide's nuclei; none when they are those of HEST-1k."""
+    """URLs or paths of the outlines of a slide's nuclei; none if they come from HEST-1k."""
     nuclei = SLIDES[wildcards.slide].nuclei
     return [] if nuclei == ("hest",) else list(nuclei)
 
 
 def slide_nuclei(wildcards) -> str:
-    """Outlines of a slide's nuclei: given ones, or those that a model finds."""
+    """Outlines of a slide's nuclei: given, or found by a model."""
     if SLIDES[wildcards.slide].detect:
         return f"results/slides/{wildcards.slide}/detected.parquet"
     return f"results/raw/slides/{wildcards.slide}_nuclei"
 
 
 def stage_of(experiment: str) -> str:
-    """Stage of an experiment: it tells which patches it trains and tests on."""
+    """Stage of an experiment, which decides the patches that it trains and tests on."""
     return CONFIG.experiments[experiment].stage
 
 
 def experiment_of(stage: str) -> str | None:
-    """Return the first experiment of a stage: the one of the figures; none if there is none."""
+    """First experiment of a stage, which is the one in the figures; None if there is none."""
     return next((name for name in CONFIG.experiments if stage_of(name) == stage), None)
 
 
@@ -154,14 +197,14 @@ def model_file(experiment: str, split: str) -> str:
 
 
 def initial_model(initial: str, split: str) -> str:
-    """Model file of an experiment, or a given file; an experiment on PanNuke has a model of the same split."""
+    """Model file of an experiment on the same split, or a given file."""
     if initial not in CONFIG.experiments:
         return initial
     return model_file(initial, split if int(split) in CONFIG.splits(initial) else "1")
 
 
 def initial_weights(wildcards, kind: str) -> list[str]:
-    """Weights that an experiment starts from: of the backbone alone, or of a whole model."""
+    """Initial weights of an experiment: of the backbone alone, or of a whole model."""
     initial = CONFIG.experiments[wildcards.experiment].initial
     if kind == "backbone":
         return ["results/raw/weights/resnet50.pth"] if initial == "imagenet" else []
@@ -173,7 +216,7 @@ def initial_weights(wildcards, kind: str) -> list[str]:
 
 
 def class_map(experiment: str) -> dict | None:
-    """Map of classes for models that predict others than they were trained on."""
+    """Map from the classes of a model to those of PanNuke, for models that were trained on other classes."""
     return (
         dict(ST_TO_PANNUKE)
         if CONFIG.experiments[experiment].stage == "zero_shot"

@@ -53,7 +53,7 @@ class RepresentationSettings(Settings):
     )
 
 
-class ModelConfig(Settings):
+class SharedModelSettings(Settings):
     """Sizes and options of the model that all experiments share."""
 
     d_model: Count = Field(256, description="channels of tokens and cell embeddings")
@@ -90,7 +90,7 @@ class ModelConfig(Settings):
 Mode = Literal["baseline", "sequential", "parallel"]
 
 
-class ModelSettings(ModelConfig):
+class ModelSettings(SharedModelSettings):
     """One model: sizes, how boxes reach the representation decoder (paper, A.1), and its classes."""
 
     mode: Mode = Field(description="baseline: no representation decoder; sequential: CellDETR-S; parallel: CellDETR-P")
@@ -171,7 +171,7 @@ class ContrastiveSettings(Settings):
     weight: NotNegative = 1.0
 
 
-class TrainingConfig(Settings):
+class SharedTrainingSettings(Settings):
     """Recipe of a training run."""
 
     epochs: Count = 100
@@ -216,7 +216,7 @@ class TrainingConfig(Settings):
         return self
 
 
-class TrainingSettings(TrainingConfig):
+class TrainingSettings(SharedTrainingSettings):
     """Recipe of one run with its seed."""
 
     seed: Annotated[int, Field(ge=0)] = 42

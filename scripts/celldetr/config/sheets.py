@@ -1,17 +1,18 @@
-"""Sheets (TSV): one row per Xenium sample, scRNA-seq reference or slide, checked row by row.
+"""Sheets (TSV) with a row per Xenium sample, scRNA-seq reference or slide.
 
-Cells that hold several sources separate them by `` | ``; they are tried in order. Lines that begin with # are comments.
+Cells may hold several sources, separated by `` | `` and tried in order. Lines that begin with # are comments.
 """
 
 import csv
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from celldetr.config.base import Settings
+from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -25,45 +26,46 @@ Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(_sources)]
 Bytes = Annotated[int, Field(ge=1)] | None
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None
+Mpp = Annotated[float, Field(gt=0.02, lt=20)] | None
 
 
 class XeniumRow(Settings):
-    """A Xenium sample: its output archive, H&E image and alignment, and what it is."""
+    """A Xenium sample: its output, H&E image and alignment."""
 
-    sample: Name = Field(description="name of the sample; folders are named like it")
-    use: bool = Field(description="yes: part of the run")
-    tissue: str = Field(min_length=1)
-    group: str = Field(min_length=1, description="slide or donor: patches of a group are in one part of a split")
-    version: str = Field("", description="of the analysis software, for people")
-    reference: Name = Field(description="row of the references sheet whose cell types it gets")
-    outs: Sources = Field(min_length=1, description="output archive (.zip) or folder: URLs or paths, tried in order")
-    outs_bytes: Bytes = Field(None, description="size of the archive")
-    outs_sha256: Sha256 = Field(None, description="checksum of the archive; only whole archives can be verified by it")
+    sample: Name = Field(description="name of the sample and of its folders")
+    use: bool = Field(description="yes: part of the run; no: left out")
+    tissue: str = Field(min_length=1, description="organ or tissue")
+    group: str = Field(min_length=1, description="slide or donor; patches of a group are in one part of the split")
+    version: str = Field("", description="version of the Xenium software; not used")
+    reference: Name = Field(description="row of the sheet of references that gives the cell types")
+    outs: Sources = Field(min_length=1, description="Xenium output, zip archive or folder: URLs or paths")
+    outs_bytes: Bytes = Field(None, description="size of the archive, bytes")
+    outs_sha256: Sha256 = Field(None, description="SHA-256 of the archive; checked if the whole archive is downloaded")
     he: Sources = Field(min_length=1, description="H&E image: URLs or paths")
-    he_bytes: Bytes = None
-    he_sha256: Sha256 = None
-    he_mpp: Annotated[float, Field(gt=0.02, lt=20)] | None = Field(
-        None, description="um per px of the H&E image, where the file does not say it or says it wrongly"
+    he_bytes: Bytes = Field(None, description="size of the H&E image, bytes")
+    he_sha256: Sha256 = Field(None, description="SHA-256 of the H&E image")
+    he_mpp: Mpp = Field(None, description="um per px of the H&E image, if the file lacks it or is wrong")
+    alignment: Sources = Field(
+        (), description="alignment file of Xenium Explorer, 3x3 matrix or keypoints (CSV); empty: estimated"
     )
-    alignment: Sources = Field((), description="3x3 matrix or keypoint table (CSV); empty: found from the images")
-    alignment_sha256: Sha256 = None
-    licence: str = ""
-    note: str = ""
+    alignment_sha256: Sha256 = Field(None, description="SHA-256 of the alignment file")
+    licence: str = Field("", description="licence of the data; not used")
+    note: str = Field("", description="free text; not used")
 
 
 class ReferenceRow(Settings):
-    """An scRNA-seq reference (.h5ad) with labels for its cells."""
+    """An annotated scRNA-seq reference (.h5ad)."""
 
-    reference: Name = Field(description="name")
-    file: Sources = Field((), description="URLs or paths of the .h5ad, tried in order")
-    cellxgene_collection: str = Field("", description="CELLxGENE collection (id) that holds it, instead of file")
-    cellxgene_dataset: str = Field("", description="version id, id, or title of the dataset in that collection")
-    bytes: Bytes = None
-    sha256: Sha256 = None
-    label_column: str = Field(min_length=1, description="column of obs that holds the labels")
-    mapping: str = Field(min_length=1, description="table label -> type (TSV), from the root of the workflow")
-    licence: str = ""
-    note: str = ""
+    reference: Name = Field(description="name of the reference")
+    file: Sources = Field((), description="the .h5ad: URLs or paths")
+    cellxgene_collection: str = Field("", description="id of a CELLxGENE collection, instead of file")
+    cellxgene_dataset: str = Field("", description="version id, id or title of the dataset in that collection")
+    bytes: Bytes = Field(None, description="size of the file, bytes")
+    sha256: Sha256 = Field(None, description="SHA-256 of the file")
+    label_column: str = Field(min_length=1, description="column of obs with the labels")
+    mapping: str = Field(min_length=1, description="table (TSV) with the cell type of each label, or - to leave it out")
+    licence: str = Field("", description="licence of the data; not used")
+    note: str = Field("", description="free text; not used")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -76,30 +78,28 @@ _SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # formats that keep a slide 
 
 
 class SlideRow(Settings):
-    """A whole slide without cell types, and where its nuclei are."""
+    """A whole slide without cell types, and the source of its nuclei."""
 
-    slide: Name = Field(description="name of the slide; folders are named like it")
-    use: bool = Field(description="yes: part of the run")
-    tissue: str = Field(min_length=1, description="organ; each gets an equal share of the patches")
-    group: str = Field(min_length=1, description="slide or donor: held out together for validation")
-    file: Sources = Field((), description="slide: URLs or paths, tried in order")
+    slide: Name = Field(description="name of the slide and of its folders")
+    use: bool = Field(description="yes: part of the run; no: left out")
+    tissue: str = Field(min_length=1, description="organ; each organ gets an equal share of the patches")
+    group: str = Field(min_length=1, description="slide or donor; a group is held out for validation as a whole")
+    file: Sources = Field((), description="the slide: URLs or paths")
     hest: Annotated[str, Field(pattern=r"^([A-Z]+[0-9]+)?$")] = Field(
         "", description="id in HEST-1k (e.g. TENX105), instead of file; needs a Hugging Face token"
     )
-    bytes: Bytes = Field(None, description="size of the slide")
-    sha256: Sha256 = Field(None, description="checksum of the slide")
-    mpp: Annotated[float, Field(gt=0.02, lt=20)] | None = Field(
-        None, description="um per px of level 0, where the file does not say it or says it wrongly"
-    )
+    bytes: Bytes = Field(None, description="size of the slide, bytes")
+    sha256: Sha256 = Field(None, description="SHA-256 of the slide")
+    mpp: Mpp = Field(None, description="um per px of level 0, if the file lacks it or is wrong")
     nuclei: Sources = Field(
         min_length=1,
-        description="outlines (GeoParquet or GeoJSON): URLs or paths; or hest: those of HEST-1k; or detect: found by a "
-        "trained model",
+        description="outlines of nuclei (GeoParquet, GeoJSON, Parquet of CellViT or HEST): URLs or paths; or hest: in "
+        " HEST-1k; or detect: found by the model of slides.detection",
     )
-    nuclei_sha256: Sha256 = None
-    nuclei_unit: Literal["px", "um"] = Field("px", description="of the outlines: px of level 0, or um")
-    licence: str = ""
-    note: str = ""
+    nuclei_sha256: Sha256 = Field(None, description="SHA-256 of the file of outlines")
+    nuclei_unit: Literal["px", "um"] = Field("px", description="unit of the outlines: px of level 0, or um")
+    licence: str = Field("", description="licence of the data; not used")
+    note: str = Field("", description="free text; not used")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -124,11 +124,12 @@ class SlideRow(Settings):
 
     @property
     def detect(self) -> bool:
-        """Whether its nuclei are found by a trained model."""
+        """Whether a trained model finds its nuclei."""
         return self.nuclei == ("detect",)
 
 
 Row = TypeVar("Row", bound=Settings)
+UsableRow = TypeVar("UsableRow", XeniumRow, SlideRow)
 
 
 def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[str, Row]:
@@ -137,9 +138,9 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
     Parameters
     ----------
     path
-        TSV file, UTF-8, with a line of column names; empty cells take the default.
+        TSV file in UTF-8 with a line of column names; an empty cell takes the default.
     kind
-        What a row holds.
+        Settings of a row.
     key
         Column that names the rows.
 
@@ -151,8 +152,8 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
     Raises
     ------
     ConfigError
-        No such file, unknown or missing columns, values that are not legal, names that occur twice (also when they
-        differ in case alone: some disks do not tell them apart); names the file, the row and the column.
+        The file cannot be read, columns are unknown or missing, a value is not valid, or a name occurs twice (also in
+        another case: some disks do not distinguish them). It names the file, the row and the column.
     """
     file = Path(path)
     try:
@@ -183,56 +184,57 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
     return rows
 
 
-class SheetPaths(Protocol):
-    """Where the sheets are (`celldetr.config.xenium.XeniumSettings`)."""
-
-    @property
-    def samples(self) -> str:
-        """Sheet of the samples."""
-
-    @property
-    def references(self) -> str:
-        """Sheet of the references."""
+def locate(path: str, root: Path) -> Path:
+    """Return a file that the configuration names: in the working folder, or else in the folder of the workflow."""
+    return Path(path) if Path(path).exists() else root / path
 
 
-def used_samples(paths: SheetPaths | None, root: Path) -> tuple[dict[str, XeniumRow], dict[str, ReferenceRow]]:
-    """Read both sheets; return the samples in use and the references that they need, both empty without sheets.
+def used_samples(paths: XeniumSettings | None, root: Path) -> tuple[dict[str, XeniumRow], dict[str, ReferenceRow]]:
+    """Read both sheets; return the samples in use and the references that they need.
+
+    Parameters
+    ----------
+    paths
+        Names of the sheets; both results are empty without them.
+    root
+        Folder of the workflow, see `locate`.
 
     Raises
     ------
     ConfigError
-        A sheet is not right (`read_sheet`), no sample is in use, or a reference of one has no row.
+        A sheet is not valid (`read_sheet`), no sample is in use, or the reference of a sample has no row.
     """
     if paths is None:
         return {}, {}
-    samples = read_sheet(root / paths.samples, XeniumRow, "sample")
-    used = {name: row for name, row in samples.items() if row.use}
-    if not used:
-        raise ConfigError(f"{root / paths.samples}: column use: got 'yes' in no row, expected at least one")
-    references = read_sheet(root / paths.references, ReferenceRow, "reference")
+    sheet, used = _used(paths.samples, root, XeniumRow, "sample")
+    references = read_sheet(locate(paths.references, root), ReferenceRow, "reference")
     for name, row in used.items():
         if row.reference not in references:
             raise ConfigError(
-                f"{root / paths.samples}: {name}: reference: got {row.reference!r}, expected one of "
-                f"{sorted(references)}, or a further row in {root / paths.references}"
+                f"{sheet}: {name}: reference: got {row.reference!r}, expected one of {sorted(references)}, or another "
+                f"row in {locate(paths.references, root)}"
             )
     return used, {name: references[name] for name in dict.fromkeys(row.reference for row in used.values())}
 
 
-def used_slides(sheet: str | None, root: Path) -> dict[str, SlideRow]:
-    """Read the sheet of the slides; return those in use, none without a sheet.
+def used_slides(path: str | None, root: Path) -> dict[str, SlideRow]:
+    """Read the sheet of the slides and return those in use; none without a sheet.
 
     Raises
     ------
     ConfigError
-        The sheet is not right (`read_sheet`), or no slide is in use.
+        The sheet is not valid (`read_sheet`), or no slide is in use.
     """
-    if sheet is None:
-        return {}
-    used = {name: row for name, row in read_sheet(root / sheet, SlideRow, "slide").items() if row.use}
+    return {} if path is None else _used(path, root, SlideRow, "slide")[1]
+
+
+def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> tuple[Path, dict[str, UsableRow]]:
+    """Return where a sheet is and its rows with ``use`` = yes."""
+    sheet = locate(path, root)
+    used = {name: row for name, row in read_sheet(sheet, kind, key).items() if row.use}
     if not used:
-        raise ConfigError(f"{root / sheet}: column use: got 'yes' in no row, expected at least one")
-    return used
+        raise ConfigError(f"{sheet}: column use: got 'yes' in no row, expected at least one")
+    return sheet, used
 
 
 def _check_columns(file: Path, columns: list[str], kind: type[Settings]) -> None:

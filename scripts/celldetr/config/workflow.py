@@ -1,87 +1,68 @@
-"""The whole configuration: every block with types, ranges, units and the defaults of the paper.
+"""The whole configuration: every block with its types, ranges, units and the defaults of the paper.
 
-The settings of one training run are in `celldetr.config.experiment`. The JSON schemas in
-workflow/schemas are written by `python -m celldetr.config.workflow FOLDER` (a test compares).
+The settings of one training run are in `celldetr.config.experiment`. `python -m celldetr.config.workflow FOLDER` writes
+the JSON schemas of workflow/schemas; a test compares them.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+import yaml
+from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
-from celldetr.config.base import Count, Positive, Settings, merge, partial
+from celldetr.config.base import Count, NotNegative, Positive, Settings, merge, partial
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.evaluation import EvaluationSettings, FrozenFeatureSettings, InferenceSettings
 from celldetr.config.experiment import (
     BackboneSettings,
     Experiment,
     Mode,
-    ModelConfig,
     ModelSettings,
-    TrainingConfig,
+    SharedModelSettings,
+    SharedTrainingSettings,
     TrainingSettings,
 )
+from celldetr.config.pannuke import PanNukeSettings, SourceSettings
 from celldetr.config.sheets import Name, ReferenceRow, SlideRow, XeniumRow
 from celldetr.config.slides import SlideSettings
 from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
 
-class Source(Settings):
-    """A raw file: where it can be had, and how to know that it is whole."""
+class PatchSizeSettings(Settings):
+    """Size and resolution of the patches that models see."""
 
-    urls: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        min_length=1, description="http(s) or file URLs or local paths, tried in order"
-    )
-    bytes: Count | None = Field(None, description="size")
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = Field(
-        None, description="checksum in hex; the first 8 digits or more"
-    )
+    size: Annotated[int, Field(ge=32, multiple_of=32)] = Field(256, description="side of a patch, px; multiple of 32")
+    mpp: Positive = Field(0.25, description="resolution, um per px")
 
 
-class PatchConfig(Settings):
-    """Patches that models see."""
-
-    size: Annotated[int, Field(ge=32, multiple_of=32)] = Field(256, description="px")
-    mpp: Positive = Field(0.25, description="um per px")
-
-
-class PanNukeConfig(Settings):
-    """PanNuke archives and how they are split."""
-
-    protocol: Literal["celldetr", "official"] = Field("celldetr", description="which folds train, validate and test")
-    splits: tuple[Annotated[int, Field(ge=1, le=3)], ...] = Field((1, 2, 3), min_length=1)
-    train_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.8, description="share of the two other folds that trains (celldetr protocol)"
-    )
-    fold1: Source
-    fold2: Source
-    fold3: Source
-
-    def fold(self, number: int) -> Source:
-        """Archive of fold 1, 2 or 3."""
-        source: Source = getattr(self, f"fold{number}")
-        return source
-
-
-class ExperimentConfig(Settings):
-    """A named training run, or use of one: what differs from the shared settings."""
+class ExperimentSettings(Settings):
+    """A named training run: what differs from the shared blocks `model` and `training`."""
 
     title: str = Field(description="name in tables and figures")
     stage: Literal["supervised", "st", "ssl", "zero_shot"] = Field(
         "supervised",
-        description="supervised: on PanNuke; st: on the cell types of Xenium; ssl: contrastive pretraining on slides "
-        "without labels; zero_shot: no training, the model of another experiment with its classes mapped to PanNuke's",
+        description="supervised: PanNuke; ssl: contrastive pretraining on slides without labels; st: cell types of "
+        "Xenium samples; zero_shot: no training, the model of another experiment with its types mapped to PanNuke",
     )
-    mode: Mode | None = Field(None, description="how boxes reach the representation decoder; of every trained model")
+    mode: Mode | None = Field(
+        None,
+        description="baseline: Deformable DETR; sequential: CellDETR-S; parallel: CellDETR-P; every trained "
+        "experiment needs it",
+    )
     initial: str = Field(
         "imagenet",
-        description="none, imagenet (backbone), the name of an experiment, or a model file (.pt), e.g. an imported one",
+        description="initial weights: none, imagenet (backbone only), another experiment, or a model file (.pt)",
     )
-    model: partial(ModelConfig) = Field(default_factory=partial(ModelConfig))  # type: ignore[valid-type]
-    training: partial(TrainingConfig) = Field(default_factory=partial(TrainingConfig))  # type: ignore[valid-type]
+    model: partial(SharedModelSettings) = Field(  # type: ignore[valid-type]
+        default_factory=partial(SharedModelSettings), description="keys of `model` that differ"
+    )
+    training: partial(SharedTrainingSettings) = Field(  # type: ignore[valid-type]
+        default_factory=partial(SharedTrainingSettings), description="keys of `training` that differ"
+    )
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> Self:
@@ -96,106 +77,100 @@ class ExperimentConfig(Settings):
         return self
 
 
-class TableConfig(Settings):
-    """A table: measured rows and the published ones beside them."""
+class TableSettings(Settings):
+    """A table of measured rows beside the published ones."""
 
-    experiments: tuple[str, ...] = Field(min_length=1)
-    ours: tuple[str, ...] = Field((), description="experiments beyond the paper, in rows that say so")
-    published: str = Field(description="file with the published rows, from the root of the workflow")
+    experiments: tuple[str, ...] = Field(min_length=1, description="experiments with a row each")
+    ours: tuple[str, ...] = Field((), description="experiments beyond the paper; their rows are marked as ours")
+    published: str = Field(description="file with the published rows, relative to the root of the workflow")
     frozen_features: tuple[str, ...] = Field(
-        (), description="experiments whose frozen embeddings are evaluated, in rows of their own"
+        (), description="experiments whose frozen embeddings are classified, in extra rows"
     )
 
     @property
     def systems(self) -> tuple[str, ...]:
-        """Experiments of the measured rows, in their order."""
+        """Experiments of the measured rows, in order."""
         return self.experiments + self.ours
 
 
-class Figure3Config(Settings):
-    """Attention of a few test nuclei."""
+class Figure3Settings(Settings):
+    """Figure 3: attention of a few test nuclei."""
 
-    experiments: tuple[str, ...] = Field(min_length=1)
-    split: Annotated[int, Field(ge=1, le=3)] = 1
-    nuclei: Count = Field(4, description="nuclei drawn")
-
-
-class Figure4Config(Settings):
-    """Similarity of noised boxes to the nuclei of their patch."""
-
-    patches: Count = Field(4, description="patches drawn")
+    experiments: tuple[str, ...] = Field(min_length=1, description="experiments shown")
+    split: Annotated[int, Field(ge=1, le=3)] = Field(1, description="split whose test fold is used")
+    nuclei: Count = Field(4, description="number of nuclei drawn")
 
 
-class OverlayConfig(Settings):
+class Figure4Settings(Settings):
+    """Figure 4c: similarity of noised boxes to the nuclei of their patch."""
+
+    patches: Count = Field(4, description="number of patches drawn")
+
+
+class OverlaySettings(Settings):
     """Pictures of predictions beside the truth."""
 
     patches: Count = Field(12, description="test patches drawn per experiment and split")
 
 
-class ExampleSample(Settings):
-    """A synthetic Xenium sample, and how wrong its alignment file is."""
+class ExampleSampleSettings(Settings):
+    """A synthetic Xenium sample and the error of its alignment file."""
 
-    version: str = Field(description="of Xenium Onboard Analysis, e.g. 3.0.0")
-    size_um: tuple[Positive, Positive] = Field(description="width and height of the tissue")
-    rotation: float = Field(description="of the Xenium frame against the H&E image, degrees")
+    version: str = Field(description="version of Xenium Onboard Analysis, e.g. 3.0.0")
+    size_um: tuple[Positive, Positive] = Field(description="width and height of the tissue, um")
+    rotation: float = Field(description="rotation of the Xenium frame against the H&E image, degrees")
     alignment: Literal["matrix", "keypoints"] = Field("matrix", description="kind of the alignment file")
-    wrong_shift: Annotated[float, Field(ge=0)] = Field(0.0, description="error of the file, um along x and y")
-    wrong_rotation: float = Field(0.0, description="error of the file, degrees")
+    wrong_shift: NotNegative = Field(0.0, description="error of the alignment file, um along x and y")
+    wrong_rotation: float = Field(0.0, description="error of the alignment file, degrees")
 
 
-class ExampleConfig(Settings):
+class ExampleSettings(Settings):
     """Synthetic raw data in the original formats."""
 
-    images: tuple[Count, Count, Count] = Field(description="images of the three folds")
-    xenium: dict[Name, ExampleSample] = Field(default_factory=dict, description="Xenium samples by name")
+    images: tuple[Count, Count, Count] = Field(description="number of images in each of the three folds")
+    xenium: dict[Name, ExampleSampleSettings] = Field(default_factory=dict, description="Xenium samples by name")
     slides: dict[Name, tuple[Positive, Positive]] = Field(
-        default_factory=dict, description="slides: name -> width and height of the tissue, um"
+        default_factory=dict, description="slides by name: width and height of the tissue, um"
     )
-    reference_cells: Count = Field(3000, description="cells of the scRNA-seq reference")
-    seed: Annotated[int, Field(ge=0)] = 0
+    reference_cells: Count = Field(3000, description="number of cells in the scRNA-seq reference")
+    seed: NonNegativeInt = Field(0, description="seed of all drawings")
 
 
 class Config(Settings):
-    """A whole configuration file."""
+    """The whole configuration."""
 
-    seed: Annotated[int, Field(ge=0)] = Field(42, description="of splits, training and bootstrap")
-    patch: PatchConfig = PatchConfig()
-    pannuke: PanNukeConfig
-    imagenet: Source
-    xenium: XeniumSettings | None = None
-    slides: SlideSettings | None = None
-    model: ModelConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
-    inference: InferenceSettings = InferenceSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentConfig] = Field(min_length=1)
-    tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableConfig] = Field(default_factory=dict)
-    figure3: Figure3Config | None = None
-    frozen_features: FrozenFeatureSettings = FrozenFeatureSettings()
-    figure4: Figure4Config = Figure4Config()
-    overlays: OverlayConfig = OverlayConfig()
-    example: ExampleConfig | None = Field(None, description="makes the archives instead of downloading them")
+    base: Literal["paper", "none"] = Field(
+        "paper",
+        description="paper: this file is laid over config/config.yaml; none: this file stands alone, and a key that it "
+        "leaves out takes its default",
+    )
+    seed: NonNegativeInt = Field(42, description="seed of splits, training and bootstrap")
+    patch: PatchSizeSettings = Field(PatchSizeSettings(), description="size of the patches")
+    pannuke: PanNukeSettings = Field(description="PanNuke archives and splits")
+    imagenet: SourceSettings = Field(description="ResNet-50 weights of torchvision, for `initial: imagenet`")
+    xenium: XeniumSettings | None = Field(None, description="Xenium samples; null: none")
+    slides: SlideSettings | None = Field(None, description="whole slides for pretraining; null: none")
+    model: SharedModelSettings = Field(SharedModelSettings(), description="the model that experiments share")
+    training: SharedTrainingSettings = Field(SharedTrainingSettings(), description="the recipe that experiments share")
+    inference: InferenceSettings = Field(InferenceSettings(), description="how models predict")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="how predictions are scored")
+    experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentSettings] = Field(
+        min_length=1, description="training runs by name"
+    )
+    tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableSettings] = Field(
+        default_factory=dict, description="tables by name"
+    )
+    figure3: Figure3Settings | None = Field(None, description="attention maps; null: none")
+    frozen_features: FrozenFeatureSettings = Field(
+        FrozenFeatureSettings(), description="classifiers on frozen embeddings"
+    )
+    figure4: Figure4Settings = Field(Figure4Settings(), description="similarity matrices")
+    overlays: OverlaySettings = Field(OverlaySettings(), description="pictures of predictions")
+    example: ExampleSettings | None = Field(None, description="synthetic raw data; null: real data")
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        named = {f"tables.{name}.experiments": table.experiments for name, table in self.tables.items()}
-        named |= {f"tables.{name}.ours": table.ours for name, table in self.tables.items()}
-        for name, table in self.tables.items():
-            if twice := set(table.experiments) & set(table.ours):
-                raise ValueError(f"tables.{name}.ours: got {sorted(twice)}, which are in experiments too")
-        if self.figure3 is not None:
-            named["figure3.experiments"] = self.figure3.experiments
-        frozen = {f"tables.{name}.frozen_features": table.frozen_features for name, table in self.tables.items()}
-        for key, names in (named | frozen).items():
-            unknown = [name for name in names if name not in self.experiments]
-            if unknown:
-                raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
-            elsewhere = [name for name in names if self.experiments[name].stage in ("st", "ssl")]
-            if elsewhere and key in named:
-                raise ValueError(f"{key}: got {elsewhere}, expected experiments that are tested on PanNuke")
-            without = [name for name in names if self.experiments[name].mode == "baseline"]
-            if without and key in frozen:
-                raise ValueError(f"{key}: got {without}, expected experiments with a representation decoder")
+        self._check_names()
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
         for name, block in self.experiments.items():
@@ -207,8 +182,29 @@ class Config(Settings):
                 self.experiment(name)
         return self
 
+    def _check_names(self) -> None:
+        """Refuse tables and figures of experiments that do not exist or cannot be shown there."""
+        tested: dict[str, tuple[str, ...]] = {}
+        frozen: dict[str, tuple[str, ...]] = {}
+        for name, table in self.tables.items():
+            if twice := set(table.experiments) & set(table.ours):
+                raise ValueError(f"tables.{name}.ours: got {sorted(twice)}, which are in experiments too")
+            tested |= {f"tables.{name}.experiments": table.experiments, f"tables.{name}.ours": table.ours}
+            frozen[f"tables.{name}.frozen_features"] = table.frozen_features
+        if self.figure3 is not None:
+            tested["figure3.experiments"] = self.figure3.experiments
+        for key, names in (tested | frozen).items():
+            if unknown := [name for name in names if name not in self.experiments]:
+                raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
+            elsewhere = [name for name in names if self.experiments[name].stage in ("st", "ssl")]
+            if elsewhere and key in tested:
+                raise ValueError(f"{key}: got {elsewhere}, expected experiments that are tested on PanNuke")
+            without = [name for name in names if self.experiments[name].mode == "baseline"]
+            if without and key in frozen:
+                raise ValueError(f"{key}: got {without}, expected experiments with a representation decoder")
+
     def _check_initial(self, name: str) -> None:
-        """Refuse initial models that cannot be had, or that have seen the patches that the experiment is tested on."""
+        """Refuse initial models that do not exist, train nothing, or start from this experiment."""
         where, seen = f"experiments.{name}.initial", [name]
         while (initial := self.experiments[seen[-1]].initial) in self.experiments:
             if initial in seen:
@@ -223,20 +219,20 @@ class Config(Settings):
             )
 
     def classes(self, name: str) -> tuple[str, ...]:
-        """Classes of an experiment's patches; slides have none."""
+        """Classes of an experiment's patches; none for slides."""
         return {"st": ST_TYPES, "ssl": ()}.get(self.experiments[name].stage, PANNUKE_CLASSES)
 
     def splits(self, name: str) -> tuple[int, ...]:
-        """Return the splits that an experiment is run on: those of PanNuke, or the one of Xenium or the slides."""
+        """Return the splits that an experiment runs on: those of PanNuke, or the one of Xenium or slides."""
         return (1,) if self.experiments[name].stage in ("st", "ssl") else self.pannuke.splits
 
     def experiment(self, name: str) -> Experiment:
-        """Shared settings with those of one experiment laid over them.
+        """Lay the settings of one experiment over the shared ones.
 
         Raises
         ------
         ConfigError
-            The combination is not legal.
+            The combination is not valid.
         """
         block = self.experiments[name]
         assert block.stage != "zero_shot"
@@ -268,13 +264,39 @@ class Config(Settings):
 
 
 def _given(block: BaseModel) -> dict[str, Any]:
-    """Only what a file says, none of the defaults."""
+    """Return the keys that a file gives, without defaults."""
     values: dict[str, Any] = block.model_dump(mode="json", exclude_unset=True)
     return values
 
 
+def load_config(given: Mapping[str, Any], root: Path) -> Config:
+    """Lay a user's settings over the paper's and check them.
+
+    Mappings are merged key by key; lists and values replace those of the paper; null removes a block. With
+    ``base: none`` the settings stand alone.
+
+    Parameters
+    ----------
+    given
+        Settings of the user's files and command line; empty for the paper itself.
+    root
+        Folder of the workflow; its config/config.yaml is the paper.
+
+    Raises
+    ------
+    ConfigError
+        As `Settings.from_dict`.
+    """
+    paper = yaml.safe_load((root / "config" / "config.yaml").read_text(encoding="utf-8"))
+    config = dict(given) if given.get("base") == "none" else merge(paper, given)
+    for key in ("experiments", "tables"):
+        if isinstance(named := config.get(key), Mapping):
+            config[key] = {name: block for name, block in named.items() if block is not None}
+    return Config.from_dict(config)
+
+
 def schemas() -> dict[str, str]:
-    """Texts of the JSON schemas of workflow/schemas by file name: the configuration, and a row of each sheet."""
+    """Return the JSON schemas of workflow/schemas by file name: the configuration and a row of each sheet."""
     kinds: dict[str, type[Settings]] = {
         "config": Config,
         "xenium": XeniumRow,

@@ -1,53 +1,17 @@
-"""Which PanNuke folds, and which of their patches, train, validate and test in a split.
-
-The workflow itself asks for the folds, in an environment that needs neither NumPy nor pandas: they are imported where a
-split is made.
-"""
+"""Which patches of PanNuke train, validate and test in a split."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from celldetr.runtime.errors import ConfigError, InputError
+import numpy as np
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-FOLDS = (1, 2, 3)
-PROTOCOLS = ("celldetr", "official")
-_TEST_FOLD = {1: 2, 2: 1, 3: 3}
-_OFFICIAL = {1: (1, 2, 3), 2: (2, 1, 3), 3: (3, 2, 1)}
-
-
-def fold_parts(split: int, protocol: str) -> dict[str, tuple[int, ...]]:
-    """Folds that each part (train, val, test) takes its patches from.
-
-    Parameters
-    ----------
-    split
-        1, 2 or 3.
-    protocol
-        ``celldetr``: split 1, 2, 3 tests on fold 2, 1, 3, and the two other folds train and validate together.
-        ``official``: train, validate and test on folds 1/2/3, 2/1/3, 3/2/1.
-
-    Raises
-    ------
-    ConfigError
-        Unknown split or protocol.
-    """
-    if split not in _TEST_FOLD:
-        raise ConfigError(f"pannuke.splits: got {split}, expected one of {sorted(_TEST_FOLD)}")
-    if protocol == "official":
-        train, val, test = _OFFICIAL[split]
-        return {"train": (train,), "val": (val,), "test": (test,)}
-    if protocol == "celldetr":
-        others = tuple(fold for fold in FOLDS if fold != _TEST_FOLD[split])
-        return {"train": others, "val": others, "test": (_TEST_FOLD[split],)}
-    raise ConfigError(f"pannuke.protocol: got {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
+from celldetr.config.pannuke import fold_parts
+from celldetr.runtime.errors import InputError
 
 
 def pannuke_split(
     n_patches: Mapping[str, int], split: int, *, protocol: str, train_share: float, seed: int
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Assign every patch of the folds to a part.
 
     Parameters
@@ -55,7 +19,7 @@ def pannuke_split(
     n_patches
         Number of patches of ``fold1``, ``fold2``, ``fold3``.
     split, protocol
-        See `fold_parts`.
+        See `celldetr.config.pannuke.fold_parts`.
     train_share
         Share of the patches of the two other folds that trains; the rest validates (protocol celldetr).
     seed
@@ -71,9 +35,6 @@ def pannuke_split(
     InputError
         A part would be empty.
     """
-    import numpy as np
-    import pandas as pd
-
     parts = fold_parts(split, protocol)
     frames = [
         pd.DataFrame({"store": f"fold{fold}", "patch": np.arange(n_patches[f"fold{fold}"]), "part": part})

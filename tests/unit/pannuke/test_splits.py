@@ -2,8 +2,9 @@
 
 import pytest
 
-from celldetr.pannuke.splits import fold_parts, pannuke_split
-from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.config.pannuke import fold_parts
+from celldetr.pannuke.splits import pannuke_split
+from celldetr.runtime.errors import InputError
 
 SIZES = {"fold1": 40, "fold2": 30, "fold3": 50}
 
@@ -49,10 +50,3 @@ def test_an_empty_part_is_refused():
         make(1, sizes={**SIZES, "fold2": 0})
     with pytest.raises(InputError, match="no patches for 'val'"):
         make(1, share=0.999)
-
-
-def test_unknown_protocol_and_split():
-    with pytest.raises(ConfigError, match="pannuke.protocol: got 'other'"):
-        fold_parts(1, "other")
-    with pytest.raises(ConfigError, match=r"pannuke.splits: got 4"):
-        fold_parts(4, "celldetr")
