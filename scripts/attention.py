@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from celldetr.inference.attention import choose_nuclei, write_drawn, write_share
-from celldetr.inference.predict import measure_attention
+from celldetr.inference.attention import choose_nuclei, measure_attention, write_drawn, write_share
+from celldetr.inference.predict import attend_patches
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
 from celldetr.runtime.rule import run_rule
@@ -24,17 +24,17 @@ def main(snakemake):
     torch.set_num_threads(snakemake.threads)
     params, device = snakemake.params, best_device()
     store = open_store(snakemake.input.store)
-    drawn, share = measure_attention(
+    patches = attend_patches(
         load_model(snakemake.input.model, device),
         store,
-        nuclei=choose_nuclei(store, store.patch_size, params.nuclei, params.seed),
         nucleus_threshold=params.nucleus_threshold,
         batch_size=params.batch_size,
-        radius=params.radius,
         device=device,
         precision=params.precision,
         progress=True,
     )
+    nuclei = choose_nuclei(store, store.patch_size, params.nuclei, params.seed)
+    drawn, share = measure_attention(patches, store, nuclei=nuclei, radius=params.radius)
     write_drawn(snakemake.output.points, drawn)
     origin = {
         "experiment": snakemake.wildcards.experiment,

@@ -1,28 +1,57 @@
-"""Where a model looks: nuclei to draw, shares of attention inside boxes, and the file that keeps them."""
+"""Where a model looks: the share of its attention inside boxes, and sampling points of a few nuclei for figure 3.
+
+Without torch, because figure 3 reads the files that are written here.
+"""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import atomic
 from celldetr.runtime.npz import read_npz, write_npz
 from celldetr.store import PatchStore
 
-MARGIN = 0.125  # of the patch: nuclei to draw keep this distance from its edge where there are enough of them
+MARGIN = 0.125  # of the patch: nuclei to draw are at least this far from its edge, if there are enough of them
 EDGE = 1e-3  # px; points of the box-constrained attention may lie exactly on the edge, up to rounding
-SIZES = (25.0, 90.0)  # percentiles of box area of a class between which nuclei to draw are taken
+SIZES = (25.0, 90.0)  # percentiles of the box area of a class between which nuclei are drawn
+
+
+class PatchAttention(NamedTuple):
+    """The D detections of a patch and what the last decoder layer sampled for each.
+
+    Attributes
+    ----------
+    boxes
+        Boxes (D, 4), xyxy px; they may reach beyond the patch.
+    nucleus_score
+        (D,) in [0, 1].
+    points
+        Sampling points (D, T, 2), x then y, px; T = heads * levels * points per level.
+    weights
+        Attention weights (D, T); their sum over T is 1.
+    """
+
+    boxes: NDArray[np.float32]
+    nucleus_score: NDArray[np.float32]
+    points: NDArray[np.float32]
+    weights: NDArray[np.float32]
+
+
+_Row = tuple[NDArray[Any], Any, NDArray[Any], NDArray[Any]]
+"""Box, nucleus score, points and weights of a detection."""
 
 
 @dataclass(frozen=True)
 class DrawnNuclei:
-    """What figure 3 needs of one model: F nuclei, the same for every model that saw the same store.
+    """F nuclei of figure 3 with the attention of one model; every model shows the same nuclei of a store.
 
     Attributes
     ----------
@@ -37,7 +66,7 @@ class DrawnNuclei:
     image
         Whole patches (F, S, S, 3) uint8.
     found
-        A detection is paired with the nucleus (F,). Where none is, the entries below are NaN.
+        Whether a detection is paired with the nucleus (F,). If not, its entries below are NaN.
     box
         Predicted boxes (F, 4), xyxy px.
     nucleus_score
@@ -70,10 +99,10 @@ class DrawnNuclei:
 
 
 def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Choose nuclei to draw from the truth alone, so that every model is shown on the same ones.
+    """Choose nuclei to draw from the truth alone, so that every model shows the same ones.
 
-    Classes take turns. Within a class a nucleus is drawn at random among those well inside of their patch and
-    of usual size, from patches not taken before as long as there are such.
+    Classes take turns. Within a class, a random nucleus is taken of those well inside their patch and of usual size,
+    from an unused patch if there is one.
 
     Parameters
     ----------
@@ -82,7 +111,7 @@ def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> 
     patch_size
         Side S of a patch, px.
     count
-        Nuclei wanted; fewer are returned if the store has fewer.
+        NucleusCentres to choose; fewer are returned if the store has fewer.
     seed
         Seed of the draw.
 
@@ -115,7 +144,7 @@ def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> 
 def _candidates(
     boxes: NDArray[np.float64], nuclei: NDArray[np.int64], patch_size: int, rng: np.random.Generator
 ) -> list[int]:
-    """Nuclei of a class in random order, the well visible ones first."""
+    """NucleusCentres of a class in random order, those well inside their patch and of usual size first."""
     size = boxes[nuclei, 2:] - boxes[nuclei, :2]
     area = size.prod(axis=1)
     low, high = np.percentile(area, SIZES) if len(area) else (0.0, 0.0)
@@ -152,8 +181,101 @@ def share_inside(
     return np.asarray((values * inside).sum(axis=1) / values.sum(axis=1))
 
 
+def measure_attention(
+    patches: Iterable[PatchAttention], store: PatchStore, *, nuclei: NDArray[np.int64], radius: float
+) -> tuple[DrawnNuclei, dict[str, Any]]:
+    """Measure which share of the attention of each detection lies inside the nucleus that it is paired with.
+
+    Detections are paired with the truth by box centres, as in the evaluation. The weights of the heads are averaged
+    (paper, figure 3).
+
+    Parameters
+    ----------
+    patches
+        Attention on each patch of the store in order, see `celldetr.inference.predict.attend_patches`.
+    store
+        Patch store of the test fold.
+    nuclei
+        Indices (F,) of the nuclei to draw, see `choose_nuclei`.
+    radius
+        Largest distance of a pair, px.
+
+    Returns
+    -------
+    DrawnNuclei
+        Points and weights of the nuclei to draw.
+    dict
+        ``nuclei`` (number of pairs), ``share_true_box`` and ``share_predicted_box`` (means over them, None without
+        any), ``n_truth``, ``n_detections``, and per class ``nuclei`` and ``share_true_box``.
+    """
+    paired, in_true, in_predicted = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
+    drawn: dict[int, _Row] = {}
+    n_detections = 0
+    for index, patch in enumerate(patches):
+        first, stop = (int(end) for end in store.box_ptr[index : index + 2])
+        true, boxes = store.boxes[first:stop], patch.boxes.clip(0, store.patch_size)
+        pairs = pair_nuclei(_one_image(true), _one_image(boxes), radius)
+        n_detections += len(boxes)
+        if not len(pairs.truth):
+            continue
+        points, weights = patch.points[pairs.predicted], patch.weights[pairs.predicted]
+        paired.append(pairs.truth + first)
+        in_true.append(share_inside(points, weights, true[pairs.truth]))
+        # The predicted boxes are not clipped here: points may lie beyond the edge of the patch.
+        in_predicted.append(share_inside(points, weights, patch.boxes[pairs.predicted]))
+        rows = zip(boxes[pairs.predicted], patch.nucleus_score[pairs.predicted], points, weights, strict=True)
+        drawn |= {k: row for k, row in zip(paired[-1].tolist(), rows, strict=True) if k in nuclei}
+    shares, labels = np.concatenate(in_true), store.labels[np.concatenate(paired)]
+    classes = {
+        name: {"nuclei": int((labels == k).sum()), "share_true_box": _mean(shares[labels == k])}
+        for k, name in enumerate(store.classes)
+    }
+    return _drawn_nuclei(store, nuclei, drawn), {
+        "nuclei": len(shares),
+        "share_true_box": _mean(shares),
+        "share_predicted_box": _mean(np.concatenate(in_predicted)),
+        "n_truth": len(store.labels),
+        "n_detections": n_detections,
+        "classes": classes,
+    }
+
+
+def _one_image(boxes: NDArray[np.floating]) -> NucleusCentres:
+    values = np.asarray(boxes, dtype=np.float64)
+    centres = (values[:, :2] + values[:, 2:]) / 2
+    return NucleusCentres(np.array([0, len(values)]), centres, np.zeros(len(values), dtype=np.int8))
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _drawn_nuclei(store: PatchStore, nuclei: NDArray[np.int64], drawn: Mapping[int, _Row]) -> DrawnNuclei:
+    count, samples = len(nuclei), max((len(row[3]) for row in drawn.values()), default=0)
+    missed: _Row = (np.full(4, np.nan), np.float32(np.nan), np.full((samples, 2), np.nan), np.full(samples, np.nan))
+    rows = [drawn.get(nucleus, missed) for nucleus in nuclei.tolist()]
+    box, score, points, weights = (
+        np.array([row[k] for row in rows], np.float32).reshape(count, *np.shape(missed[k])) for k in range(4)
+    )
+    patch = np.searchsorted(store.box_ptr, nuclei, side="right") - 1
+    return DrawnNuclei(
+        patch=patch.astype(np.int64),
+        nucleus=nuclei,
+        label=store.labels[nuclei],
+        true_box=store.boxes[nuclei],
+        image=store.images(patch),
+        found=np.array([nucleus in drawn for nucleus in nuclei.tolist()], dtype=bool),
+        box=box,
+        nucleus_score=score,
+        points=points,
+        weights=weights,
+        classes=store.classes,
+        mpp=float(store.mpp),
+    )
+
+
 def write_drawn(path: str | os.PathLike[str], drawn: DrawnNuclei) -> None:
-    """Write the nuclei to draw as an NPZ file."""
+    """Write nuclei to draw as an NPZ file."""
     write_npz(path, drawn)
 
 
@@ -177,21 +299,10 @@ def write_share(path: str | os.PathLike[str], share: Mapping[str, Any]) -> None:
 
 
 def read_share(path: str | os.PathLike[str]) -> tuple[float, int]:
-    """Read the mean share inside the true box (NaN if nothing was detected) and over how many nuclei it is.
-
-    Raises
-    ------
-    InputError
-        Not a file of `write_share`.
-    """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        mean, nuclei = record["share_true_box"], int(record["nuclei"])
-        return (float("nan") if mean is None else float(mean)), nuclei
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{path}: got {error!r}, expected a JSON file of the attention rule; run that rule again"
-        ) from error
+    """Read the mean share inside the true box (NaN if nothing was detected) and its number of nuclei."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    mean = record["share_true_box"]
+    return float("nan") if mean is None else float(mean), record["nuclei"]
 
 
 def check_same_nuclei(drawn: Sequence[DrawnNuclei], names: Sequence[str]) -> None:

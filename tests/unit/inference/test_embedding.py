@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from celldetr.config.experiment import ModelSettings
-from celldetr.inference.embedding import embed_patches, embed_store
+from celldetr.inference.embedding import embed_boxes, embed_patches
 from celldetr.model.boxes import xyxy_to_cxcywh
 from celldetr.model.celldetr import CellDETR
 from celldetr.runtime.errors import InputError
@@ -68,6 +68,12 @@ def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("store") / "a.zarr")
 
 
+def embed(model, store, **options):
+    """Embeddings (M, 16) of all nuclei of the chosen patches."""
+    found = embed_patches(model, store, **{"batch_size": 4, "device": "cpu"} | options)
+    return np.concatenate([one.embeddings for one in found])
+
+
 def alone(model, store, index):
     """Embeddings of one patch by the model itself."""
     patch = store.read(index)
@@ -88,7 +94,7 @@ def alone(model, store, index):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_embeddings_are_those_of_each_patch_alone(store, kind, batch_size):
     model = make_model(**MODELS[kind])
-    found = embed_store(model, store, batch_size=batch_size, device="cpu")
+    found = embed(model, store, batch_size=batch_size)
     assert found.dtype == np.float32
     assert found.shape == (sum(COUNTS), 16)
     expected = np.concatenate([alone(model, store, index) for index in range(len(COUNTS)) if COUNTS[index]])
@@ -99,9 +105,9 @@ def test_embeddings_are_those_of_each_patch_alone(store, kind, batch_size):
 @pytest.mark.parametrize("kind", MODELS)
 def test_order_of_patches_is_that_asked_for(store, kind):
     model = make_model(**MODELS[kind])
-    whole = embed_store(model, store, batch_size=4, device="cpu")
+    whole = embed(model, store)
     order = [5, 1, 2, 0]
-    found = embed_store(model, store, batch_size=3, device="cpu", patches=order)
+    found = embed(model, store, batch_size=3, patches=order)
     rows = np.concatenate([np.arange(store.box_ptr[k], store.box_ptr[k + 1]) for k in order])
     np.testing.assert_allclose(found, whole[rows], atol=2e-5)
 
@@ -112,10 +118,12 @@ def test_patches_are_yielded_with_their_index_also_without_nuclei(store):
     assert [one.embeddings.shape for one in found] == [(count, 16) for count in COUNTS]
 
 
-@pytest.mark.parametrize("patches", [[], [1, 4]])
-def test_no_nuclei_give_no_embeddings(store, patches):
-    found = embed_store(make_model(), store, batch_size=2, device="cpu", patches=patches)
-    assert found.shape == (0, 16)
+def test_images_without_nuclei_need_no_other_image(store):
+    none = np.empty((0, 4), np.float32)
+    assert [x.shape for x in embed_boxes(make_model(), store.images([1, 4]), [none, none], device="cpu")] == [
+        (0, 16)
+    ] * 2
+    assert list(embed_patches(make_model(), store, batch_size=2, device="cpu", patches=[])) == []
 
 
 def test_labels_have_no_influence(store, tmp_path):
@@ -124,45 +132,25 @@ def test_labels_have_no_influence(store, tmp_path):
     patch = store.read(2)
     with StoreWriter(labelled, patch_size=SIZE, classes=("p", "q"), mpp=0.5) as writer:
         writer.append(patch.image[None], [patch.boxes], [np.array([0, 1, 0, 1, -1], np.int8)], patches=columns)
-    options = {"batch_size": 2, "device": "cpu"}
     model = make_model()
-    assert np.array_equal(
-        embed_store(model, open_store(labelled), **options), embed_store(model, store, patches=[2], **options)
-    )
+    assert np.array_equal(embed(model, open_store(labelled)), embed(model, store, patches=[2]))
 
 
 def test_dropout_is_off_and_the_mode_of_the_model_kept(store):
     model = make_model(dropout=0.5).train()
-    first, second = (embed_store(model, store, batch_size=4, device="cpu") for _ in range(2))
+    first, second = (embed(model, store) for _ in range(2))
     assert np.array_equal(first, second)
     assert model.training
 
 
-def test_contrastive_embeddings_know_no_locations_in_self_attention(store):
-    model = make_model(**MODELS["contrastive"])
-    calls = []
-    represent = model.represent
-
-    def watched(features, boxes, valid, **options):
-        calls.append(options)
-        return represent(features, boxes, valid, **options)
-
-    model.represent = watched
-    embed_store(model, store, batch_size=7, device="cpu")
-    assert [call["positions"] for call in calls] == [False]
-    mask = calls[0]["mask"]
-    assert not mask[..., :-1, -1].any()  # nothing sees the global token
-    assert mask[..., -1, -1].all()
-
-
 def test_models_without_embeddings_are_refused(store):
     with pytest.raises(InputError, match="baseline"):
-        embed_store(make_model("baseline"), store, batch_size=2, device="cpu")
+        embed(make_model("baseline"), store)
 
 
 def test_embeddings_that_are_not_finite_are_refused(store):
     model = make_model()
     with torch.no_grad():
         model.level_embed.fill_(float("nan"))
-    with pytest.raises(InputError, match="patch 0.*not finite"):
-        embed_store(model, store, batch_size=2, device="cpu")
+    with pytest.raises(InputError, match="patches 0 to 3: .*not finite"):
+        embed(model, store)

@@ -10,8 +10,8 @@ from torch import nn
 from celldetr.config.experiment import BackboneSettings, ModelSettings, RepresentationSettings
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
-from celldetr.inference.attention import choose_nuclei, share_inside
-from celldetr.inference.predict import measure_attention, predict_fold
+from celldetr.inference.attention import choose_nuclei, measure_attention, share_inside
+from celldetr.inference.predict import attend_patches, predict_fold
 from celldetr.model.celldetr import CellDETR, ImagePredictions
 from celldetr.model.deformable_attention import SamplingPoints
 from celldetr.runtime.errors import ConfigError, InputError
@@ -188,8 +188,8 @@ def test_other_classes_and_precisions_are_refused_and_leave_nothing(store, tmp_p
 
 def attention_of(model, store, *, count=3, radius=12.0, batch_size=3):
     chosen = choose_nuclei(store, SIZE, count, 0)
-    options = {"nucleus_threshold": 0.4, "batch_size": batch_size, "radius": radius}
-    return chosen, *measure_attention(model, store, nuclei=chosen, **options)
+    patches = attend_patches(model, store, nucleus_threshold=0.4, batch_size=batch_size)
+    return chosen, *measure_attention(patches, store, nuclei=chosen, radius=radius)
 
 
 def test_shares_are_those_that_were_planted(store):
@@ -280,8 +280,8 @@ def test_bf16_is_close_to_fp32(store, tmp_path):
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
 def test_constrained_attention_stays_in_the_predicted_box(store, mode):
-    options = {"nucleus_threshold": 0.0, "batch_size": 4, "radius": 100.0}
-    drawn, share = measure_attention(small_model(mode), store, nuclei=np.arange(3), **options)
+    patches = attend_patches(small_model(mode), store, nucleus_threshold=0.0, batch_size=4)
+    drawn, share = measure_attention(patches, store, nuclei=np.arange(3), radius=100.0)
     assert share["share_predicted_box"] == pytest.approx(1)
     assert drawn.found.all()
     assert drawn.points.shape == (3, 4 * 2 * 2, 2)
@@ -289,8 +289,8 @@ def test_constrained_attention_stays_in_the_predicted_box(store, mode):
 
 
 def test_attention_of_the_baseline_is_that_of_its_detections(store):
-    options = {"nucleus_threshold": 0.0, "batch_size": 4, "radius": 100.0}
-    drawn, share = measure_attention(small_model("baseline"), store, nuclei=np.arange(3), **options)
+    patches = attend_patches(small_model("baseline"), store, nucleus_threshold=0.0, batch_size=4)
+    drawn, share = measure_attention(patches, store, nuclei=np.arange(3), radius=100.0)
     assert share["n_detections"] == 12 * len(COUNTS)
     assert 0 <= share["share_true_box"] <= 1
     np.testing.assert_allclose(drawn.weights.sum(axis=1), 1, rtol=1e-5)
