@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic
-from celldetr.runtime.npz import read_npz, write_npz
+from celldetr.runtime.files import atomic, read_npz, write_npz
 
 READABLE = (6, 40)
 """Nuclei of a patch that make a readable heat map."""

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.runtime.files import atomic
-from celldetr.runtime.npz import read_npz, write_npz
+from celldetr.runtime.files import atomic, read_npz, write_npz
 from celldetr.store import PatchStore
 
 MARGIN = 0.125  # of the patch: nuclei to draw are at least this far from its edge, if there are enough of them

@@ -2,12 +2,12 @@
 
 
 class CellDETRError(Exception):
-    """An error whose message is complete in itself; rule scripts print it without a traceback and exit with 1."""
+    """An error whose message is all that the user needs; rules print it without a traceback and exit with 1."""
 
 
 class InputError(CellDETRError):
-    """Data that was read (an archive, a store, a table, a checkpoint) is not what it must be."""
+    """Data that was read (an archive, a store, a table, weights) is not as expected."""
 
 
 class ConfigError(CellDETRError):
-    """A setting is unknown, missing, of the wrong type, out of range, or contradicts another."""
+    """A setting is unknown, missing, of the wrong type, out of range, or contradicts another setting."""

@@ -1,6 +1,7 @@
-"""Outputs appear under their name only when they are complete."""
+"""Files of results: they appear under their name only when complete; data classes of arrays as NPZ files."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -8,9 +9,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from celldetr.runtime.errors import InputError
 
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
-"""What reading a damaged zip archive raises, beside OSError."""
+"""Errors besides OSError that reading a damaged zip archive raises."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -18,8 +22,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it on success, remove it on error.
 
-    The caller writes a file or makes a folder at the temporary path. The name depends on `path` alone, so that what a
-    killed process left behind is removed by the next try and never accumulates.
+    The caller writes a file or makes a folder at the temporary path. Its name depends on `path` alone, so that the next
+    try removes what a killed process left behind.
 
     Parameters
     ----------
@@ -29,7 +33,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises
     ------
     OSError
-        It cannot be written; the error of a full disk names `path`.
+        It cannot be written; if the disk is full, the error names `path`.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let the error of a full disk name what was to be written: that of an open file does not tell which."""
+    """Name `path` in the error of a full disk, which does not say which open file could not be written."""
     try:
         yield
     except OSError as error:
@@ -65,8 +69,34 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all it holds; nothing happens when there is none."""
+    """Remove a file or a folder with its content, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_npz(path: str | os.PathLike[str], content: Any) -> None:
+    """Write the fields of a data class of arrays."""
+    import numpy as np  # not at the top: the workflow itself uses this module without NumPy
+
+    arrays = {item.name: np.asarray(getattr(content, item.name)) for item in dataclasses.fields(content)}
+    with atomic(path) as temporary, temporary.open("wb") as handle:
+        np.savez_compressed(handle, allow_pickle=False, **arrays)
+
+
+def read_npz(path: str | os.PathLike[str], kind: Any, rule: str) -> dict[str, Any]:
+    """Read the fields of the data class `kind` that `write_npz` wrote in the rule `rule`.
+
+    Raises
+    ------
+    InputError
+        Not such a file, or an incomplete one.
+    """
+    import numpy as np
+
+    try:
+        with np.load(Path(path), allow_pickle=False) as file:
+            return {item.name: file[item.name] for item in dataclasses.fields(kind)}
+    except (OSError, KeyError, ValueError, SyntaxError, *BROKEN_ZIP) as error:
+        raise InputError(f"{path}: got {error}, expected a file of the {rule} rule; run that rule again") from error

@@ -1,6 +1,7 @@
-"""Where a result came from: versions, settings, inputs, and the hash of the code that a rule depends on."""
+"""Where a result comes from: versions, settings, inputs, and the hash of the code that a rule depends on."""
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,15 +19,16 @@ import celldetr
 from celldetr.runtime.files import atomic
 
 PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "lightning", "kornia", "snakemake")
+_MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "example"}
+"""Rooms that make data and models."""
 _STARTED = time.time()
 
 
 def sha256(path: str | os.PathLike[str], block: int = 1 << 22) -> str:
-    """SHA-256 of a file as hex digits; of a folder, over its files' names and contents in sorted order."""
+    """SHA-256 of a file as hex digits; of a folder, over the names and contents of its files in sorted order."""
     digest = hashlib.sha256()
     root = Path(path)
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-    for file in files:
+    for file in sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else [root]:
         if root.is_dir():
             digest.update(file.relative_to(root).as_posix().encode())
         with file.open("rb") as handle:
@@ -36,10 +38,12 @@ def sha256(path: str | os.PathLike[str], block: int = 1 << 22) -> str:
 
 
 def source_hash(script: str | os.PathLike[str]) -> str:
-    """Hash of a script and of all modules of this library that it imports, directly or through others.
+    """Hash of a script and of the library modules that it imports, directly or through others.
 
-    Rules carry it as a parameter, so that editing the library reruns the rules that use what was edited, and only
-    those. Comments, docstrings and layout do not count: they cannot change a result.
+    Rules carry it as a parameter, so that editing the library reruns the rules whose results it can change, and no
+    others. What cannot change a result does not count: layout, comments, docstrings, and texts of errors and of log
+    messages. Nor do modules of the room `report` for a script that also imports a room of `_MAKERS`: there they draw
+    pictures and pages beside data or a model, which should not be made again for these.
 
     Parameters
     ----------
@@ -51,23 +55,24 @@ def source_hash(script: str | os.PathLike[str]) -> str:
     str
         Sixteen hex digits.
     """
-    root = Path(celldetr.__file__).parent.parent
-    digest = hashlib.sha256()
+    library = Path(celldetr.__file__).parent
+    makes_data = bool(_MAKERS & {file.parent.name for file in imported_files(Path(script), library.parent)})
     waiting, seen = [Path(script)], dict[Path, str]()
     while waiting:
         file = waiting.pop()
-        if file in seen:
+        if file in seen or (makes_data and file.parent == library / "report"):
             continue
         seen[file] = _parsed(file.read_bytes())[1]
-        waiting += imported_files(file, root)
+        waiting += imported_files(file, library.parent)
+    digest = hashlib.sha256()
     for file in sorted(seen):
         digest.update(file.name.encode() + b"\0" + seen[file].encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
-@functools.cache  # the rules share most of their modules, and every job of the workflow asks for all of them
+@functools.cache  # the rules share most modules, and every job of the workflow asks for the hashes of all rules
 def _parsed(source: bytes) -> tuple[frozenset[str], str]:
-    """Names that a module imports, and the text of its syntax tree without docstrings."""
+    """Names that a module imports, and its syntax tree as text, without what cannot change a result."""
     tree = ast.parse(source)
     names = set[str]()
     for node in ast.walk(tree):
@@ -75,12 +80,32 @@ def _parsed(source: bytes) -> tuple[frozenset[str], str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                del body[0]
-    return frozenset(names), ast.dump(tree)
+    return frozenset(names), ast.dump(_WithoutWords().visit(tree))
+
+
+class _WithoutText(ast.NodeTransformer):
+    """Replace every text, with the values in it, by an empty one."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.Constant:
+        return ast.Constant("")
+
+
+class _WithoutWords(ast.NodeTransformer):
+    """Remove docstrings and log messages, and the texts of errors."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        value = node.value
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            return None
+        called = value.func.value if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else None
+        is_log = isinstance(called, ast.Name) and called.id in ("log", "logging")
+        return None if is_log else self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return _WithoutText().visit(node)
 
 
 def imported_files(file: Path, root: Path) -> list[Path]:
@@ -97,28 +122,24 @@ def imported_files(file: Path, root: Path) -> list[Path]:
 
 
 def git_revision() -> str:
-    """Revision of the checkout that this library is in, with '+' when it was edited; 'unknown' outside of one."""
-    here = Path(celldetr.__file__).parent
+    """Git revision of this library, with '+' if it was edited since; 'unknown' outside a checkout."""
+    git = ["git", "-C", str(Path(celldetr.__file__).parent)]
     try:
-        run = [
-            subprocess.run(
-                ["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        revision, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return run[0].strip() + ("+" if run[1].strip() else "")
+    return revision + ("+" if changes else "")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the packages that results depend on, as far as they are installed."""
+    """Versions of Python, of this library and of those of `PACKAGES` that are installed."""
     found = {"python": platform.python_version(), "celldetr": celldetr.__version__}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -136,7 +157,7 @@ def write_provenance(
     path
         File to write.
     settings
-        What the step was told (JSON values).
+        Settings of the step (JSON values).
     inputs
         Files or folders read; each is recorded with its SHA-256.
     extra
@@ -153,4 +174,4 @@ def write_provenance(
         **extra,
     }
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How a rule's script runs: output goes to the rule's log as well; a user's error is printed without a traceback."""
+"""How the script of a rule runs: its output is copied to the rule's log, and a user's error has no traceback."""
 
 import contextlib
 import errno
@@ -15,18 +15,18 @@ from typing import Any, NoReturn, TextIO
 from celldetr.runtime.errors import CellDETRError, InputError
 
 AHEAD_SECONDS = 600.0
-"""How much newer than now an input may be: less work than that is lost when Snakemake then removes the results."""
-_STAMP = ".snakemake_timestamp"  # its time is that of the folder it lies in
+"""How far in the future the time of an input may be; a job that takes longer than this is not worth losing."""
+_STAMP = ".snakemake_timestamp"  # holds the time of the folder it lies in
 
 _WRITING = {
     errno.ENOSPC: "the disk is full; free some space and start again",
     errno.EDQUOT: "your quota of this disk is used up; free some space and start again",
-    errno.EFBIG: "the file grew larger than the system allows (see ulimit -f); raise that limit and start again",
+    errno.EFBIG: "the file is larger than the system allows (see ulimit -f); raise that limit and start again",
     errno.EROFS: "the file system is read-only; make it writable, or run in another folder",
     errno.EACCES: "not permitted; change the permissions of the file and its folder, or run in another folder",
 }
 _LACKING = ("can't start new thread", "can't allocate lock", "can't allocate memory", "out of memory")
-"""The words of Python, torch and CUDA."""
+"""How Python, torch and CUDA say that memory is used up."""
 _MORE_MEMORY = "give the rule more mem_mb (--set-resources) and start again"
 _MORE_GPU_MEMORY = (
     "set training.activation_checkpointing: true or a smaller inference.batch_size, or take a GPU with more memory, "
@@ -35,7 +35,7 @@ _MORE_GPU_MEMORY = (
 
 
 class _Tee:
-    """A text stream that writes to the terminal and to the log. A log that cannot be written is no reason to stop."""
+    """A text stream that writes to the terminal and to the log; a log on a full disk does not stop the rule."""
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self.terminal, self.log = terminal, log
@@ -62,12 +62,12 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     """Run `main(snakemake)` with stdout and stderr copied to the rule's log.
 
     A `CellDETRError`, a full or read-only disk, a lack of memory and a killed worker process end the process with
-    status 1 and a message alone; any other error keeps its traceback. A crash of a library leaves one in the log.
+    status 1 and a message; any other error also prints its traceback. The crash of a library leaves one in the log.
 
     Parameters
     ----------
     main
-        The script's work.
+        The work of the script.
     snakemake
         The object that Snakemake gives to a script (`input`, `output`, `params`, `log`, `threads`, `resources`).
     """
@@ -80,15 +80,16 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         log = path.open("w", encoding="utf-8")
     except OSError as error:
         _fail(error)
-    terminal = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Tee(terminal[0], log), _Tee(terminal[1], log)
     watched = faulthandler.is_enabled()
     if not watched:
         faulthandler.enable(log)
     try:
-        _run(main, snakemake, path.stat().st_mtime)
+        with (
+            contextlib.redirect_stdout(_Tee(sys.stdout, log)),
+            contextlib.redirect_stderr(_Tee(sys.stderr, log)),
+        ):
+            _run(main, snakemake, path.stat().st_mtime)
     finally:
-        sys.stdout, sys.stderr = terminal
         if not watched:
             faulthandler.disable()
         with contextlib.suppress(OSError):
@@ -116,27 +117,24 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _check_times(inputs: Iterable[str], now: float) -> None:
-    """Refuse inputs from the future: Snakemake throws away results that are older than what they were made from."""
+    """Refuse inputs from the future: Snakemake would remove the results, because they are older than the inputs."""
     for path in map(Path, inputs):
         timed = path / _STAMP if (path / _STAMP).exists() else path
         if timed.exists() and timed.stat().st_mtime > now + AHEAD_SECONDS:
+            changed, at = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for t in (timed.stat().st_mtime, now))
             raise InputError(
-                f"{path}: was changed at {_when(timed.stat().st_mtime)}, and now it is {_when(now)}: a clock is wrong, "
-                "or the time of the file. Results made now would count as older and be removed. Mend the clock, or "
-                f"give the file the time of now: touch {timed}"
+                f"{path}: was changed at {changed}, but it is {at} now: a clock or the time of the file is wrong. "
+                "Snakemake would remove the results of this job, because they would be older. Correct the clock, or "
+                f"give the file the current time: touch {timed}"
             )
 
 
-def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
 def explain(error: Exception) -> str | None:
-    """Return what to tell a user instead of a traceback; None for an error that is not theirs to mend."""
+    """Return the message for the user in place of a traceback; None for an error that the user cannot correct."""
     lack = _lack_of_memory(error)
     more = _MORE_GPU_MEMORY if lack is not None and lack.startswith("CUDA") else _MORE_MEMORY
     if isinstance(error, CellDETRError):
-        return str(error) if lack is None else f"{error}\nOr it is whole, and memory was used up: {more}"
+        return str(error) if lack is None else f"{error}\nOr the file is good and memory was used up: {more}"
     if lack is not None:
         return f"out of memory ({lack}); {more}"
     if isinstance(error, BrokenProcessPool):
@@ -150,7 +148,10 @@ def explain(error: Exception) -> str | None:
 
 
 def _lack_of_memory(error: BaseException | None) -> str | None:
-    """Return the words of a lack of memory that an error is or comes from: readers take it for damage of their file."""
+    """Return the first line of the error of used-up memory that `error` is or was raised from; None if neither.
+
+    Readers take a failed allocation for damage of their file, so the causes of an error count too.
+    """
     while error is not None:
         text = str(error)
         if (

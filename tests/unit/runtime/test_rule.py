@@ -1,0 +1,124 @@
+"""The frame around the scripts of rules."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.rule import AHEAD_SECONDS, run_rule
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "shown", "hidden"),
+    [
+        (InputError("say"), "error: say", "Traceback"),
+        (KeyError("k"), "Traceback", "error: "),
+        (OSError(errno.ENOSPC, "No space", "a.zarr"), "error: a.zarr: the disk is full; free some space", "Traceback"),
+        (OSError(errno.EROFS, "Read-only", "a.zarr"), "error: a.zarr: the file system is read-only", "Traceback"),
+        (OSError(errno.EINVAL, "wrong"), "Traceback", "error: "),
+        (MemoryError("2 GiB"), "error: out of memory (2 GiB); give the rule more mem_mb", "Traceback"),
+        (OSError(errno.ENOMEM, "Cannot allocate"), "Cannot allocate); give the rule more mem_mb", "Traceback"),
+        (RuntimeError("can't start new thread"), "error: out of memory (can't start new thread); give", "Traceback"),
+        (RuntimeError("can't allocate lock"), "error: out of memory (can't allocate lock); give", "Traceback"),
+        (
+            RuntimeError("CUDA out of memory. Tried"),
+            "set training.activation_checkpointing: true or",
+            "mem_mb",
+        ),
+        (RuntimeError("wrong shape"), "Traceback", "error: "),
+        (
+            caused(InputError("a.zarr: damaged"), MemoryError()),
+            "error: a.zarr: damaged\nOr the file is good and",
+            "Traceback",
+        ),
+        (BrokenProcessPool("gone"), "error: a worker process was killed, most likely because the memory", "Traceback"),
+    ],
+)
+def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, shown, hidden):
+    def main(snakemake):
+        raise error
+
+    log = tmp_path / "logs" / "rule.log"
+    with pytest.raises(SystemExit) as stop:
+        run_rule(main, SimpleNamespace(log=[str(log)]))
+    assert stop.value.code == 1
+    assert shown in log.read_text()
+    assert hidden not in log.read_text()
+    assert shown in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_on_a_full_disk_stops_nothing(capsys):
+    def main(snakemake):
+        sys.stdout.write("said\n")
+        done.append(snakemake)
+
+    done = []
+    run_rule(main, SimpleNamespace(log=["/dev/full"]))
+    assert len(done) == 1
+    assert capsys.readouterr().out == "said\n"
+
+    def fails(snakemake):
+        raise InputError("say " * 5000)
+
+    with pytest.raises(SystemExit) as stop:
+        run_rule(fails, SimpleNamespace(log=["/dev/full"]))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: say say")
+
+
+def test_a_crash_leaves_its_line_in_the_log(tmp_path):
+    log = tmp_path / "a.log"
+    program = "import os, signal\nfrom types import SimpleNamespace\nfrom celldetr.runtime.rule import run_rule\n"
+    program += "def crashes(snakemake):\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    program += f"run_rule(crashes, SimpleNamespace(log=[{str(log)!r}]))\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in log.read_text()
+    assert "in crashes" in log.read_text()
+
+
+def test_a_log_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "logs").touch()
+    with pytest.raises(SystemExit):
+        run_rule(print, SimpleNamespace(log=[str(tmp_path / "logs" / "a.log")]))
+    assert str(tmp_path / "logs") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_an_input_from_the_future_is_refused_before_anything_is_done(tmp_path, capsys, kind):
+    """Snakemake would remove the results afterwards, because they are older than the input."""
+    path, stamp = tmp_path / "input", tmp_path / "input"
+    if kind == "folder":
+        path.mkdir()
+        stamp = path / ".snakemake_timestamp"
+    stamp.touch()
+    job = SimpleNamespace(log=[str(tmp_path / "rule.log")], input=[str(path), str(tmp_path / "gone")])
+    done = []
+    for ahead in (-1000, AHEAD_SECONDS / 2):
+        os.utime(stamp, (time.time() + ahead,) * 2)
+        run_rule(done.append, job)
+    assert done == [job, job]
+    os.utime(stamp, (time.time() + 2 * AHEAD_SECONDS,) * 2)
+    if kind == "link":
+        (tmp_path / "link").symlink_to(path)
+        job.input = [str(tmp_path / "link")]
+    with pytest.raises(SystemExit):
+        run_rule(done.append, job)
+    assert done == [job, job]
+    shown = capsys.readouterr().err
+    assert re.search(rf"error: {job.input[0]}: was changed at .* touch {job.input[0]}", shown)
