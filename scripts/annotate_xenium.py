@@ -17,7 +17,7 @@ from celldetr.xenium.celltypes.annotate import annotate, versions
 from celldetr.xenium.celltypes.labels import write_cells
 from celldetr.xenium.celltypes.qc import quality
 from celldetr.xenium.celltypes.reference import read_reference
-from celldetr.xenium.output import SPECS, read_counts
+from celldetr.xenium.output import COUNTS, SPECS, read_counts
 
 
 def main(snakemake):
@@ -40,7 +40,7 @@ def main(snakemake):
     write_provenance(
         output.provenance,
         settings=settings.to_dict(),
-        inputs=[outs / SPECS, outs / "cell_feature_matrix.h5", snakemake.input.reference],
+        inputs=[outs / SPECS, outs / COUNTS, snakemake.input.reference],
         seed=params.seed,
         annotators=versions(),
     )

@@ -22,7 +22,7 @@ def main(snakemake):
     )
     write_reference(output.reference, reference)
     with atomic(output.summary) as temporary:
-        temporary.write_text(json.dumps(summary.to_dict(), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 if "snakemake" in globals():

@@ -13,7 +13,7 @@ from celldetr.xenium.spatial import write_spatialdata
 
 def main(snakemake):
     given = snakemake.input
-    cells = read_cells(given.cells)[0].set_index("cell_id")
+    cells = read_cells(given.cells).set_index("cell_id")
     names = dict(enumerate(ST_TYPES))
     cells.insert(0, "type", cells["label"].map(names).fillna("unlabelled"))
     write_spatialdata(snakemake.output[0], given.outs, given.he, read_registration(given.registration).matrix, cells)

@@ -94,7 +94,7 @@ def extract_sample(
         A file is damaged, the files are not of one sample, or no patch is taken.
     """
     registration = read_registration(files.registration)
-    cells, _ = read_cells(files.cells)
+    cells = read_cells(files.cells)
     nuclei, dropped = place_nuclei(read_nuclei(files.outs), cells, registration, mpp)
     with open_pyramid(files.he, registration.he_mpp) as image:
         tissue_raster = tissue_mask(image, registration.he_mpp)

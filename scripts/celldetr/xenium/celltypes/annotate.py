@@ -1,23 +1,38 @@
-"""Cell types of a sample in two passes: the composition by correlation, the types by optimal transport."""
+"""Cell types of a sample in two passes: composition by correlation, then types by optimal transport (TACCO).
 
+Both annotators return fractions (cells, ten types): rows sum to 1; rows of cells without counts are NaN.
+"""
+
+import contextlib
+import gc
 import importlib.metadata
+import io
 import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import tacco
 from anndata import AnnData
+from numpy.typing import NDArray
 from pandas import DataFrame, Series
 from scipy import sparse
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.celltypes.annotators import correlation, tacco_ot, totals, transcript_shares
 from celldetr.xenium.celltypes.genes import SharedGenes, shared_genes
 from celldetr.xenium.celltypes.labels import best, label_cells, reason_counts
 
 log = logging.getLogger(__name__)
+
+CHUNK_CELLS = 50_000
+"""Most cells of one optimal transport."""
+_TEMPERATURE = 0.05  # of the softmax over correlations
+_MIN_VARIANCE = 1e-6  # relative to the sum of squares; below, the differences between a cell's genes are rounding
+_MIN_SHARE = 1e-4  # of the composition, for types of the reference that the sample seems to lack
 
 
 @dataclass(frozen=True)
@@ -27,11 +42,11 @@ class Annotation:
     Attributes
     ----------
     table
-        See `celldetr.xenium.celltypes.labels.label_cells`.
+        Labels and fractions, see `label_cells`.
     genes
-        Genes that panel and reference share.
+        Genes shared by panel and reference.
     prior
-        Composition that optimal transport started from: type -> share of the transcripts.
+        Composition given to optimal transport: type -> share of the transcripts.
     """
 
     table: DataFrame
@@ -49,26 +64,21 @@ def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, see
     reference
         Prepared reference; its held-out cells are not used.
     settings
-        Settings.
+        Thresholds and prior.
     seed
-        Of the parts that optimal transport works in.
+        Seed of the random chunks of optimal transport.
 
     Raises
     ------
     InputError
-        Too few genes in common, cell ids that occur twice, counts that are none, or no cell with a certain type.
+        Too few shared genes, duplicate cell ids, counts that are not raw, or no cell with a certain type.
     """
     _check_counts(cells)
     genes = shared_genes(cells, reference, settings.min_shared_genes)
-    log.info("%d genes in common, by %s", len(genes.names), genes.by)
+    log.info("%d shared genes, by %s", len(genes.names), genes.by)
     here = on_genes(cells, genes.first, genes.names)
-    fractions, second, prior = two_passes(
-        here,
-        on_genes(known_part(reference), genes.second, genes.names),
-        reference.uns["composition"],
-        settings,
-        seed,
-    )
+    known = on_genes(known_part(reference), genes.second, genes.names)
+    fractions, second, prior = two_passes(here, known, reference.uns["composition"], settings, seed)
     table = label_cells(fractions, second, totals(here).astype(np.int64), settings)
     for reason, number in reason_counts(table).items():
         log.info("%-20s %8d cells (%.1f %%)", reason, number, 100 * number / len(table))
@@ -80,14 +90,7 @@ def two_passes(
 ) -> tuple[DataFrame, DataFrame, Series]:
     """Annotate by correlation, then by optimal transport with the composition as prior.
 
-    Parameters
-    ----------
-    cells, reference
-        Raw counts of the shared genes.
-    composition
-        Type -> cells of the whole reference.
-    settings, seed
-        As for `annotate`.
+    `cells` and `reference` hold raw counts of the shared genes; `composition` is type -> cells of the whole reference.
 
     Returns
     -------
@@ -96,7 +99,7 @@ def two_passes(
     """
     second = correlation(cells, reference)
     if settings.prior == "sample":
-        prior = transcript_shares(best(second).astype(np.int64), totals(cells))
+        prior = _transcript_shares(best(second).astype(np.int64), totals(cells))
     else:
         prior = _reference_prior(reference, composition)
     log.info("composition (%s): %s", settings.prior, ", ".join(f"{name} {share:.3f}" for name, share in prior.items()))
@@ -104,30 +107,154 @@ def two_passes(
     return fractions, second, prior
 
 
-def on_genes(cells: AnnData, places: np.ndarray, names: tuple[str, ...]) -> AnnData:
-    """Restrict counts to some genes, renamed; the columns of obs are kept."""
+def tacco_ot(cells: AnnData, reference: AnnData, prior: Series, *, lamb: float, seed: int) -> DataFrame:
+    """Annotate by TACCO's optimal transport between cells and types.
+
+    The composition couples all cells, so memory grows with their number. Large samples are split into random chunks of
+    equal size, each annotated with the composition of the whole sample.
+
+    Parameters
+    ----------
+    cells, reference
+        Raw counts (csr_matrix) of the same genes; reference has obs["type"].
+    prior
+        Type -> share of the transcripts.
+    lamb
+        Weight of the prior on the composition of the result.
+    seed
+        Seed of the chunks.
+
+    Returns
+    -------
+    DataFrame
+        Fractions (cells, ten types).
+    """
+    kinds = reference.obs["type"].astype(str)
+    found = sorted(set(kinds), key=ST_TYPES.index)
+    prior = prior[found].clip(lower=_MIN_SHARE * prior.sum())
+    known = AnnData(reference.X, obs=DataFrame({"type": kinds}), var=DataFrame(index=reference.var_names))
+    result = np.full((cells.n_obs, len(ST_TYPES)), np.nan, dtype=np.float32)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(totals(cells) > 0))
+    chunks = np.array_split(order, max(1, -(-len(order) // CHUNK_CELLS)))
+    for number, chunk in enumerate(chunks, start=1):
+        if len(chunk):
+            rows = np.sort(chunk)
+            result[rows] = _transport(cells.X[rows], known, prior / prior.sum(), lamb)
+            log.info("optimal transport: chunk %d of %d, %d cells", number, len(chunks), len(rows))
+    return DataFrame(result, index=cells.obs_names, columns=list(ST_TYPES))
+
+
+def _transport(counts: sparse.csr_matrix, reference: AnnData, prior: Series, lamb: float) -> NDArray[np.float32]:
+    """Fractions (cells, ten types) of one chunk."""
+    index = pd.RangeIndex(counts.shape[0]).astype(str)
+    chunk = AnnData(counts, obs=DataFrame(index=index), var=DataFrame(index=reference.var_names))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(), _frozen_garbage():
+        warnings.simplefilter("ignore")
+        fractions = tacco.tl.annotate(chunk, reference, "type", method="OT", annotation_prior=prior, lamb=lamb)
+    for line in printed.getvalue().splitlines():
+        log.debug("tacco: %s", line)
+    return fractions.reindex(index=index, columns=list(ST_TYPES), fill_value=0).to_numpy(np.float32)
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Exclude existing objects from garbage collection: TACCO collects in each step, a fifth of its time."""
+    gc.collect()  # release the previous chunk first
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def correlation(cells: AnnData, reference: AnnData) -> DataFrame:
+    """Annotate by Pearson correlation of log-normalised profiles with those of the types.
+
+    Profiles are scaled to the median total of the cells; the fractions (cells, ten types) are a softmax of the
+    correlations. Cells whose genes all have the same count get NaN.
+    """
+    amount = totals(cells)
+    target = float(np.median(amount[amount > 0])) if (amount > 0).any() else 1.0
+    profiles = type_profiles(reference)
+    logs = np.log1p(profiles.to_numpy() * target)
+    logs -= logs.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(logs, axis=1, keepdims=True)
+    norms[norms == 0] = np.inf  # a type without counts correlates with nothing
+    fractions = np.zeros((cells.n_obs, len(ST_TYPES)), dtype=np.float32)
+    columns = [ST_TYPES.index(name) for name in profiles.index]
+    for start in range(0, cells.n_obs, CHUNK_CELLS):
+        chunk = slice(start, start + CHUNK_CELLS)
+        similar = _correlations(log_normalise(cells.X[chunk], amount[chunk], target), logs / norms)
+        weights = np.exp((similar - similar.max(axis=1, keepdims=True)) / _TEMPERATURE)
+        fractions[chunk, columns] = weights / weights.sum(axis=1, keepdims=True)
+        fractions[chunk][np.isnan(similar).any(axis=1)] = np.nan
+    return DataFrame(fractions, index=cells.obs_names, columns=list(ST_TYPES))
+
+
+def _correlations(rows: sparse.csr_matrix, profiles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlations (cells, types) with centred profiles of unit norm; NaN if all genes have the same count."""
+    mean = np.asarray(rows.mean(axis=1), dtype=np.float64).ravel()
+    squares = np.asarray(rows.multiply(rows).sum(axis=1), dtype=np.float64).ravel()
+    variance = squares - rows.shape[1] * mean**2
+    spread = np.sqrt(np.where(variance > _MIN_VARIANCE * squares, variance, np.nan))
+    similar: NDArray[np.float64] = (rows @ profiles.T) / spread[:, None]
+    return similar
+
+
+def totals(cells: AnnData) -> NDArray[np.float64]:
+    """Transcripts of each cell (N,)."""
+    return np.asarray(cells.X.sum(axis=1), dtype=np.float64).ravel()
+
+
+def log_normalise(counts: sparse.csr_matrix, amount: NDArray[np.float64], target: float) -> sparse.csr_matrix:
+    """Scale rows from their totals (N,) to a common target and take log(1 + x); empty rows stay empty."""
+    scaled = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
+    scaled.data *= np.repeat(target / np.maximum(amount, 1), np.diff(scaled.indptr)).astype(np.float32)
+    np.log1p(scaled.data, out=scaled.data)
+    return scaled
+
+
+def type_profiles(reference: AnnData) -> DataFrame:
+    """Mean share of each gene in the cells of a type: (types of the reference, genes), in the order of `ST_TYPES`."""
+    found = sorted(set(reference.obs["type"]), key=ST_TYPES.index)
+    shares = sparse.diags(1 / np.maximum(totals(reference), 1)) @ reference.X
+    kind = reference.obs["type"].astype(str).to_numpy()
+    rows = [np.asarray(shares[np.flatnonzero(kind == name)].mean(axis=0)).ravel() for name in found]
+    return DataFrame(np.stack(rows), index=found, columns=reference.var_names)
+
+
+def _transcript_shares(kinds: NDArray[np.int64], transcripts: NDArray[np.float64]) -> Series:
+    """Share of each of the ten types in the transcripts of cells; kinds (N,) are indices in `ST_TYPES` or -1."""
+    typed = kinds >= 0
+    shares = np.bincount(kinds[typed], weights=transcripts[typed], minlength=len(ST_TYPES))
+    return Series(shares / max(shares.sum(), 1e-12), index=list(ST_TYPES))
+
+
+def _reference_prior(reference: AnnData, composition: dict[str, int]) -> Series:
+    """Shares of the transcripts in the whole reference: cells per type times mean transcripts per cell."""
+    per_cell = Series(totals(reference), index=reference.obs["type"].astype(str)).groupby(level=0).mean()
+    shares = Series({name: float(composition[name]) * per_cell.get(name, 0.0) for name in ST_TYPES})
+    return shares / shares.sum()
+
+
+def on_genes(cells: AnnData, columns: np.ndarray, names: tuple[str, ...]) -> AnnData:
+    """Restrict counts to some genes and rename these; obs is kept."""
     return AnnData(
-        sparse.csr_matrix(cells.X[:, places], dtype=np.float32),
+        sparse.csr_matrix(cells.X[:, columns], dtype=np.float32),
         obs=cells.obs,
         var=DataFrame(index=pd.Index(names)),
     )
 
 
 def known_part(reference: AnnData) -> AnnData:
-    """Cells of a prepared reference that annotate."""
+    """Cells of a prepared reference that annotate (not held out)."""
     return reference[~reference.obs["held_out"].to_numpy(dtype=bool)]
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that the types depend on."""
     return {name: importlib.metadata.version(name) for name in ("tacco", "anndata", "numpy", "scipy")}
-
-
-def _reference_prior(reference: AnnData, composition: dict[str, int]) -> Series:
-    """Shares of the transcripts that the whole reference would have: cells per type times transcripts per cell."""
-    per_cell = Series(totals(reference), index=reference.obs["type"].astype(str)).groupby(level=0).mean()
-    shares = Series({name: float(composition[name]) * per_cell.get(name, 0.0) for name in ST_TYPES})
-    return shares / shares.sum()
 
 
 def _check_counts(cells: AnnData) -> None:
@@ -140,4 +267,4 @@ def _check_counts(cells: AnnData) -> None:
             "the output folder as it is"
         )
     if not cells.obs_names.is_unique:
-        raise InputError(f"cells of the sample: got {int(cells.obs_names.duplicated().sum())} ids twice, expected none")
+        raise InputError(f"cells of the sample: got {int(cells.obs_names.duplicated().sum())} duplicate ids")

@@ -1,4 +1,4 @@
-"""Names of genes: symbols and Ensembl ids of a table, duplicates, and what two tables have in common."""
+"""Genes: symbols and Ensembl ids of a table, duplicate symbols, and the genes shared by panel and reference."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from celldetr.runtime.errors import InputError
 SYMBOL_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol", "SYMBOL")
 ID_COLUMNS = ("gene_ids", "gene_id", "ensembl_id", "ensembl_ids", "feature_id", "ensembl", "ENSEMBL")
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
-_ID_SUFFIX = re.compile(r"_ENS[A-Z]*G\d{6,}(\.\d+)?$")  # CELLxGENE makes symbols that occur twice unique so
+_ID_SUFFIX = re.compile(r"_ENS[A-Z]*G\d{6,}(\.\d+)?$")  # CELLxGENE appends the id to duplicate symbols
 _CONTROLS = re.compile(
     r"(?i)(negative[ _]?control|neg[ _]?control|blank|antisense_|intergenic|genomic[ _]?control|"
     r"(unassigned|deprecated)[ _]?codeword)"
@@ -25,16 +25,16 @@ _SHOWN = 5  # names in messages
 
 @dataclass(frozen=True)
 class SharedGenes:
-    """Genes of two tables that are the same, in the order of the first.
+    """Genes shared by two tables, in the order of the first.
 
     Attributes
     ----------
     names
-        Symbols of the first table.
+        Symbols in the first table.
     first, second
-        Their places (G,) in either table.
+        Columns (G,) in either table.
     by
-        ``symbol`` or ``gene id``: how they were found.
+        ``symbol`` or ``gene id``, whichever was compared.
     """
 
     names: tuple[str, ...]
@@ -44,14 +44,9 @@ class SharedGenes:
 
 
 def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]:
-    """Symbols and Ensembl ids of a table of genes; an id that is not known is empty, and it stands in for its symbol.
+    """Symbols and Ensembl ids of a table of genes, whose index holds either (ids with or without version).
 
-    Parameters
-    ----------
-    genes
-        Table whose index holds symbols or Ensembl ids (with or without version).
-    where
-        Name for messages.
+    An unknown id is ""; the id replaces a missing symbol. `where` names the table in messages.
 
     Raises
     ------
@@ -79,7 +74,7 @@ def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]
 
 
 def without_version(name: str) -> str:
-    """Take the version off an Ensembl id; other names stay as they are."""
+    """Remove the version of an Ensembl id; other names are unchanged."""
     return re.sub(r"\.\d+", "", name) if _ENSEMBL.fullmatch(name) else name
 
 
@@ -91,8 +86,7 @@ def sum_duplicates(
     Returns
     -------
     tuple
-        Matrix (cells, unique genes), symbols and ids in the order of their first occurrence, symbols that occurred
-        more than once.
+        Matrix (cells, unique genes), symbols and ids in order of first occurrence, duplicate symbols.
     """
     order: dict[str, int] = {}
     place = np.array([order.setdefault(name, len(order)) for name in symbols], dtype=np.int64)
@@ -107,24 +101,24 @@ def sum_duplicates(
     return sparse.csr_matrix(matrix @ into), list(order), [ids[index] for index in first], repeated
 
 
-def panel(cells: AnnData) -> NDArray[np.int64]:
-    """Places of the panel's genes (G,); control probes and codewords are none."""
+def _panel(cells: AnnData) -> NDArray[np.int64]:
+    """Columns of the panel's genes (G,), without control probes and codewords."""
     names = [str(name) for name in cells.var_names]
     return np.array([place for place, name in enumerate(names) if not _CONTROLS.match(name)], dtype=np.int64)
 
 
 def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGenes:
-    """Find the genes that a sample's panel and a reference have in common.
+    """Find the genes shared by a sample's panel and a reference.
 
-    Symbols are compared letter by letter. Where Ensembl ids (var["gene_ids"]) find more genes, they decide: symbols
-    change over the years.
+    Symbols are compared exactly. If Ensembl ids (var["gene_ids"]) match more genes, they decide: symbols change over
+    the years.
 
     Raises
     ------
     InputError
-        Fewer than `minimum` genes.
+        Fewer than `minimum` shared genes.
     """
-    places = panel(cells)
+    places = _panel(cells)
     found = {"symbol": _common(cells.var_names.astype(str), reference.var_names.astype(str), places)}
     if "gene_ids" in cells.var and "gene_ids" in reference.var:
         found["gene id"] = _common(cells.var["gene_ids"].astype(str), reference.var["gene_ids"].astype(str), places)

@@ -1,4 +1,4 @@
-"""Labels of cells: when a cell gets its type, and the table that keeps labels and fractions."""
+"""Labels of cells: thresholds for a certain type, and the Parquet table of labels and fractions."""
 
 import json
 import os
@@ -17,25 +17,13 @@ from celldetr.config.xenium import CellTypeSettings
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 
-LABELLED = "labelled"
-REASONS = (LABELLED, "no counts", "few transcripts", "low fraction", "small margin", "annotators disagree")
-"""Why a cell has its label, or none; the first that applies, in this order, after `LABELLED`."""
+REASONS = ("labelled", "no counts", "few transcripts", "low fraction", "small margin", "annotators disagree")
+"""``labelled``, or the first reason, in this order, why a cell has no label."""
 FRACTIONS = tuple(f"fraction_{name}" for name in ST_TYPES)
-_METADATA = b"celldetr"
-_SCHEMA = pa.schema(
-    [
-        ("cell_id", pa.string()),
-        ("transcripts", pa.int32()),
-        ("label", pa.int8()),
-        ("second_label", pa.int8()),
-        ("reason", pa.dictionary(pa.int8(), pa.string())),
-        *((name, pa.float32()) for name in FRACTIONS),
-    ]
-)
 
 
 def best(fractions: DataFrame) -> NDArray[np.int8]:
-    """Place in `ST_TYPES` of the largest fraction (N,), -1 where there is none."""
+    """Index in `ST_TYPES` of the largest fraction (N,); -1 for cells without fractions."""
     values = fractions.to_numpy()
     known = np.isfinite(values).all(axis=1)
     return np.where(known, np.where(known[:, None], values, 0).argmax(axis=1), -1).astype(np.int8)
@@ -44,24 +32,24 @@ def best(fractions: DataFrame) -> NDArray[np.int8]:
 def label_cells(
     fractions: DataFrame, second: DataFrame, transcripts: NDArray[np.integer], settings: CellTypeSettings
 ) -> DataFrame:
-    """Give cells a label where it is certain.
+    """Label the cells whose type is certain.
 
     Parameters
     ----------
     fractions
-        Fractions (cells, ten types) that decide; the index holds the cell ids.
+        Fractions (cells, ten types) by optimal transport; index = cell ids.
     second
-        Fractions of the second annotator, for the same cells.
+        Fractions of the same cells by correlation.
     transcripts
-        Transcripts that the annotators saw in each cell (N,): of the genes that panel and reference share.
+        Transcripts of the shared genes in each cell (N,).
     settings
         Thresholds.
 
     Returns
     -------
     DataFrame
-        A row per cell: ``cell_id``, ``transcripts``, ``label`` (place in `ST_TYPES` or -1), ``second_label`` (type by
-        the second annotator, likewise), ``reason`` (one of `REASONS`) and ``fraction_{type}``.
+        A row per cell: ``cell_id``, ``transcripts``, ``label`` (index in `ST_TYPES` or -1), ``second_label`` (type by
+        correlation, or -1), ``reason`` (one of `REASONS`) and ``fraction_{type}``.
 
     Raises
     ------
@@ -104,81 +92,23 @@ def reason_counts(table: DataFrame) -> dict[str, int]:
 
 
 def write_cells(path: str | os.PathLike[str], table: DataFrame, metadata: Mapping[str, Any]) -> None:
-    """Write the table of `label_cells` (Parquet).
-
-    Parameters
-    ----------
-    path
-        File to write.
-    table
-        Table of `label_cells`.
-    metadata
-        JSON values to keep with it: settings, shared genes, versions; the names of the types are added.
-    """
+    """Write the table of `label_cells` (Parquet) with the types and JSON metadata: settings, shared genes, versions."""
     kept = json.dumps({"classes": list(ST_TYPES), **metadata}).encode()
-    schema = _SCHEMA.with_metadata({_METADATA: kept})
+    content = pa.Table.from_pandas(table, preserve_index=False)
     with atomic(path) as temporary:
-        content = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
-        pq.write_table(content, temporary, compression="zstd", write_page_checksum=True)
+        pq.write_table(content.replace_schema_metadata({b"celldetr": kept}), temporary, compression="zstd")
 
 
-def read_cells(path: str | os.PathLike[str]) -> tuple[DataFrame, dict[str, Any]]:
-    """Read and check a table of labelled cells.
-
-    Returns
-    -------
-    tuple
-        Table as `label_cells` makes it, and its metadata.
+def read_cells(path: str | os.PathLike[str]) -> DataFrame:
+    """Read the table of `write_cells`.
 
     Raises
     ------
     InputError
-        The file is damaged or no such table.
+        The file cannot be read.
     """
     try:
-        found = pq.read_table(path, page_checksum_verification=True)
-        values = found.replace_schema_metadata().to_pandas()
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        table: DataFrame = pq.read_table(path).replace_schema_metadata().to_pandas()
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error}); annotate the sample again") from error
-    kinds = dict(zip(found.schema.names, map(str, found.schema.types), strict=True))
-    wanted = dict(zip(_SCHEMA.names, map(str, _SCHEMA.types), strict=True))
-    wrong = [
-        f"{name}: {kinds.get(name, 'missing')}, not {kind}" for name, kind in wanted.items() if kinds.get(name) != kind
-    ]
-    metadata = _metadata(found.schema)
-    if wrong or metadata.get("classes") != list(ST_TYPES):
-        raise InputError(
-            f"{path}: got columns that differ ({'; '.join(wrong) or 'none'}) and the classes "
-            f"{metadata.get('classes')}, expected a table of cell types with {', '.join(ST_TYPES)}: annotate "
-            "the sample again"
-        )
-    table = values[_SCHEMA.names].copy()
-    _check(table, str(path))
-    table["reason"] = pd.Categorical(table["reason"].astype(str), categories=list(REASONS))
-    return table, metadata
-
-
-def _metadata(schema: pa.Schema) -> dict[str, Any]:
-    """Values kept with the table, none where they cannot be read."""
-    try:
-        content = json.loads((schema.metadata or {}).get(_METADATA, b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _check(table: DataFrame, path: str) -> None:
-    reasons = table["reason"].astype(str)
-    problems = {
-        "cell ids that occur twice or are empty": table["cell_id"].isna() | table["cell_id"].duplicated(),
-        "unknown reasons": ~reasons.isin(REASONS),
-        "labels that are no type": ~table["label"].between(-1, len(ST_TYPES) - 1)
-        | ~table["second_label"].between(-1, len(ST_TYPES) - 1),
-        "labels that contradict their reason": (table["label"] >= 0) != (reasons == LABELLED),
-    }
-    for words, rows in problems.items():
-        if rows.any():
-            raise InputError(
-                f"{path}: got {words} in {int(rows.sum())} rows, first {int(np.flatnonzero(rows)[0])}; expected none: "
-                "annotate the sample again"
-            )
+    return table

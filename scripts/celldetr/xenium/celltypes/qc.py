@@ -1,4 +1,4 @@
-"""How far the types of a sample can be trusted: counts, markers, agreement, and a test with a known answer."""
+"""Quality of the cell types of a sample: counts, markers, agreement of the annotators, and a test with known types."""
 
 from typing import Any
 
@@ -11,29 +11,25 @@ from scipy import sparse
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.celltypes.annotate import Annotation, known_part, on_genes, two_passes
-from celldetr.xenium.celltypes.annotators import log_normalise, totals, type_profiles
+from celldetr.xenium.celltypes.annotate import (
+    Annotation,
+    known_part,
+    log_normalise,
+    on_genes,
+    totals,
+    two_passes,
+    type_profiles,
+)
 from celldetr.xenium.celltypes.labels import FRACTIONS, best, label_cells, reason_counts
 
-MARKERS_PER_TYPE = 3
-_LEAST_SHARE = 1e-4  # of a cell's transcripts, below which a gene marks nothing
+_MARKERS_PER_TYPE = 3
+_MIN_SHARE = 1e-4  # of a cell's transcripts; damps the fold change of rare genes
 
 
 def quality(
     cells: AnnData, reference: AnnData, annotation: Annotation, settings: CellTypeSettings, seed: int
 ) -> dict[str, Any]:
-    """Compute all figures of quality.
-
-    Parameters
-    ----------
-    cells
-        Raw counts of the sample.
-    reference
-        Prepared reference.
-    annotation
-        Types of the sample.
-    settings, seed
-        As it was annotated.
+    """Compute all figures of quality; arguments as those of `annotate`, and its result.
 
     Returns
     -------
@@ -65,13 +61,13 @@ def quality(
 
 
 def agreement(annotation: Annotation) -> dict[str, Any]:
-    """Share of cells on whose type both annotators agree, of those with counts.
+    """Share of the cells with counts whose types by both annotators agree.
 
     Returns
     -------
     dict
-        ``overall`` of all cells, ``enough_transcripts`` of those that passed the threshold of transcripts, ``by_type``
-        (type by optimal transport -> share, None where there is no cell).
+        ``overall``, ``enough_transcripts`` (cells above the threshold of transcripts), ``by_type`` (type by optimal
+        transport -> share, None without cells).
     """
     table = annotation.table
     first = best(table[list(FRACTIONS)])
@@ -91,30 +87,23 @@ def agreement(annotation: Annotation) -> dict[str, Any]:
 
 
 def marker_figures(cells: AnnData, reference: AnnData, labels: NDArray[np.int8]) -> dict[str, Any]:
-    """Marker genes of the reference's types, and what the sample's labelled cells show of them.
+    """Marker genes of the reference's types, and their expression in the sample's labelled cells.
 
-    Parameters
-    ----------
-    cells
-        Raw counts of the shared genes in the sample.
-    reference
-        The same in the reference.
-    labels
-        Label of each cell (N,).
+    `cells` and `reference` hold raw counts of the shared genes; labels (N,) are those of the sample.
 
     Returns
     -------
     dict
-        ``genes`` (G names, in the order of the types they mark), ``of`` (type of each), ``types`` (T names that have
-        labelled cells), ``share`` (T, G: cells of the type with the gene), ``mean`` (T, G: mean log-normalised
-        expression, by its largest over the types).
+        ``genes`` (G names, in the order of the types they mark), ``of`` (type of each), ``types`` (T names with
+        labelled cells), ``share`` (T, G: share of the type's cells with the gene), ``mean`` (T, G: mean log-normalised
+        expression, relative to the largest over the types).
     """
     profiles = type_profiles(reference)
     genes, of = [], []
-    for name in profiles.index:
+    for name in profiles.index:  # largest fold changes over the best other type
         others = profiles.drop(index=name).max(axis=0)
-        fold = np.log((profiles.loc[name] + _LEAST_SHARE) / (others + _LEAST_SHARE)).sort_values(ascending=False)
-        chosen = [gene for gene in fold.index[:MARKERS_PER_TYPE] if fold[gene] > 0]
+        fold = np.log((profiles.loc[name] + _MIN_SHARE) / (others + _MIN_SHARE)).sort_values(ascending=False)
+        chosen = [gene for gene in fold.index[:_MARKERS_PER_TYPE] if fold[gene] > 0]
         genes += chosen
         of += [name] * len(chosen)
     places = profiles.columns.get_indexer(pd.Index(genes))
@@ -146,25 +135,14 @@ def reannotate(
 ) -> dict[str, Any]:
     """Annotate the held-out cells of the reference as if they were cells of the sample.
 
-    Their counts of the shared genes are thinned to totals drawn from those of the sample's cells.
-
-    Parameters
-    ----------
-    reference
-        Raw counts of the shared genes, obs["type"] and obs["held_out"].
-    transcripts
-        Transcripts of the shared genes in each cell of the sample.
-    composition
-        Type -> cells of the whole reference.
-    settings, seed
-        As the sample was annotated.
+    Their counts of the shared genes are thinned to the totals (N,) of the sample's cells, `transcripts`.
 
     Returns
     -------
     dict
-        ``confusion`` (true type, type with the largest fraction: cells; ten by ten), ``f1`` (type -> F1 or None where
-        there are no cells), ``macro_f1`` (mean over the types with held-out cells), ``accuracy``, ``cells``,
-        ``without_counts``, ``labelled_share`` and ``labelled_accuracy`` (of the cells that the thresholds let through).
+        ``confusion`` (10, 10: true type, type with the largest fraction; cells), ``f1`` (type -> F1, None without
+        cells), ``macro_f1`` (mean over the types with held-out cells), ``accuracy``, ``cells``, ``without_counts``,
+        ``labelled_share`` and ``labelled_accuracy`` (of the cells that pass the thresholds).
     """
     held = reference[reference.obs["held_out"].to_numpy(dtype=bool)]
     thinned = thin(held, transcripts, np.random.default_rng(seed))
@@ -175,7 +153,7 @@ def reannotate(
     confusion = np.zeros((len(ST_TYPES), len(ST_TYPES)), dtype=np.int64)
     np.add.at(confusion, (truth[seen], found[seen]), 1)
     present = np.bincount(truth, minlength=len(ST_TYPES)) > 0
-    # cells without counts are no one's, and missed by their type
+    # a cell without counts is a miss of its type and a hit of none
     size = np.bincount(truth[seen], minlength=len(ST_TYPES)) + confusion.sum(axis=0)
     f1 = np.where(size > 0, 2 * np.diag(confusion) / np.maximum(size, 1), 0.0)
     try:
@@ -196,22 +174,10 @@ def reannotate(
 
 
 def thin(cells: AnnData, transcripts: NDArray[np.float64], generator: np.random.Generator) -> AnnData:
-    """Thin counts so that cells have as many transcripts as those of a sample.
+    """Thin raw counts to totals drawn from the nonzero `transcripts` (N,) of a sample.
 
-    Parameters
-    ----------
-    cells
-        Raw counts.
-    transcripts
-        Transcripts of the sample's cells (N,); totals are drawn from those that have any.
-    generator
-        Random numbers.
-
-    Returns
-    -------
-    AnnData
-        Each transcript of a cell stays with the same probability, so that the drawn total is met on average; cells
-        that have fewer stay as they are.
+    Each transcript of a cell is kept with the same probability, so that the mean total is the drawn one; cells with
+    fewer transcripts are unchanged.
     """
     wanted = generator.choice(transcripts[transcripts > 0], cells.n_obs)
     keep = np.minimum(1, wanted / np.maximum(totals(cells), 1))

@@ -1,4 +1,4 @@
-"""Annotated single-cell references: raw counts, symbols, the ten types, and a balanced sample of the cells."""
+"""Annotated single-cell references: map labels to the ten types, draw a balanced sample of the cells."""
 
 import contextlib
 import csv
@@ -6,7 +6,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,81 +27,20 @@ from celldetr.xenium.celltypes.genes import sum_duplicates, symbols_and_ids
 log = logging.getLogger(__name__)
 
 LEFT_OUT = "-"
-"""In a mapping, in place of a type: cells of this label are left out on purpose."""
+"""In a mapping, instead of a type: leave the cells of this label out."""
 HELD_OUT_SHARE = 0.2
-"""Share of the sampled cells of each type that annotates nothing and is re-annotated as a test."""
-
-
-@dataclass(frozen=True)
-class LabelCount:
-    """Cells of a label: its type (or `LEFT_OUT`), cells in the file, cells sampled."""
-
-    type: str
-    cells: int
-    sampled: int
-
-
-@dataclass(frozen=True)
-class ReferenceSummary:
-    """What was found in a reference.
-
-    Attributes
-    ----------
-    file
-        Name of the file.
-    label_column
-        Column of obs that the labels are from.
-    counts_from
-        Where the raw counts are in the file.
-    cells, genes
-        Cells of the file, genes of the prepared reference.
-    types
-        Type -> cells in the file; all ten.
-    sampled
-        Type -> cells of the prepared reference.
-    held_out
-        Sampled cells that are kept for the test.
-    labels
-        Label -> `LabelCount`.
-    summed_symbols
-        Symbols of several genes, whose counts were added.
-    missing_types
-        Types that the file has no cells of.
-    unused_labels
-        Labels of the mapping that the file does not have.
-    """
-
-    file: str
-    label_column: str
-    counts_from: str
-    cells: int
-    genes: int
-    types: Mapping[str, int]
-    sampled: Mapping[str, int]
-    held_out: int
-    labels: Mapping[str, LabelCount]
-    summed_symbols: tuple[str, ...]
-    missing_types: tuple[str, ...]
-    unused_labels: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
+"""Share of the sampled cells of each type that do not annotate, but are annotated as a test."""
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read a table of labels and their types.
+    """Read a mapping: TSV with the columns ``label`` and ``type`` (one of the ten, or "-" to leave the cells out).
 
-    Parameters
-    ----------
-    path
-        TSV with the columns ``label`` and ``type``; a type is one of the ten or "-" for labels to leave out. Lines
-        that begin with # are comments.
+    Lines that begin with # are comments.
 
     Raises
     ------
     ConfigError
-        No such file, other columns, labels that occur twice, unknown types; names the line.
+        No such file, other columns, duplicate labels, unknown types; the message names the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -136,7 +74,7 @@ def prepare_reference(
     label_column: str,
     cells_per_type: int,
     seed: int,
-) -> tuple[AnnData, ReferenceSummary]:
+) -> tuple[AnnData, dict[str, Any]]:
     """Draw a balanced reference from an annotated .h5ad; only the drawn cells are loaded.
 
     Parameters
@@ -148,22 +86,27 @@ def prepare_reference(
     label_column
         Column of obs with the labels.
     cells_per_type
-        Most cells per type; half of them are shared evenly by the labels of the type, half by their numbers of cells.
+        Most cells per type; the labels of a type share half of them evenly, half by their numbers of cells.
     seed
-        Of the sampling.
+        Seed of the sampling.
 
     Returns
     -------
-    tuple
-        Reference: X (csr_matrix, float32, raw counts), obs["type"], obs["label"], obs["held_out"], var index symbols,
-        var["gene_ids"], uns["composition"] (type -> cells of the whole file); and what was found.
+    reference
+        X (csr_matrix, float32, raw counts), obs["type"], obs["label"], obs["held_out"], var index symbols,
+        var["gene_ids"], uns["composition"] (type -> cells of the whole file).
+    summary
+        JSON values: ``file``, ``label_column``, ``counts_from`` (matrix of the raw counts), ``cells`` (of the file),
+        ``genes``, ``types`` and ``sampled`` (type -> cells of the file, of the reference), ``held_out`` (cells),
+        ``labels`` (label -> type, cells, sampled), ``summed_symbols`` (symbols of several genes), ``missing_types``
+        (no cells in the file), ``unused_labels`` (of the mapping, not in the file).
 
     Raises
     ------
     InputError
-        The file lacks labels or raw counts, or has labels that the mapping does not have.
+        The file lacks labels or raw counts, or has labels that the mapping lacks.
     ConfigError
-        More labels in a type than cells to draw.
+        A type has more labels than cells to draw.
     """
     where = Path(path)
     generator = np.random.default_rng(seed)
@@ -171,18 +114,15 @@ def prepare_reference(
         file = h5py.File(where, "r")
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error}); expected an .h5ad file") from error
-    with file:
-        with _reading(where):
-            labels = _labels(file, where, label_column)
+    with file, _reading(where):
+        labels = _labels(file, where, label_column)
         numbers = _label_numbers(labels, mapping, where, label_column)
-        types = {kind: sum(numbers[name] for name in numbers if mapping[name] == kind) for kind in ST_TYPES}
-        _check_types(types, where)
+        types = _type_numbers(numbers, mapping, where)
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
-        names = labels[rows].astype(str)
-        with _reading(where):
-            raw, matrix = _raw_rows(file, rows, where)
+        raw, matrix = _raw_rows(file, rows, where)
     symbols, ids = symbols_and_ids(raw.genes, f"{where}: genes of {raw.location}")
     matrix, symbols, ids, summed = sum_duplicates(matrix, symbols, ids)
+    names = labels[rows].astype(str)
     kinds = np.array([mapping[name] for name in names])
     obs = {
         "type": pd.Categorical(kinds, categories=ST_TYPES),
@@ -196,21 +136,24 @@ def prepare_reference(
         uns={"composition": types},
     )
     drawn = Counter(names.tolist())
-    summary = ReferenceSummary(
-        file=where.name,
-        label_column=label_column,
-        counts_from=raw.location,
-        cells=len(labels),
-        genes=reference.n_vars,
-        types=types,
-        sampled={kind: int((kinds == kind).sum()) for kind in ST_TYPES},
-        held_out=int(reference.obs["held_out"].sum()),
-        labels={name: LabelCount(mapping[name], number, drawn[name]) for name, number in sorted(numbers.items())},
-        summed_symbols=tuple(summed),
-        missing_types=tuple(kind for kind in ST_TYPES if not types[kind]),
-        unused_labels=tuple(name for name in mapping if name not in numbers),
-    )
-    _report(summary)
+    summary = {
+        "file": where.name,
+        "label_column": label_column,
+        "counts_from": raw.location,
+        "cells": len(labels),
+        "genes": reference.n_vars,
+        "types": types,
+        "sampled": {kind: int((kinds == kind).sum()) for kind in ST_TYPES},
+        "held_out": int(reference.obs["held_out"].sum()),
+        "labels": {
+            name: {"type": mapping[name], "cells": number, "sampled": drawn[name]}
+            for name, number in sorted(numbers.items())
+        },
+        "summed_symbols": summed,
+        "missing_types": [kind for kind in ST_TYPES if not types[kind]],
+        "unused_labels": [name for name in mapping if name not in numbers],
+    }
+    _log_summary(summary)
     return reference, summary
 
 
@@ -221,30 +164,15 @@ def write_reference(path: str | os.PathLike[str], reference: AnnData) -> None:
 
 
 def read_reference(path: str | os.PathLike[str]) -> AnnData:
-    """Read a prepared reference.
+    """Read the reference of `write_reference`.
 
     Raises
     ------
     InputError
-        The file is none.
+        The file cannot be read.
     """
     with _reading(Path(path)):
-        reference = anndata.read_h5ad(path)
-    wanted = {"type", "label", "held_out"}
-    unknown = set(reference.obs["type"].astype(str)) - set(ST_TYPES) if "type" in reference.obs else set()
-    if (
-        not wanted <= set(reference.obs)
-        or unknown
-        or "gene_ids" not in reference.var
-        or "composition" not in reference.uns
-    ):
-        raise InputError(
-            f"{path}: got obs columns {sorted(reference.obs)}, unknown types {sorted(unknown) or 'none'}; expected a "
-            f"prepared reference with {', '.join(sorted(wanted))}, var['gene_ids'] and uns['composition']: prepare it "
-            "again"
-        )
-    reference.X = sparse.csr_matrix(reference.X)
-    return reference
+        return anndata.read_h5ad(path)
 
 
 @contextlib.contextmanager
@@ -253,12 +181,12 @@ def _reading(where: Path) -> Iterator[None]:
         yield
     except CellDETRError:
         raise
-    except Exception as error:  # h5py and anndata have many kinds of error for damaged bytes
+    except Exception as error:  # h5py and anndata raise many kinds of error on damaged files
         raise InputError(f"{where}: cannot be read ({error}); the file is damaged: get or make it again") from error
 
 
 def _labels(file: h5py.File, where: Path, column: str) -> NDArray[Any]:
-    """Labels of all cells (N,), as objects."""
+    """Labels of all cells (N,), object dtype."""
     obs = file.get("obs")
     if not isinstance(obs, h5py.Group) or "__categories" in obs:
         raise InputError(
@@ -280,7 +208,7 @@ def _labels(file: h5py.File, where: Path, column: str) -> NDArray[Any]:
 
 
 def _label_numbers(labels: NDArray[Any], mapping: Mapping[str, str], where: Path, column: str) -> dict[str, int]:
-    """Label -> cells, of labels that are all in the mapping."""
+    """Label -> cells; all labels must be in the mapping."""
     numbers = {str(name): int(count) for name, count in pd.Series(labels).value_counts().items()}
     unmapped = [f"{name!r} ({count} cells)" for name, count in numbers.items() if name not in mapping]
     if unmapped:
@@ -293,22 +221,25 @@ def _label_numbers(labels: NDArray[Any], mapping: Mapping[str, str], where: Path
 
 
 def _raw_rows(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tuple[RawCounts, sparse.csr_matrix]:
-    """Where the raw counts are, and those of the drawn cells, all of them checked."""
+    """Location of the raw counts, and the checked counts of the drawn cells."""
     raw = find_counts(file, rows, where)
-    matrix = read_rows(file[raw.location], rows, f"{where}: {raw.location}")
+    matrix = read_rows(file[raw.location], rows)
     problem = why_not_raw(matrix)
     if problem:
         raise InputError(f"{where}: {raw.location}: {problem}; expected raw counts: get the file with raw counts")
     return raw, matrix
 
 
-def _check_types(types: Mapping[str, int], where: Path) -> None:
+def _type_numbers(numbers: Mapping[str, int], mapping: Mapping[str, str], where: Path) -> dict[str, int]:
+    """Type -> cells of the file, for all ten types."""
+    types = {kind: sum(numbers[name] for name in numbers if mapping[name] == kind) for kind in ST_TYPES}
     found = [kind for kind, count in types.items() if count]
     if len(found) < 2:
         raise InputError(
             f"{where}: got cells of {len(found)} types ({', '.join(found) or 'none'}), expected at least 2 of the ten: "
             "check the mapping and label_column"
         )
+    return types
 
 
 def _draw(
@@ -318,7 +249,7 @@ def _draw(
     cells_per_type: int,
     generator: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Draw cells, increasing row numbers."""
+    """Draw cells; returns increasing row numbers."""
     drawn = []
     for kind in ST_TYPES:
         members = sorted(name for name in numbers if mapping[name] == kind)
@@ -332,7 +263,7 @@ def _draw(
 
 
 def _shares(available: list[int], most: int) -> list[int]:
-    """How many cells each label of a type gives: at least an even share of half of them, the rest by its size."""
+    """Cells to draw from each label of a type: an even share of half of `most`, the rest by the size of the label."""
     if sum(available) <= most:
         return available
     shares = np.array([min(number, max(1, most // (2 * len(available)))) for number in available])
@@ -352,12 +283,13 @@ def _hold_out(kinds: NDArray[Any], generator: np.random.Generator) -> NDArray[np
     return held
 
 
-def _report(summary: ReferenceSummary) -> None:
-    for kind, number in summary.types.items():
-        log.info("%-12s %8d cells, %6d sampled", kind, number, summary.sampled[kind])
-    if summary.missing_types:
-        log.warning("the reference has no cells of: %s; no cell can become one", ", ".join(summary.missing_types))
-    if summary.unused_labels:
-        log.warning("labels of the mapping that the file does not have: %s", ", ".join(summary.unused_labels))
-    if summary.summed_symbols:
-        log.info("counts of genes with the same symbol were added: %s", ", ".join(summary.summed_symbols))
+def _log_summary(summary: Mapping[str, Any]) -> None:
+    for kind, number in summary["types"].items():
+        log.info("%-12s %8d cells, %6d sampled", kind, number, summary["sampled"][kind])
+    if summary["missing_types"]:
+        names = ", ".join(summary["missing_types"])
+        log.warning("the reference has no cells of these types: %s; no cell can get one of them", names)
+    if summary["unused_labels"]:
+        log.warning("labels of the mapping that are not in the file: %s", ", ".join(summary["unused_labels"]))
+    if summary["summed_symbols"]:
+        log.info("summed the counts of genes with the same symbol: %s", ", ".join(summary["summed_symbols"]))
