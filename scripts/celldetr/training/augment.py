@@ -16,6 +16,7 @@ from torch.nn import functional
 from celldetr.config.experiment import AugmentationSettings
 from celldetr.model.boxes import xyxy_to_cxcywh
 from celldetr.model.device import cached_tensor
+from celldetr.slides.stains import STAINS, UNMIXING
 from celldetr.training.data import AUGMENTATION, Targets, random_stream
 
 ELASTIC_NODES = 7
@@ -25,10 +26,7 @@ ELASTIC_SHIFT = 0.02
 _ELLIPSE_POINTS = 16
 _INVERSE_STEPS = 6
 
-# Optical densities of hematoxylin, eosin and a residual: rows of unit length (Ruifrok and Johnston 2001).
-_RUIFROK = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-_UNIT = _RUIFROK / np.linalg.norm(_RUIFROK, axis=1, keepdims=True)
-_STAINS, _UNMIXING = (tuple(map(tuple, table.tolist())) for table in (_UNIT, np.linalg.inv(_UNIT)))
+_STAINS, _UNMIXING = (tuple(map(tuple, table.tolist())) for table in (STAINS, UNMIXING))
 
 
 @dataclass(frozen=True)

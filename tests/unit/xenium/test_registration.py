@@ -19,6 +19,7 @@ from celldetr.example.xenium import AffinePlan, FileError, write_xenium
 from celldetr.report.registration import draw, save
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
+from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import (
     affine,
     apply,
@@ -32,7 +33,7 @@ from celldetr.xenium.registration.affine import (
 from celldetr.xenium.registration.alignment import check_plausible, read_alignment
 from celldetr.xenium.registration.estimate import make_maps
 from celldetr.xenium.registration.gate import check
-from celldetr.xenium.registration.maps import Grid, colour, hematoxylin, match_blocks, sample
+from celldetr.xenium.registration.maps import Grid, colour, match_blocks, sample
 from celldetr.xenium.registration.nuclei import SPACING, DapiNuclei, find_blobs
 from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import read_registration

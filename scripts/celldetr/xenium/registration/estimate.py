@@ -9,8 +9,9 @@ from scipy import fft, ndimage
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
+from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import affine, apply, fit_robust, inverse, rotation, scaling
-from celldetr.xenium.registration.maps import Grid, Values, band, hematoxylin, intensity, match_blocks, sample
+from celldetr.xenium.registration.maps import Grid, Values, band, intensity, match_blocks, sample
 
 _FINEST = 2.0  # um of a sample
 _LARGEST = 2048  # samples along the finest map of the smaller image; the larger one may have twice as many

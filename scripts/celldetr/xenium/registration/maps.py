@@ -11,10 +11,7 @@ from scipy import fft, ndimage
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.affine import apply
 
-# Optical density of hematoxylin, eosin, and the residual (Ruifrok and Johnston 2001, Anal Quant Cytol Histol 23)
-_STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 _READ_SIDE = 2048  # px of a region that is read at once
-_VOID = 8  # pixels darker than this in all colours are scanner fill, not tissue
 
 Values = NDArray[np.float32]
 
@@ -50,25 +47,6 @@ def window(centre: NDArray[np.float64], side: float, spacing: float) -> Grid:
     """Grid of about `side` um around a point (2,), um."""
     count = max(round(side / spacing), 1)
     return Grid(centre[0] - count * spacing / 2, centre[1] - count * spacing / 2, spacing, count, count)
-
-
-def _hematoxylin_tables() -> NDArray[np.float32]:
-    """Contribution (3, 256) of each value of each colour channel to hematoxylin."""
-    stains = _STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)
-    share = np.linalg.inv(stains)[:, 0]
-    density = -np.log10((np.arange(256) + 1.0) / 256)
-    return (share[:, None] * density).astype(np.float32)
-
-
-_TABLES = _hematoxylin_tables()
-
-
-def hematoxylin(pixels: NDArray[np.uint8]) -> Values:
-    """Hematoxylin (h, w) >= 0, in optical density, of an H&E image (h, w, 3) by colour deconvolution."""
-    amount: Values = sum(table[pixels[..., colour]] for colour, table in enumerate(_TABLES))
-    red, green, blue = np.moveaxis(pixels, -1, 0)
-    amount[np.maximum(np.maximum(red, green), blue) < _VOID] = 0
-    return np.maximum(amount, 0)
 
 
 def intensity(pixels: NDArray[Any]) -> Values:

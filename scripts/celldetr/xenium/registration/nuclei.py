@@ -12,8 +12,9 @@ from scipy.spatial import cKDTree
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
+from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import inverse
-from celldetr.xenium.registration.maps import Grid, Values, hematoxylin, inside, sample, window
+from celldetr.xenium.registration.maps import Grid, Values, inside, sample, window
 
 SPACING = 0.5  # um of a sample in which blobs are searched
 _SIGMAS = (2.3, 3.3)  # um; strongest response to discs of radius 3.3 and 4.7 um

@@ -6,8 +6,9 @@ from scipy.spatial import cKDTree
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
+from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import apply, fit_affine, fit_robust, inverse, scaling
-from celldetr.xenium.registration.maps import Values, band, hematoxylin, intensity, match_blocks, sample, window
+from celldetr.xenium.registration.maps import Values, band, intensity, match_blocks, sample, window
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, read_window
 
 # Spacing of samples, side of a window, and search radius, um; the second step must find what the first one leaves
