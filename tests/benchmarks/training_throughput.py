@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from celldetr.training.base import Stage, pixels
 from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, synchronize
 from scipy.optimize import linear_sum_assignment
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +28,6 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.training import base
 from celldetr.training.augment import augment, draw
-from celldetr.training.base import Stage, pixels
 from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
 from celldetr.training.loop import STAGES
 from celldetr.training.matching import Matches, Matching

@@ -16,20 +16,13 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.store import open_store
 from celldetr.training.augment import draw
 from celldetr.training.data import PatchData, TrainingBatches
+from celldetr.training.loop import make_optimizer
 from celldetr.training.matching import Matches, Matching
 from celldetr.training.ssl import SslStage
+from celldetr.training.stage import Losses
 from celldetr.training.supervised import SupervisedStage
 
 BATCH = 8
-
-
-class Trainer:
-    """What a stage asks of its trainer in a step."""
-
-    world_size, global_rank = 1, 0
-
-    def __init__(self, optimizer):
-        self.optimizers = [optimizer]
 
 
 def make_stage(store, mode):
@@ -47,22 +40,27 @@ def any_matches(matching):
     return Matches(*rows)
 
 
+def one_step(stage, optimizer, batch):
+    """Take a step as `celldetr.training.loop.Training.take_step` does; return the loss."""
+    losses, total = stage.training_losses(batch)
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(stage.model.parameters(), stage.settings.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    Losses(losses, total)
+    return total
+
+
 def main(mode, path):
     device, fakes = pretended_device()
     Matching.result = any_matches
     stage = make_stage(open_store(path), mode)
-    settings, stage.step = stage.settings, 1
-    batch = TrainingBatches(stage.train_data, BATCH, settings.seed)[stage.step]
-    blurred = draw(settings.augmentation, settings.seed, stage.step, BATCH).blur.sum()
+    settings, step = stage.settings, 1
+    batch = TrainingBatches(stage.train_data, BATCH, settings.seed)[step]
+    blurred = draw(settings.augmentation, settings.seed, step, BATCH).blur.sum()
     with fakes, Copies() as copies:
         moved(stage.model, device)
-        stage._device = device
-        optimizer = stage.configure_optimizers()
-        stage.trainer = trainer = Trainer(optimizer)
-        loss = stage.training_step(batch.to(device), 0)
-        loss.backward()
-        stage.configure_gradient_clipping(trainer.optimizers[0])
-        optimizer.step()
+        loss = one_step(stage, make_optimizer(stage.model, settings), batch.to(device))
     model = stage.model.settings
     costs = (model.decoder_layers, BATCH, batch.targets.labels.shape[1], model.queries)
     found = {"device": str(loss.device), "to_host": copies.to_host, "waited": copies.waited, "costs": costs}

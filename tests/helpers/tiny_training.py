@@ -11,7 +11,7 @@ import torch
 from celldetr.config.experiment import Experiment
 from celldetr.model.weights import read_checkpoint
 from celldetr.store import StoreWriter, open_store
-from celldetr.training.supervised import SupervisedStage
+from celldetr.training.loop import Training
 
 CLASSES = ("round", "long")
 SIZE = 32
@@ -125,11 +125,11 @@ def assert_same_result(first, second):
 
 def stopping(monkeypatch, at, number=signal.SIGTERM):
     """Send a signal to this process in the middle of a step."""
-    step = SupervisedStage.training_step
+    take_step = Training.take_step
 
-    def stop(self, batch, batch_idx):
+    def stop(self, batch):
         if self.step == at:
             os.kill(os.getpid(), number)
-        return step(self, batch, batch_idx)
+        take_step(self, batch)
 
-    monkeypatch.setattr(SupervisedStage, "training_step", stop)
+    monkeypatch.setattr(Training, "take_step", stop)

@@ -123,16 +123,23 @@ class NoiseSettings(Settings):
         return self
 
 
+class MatchingSettings(Settings):
+    """Costs of the one-to-one matching of queries and nuclei (paper, 3.1), the same in every stage."""
+
+    nucleus: NotNegative = Field(2.0, description="focal classification cost")
+    l1: NotNegative = Field(5.0, description="L1 distance of normalised boxes")
+    giou: NotNegative = Field(2.0, description="negated generalised IoU")
+
+
 class LossSettings(Settings):
-    """Weights of the losses; nucleus, l1 and giou are the costs of the matching as well."""
+    """Weights of the losses."""
 
     nucleus: NotNegative = Field(2.0, description="focal loss of the detection decoder")
     l1: NotNegative = Field(5.0, description="L1 of normalised boxes")
     giou: NotNegative = Field(2.0, description="1 - generalised IoU")
-    classes: NotNegative = Field(0.2, description="class loss of the representation decoder")
-    class_scale: NotNegative = Field(8.0, description="scale of the class loss (sequential 8, parallel 16)")
+    classes: NotNegative = Field(1.6, description="class loss (paper: sequential 1.6, parallel 3.2)")
     class_balance: Share = Field(
-        0.0, description="exponent of the inverse class frequency that weighs the class loss; 0 = all nuclei alike"
+        0.0, description="exponent of the inverse class frequency in the class loss; 0: every nucleus weighs the same"
     )
 
 
@@ -204,6 +211,7 @@ class SharedTrainingSettings(Settings):
         description="what trains: none: everything; head: the class head alone (linear probe); representation: it and "
         "the representation decoder",
     )
+    matching: MatchingSettings = MatchingSettings()
     losses: LossSettings = LossSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     noise: NoiseSettings = NoiseSettings()

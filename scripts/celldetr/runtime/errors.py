@@ -11,3 +11,19 @@ class InputError(CellDETRError):
 
 class ConfigError(CellDETRError):
     """A setting is unknown, missing, of the wrong type, out of range, or contradicts another setting."""
+
+
+class NonFinite(CellDETRError):
+    """A loss or matching cost of a training run is NaN or infinite."""
+
+
+class Interrupted(CellDETRError):
+    """A training run was stopped by a signal; it continues from its checkpoint when it is started again."""
+
+
+class ProcessFailed(CellDETRError):
+    """A process of a training run, or one that loads its patches, was killed."""
+
+
+class Occupied(CellDETRError):
+    """Another job trains the same model."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import faulthandler
 import logging
+import os
 import sys
 import time
 import traceback
@@ -16,6 +17,8 @@ from celldetr.runtime.errors import CellDETRError, InputError
 
 AHEAD_SECONDS = 600.0
 """How far in the future the time of an input may be; a job that takes longer than this is not worth losing."""
+LOG_VARIABLE = "CELLDETR_LOG"
+"""Environment variable that tells further processes of a rule where its log is."""
 _STAMP = ".snakemake_timestamp"  # holds the time of the folder it lies in
 
 _WRITING = {
@@ -77,9 +80,11 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     path = Path(snakemake.log[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("w", encoding="utf-8")
+        path.write_text("")
+        log = path.open("a", encoding="utf-8")  # the processes of a training run append to it, too
     except OSError as error:
         _fail(error)
+    os.environ[LOG_VARIABLE] = str(path.absolute())
     watched = faulthandler.is_enabled()
     if not watched:
         faulthandler.enable(log)
@@ -90,6 +95,7 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         ):
             _run(main, snakemake, path.stat().st_mtime)
     finally:
+        del os.environ[LOG_VARIABLE]
         if not watched:
             faulthandler.disable()
         with contextlib.suppress(OSError):

@@ -58,9 +58,9 @@ class Draws:
     colour: NDArray[np.float32]
     stain: NDArray[np.float32]
 
-    def share(self, part: slice) -> "Draws":
-        """Numbers of some of the images."""
-        return Draws(**{item.name: getattr(self, item.name)[part] for item in fields(self)})
+    def of(self, rows: slice) -> "Draws":
+        """Random numbers of some of the images."""
+        return Draws(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
 
 
 def draw(settings: AugmentationSettings, seed: int, step: int, batch_size: int) -> Draws:

@@ -71,7 +71,7 @@ def training_uniforms(batch: Batch, seed: int) -> Tensor:
     slots = 2 * max(1, int(batch.counts_global.max(initial=0)))
     random = random_stream(seed, batch.step, NOISE)
     uniforms = random.random((len(batch.counts_global), slots, box_ops.NOISE_DRAWS), dtype=np.float32)
-    return torch.from_numpy(uniforms[batch.share])
+    return torch.from_numpy(uniforms[batch.rows])
 
 
 def validation_uniforms(patches: Sequence[int], targets: Targets, seed: int) -> Tensor:

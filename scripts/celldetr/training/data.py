@@ -79,8 +79,8 @@ class Batch:
         Index of each image in the data (B,).
     step
         Step of the run, or -1 in validation.
-    share
-        Slots of the images in the global batch.
+    rows
+        Which images of the global batch these are.
     counts_global
         Nuclei of each image of the global batch.
     """
@@ -92,14 +92,14 @@ class Batch:
         patches: NDArray[np.int64],
         *,
         step: int,
-        share: slice,
+        rows: slice,
         counts_global: NDArray[np.int64],
     ) -> None:
         self.images = images
         self.targets = targets
         self.patches = patches
         self.step = step
-        self.share = share
+        self.rows = rows
         self.counts_global = counts_global
 
     @property
@@ -110,7 +110,7 @@ class Batch:
     @property
     def boxes_before(self) -> int:
         """Nuclei in the images of the global batch before these."""
-        return int(self.counts_global[: self.share.start].sum())
+        return int(self.counts_global[: self.rows.start].sum())
 
     @property
     def boxes_global(self) -> int:
@@ -286,7 +286,7 @@ class TrainingBatches(Dataset[Batch]):
         self.batch_size = batch_size
         self.seed = seed
         size = batch_size // world
-        self.share = slice(rank * size, (rank + 1) * size)
+        self.rows = slice(rank * size, (rank + 1) * size)
         self.steps_per_epoch = math.ceil(len(data) / batch_size)
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
@@ -301,13 +301,13 @@ class TrainingBatches(Dataset[Batch]):
         epoch, position = divmod(step, self.steps_per_epoch)
         everyone = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         counts = self.data.ptr[everyone + 1] - self.data.ptr[everyone]
-        mine = everyone[self.share]
+        mine = everyone[self.rows]
         return Batch(
             self.data.read(mine),
             self.data.targets(mine),
             mine,
             step=step,
-            share=self.share,
+            rows=self.rows,
             counts_global=counts,
         )
 
@@ -330,7 +330,7 @@ class ValidationBatches(Dataset[Batch]):
             self.data.targets(patches),
             patches,
             step=-1,
-            share=slice(0, len(patches)),
+            rows=slice(0, len(patches)),
             # not the memory of a tensor, which is moved when a loader process sends it
             counts_global=self.data.ptr[patches + 1] - self.data.ptr[patches],
         )

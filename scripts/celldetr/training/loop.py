@@ -1,49 +1,73 @@
-"""One training run: data in, model file out; goes on where it was interrupted."""
+"""The training: one loop from the first step to the model file. Read `Training` from top to bottom.
 
-import contextlib
+A step is a batch of patches, its losses, their gradients summed over the processes, and an update. An epoch takes every
+training patch once, then validates, writes a line of the log and the state of the run. A stop signal ends the run
+before its next step. Everything random in a step is a function of the seed and the step (dropout: and the process), so
+a run that continues from its state ends with the same weights, on a CPU to the bit.
+"""
+
 import logging
 import math
-import sys
-import warnings
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pandas as pd
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
-from celldetr.config.experiment import Experiment
+from celldetr.config.experiment import Experiment, TrainingSettings
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.deformable_attention import use_sampling
-from celldetr.model.device import allow_tf32, resolve_precision, use_activation_checkpointing
+from celldetr.model.device import allow_tf32, resolve_precision
 from celldetr.model.sampling import choose_sampler
-from celldetr.model.weights import initial_weights, load_exactly, model_settings, read_checkpoint, save_model
-from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.model.weights import load_exactly, read_checkpoint, save_model
+from celldetr.runtime.errors import ConfigError, InputError, Interrupted, ProcessFailed
 from celldetr.runtime.files import naming
 from celldetr.runtime.provenance import write_provenance
-from celldetr.store import PatchStore
-from celldetr.training.base import Stage
-from celldetr.training.checkpoint import read_best, read_state
-from celldetr.training.data import PatchData
-from celldetr.training.errors import ProcessFailed
-from celldetr.training.keeper import RunKeeper, last_path, signals_restored, write_log
-from celldetr.training.lock import alone
-from celldetr.training.processes import launch
-from celldetr.training.run import Run
+from celldetr.store import PatchStore, open_store
+from celldetr.training.data import DROPOUT, Batch, PatchData, TrainingBatches, ValidationBatches, random_stream
+from celldetr.training.initial import build_model
+from celldetr.training.processes import Group, StopSignals, launch
+from celldetr.training.run_log import RunLog, write_log
+from celldetr.training.run_state import identity_of, load_optimizer, read_state, run_lock, write_state
 from celldetr.training.ssl import SslStage
+from celldetr.training.stage import Stage
 from celldetr.training.supervised import SupervisedStage
 
-STAGES: Mapping[str, type[Stage]] = {
-    "supervised": SupervisedStage,
-    "st": SupervisedStage,  # the same, on cell types of Xenium
-    "ssl": SslStage,
-}
+STAGES: Mapping[str, type[Stage]] = {"supervised": SupervisedStage, "st": SupervisedStage, "ssl": SslStage}
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run; `train` explains its parts. Stores are paths, so that a run can be sent to other processes."""
+
+    experiment: Experiment
+    stores: tuple[Path, ...]
+    split: pd.DataFrame
+    run_dir: Path
+    initial: Path | None
+    backbone: Path | None
+    nucleus_threshold: float
+    radius: float
+    threads: int
+    accelerator: str
+    code: str
+
+    @property
+    def state_file(self) -> Path:
+        """State from which the run continues."""
+        return self.run_dir / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_file(self) -> Path:
+        """Model of the best epoch so far."""
+        return self.run_dir / "checkpoints" / "best.ckpt"
 
 
 def train(
@@ -60,10 +84,7 @@ def train(
     accelerator: str = "auto",
     code: str = "",
 ) -> Path:
-    """Train a model, or go on with it where the run was interrupted.
-
-    A run that is killed or told to stop (SIGTERM, SIGUSR1) leaves ``checkpoints/last.ckpt``; started again with the
-    same arguments it goes on from there, on a CPU to the very same weights. A finished run writes its results again.
+    """Train a model, or continue a run that was interrupted, and return the path of its model file.
 
     Parameters
     ----------
@@ -72,235 +93,254 @@ def train(
     stores
         Patch stores that `split` names.
     split
-        Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used, others are not read.
+        Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used.
     run_dir
         Folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/.
     initial
-        Model file to start from. Parts that do not exist in it for another mode, other classes or without a projection
-        head start afresh; parts of it that this model lacks are left out.
+        Model file to start from. Parts that differ with mode or classes, or that it lacks, start from random weights.
     backbone
         Weights of a torchvision ResNet for the backbone.
     nucleus_threshold, radius
-        Smallest nucleus score, and largest distance (px) of a pair, in validation.
+        Smallest nucleus score, and largest distance (px) of a matched pair of centres, in validation.
     threads
         CPU threads of all processes together.
     accelerator
-        ``cuda``, ``cpu``, or ``auto``: the GPU if there is one.
+        ``cuda``, ``cpu``, or ``auto``: a GPU if there is one.
     code
-        Hash of the code (`celldetr.runtime.provenance.source_hash`), for telling a finished run that is out of date.
-
-    Returns
-    -------
-    Path
-        The model file.
+        Hash of the code (`celldetr.runtime.provenance.source_hash`): a finished run of other code is trained again.
 
     Raises
     ------
     InputError
-        Stores, split, weights or the checkpoint do not fit the experiment.
+        Stores, split, weights or the state of the run do not fit the experiment.
     ConfigError
         Settings that this machine cannot follow.
     NonFinite
-        A loss is not finite.
+        A loss is NaN or infinite.
     Interrupted
-        The run was stopped by a signal; its state is written.
+        A signal stopped the run; its state is written.
     ProcessFailed
         A process of the run, or one that loads its patches, was killed.
     Occupied
         Another job trains in `run_dir`.
     """
-    run = Run(
-        experiment,
-        stores,
-        split,
-        Path(run_dir),
-        initial,
-        backbone,
-        nucleus_threshold,
-        radius,
-        threads,
-        ("cuda" if torch.cuda.is_available() else "cpu") if accelerator == "auto" else accelerator,
-        code,
-    )
-    _check(run)
-    with alone(run.run_dir):
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    check(experiment, stores, split, accelerator)
+    paths = tuple(Path(store.path).absolute() for store in stores)
+    files = Path(run_dir), initial, backbone
+    run = Run(experiment, paths, split, *files, nucleus_threshold, radius, threads, accelerator, code)
+    with run_lock(run.run_dir):
         if experiment.training.gpus > 1:
-            launch(run)
+            launch(run, experiment.training.gpus)
         else:
-            run_process(run)
+            Training(run, accelerator, Group()).fit()
     return run.run_dir / "model.pt"
 
 
-def _check(run: Run) -> None:
-    settings, classes = run.experiment.training, run.experiment.model.classes
-    for store in run.stores:
-        if run.experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
-            raise InputError(
-                f"{store.path}: got classes {list(store.classes)}, expected those of experiment {run.experiment.name}: "
-                f"{list(classes)}; give it stores with these classes in this order"
-            )
-    if run.accelerator == "cuda" and torch.cuda.device_count() < settings.gpus:
-        raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
-    if run.accelerator == "cpu" and settings.gpus > 1:
-        log.warning("training.gpus: %d, without a GPU: as many processes share the CPU", settings.gpus)
-    choose_sampler(run.accelerator, kernel=run.experiment.model.kernel, compiled=settings.compile)
-    if settings.select == "best_val" and not (run.split["part"] == "val").any():
-        raise InputError(
-            "split: no patch has part 'val', and training.select is best_val; give it validation patches or set "
-            "training.select: last"
+class Training:
+    """One process of a run: everything that the loop needs, and the loop."""
+
+    def __init__(self, run: Run, device: str, group: Group) -> None:
+        self.run, self.device, self.group = run, device, group
+        self.settings = settings = run.experiment.training
+        torch.set_num_threads(max(1, run.threads // group.world))
+        precision = resolve_precision(settings.precision, device)
+        allow_tf32(precision != "fp32")
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+        stores = [open_store(path, validate=False) for path in run.stores]
+        train, val = (
+            PatchData(stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
         )
+        self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
+        self.total_steps = settings.epochs * self.batches.steps_per_epoch
+        self.identity = identity_of(run.experiment, f"{train.fingerprint()}-{val.fingerprint()}", run.code)
+        state = read_state(run.state_file, self.identity)
+
+        self.model = build_model(run.experiment, *((None, None) if state else (run.backbone, run.initial)), device)
+        limits = {"nucleus_threshold": run.nucleus_threshold, "radius": run.radius}
+        self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, group=group, **limits)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.step: int = 0
+        self.best: dict[str, Any] | None = None  # epoch and score
+        if state:
+            load_exactly(self.model, state["model"], run.state_file)
+            load_optimizer(self.optimizer, state["optimizer"], run.state_file)
+            self.step, self.best = state["step"], state["best"]
+        history, sums = (state["history"], state["sums"]) if state else ([], {})
+        self.log = RunLog(run.run_dir, self.stage, self.batches.steps_per_epoch, self.step, history, sums)
+
+    def fit(self) -> None:
+        """Train to the end; rank 0 writes the results."""
+        with StopSignals() as stop, self.log, naming(self.run.run_dir):
+            if self.stage.validates_start and not self.log.history:
+                self.log.end_epoch(0, None, self.validate())
+            while self.step < self.total_steps:
+                self.stage.train()
+                epoch = self.step // self.batches.steps_per_epoch
+                rest_of_epoch = range(self.step, (epoch + 1) * self.batches.steps_per_epoch)
+                for batch in load(self.batches, rest_of_epoch, self.settings):
+                    if number := self.group.largest(stop.received):
+                        self.save_state()
+                        raise Interrupted(
+                            f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total_steps}; "
+                            f"{self.run.state_file} holds the state: start the run again to continue it"
+                        )
+                    self.take_step(batch.to(self.device))
+                validation = self.validate() if len(self.stage.val_data) else None
+                self.log.end_epoch(self.step, learning_rate(self.optimizer), validation)
+                self.keep_best(epoch + 1, validation)
+                self.save_state()
+        if self.group.rank == 0:
+            self.write_results()
+
+    def take_step(self, batch: Batch) -> None:
+        """Losses, gradients, update."""
+        settings, step = self.settings, self.step
+        set_learning_rate(self.optimizer, learning_rate_factor(step, self.total_steps, settings))
+        torch.manual_seed(int(random_stream(settings.seed, step, DROPOUT).integers(2**62)) + self.group.rank)
+        with self.autocast:
+            losses, total = self.stage.training_losses(batch)
+        total.backward()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.group.sum_gradients(parameters)
+        if settings.gradient_clip:
+            clip_grad_norm_(parameters, settings.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.log.add_step(batch, losses, total, learning_rate(self.optimizer))
+
+    def validate(self) -> dict[str, Any]:
+        """Validate on all validation patches, shared by the processes."""
+        stage, group = self.stage, self.group
+        size = max(1, self.settings.batch_size // group.world)
+        batches = ValidationBatches(stage.val_data, size, group.rank, group.world)
+        self.model.eval()
+        stage.start_validation()
+        with torch.no_grad(), self.autocast:
+            for batch in load(batches, range(len(batches)), self.settings):
+                stage.validate(batch.to(self.device))
+        return stage.validation_summary()
+
+    def keep_best(self, epoch: int, validation: Mapping[str, Any] | None) -> None:
+        """Keep the weights of the epoch with the best validation score; the later one of equal scores."""
+        score = validation["score"] if validation else None
+        if score is None or (self.best is not None and score < self.best["score"]):
+            return
+        self.best = {"epoch": epoch, "score": score}
+        if self.group.rank == 0:
+            save_model(self.run.best_file, self.model, self.run.experiment.model, self.best)
+            log.info("epoch %d is the best so far", epoch)
+
+    def save_state(self) -> None:
+        """Write the state from which the run continues; all processes take part, rank 0 writes."""
+        sums = self.log.loss_sums()
+        if self.group.rank == 0:
+            write_state(
+                self.run.state_file,
+                self.identity,
+                step=self.step,
+                total_steps=self.total_steps,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                sums=sums,
+                history=self.log.history,
+                best=self.best,
+            )
+
+    def write_results(self) -> None:
+        """Write model.pt (weights of the chosen epoch), log.jsonl and provenance.json."""
+        run, settings, history = self.run, self.settings, self.log.history
+        chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
+        if history[-1]["val"]:
+            chosen["score"] = history[-1]["val"]["score"]
+        if settings.select == "best_val" and self.best is not None:
+            load_exactly(self.model, read_checkpoint(run.best_file)["state"], run.best_file)
+            chosen = self.best
+        extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
+        save_model(run.run_dir / "model.pt", self.model, run.experiment.model, extra)
+        write_log(run.run_dir / "log.jsonl", history)
+        write_provenance(
+            run.run_dir / "provenance.json",
+            settings=run.experiment.to_dict(),
+            inputs=[path for path in (*run.stores, run.initial, run.backbone) if path],
+            seed=settings.seed,
+            device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu",
+            processes=settings.gpus,
+            patches={"train": len(self.stage.train_data), "val": len(self.stage.val_data)},
+            data=self.identity["data"],
+            chosen=chosen,
+            training_seconds=round(math.fsum(line["seconds"] for line in history), 1),
+        )
+        log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])
 
 
-def run_process(run: Run) -> None:
-    """Do the work of one process of a run; the first one writes the results."""
-    settings = run.experiment.training
-    torch.set_num_threads(max(1, run.threads // settings.gpus))
-    allow_tf32(resolve_precision(settings.precision, run.accelerator) != "fp32")
-    device = f"cuda:{run.rank}" if run.accelerator == "cuda" else "cpu"
-    train_data, val_data = (
-        PatchData(run.stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
-    )
-    if not len(train_data):
-        raise InputError("split: no patch has part 'train'; there is nothing to train on")
-    fingerprint = f"{train_data.fingerprint()}-{val_data.fingerprint()}"
-    state = read_state(last_path(run.run_dir), run.experiment, fingerprint, run.code)
-    stage = STAGES[run.experiment.stage](
-        run.experiment,
-        _model(run, state),
-        train_data,
-        val_data,
-        nucleus_threshold=run.nucleus_threshold,
-        radius=run.radius,
-        first_step=state["step"] if state else 0,
-    )
-    keeper = RunKeeper(run.run_dir, run.experiment, fingerprint, run.code, state)
-    if stage.step < stage.total_steps:
-        with _quiet(), signals_restored(), naming(run.run_dir), _loaders_watched():
-            _trainer(run, stage, keeper).fit(stage)
-    if run.rank == 0:
-        _finish(run, stage, keeper, device)
-
-
-def _model(run: Run, state: Mapping[str, Any] | None) -> CellDETR:
-    """Build the model with the weights that the run starts or goes on with."""
-    settings = run.experiment.model
-    torch.manual_seed(run.experiment.training.seed)
-    model = CellDETR(settings)
-    if state is not None:
-        load_exactly(model, state["model"], last_path(run.run_dir))
-    else:
-        if run.backbone is not None:
-            initial_weights(model, run.backbone)
-        if run.initial is not None:
-            _start_from(model, run.initial)
-    use_activation_checkpointing(model, run.experiment.training.activation_checkpointing)
-    form = use_sampling(model, run.accelerator, compiled=run.experiment.training.compile)
-    if run.rank == 0:
-        log.info("deformable sampling: %s", form)
-    return model
-
-
-def _start_from(model: CellDETR, path: Path) -> None:
-    """Take over what a model of another kind, or of other classes, can give, and say what it cannot."""
-    content, settings = read_checkpoint(path), model.settings
-    theirs = model_settings(content, path) if "format" in content else settings
-    fresh = []
-    if (theirs.mode == "baseline") != (settings.mode == "baseline"):
-        fresh += ["class_head", "representation", "decoder.class_embed"]
-    elif theirs.classes != settings.classes:
-        fresh += ["decoder.class_embed"] if settings.mode == "baseline" else ["class_head"]
-    if theirs.projection != settings.projection:
-        fresh += ["projection"]
-    kept = initial_weights(model, path, fresh=fresh)
-    if kept:
-        log.info("%d tensors start afresh, not from %s: %s", len(kept), path, ", ".join(kept))
-    unused = [name for name in content.get("state", {}) if name not in model.state_dict()]
-    if unused:
-        log.info("%d tensors of %s are left out, this model has no such part: %s", len(unused), path, ", ".join(unused))
-
-
-def _trainer(run: Run, stage: Stage, keeper: RunKeeper) -> pl.Trainer:
-    settings = run.experiment.training
-    strategy: str | DDPStrategy = "auto"
-    if settings.gpus > 1:
-        backend = "nccl" if run.accelerator == "cuda" else "gloo"
-        strategy = DDPStrategy(process_group_backend=backend, broadcast_buffers=False)
-    bf16 = resolve_precision(settings.precision, run.accelerator) == "bf16"
-    return pl.Trainer(
-        accelerator=run.accelerator,
-        devices=settings.gpus,
-        strategy=strategy,
-        plugins=[LightningEnvironment()],  # processes are ours, also inside a Slurm job
-        precision="bf16-mixed" if bf16 else "32-true",
-        max_epochs=settings.epochs - stage.step // stage.steps_per_epoch,
-        logger=TensorBoardLogger(run.run_dir, name="tensorboard", version="", purge_step=stage.step + 1),
-        callbacks=[keeper],
-        limit_val_batches=1.0 if len(stage.val_data) else 0,
-        reload_dataloaders_every_n_epochs=1,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=run.rank == 0 and sys.stderr.isatty(),
-        num_sanity_val_steps=-1 if stage.measures_start and not keeper.history else 0,
-        log_every_n_steps=1,
-        default_root_dir=run.run_dir,
-    )
-
-
-@contextlib.contextmanager
-def _loaders_watched() -> Iterator[None]:
-    """Say what became of a loader process that was killed."""
+def load(batches: TrainingBatches | ValidationBatches, order: range, settings: TrainingSettings) -> Iterator[Batch]:
+    """Yield batches in the given order; with ``cache: none`` loader processes read them ahead."""
+    if settings.cache != "none" or not settings.workers:
+        yield from (batches[index] for index in order)
+        return
     try:
-        yield
+        yield from DataLoader(
+            batches, batch_size=None, sampler=order, num_workers=settings.workers, collate_fn=lambda batch: batch
+        )
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ProcessFailed(
-            f"a process that loads patches was ended ({str(error).splitlines()[0]}), most likely because the memory "
-            "was used up; give the run more mem_mb (--set-resources) or fewer training.workers, and start it again to "
-            "go on"
+            f"a process that loads patches was killed ({str(error).splitlines()[0]}), most likely out of memory; give "
+            "the rule more mem_mb (--set-resources) or set fewer training.workers, then start again to continue"
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Lightning says about choices that are made here on purpose."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            warnings.filterwarnings("ignore", message="Grad strides do not match")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def make_optimizer(model: CellDETR, settings: TrainingSettings) -> Optimizer:
+    """AdamW over the parameters that train; the backbone has its own learning rate."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    backbone = [parameter for name, parameter in named if name.startswith("backbone.")]
+    rest = [parameter for name, parameter in named if not name.startswith("backbone.")]
+    rates = ((rest, settings.lr), (backbone, settings.backbone_lr))
+    groups = [{"params": parameters, "lr": rate, "base_lr": rate} for parameters, rate in rates if parameters]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
-def _finish(run: Run, stage: Stage, keeper: RunKeeper, device: str) -> None:
-    """Write the results."""
-    settings, history = run.experiment.training, keeper.history
-    chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
-    if history and history[-1]["val"]:
-        chosen["score"] = history[-1]["val"]["score"]
-    if settings.select == "best_val" and keeper.best is not None:
-        state, chosen = read_best(keeper.best_path)
-        load_exactly(stage.model, state, keeper.best_path)
-    extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
-    save_model(run.run_dir / "model.pt", stage.model, run.experiment.model, extra)
-    write_log(run.run_dir / "log.jsonl", history)
-    write_provenance(
-        run.run_dir / "provenance.json",
-        settings=run.experiment.to_dict(),
-        inputs=[path for path in (*(store.path for store in run.stores), run.initial, run.backbone) if path],
-        seed=settings.seed,
-        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
-        processes=settings.gpus,
-        patches={"train": len(stage.train_data), "val": len(stage.val_data)},
-        data=keeper.data,
-        chosen=chosen,
-        training_seconds=round(math.fsum(line["seconds"] for line in history), 1),
-    )
-    log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set the learning rates to a multiple of the settings'."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """Learning rate of the first group."""
+    rate: float = optimizer.param_groups[0]["lr"]
+    return rate
+
+
+def learning_rate_factor(step: int, total: int, settings: TrainingSettings) -> float:
+    """Factor of the learning rates at a step: linear warm-up, then cosine to 0 at step `total`."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.warmup_from + (1 - settings.warmup_from) * step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def check(experiment: Experiment, stores: Sequence[PatchStore], split: pd.DataFrame, accelerator: str) -> None:
+    """Refuse what cannot be trained, before anything is written; see `train`."""
+    settings, classes = experiment.training, experiment.model.classes
+    for store in stores:
+        if experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
+            raise InputError(
+                f"{store.path}: got classes {list(store.classes)}, expected those of experiment {experiment.name}, in "
+                f"their order: {list(classes)}"
+            )
+    if accelerator == "cuda" and torch.cuda.device_count() < settings.gpus:
+        raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
+    if accelerator == "cpu" and settings.gpus > 1:
+        log.warning("training.gpus: %d, but there is no GPU: as many processes share the CPU", settings.gpus)
+    choose_sampler(accelerator, kernel=experiment.model.kernel, compiled=settings.compile)
+    for part, needed in (("train", True), ("val", settings.select == "best_val")):
+        if needed and not (split["part"] == part).any():
+            raise InputError(
+                f"split: got no patches of part {part!r}; add some"
+                + (", or set training.select: last" if part == "val" else "")
+            )

@@ -3,6 +3,8 @@
 All are computed in float32 and divided by the number of nuclei in the global batch, at least 1.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -130,7 +132,7 @@ def class_loss(logits: Tensor, labels: Tensor, n_boxes: float, weights: Tensor |
     return torch.where(known, by_nucleus, 0).sum() / n_boxes
 
 
-def weighted(losses: dict[str, Tensor], weights: LossSettings) -> Tensor:
+def weighted(losses: Mapping[str, Tensor], weights: LossSettings) -> Tensor:
     """Sum of all losses with their weights, over all layers.
 
     Parameters
@@ -143,5 +145,5 @@ def weighted(losses: dict[str, Tensor], weights: LossSettings) -> Tensor:
     nucleus, l1, apart = (losses[part] for part in ("nucleus", "l1", "giou"))
     total = (weights.nucleus * nucleus + weights.l1 * l1 + weights.giou * apart).sum()
     if "classes" in losses:
-        total = total + weights.classes * weights.class_scale * losses["classes"]
+        total = total + weights.classes * losses["classes"]
     return total

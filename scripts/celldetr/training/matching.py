@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from celldetr.config.experiment import LossSettings
+from celldetr.config.experiment import MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
+from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import Targets
-from celldetr.training.errors import NonFinite
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
@@ -39,7 +39,7 @@ class Matches(NamedTuple):
         return Matches(*(column[len(column) - pairs :] for column in self))
 
 
-def costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> Tensor:
+def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSettings) -> Tensor:
     """Cost of every query for every nucleus of its own image.
 
     Parameters
@@ -50,8 +50,8 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings
         Predicted boxes (L, B, Q, 4), cxcywh in [0, 1].
     targets
         Nuclei of the B images, padded to R slots. With C > 1 a nucleus without a label costs its cheapest class.
-    weights
-        `nucleus`, `l1` and `giou` weigh the three terms.
+    settings
+        Weights of the three terms.
 
     Returns
     -------
@@ -67,9 +67,9 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings
             known = (targets.labels >= 0)[None, :, :, None]
             by_class = torch.where(known, by_class.gather(2, index), by_class.amin(dim=2, keepdim=True))
         predicted, true = boxes.float().unsqueeze(2), targets.boxes.unsqueeze(2)  # (L, B, 1, Q, 4), (B, R, 1, 4)
-        cost = weights.l1 * _l1(predicted, true)
-        cost += weights.nucleus * by_class
-        cost -= weights.giou * pairwise_giou(cxcywh_to_xyxy(targets.boxes), cxcywh_to_xyxy(boxes))
+        cost = settings.l1 * _l1(predicted, true)
+        cost += settings.nucleus * by_class
+        cost -= settings.giou * pairwise_giou(cxcywh_to_xyxy(targets.boxes), cxcywh_to_xyxy(boxes))
         return cost
 
 
@@ -128,14 +128,14 @@ class Matching:
 
     Parameters
     ----------
-    logits, boxes, targets, weights
+    logits, boxes, targets, settings
         As those of `costs`.
     """
 
-    def __init__(self, logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> None:
+    def __init__(self, logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSettings) -> None:
         self._counts = targets.counts.numpy()
         self._device = logits.device
-        self._costs = costs(logits, boxes, targets, weights).to("cpu", non_blocking=True)
+        self._costs = costs(logits, boxes, targets, settings).to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if logits.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
@@ -155,14 +155,3 @@ class Matching:
             raise NonFinite("costs of the matching")
         rows = torch.from_numpy(assign(table, self._counts)).to(self._device, non_blocking=True)
         return Matches(*rows)
-
-
-def match(logits: Tensor, boxes: Tensor, targets: Targets, weights: LossSettings) -> Matches:
-    """Match queries to nuclei in every decoder layer (arguments as those of `costs`).
-
-    Raises
-    ------
-    NonFinite
-        A cost is not a finite number.
-    """
-    return Matching(logits, boxes, targets, weights).result()

@@ -1,143 +1,186 @@
-"""Several processes that share a run, one per device, started and watched by the one that was asked for it."""
+"""Several processes that share every batch of a run: one per device, started by `torch.distributed.run`'s launcher.
 
-import json
+Each process computes the losses of its images, divided by the nuclei of the whole batch; the gradients are summed. So
+any number of processes takes the same steps as one.
+"""
+
+import contextlib
+import logging
 import os
+import pickle
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, distributed
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import celldetr
-from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
-from celldetr.training.errors import Interrupted, NonFinite, ProcessFailed
-from celldetr.training.run import Run
+from celldetr.runtime import errors
+from celldetr.runtime.errors import CellDETRError, Interrupted, ProcessFailed
 
-GRACE_SECONDS = 20.0
-_ERRORS: Mapping[str, type[CellDETRError]] = {
-    kind.__name__: kind for kind in (ConfigError, InputError, Interrupted, NonFinite)
-}
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def launch(run: Run) -> None:
-    """Run all processes of a run and wait for them.
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run, as one of them sees them: its rank and their number."""
 
-    Signals that tell the run to stop are passed on. When one process fails, the others are ended.
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Sum of an array (of any shape) over the processes."""
+        summed = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            distributed.all_reduce(summed)
+        return summed.numpy()
+
+    def largest(self, number: int) -> int:
+        """Largest of the processes' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found)
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace the gradients by their sums over the processes, in one transfer."""
+        if self.world == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))  # keeps its memory layout, on which the fused optimiser relies
+            parameter.grad = gradient
+
+
+class StopSignals:
+    """Context that remembers a stop signal (SIGTERM, SIGUSR1) instead of ending the process.
+
+    Attributes
+    ----------
+    received
+        Number of the last signal; 0: none.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+            self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+
+
+def launch(run: Any, processes: int) -> None:
+    """Run `celldetr.training.worker` in several processes and wait for them.
+
+    A stop signal reaches all processes, which write the state of the run. If one process fails, the others are ended.
+
+    Parameters
+    ----------
+    run
+        What the worker trains, a `celldetr.training.loop.Run`; it is pickled.
+    processes
+        Their number.
 
     Raises
     ------
     CellDETRError
-        The error of the process that failed first, of its own kind.
+        The error of the process that failed first.
     """
-    with tempfile.TemporaryDirectory(prefix="celldetr-") as folder:
-        job = run.write(Path(folder))
-        processes = [
-            _start(job, rank, run.experiment.training.gpus, port)
-            for port in [_free_port()]
-            for rank in range(run.experiment.training.gpus)
-        ]
-        pumps = [threading.Thread(target=_pump, args=(process,), daemon=True) for process in processes]
-        for pump in pumps:
-            pump.start()
+    with tempfile.TemporaryDirectory(prefix="celldetr-") as folder, _launcher_settings():
+        job = Path(folder) / "run.pickle"
+        job.write_bytes(pickle.dumps(run))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=job.parent.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle=",".join(number.name for number in (*STOP_SIGNALS, signal.SIGINT)),
+        )
         try:
-            with _forwarding(processes):
-                failed = _wait(processes)
-        finally:
-            _end(processes)
-            for pump in pumps:
-                pump.join(timeout=5)
-        if failed is not None:
-            raise _error(Path(folder), failed, processes[failed].returncode)
+            elastic_launch(config, sys.executable)("-m", "celldetr.training.worker", str(job))
+        except ChildFailedError as error:
+            raise _error(*error.get_first_failure()) from error
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise Interrupted(
+                f"stopped by {error.sigval.name}; checkpoints/ holds the state of the run. Start it again to go on"
+            ) from error
 
 
-def _start(job: Path, rank: int, world: int, port: int) -> "subprocess.Popen[str]":
+@contextlib.contextmanager
+def _launcher_settings() -> Iterator[None]:
+    """Let processes import this library, keep the launcher quiet, and give signals back to their handlers."""
     library = str(Path(celldetr.__file__).parents[1])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (library, os.environ.get("PYTHONPATH")))),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "celldetr.training.child", str(job), str(rank)],
-        env=environment,
-        stdin=subprocess.PIPE,  # nothing is written: that it ends tells the process that this one is no more
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _pump(process: "subprocess.Popen[str]") -> None:
-    """Copy what a process says to our own stderr, whatever that is by now."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        sys.stderr.write(line)
-
-
-@contextmanager
-def _forwarding(processes: "list[subprocess.Popen[str]]") -> Iterator[None]:
-    def forward(number: int, frame: object) -> None:
-        for process in processes:
-            process.send_signal(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    environment = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (library, environment.get("PYTHONPATH"))))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the launcher warns; every process sets its own threads
+    launcher, events = logging.getLogger("torch.distributed.elastic"), logging.getLogger("torchelastic-events-null")
+    level, events.disabled = launcher.level, True
+    launcher.setLevel(logging.CRITICAL)  # its failures are raised as one error
+    handled = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        launcher.setLevel(level)
+        events.disabled = False
+        os.environ.clear()
+        os.environ.update(environment)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handled.items():
+                signal.signal(number, handler)
 
 
-def _wait(processes: "list[subprocess.Popen[str]]") -> int | None:
-    """Wait for all; the rank that failed first, or none."""
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code:
-                return rank
-        if all(code == 0 for code in codes):
-            return None
-        time.sleep(0.1)
+def _error(rank: int, failure: ProcessFailure) -> CellDETRError:
+    """Error of a process: its own, where it is meant for users."""
+    if isinstance(failure.message, dict):
+        name, _, text = failure.message["message"].partition(": ")
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, CellDETRError):
+            return kind(text)
+    how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with status {failure.exitcode}"
+    return ProcessFailed(f"process {rank} of the run {how}; its output is above. Start the run again to go on")
 
 
-def _end(processes: "list[subprocess.Popen[str]]") -> None:
-    """End those that still run: they wait for one that is no more."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        # one that was stopped by the same signal is about to end by itself
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
+def join_group(device: str) -> Group:
+    """Join the processes that `launch` started: on GPUs gradients travel by NCCL, everything else by gloo."""
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
+    return Group(distributed.get_rank(), distributed.get_world_size())
 
 
-def _error(folder: Path, rank: int, code: int) -> CellDETRError:
-    report = folder / f"error{rank}.json"
-    if report.is_file():
-        found = json.loads(report.read_text(encoding="utf-8"))
-        return _ERRORS.get(found["kind"], CellDETRError)(found["message"])
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return ProcessFailed(f"process {rank} of the run {how}; what it said stands above. Start the run again to go on")
+def _end_with_launcher(launcher: int) -> None:
+    """End this process when its launcher is gone: a killed job must not train on unseen."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)

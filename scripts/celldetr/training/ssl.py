@@ -1,6 +1,7 @@
 """Self-supervised pretraining: contrastive learning of nuclei and detection, without labels (paper, 3.3)."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from celldetr.training.base import Outputs, Stage
 from celldetr.training.contrastive import (
     Views,
     contrastive_loss,
@@ -22,6 +22,7 @@ from celldetr.training.contrastive import (
     validation_uniforms,
 )
 from celldetr.training.data import Batch, Targets
+from celldetr.training.stage import Outputs, Stage
 
 COLLAPSED = 0.1
 """Spread of the embeddings below which the log warns."""
@@ -30,18 +31,18 @@ log = logging.getLogger(__name__)
 
 
 class SslStage(Stage):
-    """Contrastive pretraining; see `celldetr.training.base.Stage`.
+    """Contrastive pretraining; see `celldetr.training.stage.Stage`.
 
     In validation every nucleus has one anchor whose noise depends on the seed and the patch alone: epochs are compared
     on the same anchors, and losses and retrieval do not depend on how patches share batches (the contrastive loss does
     with ``negatives: batch``).
     """
 
-    measures_start = True
+    validates_start = True
 
-    def start_counting(self) -> None:
+    def start_validation(self) -> None:
         """Forget the last validation."""
-        super().start_counting()
+        super().start_validation()
         self._retrieved = np.zeros(4)
         self._moments = np.zeros((2, self.model.settings.projection))
         self._originals = 0
@@ -52,14 +53,16 @@ class SslStage(Stage):
         features = self.model.encode(images)
         detections, matching = self.detect(features, targets)
         projected = project_views(self.model, features, views)
-        losses, _ = self.detection_losses(detections, targets, matching, self.n_boxes(batch))
-        n_images = max(1, int((batch.counts_global >= 2).sum())) / self.trainer.world_size if batch.training else 1.0
+        n_boxes = n_images = 1.0  # in validation losses are summed
+        if batch.training:
+            n_boxes, n_images = max(1, batch.boxes_global), max(1, int((batch.counts_global >= 2).sum()))
+        losses, _ = self.detection_losses(detections, targets, matching, n_boxes)
         with torch.autocast(images.device.type, enabled=False):
             loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)
             losses["contrastive"] = loss / n_images
         return Outputs(losses, features, detections, projected)
 
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Weighted sum of the losses of detection and the contrastive one."""
         return super().total(losses) + self.settings.contrastive.weight * losses["contrastive"]
 
@@ -84,28 +87,27 @@ class SslStage(Stage):
         unit = functional.normalize(projected[views.original].double(), dim=-1)
         self._moments += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)]).cpu().numpy()
         self._originals += len(unit)
-        self.val_sums["images"] = self.val_sums.get("images", 0.0) + float((batch.targets.counts >= 2).sum())
+        self.sums["images"] = self.sums.get("images", 0.0) + float((batch.targets.counts >= 2).sum())
         image, _, centres = self.kept(outputs.detections)
         unknown = torch.full_like(batch.targets.labels, -1)
         self.count(batch.targets, unknown, image, centres, torch.zeros_like(image))
 
-    def val_summary(self) -> dict[str, Any]:
+    def validation_summary(self) -> dict[str, Any]:
         """Losses (detection per nucleus, contrastive per image), retrieval, spread, and P, R, F of detection.
 
         ``retrieval`` is the share of the anchors whose most similar original of the image is their own, and as
         ``score`` it chooses the checkpoint; ``own`` and ``others`` are their mean similarities to their original and to
         the others. All are none without images of two nuclei. ``spread``: see `celldetr.training.contrastive.spread`.
         """
-        names = ("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
-        sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in names})
+        sums = self.summed("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
         boxes, images = max(1.0, sums["boxes"]), max(1.0, sums["images"])
         weighted = self.settings.contrastive.weight * sums["contrastive"]
-        found, anchors, *similarity = self.summed(self._retrieved).tolist()
+        found, anchors, *similarity = self.group.sum(self._retrieved).tolist()
         retrieval, own, others = (value / anchors if anchors else None for value in (found, *similarity))
-        moments = torch.from_numpy(self.summed(self._moments))
-        originals = float(self.summed(np.array([self._originals]))[0])
+        moments = torch.from_numpy(self.group.sum(self._moments))
+        originals = float(self.group.sum(np.array(self._originals)))
         far = spread(originals, *moments) if originals > 1 else None
-        if far is not None and far < COLLAPSED and self.global_rank == 0:
+        if far is not None and far < COLLAPSED and self.group.rank == 0:
             log.warning(
                 "the embeddings have a spread of %.3f, below %g: they are nearly all the same. If it does not rise, "
                 "lower training.lr, or raise training.contrastive.temperature or training.batch_size",

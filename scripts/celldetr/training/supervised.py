@@ -11,9 +11,9 @@ from torch import Tensor
 from celldetr.model import boxes as box_ops
 from celldetr.model.device import cached_tensor
 from celldetr.model.representation import FULL_IMAGE
-from celldetr.training.base import Outputs, Stage, number
 from celldetr.training.data import Batch, Targets, noise_uniforms
 from celldetr.training.losses import class_loss, class_weights
+from celldetr.training.stage import Outputs, Stage, finite
 
 LOSSES = {
     "baseline": ("loss", "nucleus", "l1", "giou"),
@@ -24,14 +24,14 @@ LOSSES = {
 
 
 class SupervisedStage(Stage):
-    """Training on nuclei with classes; see `celldetr.training.base.Stage`."""
+    """Training on nuclei with classes; see `celldetr.training.stage.Stage`."""
 
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
         """Losses of detection, and of the class head on given boxes or on those of all queries.
 
         In mode ``parallel`` the given boxes are those of `targets`, in training with noise.
         """
-        n_boxes = self.n_boxes(batch)
+        n_boxes = max(1.0, batch.boxes_global) if batch.training else 1.0  # in validation losses are summed
         features = self.model.encode(images)
         detections, matching = self.detect(features, targets)
         embeddings = None
@@ -94,13 +94,13 @@ class SupervisedStage(Stage):
             chosen = self.model.represent(outputs.features, padded, valid)[image, slot]
         return image, centres, self.model.classify(chosen).argmax(dim=-1)
 
-    def val_summary(self) -> dict[str, Any]:
+    def validation_summary(self) -> dict[str, Any]:
         """Losses per nucleus, and P, R, F of detection and F of the classes, over all validation patches.
 
         ``score``, the mean of the detection's F and the mean F of the classes, chooses the checkpoint; it is none
         without true nuclei.
         """
-        sums = self.reduced({name: self.val_sums.get(name, 0.0) for name in (*LOSSES[self.mode], "boxes")})
+        sums = self.summed(*LOSSES[self.mode], "boxes")
         boxes = max(1.0, sums.pop("boxes"))
         detection, by_class = self.counted_scores()
         mean = float(np.nanmean(by_class)) if np.isfinite(by_class).any() else math.nan
@@ -108,7 +108,7 @@ class SupervisedStage(Stage):
         return {
             **{name: value / boxes for name, value in sums.items()},
             "detection": detection,
-            "f1": {name: number(float(value)) for name, value in zip(self.classes, by_class, strict=True)},
-            "class_f1": number(mean),
-            "score": number((found + mean) / 2 if math.isfinite(mean) else found),
+            "f1": {name: finite(float(value)) for name, value in zip(self.classes, by_class, strict=True)},
+            "class_f1": finite(mean),
+            "score": finite((found + mean) / 2 if math.isfinite(mean) else found),
         }

@@ -68,15 +68,22 @@ def test_shipped_configuration_is_complete_and_states_the_defaults():
         assert whole == defaults[block], block
 
 
+def test_matching_costs_are_those_of_the_paper_in_every_stage():
+    config = Config.from_dict(read())
+    for name in ("celldetr_s", "ssl_pretrain", "st_pretrain"):
+        assert config.experiment(name).training.matching.to_dict() == {"nucleus": 2.0, "l1": 5.0, "giou": 2.0}
+    assert config.experiment("ssl_pretrain").training.losses.nucleus == 1.0
+
+
 def test_recipe_of_the_paper():
-    for name, mode, scale in (
-        ("deformable_detr", "baseline", 8),
-        ("celldetr_s", "sequential", 8),
-        ("celldetr_p", "parallel", 16),
+    for name, mode, weight in (
+        ("deformable_detr", "baseline", 1.6),
+        ("celldetr_s", "sequential", 1.6),
+        ("celldetr_p", "parallel", 3.2),
     ):
         experiment = Config.from_dict(read()).experiment(name)
         assert experiment.model.mode == mode
-        assert experiment.training.losses.class_scale == scale
+        assert experiment.training.losses.classes == weight
         assert (experiment.training.lr, experiment.training.backbone_lr) == (8e-5, 8e-6)
         assert (experiment.training.epochs, experiment.training.warmup_steps, experiment.model.queries) == (
             100,

@@ -71,7 +71,7 @@ def test_words_and_layout_do_not_count(copy):
     edit(download, '"the conversion is wrong: please report it"', '"please report this to {archive}"')
     edit(download, 'log.info("%d of %d images', 'log.warning("image %d of %d')
     splits = copy / "celldetr" / "pannuke" / "splits.py"
-    edit(splits, "raise ConfigError(f", "raise ConfigError(split, f")
+    edit(splits, "raise InputError(f", "raise InputError(split, f")
     assert changed(copy, before) == {"split_pannuke"}  # another argument, not another text
     edit(splits, "raise ConfigError(split, f", 'raise ConfigError(f"{protocol}" f')
     assert changed(copy, before) == set()

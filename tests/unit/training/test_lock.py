@@ -15,11 +15,11 @@ import pytest
 from tiny_training import assert_same_result, make_experiment, make_split, make_store
 
 from celldetr.model.weights import read_checkpoint
-from celldetr.training import lock
-from celldetr.training.errors import Occupied
+from celldetr.runtime.errors import Occupied
+from celldetr.training import run_state
 from celldetr.training.loop import train
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[2] / "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def store(tmp_path_factory):
 def start(code):
     """Run Python in a process of its own until it says something."""
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=HERE
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=HELPERS
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -42,8 +42,8 @@ def other(tmp_path):
     process = start(f"""
         import time
         from pathlib import Path
-        from celldetr.training.lock import alone
-        with alone(Path({str(tmp_path / "run")!r})):
+        from celldetr.training.run_state import run_lock
+        with run_lock(Path({str(tmp_path / "run")!r})):
             print("ready", flush=True)
             time.sleep(600)
     """)
@@ -53,7 +53,7 @@ def other(tmp_path):
 
 
 def test_a_second_job_is_refused_and_changes_nothing(store, tmp_path, other, monkeypatch):
-    monkeypatch.setattr(lock, "WAIT_SECONDS", 1.0)
+    monkeypatch.setattr(run_state, "WAIT_SECONDS", 1.0)
     with pytest.raises(Occupied, match=rf"another job trains this model \(process {other.pid} on "):
         train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints", "lock"]
@@ -73,8 +73,8 @@ def test_no_locks_are_no_reason_to_stop(tmp_path, other, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    with lock.alone(tmp_path / "run"):
-        assert "no locks here" in caplog.text
+    with run_state.run_lock(tmp_path / "run"):
+        assert "no file locks here" in caplog.text
 
 
 @pytest.mark.slow

@@ -25,14 +25,11 @@ from celldetr.evaluation.scoring import score_fold
 from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model, read_checkpoint, save_model
-from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.training.base import learning_rate_factor
+from celldetr.runtime.errors import ConfigError, InputError, Interrupted, NonFinite, ProcessFailed
 from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
-from celldetr.training.errors import Interrupted, NonFinite, ProcessFailed
-from celldetr.training.loop import train
-from celldetr.training.supervised import SupervisedStage
+from celldetr.training.loop import Training, learning_rate_factor, make_optimizer, train
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[2] / "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +47,7 @@ def test_a_run_leaves_all_its_results(store, tmp_path, mode):
     assert set(lines[0]["val"]["f1"]) == set(CLASSES)
     provenance = json.loads((path.parent / "provenance.json").read_text())
     assert provenance["patches"] == {"train": 7, "val": 4}
-    assert provenance["chosen"]["epoch"] in (1, 2, 3)
-    left = {str(p.relative_to(path.parent)) for p in path.parent.rglob("*") if p.is_file()}
-    assert not any("lightning_logs" in name for name in left)
-    assert any(name.startswith("tensorboard/events") for name in left)
+    assert list((path.parent / "tensorboard").glob("events*"))
 
 
 def test_a_small_model_learns_two_images_by_heart(store, tmp_path):
@@ -104,15 +98,13 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert np.argmax(factors) == 10
 
 
-def test_backbone_has_its_own_learning_rate(store):
+def test_backbone_has_its_own_learning_rate():
     experiment = make_experiment(backbone_lr=3e-5)
-    data = PatchData([store], make_split(store, 4, 0), "train")
-    stage = SupervisedStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
-    groups = stage.configure_optimizers().param_groups
+    model = CellDETR(experiment.model)
+    groups = make_optimizer(model, experiment.training).param_groups
     assert [group["lr"] for group in groups] == [1e-3, 3e-5]
-    backbone = {id(p) for p in stage.model.backbone.parameters()}
-    assert {id(p) for p in groups[1]["params"]} == backbone
-    assert sum(len(group["params"]) for group in groups) == len(list(stage.parameters()))
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in model.backbone.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_bfloat16_trains(store, tmp_path):
@@ -193,7 +185,7 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(store, tmp_path):
     train(make_experiment(**whole), [store], split, tmp_path / "whole")
     program = f"""
         import sys
-        sys.path.insert(0, {str(HERE)!r})
+        sys.path.insert(0, {str(HELPERS)!r})
         from pathlib import Path
         from tiny_training import make_experiment, make_split
         from celldetr.store import open_store
@@ -223,7 +215,7 @@ def test_a_run_that_failed_while_writing_its_results_only_writes_them(store, tmp
         patch.setattr("celldetr.training.loop.write_provenance", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(experiment, [store], split, tmp_path / "run")
-    monkeypatch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(Training, "take_step", lambda *_: 1 / 0)
     train(experiment, [store], split, tmp_path / "run")
     assert_same_result(tmp_path / "whole", tmp_path / "run")
 
@@ -234,7 +226,7 @@ def test_a_finished_run_is_not_trained_again_unless_something_changed(store, tmp
     first = (tmp_path / "run" / "model.pt").read_bytes()
     (tmp_path / "run" / "model.pt").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(SupervisedStage, "training_step", lambda *_: 1 / 0)
+        patch.setattr(Training, "take_step", lambda *_: 1 / 0)
         train(make_experiment(), [store], split, tmp_path / "run", code="a")
         assert (tmp_path / "run" / "model.pt").read_bytes() == first
         for changed in ({"code": "b"}, {"experiment": make_experiment(seed=9)}, {"split": make_split(store, 7, 4)}):
@@ -254,7 +246,7 @@ def interrupt(store, tmp_path, monkeypatch, experiment=None):
 def test_a_damaged_checkpoint_is_refused_by_name(store, tmp_path, monkeypatch):
     state = interrupt(store, tmp_path, monkeypatch)
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"last\.ckpt[\s\S]*Delete .*last\.ckpt to start the run afresh"):
+    with pytest.raises(InputError, match=r"last\.ckpt[\s\S]*Delete .*last\.ckpt to train from the start"):
         train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
 
 
@@ -266,43 +258,6 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(store, tmp_path, monk
     with pytest.raises(InputError, match=r"other patches"):
         train(make_experiment(), [store], make_split(store, 7, 5), tmp_path / "run")
     train(make_experiment(cache="none", workers=0), [store], split, tmp_path / "run")  # changes no result
-
-
-def odd_moments(state):
-    next(iter(state["optimizer"]["state"].values()))["exp_avg"] = torch.zeros(2)
-
-
-def odd_line(state):
-    del state["history"][0]["val"]["loss"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (odd_moments, "optimizer: does not fit the model"),
-        (odd_line, r"history\.0\.val\.loss: Field required"),
-        (lambda state: state.pop("step"), "step: Field required"),
-        (lambda state: state.update(step=99), "step: got 99, expected at most 6"),
-        (lambda state: state["model"].update(level_embed=torch.zeros(1)), r"level_embed: got \(1,\)"),
-    ],
-)
-def test_a_checkpoint_that_is_not_whole_is_refused_by_name(store, tmp_path, monkeypatch, change, message):
-    path = interrupt(store, tmp_path, monkeypatch)
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
-    with pytest.raises(InputError, match=rf"last\.ckpt[\s\S]*{message}"):
-        train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
-
-
-def test_a_best_epoch_that_is_not_whole_is_refused_by_name(store, tmp_path):
-    train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    content = torch.load(path, weights_only=True)
-    for damaged in ({**content, "extra": {}}, {key: content[key] for key in content if key != "state"}):
-        torch.save(damaged, path)
-        with pytest.raises(InputError, match=r"best\.ckpt"):
-            train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
 
 
 def test_a_killed_loader_process_is_said_at_once_and_the_run_goes_on(store, tmp_path, monkeypatch):
@@ -318,7 +273,9 @@ def test_a_killed_loader_process_is_said_at_once_and_the_run_goes_on(store, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(TrainingBatches, "__getitem__", killed)
         start = time.monotonic()
-        with pytest.raises(ProcessFailed, match=r"a process that loads patches was ended .*DataLoader worker.* memory"):
+        with pytest.raises(
+            ProcessFailed, match=r"a process that loads patches was killed .*DataLoader worker.* memory"
+        ):
             train(experiment, [store], split, tmp_path / "run")
         assert time.monotonic() - start < 60
     assert not (tmp_path / "run" / "model.pt").exists()

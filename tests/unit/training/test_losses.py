@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from celldetr.config.experiment import LossSettings
+from celldetr.config.experiment import LossSettings, MatchingSettings
 from celldetr.training.data import Targets
 from celldetr.training.losses import class_loss, detection_losses, focal, weighted
-from celldetr.training.matching import Matches, match
+from celldetr.training.matching import Matches, Matching
 
 WEIGHTS = LossSettings()
+
+
+def match(logits, boxes, targets):
+    return Matching(logits, boxes, targets, MatchingSettings()).result()
 
 
 def case(counts=(2, 0, 3), layers=2, queries=5, classes=1, seed=0):
@@ -53,7 +57,7 @@ def test_perfect_boxes_cost_nothing():
     logits, _, targets = case()
     boxes = torch.full((2, 3, 5, 4), 0.5)
     boxes[:, :, :3] = targets.boxes
-    found = match(logits.detach(), boxes, targets, WEIGHTS)
+    found = match(logits.detach(), boxes, targets)
     losses = detection_losses(logits, boxes, targets, found, 5.0)
     assert float(losses["l1"].abs().sum()) == pytest.approx(0, abs=1e-6)
     assert float(losses["giou"].abs().sum()) == pytest.approx(0, abs=1e-5)
@@ -61,21 +65,21 @@ def test_perfect_boxes_cost_nothing():
 
 def test_losses_of_a_batch_are_sums_over_its_images():
     logits, boxes, targets = case(classes=3)
-    found = match(logits.detach(), boxes.detach(), targets, WEIGHTS)
+    found = match(logits.detach(), boxes.detach(), targets)
     together = detection_losses(logits, boxes, targets, found, 5.0)
     for name, value in together.items():
         parts = 0
         for image in range(3):
             one = Targets(*(x[image : image + 1] for x in (targets.boxes, targets.labels, targets.counts)))
             cut = logits[:, image : image + 1], boxes[:, image : image + 1], one
-            alone = match(cut[0].detach(), cut[1].detach(), one, WEIGHTS)
+            alone = match(cut[0].detach(), cut[1].detach(), one)
             parts = parts + detection_losses(*cut, alone, 5.0)[name]
         assert torch.allclose(value, parts, atol=1e-6), name
 
 
 def test_queries_without_a_nucleus_are_pushed_down_and_matched_ones_up():
     logits, boxes, targets = case(layers=1)
-    found = match(logits.detach(), boxes.detach(), targets, WEIGHTS)
+    found = match(logits.detach(), boxes.detach(), targets)
     weighted(detection_losses(logits, boxes, targets, found, 5.0), WEIGHTS).backward()
     up = torch.zeros_like(logits, dtype=torch.bool)
     up[found.layer, found.image, found.query] = True
@@ -88,7 +92,7 @@ def test_queries_without_a_nucleus_are_pushed_down_and_matched_ones_up():
 def test_unlabelled_nuclei_count_for_detection_and_not_for_classes():
     logits, boxes, targets = case(counts=(2,), layers=1, classes=3)
     unlabelled = Targets(targets.boxes, torch.full_like(targets.labels, -1), targets.counts)
-    found = match(logits.detach(), boxes.detach(), unlabelled, WEIGHTS)
+    found = match(logits.detach(), boxes.detach(), unlabelled)
     losses = detection_losses(logits, boxes, unlabelled, found, 2.0)
     assert losses["l1"].item() > 0
     losses["nucleus"].sum().backward()
@@ -116,7 +120,7 @@ def test_class_loss_without_labels_is_zero_with_a_zero_gradient(shape):
 
 def test_images_without_nuclei_have_a_finite_loss_and_gradient():
     logits, boxes, targets = case(counts=(0, 0))
-    losses = detection_losses(logits, boxes, targets, match(logits, boxes, targets, WEIGHTS), 1.0)
+    losses = detection_losses(logits, boxes, targets, match(logits, boxes, targets), 1.0)
     weighted(losses, WEIGHTS).backward()
     assert logits.grad.isfinite().all()
     assert boxes.grad is not None
@@ -125,7 +129,7 @@ def test_images_without_nuclei_have_a_finite_loss_and_gradient():
 
 def test_weights_are_those_of_the_settings():
     losses = {name: torch.tensor([1.0, 1.0]) for name in ("nucleus", "l1", "giou")} | {"classes": torch.tensor(1.0)}
-    assert float(weighted(losses, WEIGHTS)) == pytest.approx(2 * (2 + 5 + 2) + 0.2 * 8)
+    assert float(weighted(losses, WEIGHTS)) == pytest.approx(2 * (2 + 5 + 2) + 1.6)
 
 
 def test_half_precision_logits_give_losses_in_full_precision():

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from celldetr.config.experiment import LossSettings
+from celldetr.config.experiment import MatchingSettings
+from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import Targets
-from celldetr.training.errors import NonFinite
-from celldetr.training.matching import assign, costs, match
+from celldetr.training.matching import Matching, assign, costs
 
-WEIGHTS = LossSettings()
+SETTINGS = MatchingSettings()
+
+
+def match(*given):
+    return Matching(*given).result()
 
 
 def random_boxes(*shape, generator):
@@ -48,7 +52,7 @@ def plain_cost(logits, box, true, label):
 @pytest.mark.parametrize("classes", [1, 3])
 def test_costs_are_those_of_the_paper(classes):
     logits, boxes, targets = random_case([3, 2], classes=classes)
-    table = costs(logits, boxes, targets, WEIGHTS)
+    table = costs(logits, boxes, targets, SETTINGS)
     for layer, image in itertools.product(range(2), range(2)):
         for box, query in itertools.product(range(targets.counts[image]), range(7)):
             label = int(targets.labels[image, box]) if classes > 1 else 0
@@ -58,8 +62,8 @@ def test_costs_are_those_of_the_paper(classes):
 
 def test_every_image_gets_its_cheapest_assignment():
     logits, boxes, targets = random_case([3, 0, 2], queries=4)
-    found = match(logits, boxes, targets, WEIGHTS)
-    table = costs(logits, boxes, targets, WEIGHTS).numpy()
+    found = match(logits, boxes, targets, SETTINGS)
+    table = costs(logits, boxes, targets, SETTINGS).numpy()
     for layer, image in itertools.product(range(2), range(3)):
         count = int(targets.counts[image])
         mine = (found.layer == layer) & (found.image == image)
@@ -75,13 +79,13 @@ def test_every_image_gets_its_cheapest_assignment():
 
 def test_an_image_is_matched_alone_as_in_a_batch():
     logits, boxes, targets = random_case([5, 1, 0, 3])
-    together = match(logits, boxes, targets, WEIGHTS)
+    together = match(logits, boxes, targets, SETTINGS)
     for image in range(4):
         alone = match(
             logits[:, image : image + 1],
             boxes[:, image : image + 1],
             Targets(*(values[image : image + 1] for values in (targets.boxes, targets.labels, targets.counts))),
-            WEIGHTS,
+            SETTINGS,
         )
         mine = together.image == image
         for name in ("layer", "query", "box"):
@@ -90,14 +94,14 @@ def test_an_image_is_matched_alone_as_in_a_batch():
 
 def test_more_nuclei_than_queries_uses_every_query_once():
     logits, boxes, targets = random_case([6], queries=3, layers=1)
-    found = match(logits, boxes, targets, WEIGHTS)
+    found = match(logits, boxes, targets, SETTINGS)
     assert sorted(found.query.tolist()) == [0, 1, 2]
     assert len(set(found.box.tolist())) == 3
 
 
 def test_no_nuclei_at_all():
     logits, boxes, targets = random_case([0, 0])
-    assert all(len(column) == 0 for column in match(logits, boxes, targets, WEIGHTS))
+    assert all(len(column) == 0 for column in match(logits, boxes, targets, SETTINGS))
 
 
 def test_a_nucleus_without_a_label_takes_its_cheapest_class():
@@ -105,19 +109,19 @@ def test_a_nucleus_without_a_label_takes_its_cheapest_class():
     by_class = []
     for label in range(3):
         labelled = Targets(targets.boxes, torch.full_like(targets.labels, label), targets.counts)
-        by_class.append(costs(logits, boxes, labelled, WEIGHTS))
+        by_class.append(costs(logits, boxes, labelled, SETTINGS))
     unlabelled = Targets(targets.boxes, torch.full_like(targets.labels, -1), targets.counts)
-    got = costs(logits, boxes, unlabelled, WEIGHTS)
+    got = costs(logits, boxes, unlabelled, SETTINGS)
     assert torch.allclose(got, torch.stack(by_class).amin(dim=0))
 
 
 def test_a_cost_that_is_no_number_is_an_error_but_not_in_padding():
     logits, boxes, targets = random_case([2, 0])
     logits[0, 1] = float("nan")
-    match(logits, boxes, targets, WEIGHTS)
+    match(logits, boxes, targets, SETTINGS)
     logits[0, 0, 3] = float("nan")
     with pytest.raises(NonFinite):
-        match(logits, boxes, targets, WEIGHTS)
+        match(logits, boxes, targets, SETTINGS)
 
 
 def test_assign_takes_the_rows_of_the_image_only():

@@ -8,7 +8,7 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import read_checkpoint, save_model
 from celldetr.runtime.errors import ConfigError
 from celldetr.training.data import PatchData, TrainingBatches
-from celldetr.training.loop import train
+from celldetr.training.loop import make_optimizer, train
 from celldetr.training.supervised import SupervisedStage
 
 PARTS = {"head": {"class_head"}, "representation": {"class_head", "representation"}}
@@ -23,7 +23,6 @@ def make_stage(store, mode, probe):
     experiment = make_experiment(mode, probe=probe)
     data = PatchData([store], make_split(store, 8, 0), "train")
     stage = SupervisedStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
-    stage._trainer = type("Trainer", (), {"world_size": 1})()
     return stage, TrainingBatches(data, 4, seed=1)[0]
 
 
@@ -44,7 +43,7 @@ def test_exactly_the_probed_parameters_change(store, tmp_path, mode, probe):
 @pytest.mark.parametrize("probe", ["head", "representation"])
 def test_the_optimiser_holds_what_trains_alone(store, probe):
     stage, _ = make_stage(store, "parallel", probe)
-    held = {id(p) for group in stage.configure_optimizers().param_groups for p in group["params"]}
+    held = {id(p) for group in make_optimizer(stage.model, stage.settings).param_groups for p in group["params"]}
     expected = {id(p) for name, p in stage.model.named_parameters() if name.split(".")[0] in PARTS[probe]}
     assert held == expected
 
@@ -67,7 +66,7 @@ def test_frozen_parts_are_evaluated_and_the_rest_trains(store, probe):
         training = {name for name, part in stage.model.named_children() if any(m.training for m in part.modules())}
         whole = {name for name, _ in stage.model.named_children()}
         assert training == PARTS.get(probe, whole)
-        stage.eval()
+        stage.model.eval()
         assert not any(module.training for module in stage.model.modules())
 
 

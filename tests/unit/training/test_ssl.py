@@ -1,8 +1,5 @@
 """Runs of contrastive pretraining: they learn, log, stop and go on, share a batch, and hand on their weights."""
 
-import os
-import signal
-
 import numpy as np
 import pytest
 import torch
@@ -14,12 +11,13 @@ from tiny_training import (
     make_ssl_experiment,
     make_store,
     read_log,
+    stopping,
 )
 
 from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model, read_checkpoint
-from celldetr.runtime.errors import ConfigError
+from celldetr.runtime.errors import ConfigError, Interrupted
 from celldetr.training import ssl
 from celldetr.training.contrastive import (
     contrastive_loss,
@@ -29,7 +27,6 @@ from celldetr.training.contrastive import (
     validation_uniforms,
 )
 from celldetr.training.data import PatchData, TrainingBatches
-from celldetr.training.errors import Interrupted
 from celldetr.training.loop import train
 
 
@@ -99,7 +96,6 @@ def make_stage(store):
     experiment = make_ssl_experiment()
     data = PatchData([store], make_split(store, 8, 0), "train")
     stage = ssl.SslStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
-    stage._trainer = type("Trainer", (), {"world_size": 1})()
     return stage, data
 
 
@@ -207,15 +203,8 @@ def test_the_weight_of_the_contrastive_loss_counts(store, tmp_path):
 def test_a_stopped_run_goes_on_exactly(store, tmp_path, monkeypatch, at):
     experiment, split = make_ssl_experiment(epochs=2), make_split(store, 9, 4)
     train(experiment, [store], split, tmp_path / "whole")
-    step = ssl.SslStage.training_step
-
-    def stop(self, batch, batch_idx):
-        if self.step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ssl.SslStage, "training_step", stop)
+        stopping(patch, at)
         with pytest.raises(Interrupted):
             train(experiment, [store], split, tmp_path / "run")
     train(experiment, [store], split, tmp_path / "run")
@@ -248,7 +237,7 @@ def test_going_on_to_classes_drops_the_projection_and_starts_a_class_head(store,
     assert {name.split(".")[0] for name in before.keys() - after.keys()} == {"projection"}
     assert after.keys() - before.keys() == {"class_head.weight", "class_head.bias"}
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before.keys() & after.keys())
-    assert "2 tensors start afresh" in caplog.text
+    assert "2 tensors start from random weights" in caplog.text
     assert "4 tensors of" in caplog.text
     assert "projection.0.weight" in caplog.text
 

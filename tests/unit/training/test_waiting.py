@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_on_pretended_device import BATCH, Trainer, make_stage
+from step_on_pretended_device import BATCH, make_stage, one_step
 from tiny_training import make_store
 
-from celldetr.training.base import Report
+from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import TrainingBatches
-from celldetr.training.errors import NonFinite
+from celldetr.training.loop import make_optimizer
+from celldetr.training.run_log import RunLog
+from celldetr.training.stage import Losses
 
 STEP = Path(__file__).parents[2] / "helpers" / "step_on_pretended_device.py"
 
@@ -44,27 +46,26 @@ def test_a_step_reads_costs_and_losses_and_nothing_else(store, mode):
 @pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel", "ssl"])
 def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
     """PyTorch itself tells of any other wait; what an event is awaited for is not told."""
-    stage = make_stage(store, mode).to("cuda")
-    stage.trainer = trainer = Trainer(stage.configure_optimizers())
+    stage = make_stage(store, mode)
+    stage.model.to("cuda")
+    optimizer = make_optimizer(stage.model, stage.settings)
     batches = TrainingBatches(stage.train_data, BATCH, 1)
     for step in range(3):
         batch = batches[step].to("cuda")
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills the caches
         try:
-            stage.training_step(batch, step).backward()
-            stage.configure_gradient_clipping(trainer.optimizers[0])
-            trainer.optimizers[0].step()
+            one_step(stage, optimizer, batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        trainer.optimizers[0].zero_grad()
-        stage.step += 1
 
 
-def test_losses_that_arrive_late_name_their_own_patches(store):
+def test_losses_that_arrive_late_name_their_own_patches(store, tmp_path):
     stage = make_stage(store, "parallel")
     batches = TrainingBatches(stage.train_data, BATCH, 1)
-    stage._report = Report(batches[0], {"l1": torch.tensor(1.0)}, torch.tensor(float("nan")))
-    with pytest.raises(NonFinite, match=r"step 1: losses loss are not finite") as caught, stage._naming(batches[1]):
-        raise NonFinite("costs of the matching")
+    nan = torch.tensor(float("nan"))
+    with RunLog(tmp_path, stage, batches.steps_per_epoch, 0, [], {}) as run_log:
+        run_log._pending = batches[0], Losses({"l1": nan}, nan)
+        with pytest.raises(NonFinite, match=r"step 1: losses loss, l1 are not finite") as caught:
+            run_log.add_step(batches[1], {"l1": nan}, nan, 1.0)
     named = set(re.findall(r"fold1:\d+", str(caught.value)))
     assert named == {stage.train_data.name(int(patch)) for patch in batches.order(0)[:BATCH]}

@@ -1,0 +1,178 @@
+"""The state of a run on disk: from it the run continues at its very next step. One job at a time may train a run."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from celldetr.config.experiment import Experiment
+from celldetr.model.weights import read_checkpoint, write_checkpoint
+from celldetr.runtime.errors import InputError, Occupied
+
+FORMAT = 4
+FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
+"""Settings of training that may change while a run is interrupted: they do not change its result."""
+WAIT_SECONDS = 120.0
+"""How long a job waits for another one to end: Slurm gives a cancelled job 30 s, and its successor may start before."""
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+log = logging.getLogger(__name__)
+
+
+def write_state(path: Path, identity: Mapping[str, Any], **state: Any) -> None:
+    """Write the state of a run; the file before it stays until this one is complete.
+
+    Parameters
+    ----------
+    path
+        File to write.
+    identity
+        What the run is (`identity_of`).
+    state
+        ``step``, ``total_steps``, ``model`` and ``optimizer`` (state dicts), ``sums`` (losses of the unfinished
+        epoch), ``history`` (lines of the log), ``best`` (epoch and score of the best epoch, or None).
+    """
+    write_checkpoint(path, {"training_format": FORMAT, "identity": dict(identity), **state})
+
+
+def identity_of(experiment: Experiment, data: str, code: str) -> dict[str, Any]:
+    """Identify a run: its settings, the fingerprint of its patches, and the hash of its code."""
+    settings = experiment.to_dict()
+    for name in FREE_SETTINGS:
+        settings["training"].pop(name, None)
+    return {"settings": settings, "data": data, "code": code}
+
+
+def read_state(path: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Read the state that a run left.
+
+    The state of a finished run gives its results again without training, as they may have been lost with the job that
+    asked for them; if the identity differs, it is out of date. An unfinished run continues, also with changed code,
+    but not with other settings or data.
+
+    Returns
+    -------
+    Mapping or None
+        None if the run starts from its initial weights.
+
+    Raises
+    ------
+    InputError
+        The file is damaged, or belongs to an unfinished run with other settings or data.
+    """
+    if not path.exists():
+        return None
+    remedy = f"Delete {path} to train from the start"
+    try:
+        state = read_checkpoint(path)
+    except InputError as error:
+        raise InputError(f"{error}\n{remedy}") from error
+    if state.get("training_format") != FORMAT:
+        raise InputError(f"{path}: got no state of a run of format {FORMAT}. {remedy}")
+    was = state["identity"]
+    changed = _differences(was["settings"], identity["settings"])
+    if state["step"] >= state["total_steps"] and was != identity:
+        log.info("%s is of a finished run with other settings, data or code: training from the start", path)
+        return None
+    if changed:
+        shown = "\n  ".join(changed[:8])
+        raise InputError(
+            f"{path}: was written with other settings:\n  {shown}\n{remedy}, or restore the settings to finish it"
+        )
+    if was["data"] != identity["data"]:
+        raise InputError(
+            f"{path}: was written with other patches, nuclei or another split. {remedy}, or restore the data"
+        )
+    log.info("continuing from %s at step %d", path, state["step"])
+    return state
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], path: Path) -> None:
+    """Load the optimiser's state of a run.
+
+    Raises
+    ------
+    InputError
+        It is not the state of this optimiser.
+    """
+    try:
+        optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: optimizer: does not fit the model ({error}). Delete {path} to train from the start"
+        ) from error
+
+
+def _differences(was: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        names = [*was, *(name for name in now if name not in was)]
+        return [
+            line
+            for name in names
+            for line in _differences(was.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        ]
+    return [] if was == now else [f"{key}: was {was!r}, now {now!r}"]
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run; it is released when the process exits, however it exits.
+
+    Two jobs that write the same checkpoints would damage them: one that outlived its Snakemake may still be running.
+    On a file system without locks nothing is checked.
+
+    Raises
+    ------
+    Occupied
+        Another job holds the lock and did not end within `WAIT_SECONDS`.
+    """
+    path = run_dir / "checkpoints" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _wait_for_lock(file, run_dir)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without its holder's name
+            os.ftruncate(file, 0)
+            os.pwrite(file, _this_job().encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def _wait_for_lock(file: int, run_dir: Path) -> None:
+    deadline, announced = time.monotonic() + WAIT_SECONDS, False
+    while not _try_lock(file):
+        holder = os.pread(file, 1000, 0).decode(errors="replace")
+        if time.monotonic() > deadline:
+            raise Occupied(
+                f"{run_dir}: another job trains this model ({holder}), most likely started by a Snakemake that was "
+                "killed. Wait until it has ended, or end it (kill, scancel), then start again to continue its run"
+            )
+        if not announced:
+            log.info("waiting for another job that trains this model (%s) to end", holder)
+            announced = True
+        time.sleep(0.5)
+
+
+def _try_lock(file: int) -> bool:
+    """Take the lock if it is free. It belongs to this process alone; loader processes do not share it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        log.warning("no file locks here (%s): make sure that no other job trains this model", error)
+    return True
+
+
+def _this_job() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
