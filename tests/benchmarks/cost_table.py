@@ -41,7 +41,7 @@ def patches(config: Config, name: str, xenium: int) -> tuple[float, float]:
     if stage == "st":
         assert config.xenium is not None
         return config.xenium.split.train * xenium, config.xenium.split.val * xenium
-    sizes = {f"fold{fold}": OFFICIAL[getattr(config.pannuke, f"fold{fold}").sha256][0] for fold in FOLDS}
+    sizes = {f"fold{fold}": OFFICIAL[getattr(config.pannuke, f"fold{fold}").sha256[:32]][0] for fold in FOLDS}
     told = {"protocol": config.pannuke.protocol, "train_share": config.pannuke.train_share, "seed": config.seed}
     parts = [pannuke_split(sizes, split, **told)["part"] for split in config.pannuke.splits]
     return float(sum((part == "train").sum() for part in parts)), float(sum((part == "val").sum() for part in parts))

@@ -1,10 +1,9 @@
-"""Arrays inside zip archives, read item by item without unpacking: memory holds one item."""
+"""Arrays in zip archives, read item by item without unpacking: memory holds one item at a time."""
 
 import io
 import math
 import os
 import sys
-import tokenize
 import zipfile
 from types import TracebackType
 from typing import IO, Any, Self
@@ -13,10 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import BROKEN_ZIP
-
-_NO_HEADER = (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, TypeError)
-_BROKEN = (*BROKEN_ZIP, OSError, ValueError)
 
 
 def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
@@ -25,7 +20,7 @@ def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     Raises
     ------
     InputError
-        No zip archive, or one that ends early.
+        Not a zip archive, or an incomplete one.
     """
     try:
         return zipfile.ZipFile(path)
@@ -34,9 +29,9 @@ def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
 
 
 class NpyMember:
-    """An .npy file in a zip, read along its first axis in order.
+    """An .npy file in a zip archive, read along its first axis in order.
 
-    Each member has a file handle of its own, so that several can be read by several threads.
+    Each member has its own file handle, so that several threads can read several members.
 
     Parameters
     ----------
@@ -48,7 +43,7 @@ class NpyMember:
     Raises
     ------
     InputError
-        Not an array, one of Python objects, or one in Fortran order; names archive and member.
+        Not an array, or one of Python objects or in Fortran order; names the archive and the member.
     """
 
     def __init__(self, path: str | os.PathLike[str], name: str) -> None:
@@ -57,19 +52,14 @@ class NpyMember:
         try:
             self._stream: IO[bytes] = self._archive.open(name)
             self.shape, fortran, self.dtype = _header(self._stream)
-        except (*_BROKEN, *_NO_HEADER, KeyError, RuntimeError) as error:
-            self._archive.close()
+        except Exception as error:  # zipfile, zlib and NumPy raise errors of many kinds for damaged bytes
             raise InputError(f"{self.label}: cannot be read as an array ({error}); get the archive again") from error
         if not self.dtype.itemsize or not all(0 <= length <= sys.maxsize for length in self.shape):
-            self._archive.close()
-            raise InputError(
-                f"{self.label}: got {self.dtype} of shape {self.shape}, which no array has; get the archive again"
-            )
+            raise InputError(f"{self.label}: got {self.dtype} of shape {self.shape}; get the archive again")
         if self.dtype.hasobject:
             raise InputError(f"{self.label}: got Python objects (a pickle), expected numbers or text; it is not read")
         if fortran and len(self.shape) > 1:
             raise InputError(f"{self.label}: got Fortran order, expected C order; save it with numpy.ascontiguousarray")
-        self._item_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def __enter__(self) -> Self:
         return self
@@ -91,36 +81,35 @@ class NpyMember:
         InputError
             The data is damaged or ends early.
         """
-        wanted = count * self._item_bytes
-        try:
-            data = self._stream.read(wanted)
-        except (*_BROKEN, OverflowError, MemoryError) as error:
-            raise InputError(f"{self.label}: the data is damaged ({error}); get the archive again") from error
+        wanted = count * math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = self._read(wanted)
         if len(data) < wanted:
             raise InputError(f"{self.label}: the data ends early; get the archive again")
         return np.frombuffer(data, dtype=self.dtype).reshape(count, *self.shape[1:])
 
     def finish(self) -> None:
-        """Check that nothing follows the last item; reading to the end also checks the member's checksum.
+        """Check that the last item was read and nothing follows; at the end the checksum of the member is checked too.
 
         Raises
         ------
         InputError
             More data, or a wrong checksum.
         """
-        try:
-            rest = self._stream.read(1)
-        except _BROKEN as error:
-            raise InputError(f"{self.label}: the data is damaged ({error}); get the archive again") from error
-        if rest:
+        if self._read(1):
             raise InputError(f"{self.label}: more data than its header says; get the archive again")
+
+    def _read(self, count: int) -> bytes:
+        try:
+            return self._stream.read(count)
+        except Exception as error:  # see above
+            raise InputError(f"{self.label}: the data is damaged ({error}); get the archive again") from error
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version in read:
-        return read[version](stream)
-    length = int.from_bytes(stream.read(4), "little")  # version 3.0 is 2.0 in UTF-8
-    text = stream.read(length).decode("utf-8").encode("latin1")
-    return np.lib.format.read_array_header_2_0(io.BytesIO(len(text).to_bytes(4, "little") + text))
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    if version == (3, 0):  # as 2.0, but in UTF-8
+        text = stream.read(int.from_bytes(stream.read(4), "little")).decode("utf-8").encode("latin1")
+        stream = io.BytesIO(len(text).to_bytes(4, "little") + text)
+    return np.lib.format.read_array_header_2_0(stream)

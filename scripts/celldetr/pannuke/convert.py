@@ -1,7 +1,7 @@
-"""PanNuke folds: from the archive as it is published to a patch store, image by image.
+"""PanNuke folds: from the published archive to a patch store, image by image.
 
 A nucleus is an (image, channel, id): its pieces belong together, however far apart. Its box is half-open and its
-centroid the mean of its pixel centres. Overlaps between channels stay, one-pixel nuclei stay, empty images stay.
+centroid the mean of its pixel centres. Overlaps between channels, one-pixel nuclei and empty images are kept.
 """
 
 import logging
@@ -26,28 +26,13 @@ from celldetr.store import StoreWriter
 log = logging.getLogger(__name__)
 
 CHANNELS = len(PANNUKE_CLASSES) + 1  # the last one is the background
-# What the conversion of the official archives must end with: images, nuclei per class, images without nuclei, most
-# nuclei in one image (published total: 189,744 nuclei).
 OFFICIAL: Mapping[str, tuple[int, tuple[int, ...], int, int]] = {
-    "6e19ad380300e8ce9480f9ab6a14cc91fa4b6a511609b40e3d70bdf9c881ed0b": (
-        2656,
-        (26201, 10820, 16388, 967, 8842),
-        116,
-        276,
-    ),
-    "5bc540cc509f64b5f5a274d6e5a245527dbd3e6d3155d43555115c5d54709b07": (
-        2523,
-        (22731, 10631, 16756, 884, 8870),
-        113,
-        289,
-    ),
-    "c14d372981c42f611ebc80afad01702b89cad8c1b3089daa31931cf5a4b1a39d": (
-        2722,
-        (28471, 10825, 17441, 1057, 8860),
-        114,
-        214,
-    ),
+    "6e19ad380300e8ce9480f9ab6a14cc91": (2656, (26201, 10820, 16388, 967, 8842), 116, 276),
+    "5bc540cc509f64b5f5a274d6e5a24552": (2523, (22731, 10631, 16756, 884, 8870), 113, 289),
+    "c14d372981c42f611ebc80afad01702b": (2722, (28471, 10825, 17441, 1057, 8860), 114, 214),
 }
+"""First 32 digits of the SHA-256 of each official archive -> what its conversion must give: images, nuclei per class,
+images without nuclei, most nuclei in one image. Published total: 189,744 nuclei."""
 ODDITIES = {
     "empty images": "images without a nucleus (kept)",
     "one-pixel nuclei": "nuclei of a single pixel (kept)",
@@ -56,13 +41,13 @@ ODDITIES = {
     "void pixels": "pixels that are neither nucleus nor background (kept)",
     "background over nuclei": "pixels that are nucleus and background (nucleus kept)",
 }
-_EXAMPLES = 3  # images remembered per oddity
-_AHEAD = 8  # images that a reading thread may be ahead of the writer
+_EXAMPLES = 3  # images listed per oddity
+_AHEAD = 8  # images that the reading threads may be ahead of the writer
 
 
 @dataclass(frozen=True)
-class Nuclei:
-    """Nuclei of one image: boxes (n, 4) xyxy px, labels (n,), centroids (n, 2) px, and what is odd about them."""
+class MaskNuclei:
+    """Nuclei of one image: boxes (n, 4) xyxy px, labels (n,), centroids (n, 2) px; `odd`: oddity -> its count."""
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int8]
@@ -72,20 +57,20 @@ class Nuclei:
 
 @dataclass
 class FoldSummary:
-    """What a conversion found.
+    """Counts of a converted fold.
 
     Attributes
     ----------
     images
         Number of images.
     nuclei
-        Class -> nuclei.
+        Class -> number of nuclei.
     tissues
-        Tissue -> images.
+        Tissue -> number of images.
     most
         Most nuclei in one image.
     odd
-        Oddity (`ODDITIES`) -> pixels, nuclei or images.
+        Oddity (`ODDITIES`) -> number of pixels, nuclei or images.
     odd_images
         Oddity -> number of images that have it.
     examples
@@ -100,8 +85,8 @@ class FoldSummary:
     odd_images: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))
     examples: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in ODDITIES})
 
-    def add(self, nuclei: Nuclei, tissue: str) -> None:
-        """Count one image."""
+    def add(self, nuclei: MaskNuclei, tissue: str) -> None:
+        """Count the next image."""
         for label, count in zip(*np.unique(nuclei.labels, return_counts=True), strict=True):
             self.nuclei[PANNUKE_CLASSES[label]] += int(count)
         self.tissues[tissue] = self.tissues.get(tissue, 0) + 1
@@ -119,7 +104,7 @@ class FoldSummary:
         return {
             "odd": self.odd,
             "odd_images": self.odd_images,
-            "dropped": {},  # nothing ever is
+            "dropped": {},  # nothing is
             "tissues": dict(sorted(self.tissues.items())),
             "most_nuclei_in_one_patch": self.most,
         }
@@ -134,13 +119,13 @@ def convert_fold(
     mpp: float = 0.25,
     sha256: str | None = None,
 ) -> FoldSummary:
-    """Convert the archive of a fold to a patch store, never holding more than a few images.
+    """Convert the archive of a fold to a patch store; memory holds a few images and one shard of the store.
 
     Parameters
     ----------
     archive
-        Zip in the published layout: ``Fold N/images/foldN/{images,types}.npy``, ``Fold N/masks/foldN/masks.npy``. Other
-        files that are no arrays (licence, read-me) are ignored.
+        Zip in the published layout: ``Fold N/images/foldN/{images,types}.npy``, ``Fold N/masks/foldN/masks.npy``. Files
+        that are no arrays (licence, read-me) are ignored.
     out
         Store to write.
     fold
@@ -148,19 +133,14 @@ def convert_fold(
     patch_size
         Side of the images in px.
     mpp
-        Size of a pixel in um.
+        Pixel size in um.
     sha256
-        Checksum of the archive. With that of an official archive, the result must have the official counts.
-
-    Returns
-    -------
-    FoldSummary
-        Counts and examples of what is odd.
+        Checksum of the archive. If it is that of an official archive, the result must have the official counts.
 
     Raises
     ------
     InputError
-        The archive is not as it must be, or the counts are wrong; names the member.
+        The archive has another layout or invalid values, or the counts are wrong; names the member.
     """
     names = _members(archive, fold)
     summary = FoldSummary()
@@ -182,7 +162,7 @@ def convert_fold(
                 centroids=[nuclei.centroids],
                 patches={
                     "source": [f"fold{fold}"],
-                    "group": [f"fold{fold}"],  # PanNuke does not tell which slide an image is from
+                    "group": [f"fold{fold}"],  # PanNuke does not say which slide an image is from
                     "tissue": [tissues[index]],
                     "x": [index],
                     "y": [0],
@@ -198,16 +178,16 @@ def convert_fold(
 
 
 def check_official(summary: FoldSummary, sha256: str | None) -> None:
-    """Compare a summary with what the official archive of this checksum holds; other archives pass.
+    """Compare a summary with the counts of the official archive of this checksum; other archives pass.
 
     Raises
     ------
     InputError
         A count differs.
     """
-    if sha256 is None or sha256 not in OFFICIAL:
+    if sha256 is None or sha256[:32] not in OFFICIAL:
         return
-    images, classes, empty, most = OFFICIAL[sha256]
+    images, classes, empty, most = OFFICIAL[sha256[:32]]
     expected = {"images": images, **dict(zip(PANNUKE_CLASSES, classes, strict=True)), "empty": empty, "most": most}
     got = {"images": summary.images, **summary.nuclei, "empty": summary.odd["empty images"], "most": summary.most}
     if got != expected:
@@ -257,26 +237,24 @@ def _check_shapes(images: NpyMember, masks: NpyMember, tissues: list[str], types
         raise InputError(f"{types}: got {len(tissues)} tissues, expected {len(images)}, one per image of images.npy")
 
 
-def _in_step(images: NpyMember, masks: NpyMember) -> Iterator[tuple[NDArray[np.uint8], Nuclei]]:
-    """Yield image after image; two threads inflate and work ahead (inflating needs no Python lock)."""
+def _in_step(images: NpyMember, masks: NpyMember) -> Iterator[tuple[NDArray[np.uint8], MaskNuclei]]:
+    """Yield image after image; two threads decompress ahead, as this does not hold Python's global lock."""
 
     def next_image(index: int) -> NDArray[np.uint8]:
         return _to_uint8(images.read()[0], f"{images.label}, image {index}")
 
-    def next_nuclei(index: int) -> Nuclei:
+    def next_nuclei(index: int) -> MaskNuclei:
         return nuclei_of(masks.read()[0], f"{masks.label}, image {index}")
 
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        waiting: deque[tuple[Future[NDArray[np.uint8]], Future[Nuclei]]] = deque()
+        waiting: deque[tuple[Future[NDArray[np.uint8]], Future[MaskNuclei]]] = deque()
         try:
-            for index in range(len(images)):
-                waiting.append((one.submit(next_image, index), other.submit(next_nuclei, index)))
-                if len(waiting) > _AHEAD:
+            for index in range(len(images) + _AHEAD):
+                if index < len(images):
+                    waiting.append((one.submit(next_image, index), other.submit(next_nuclei, index)))
+                if index >= _AHEAD:
                     image, nuclei = waiting.popleft()
                     yield image.result(), nuclei.result()
-            while waiting:
-                image, nuclei = waiting.popleft()
-                yield image.result(), nuclei.result()
         finally:
             one.shutdown(cancel_futures=True)
             other.shutdown(cancel_futures=True)
@@ -290,24 +268,24 @@ def _to_uint8(image: NDArray[Any], where: str) -> NDArray[np.uint8]:
     return small
 
 
-def nuclei_of(masks: NDArray[Any], where: str = "masks") -> Nuclei:
-    """Boxes, classes and centroids of the nuclei in one image.
+def nuclei_of(masks: NDArray[Any], where: str = "masks") -> MaskNuclei:
+    """Find the nuclei of one image.
 
     Parameters
     ----------
     masks
-        Ids per class channel, background last (S, S, 6), any integer-valued type.
+        Ids per class channel, background last (S, S, 6), of any type with whole numbers.
     where
-        Name for messages.
+        Name for error messages.
 
     Raises
     ------
     InputError
-        Ids that are negative or no whole numbers.
+        An id is negative or no whole number.
     """
     size = masks.shape[1]
     flat = masks.reshape(-1, CHANNELS)
-    claimed = flat != 0  # of floats, np.nonzero takes five times as long
+    claimed = flat != 0  # np.nonzero of floats takes five times as long
     background = claimed[:, -1].copy()
     claimed[:, -1] = False
     pixel, channel = np.divmod(np.flatnonzero(claimed), CHANNELS)
@@ -325,7 +303,7 @@ def nuclei_of(masks: NDArray[Any], where: str = "masks") -> Nuclei:
     }
     if len(ids) == 0:
         empty = np.empty((0, 4), np.float32), np.empty(0, np.int8), np.empty((0, 2), np.float32)
-        return Nuclei(*empty, odd)
+        return MaskNuclei(*empty, odd)
     order = np.lexsort((ids, channel))
     ids, channel, y, x = ids[order], channel[order], pixel[order] // size, pixel[order] % size
     first = np.flatnonzero(np.r_[True, (np.diff(ids) != 0) | (np.diff(channel) != 0)])
@@ -338,7 +316,7 @@ def nuclei_of(masks: NDArray[Any], where: str = "masks") -> Nuclei:
         _pieces(x[start : start + n], y[start : start + n]) > 1 for start, n in zip(first, area, strict=True) if n > 1
     )
     boxes = np.stack([*low, *high], axis=1).astype(np.float32)
-    return Nuclei(boxes, channel[first].astype(np.int8), centroids.astype(np.float32), odd)
+    return MaskNuclei(boxes, channel[first].astype(np.int8), centroids.astype(np.float32), odd)
 
 
 def _pieces(x: NDArray[np.int64], y: NDArray[np.int64]) -> int:
