@@ -1,4 +1,4 @@
-"""Which patches of all slides pretrain: equal shares of the tissues, a seeded draw, and validation on other slides."""
+"""Which patches of all slides are used for pretraining: as many of each tissue, and validation on other slides."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,80 +22,68 @@ _ROUNDING = 1.0  # px; places of patches are whole pixels, their sides are not
 
 @dataclass(frozen=True)
 class SlidePatches:
-    """Patches of a slide's store.
-
-    Attributes
-    ----------
-    store
-        Name of the store.
-    group, tissue
-        Slide or donor, and organ.
-    x, y
-        (N,) first pixels, px of level 0.
-    nuclei
-        (N,) nuclei in each.
-    side
-        Side of a patch, px of level 0.
-    """
+    """Patches (N) in the store of a slide."""
 
     store: str
+    """Name of the store."""
     group: str
+    """Slide or donor."""
     tissue: str
+    """Organ."""
     x: NDArray[np.int64]
+    """(N,) first columns, px of level 0."""
     y: NDArray[np.int64]
+    """(N,) first rows, px of level 0."""
     nuclei: NDArray[np.int64]
+    """(N,) nuclei in each patch."""
     side: float
+    """Side of a patch, px of level 0."""
 
     def __len__(self) -> int:
         return len(self.x)
 
     @classmethod
     def of(cls, store: PatchStore, group: str, tissue: str) -> "SlidePatches":
-        """Patches of a slide's store; group and tissue as in the sheet, as an empty store has none."""
+        """Read them from a store; group and tissue are those of the sheet, because an empty store names none."""
         image = store.attrs.get("image", {})
         side = store.patch_size * store.mpp / float(image.get("mpp", store.mpp))
-        places = store.patches
-        return cls(
-            store.path.stem,
-            group,
-            tissue,
-            places["x"].to_numpy(np.int64),
-            places["y"].to_numpy(np.int64),
-            np.diff(store.box_ptr),
-            side,
-        )
+        x, y = (store.patches[axis].to_numpy(np.int64) for axis in ("x", "y"))
+        return cls(store.path.stem, group, tissue, x, y, np.diff(store.box_ptr), side)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen patches (``store``, ``patch``, ``part``), and what there is beside what was taken, a row per slide."""
+    """Chosen patches, and counts of them."""
 
     split: pd.DataFrame
+    """``store``, ``patch``, ``part``."""
     summary: pd.DataFrame
+    """Available and chosen patches: all, of each tissue, and of each slide."""
 
 
 def choose_patches(slides: Sequence[SlidePatches], *, total: int, val_share: float, seed: int) -> Choice:
     """Choose patches for training and validation.
 
-    Each tissue gives the same number; one that has fewer gives all, and the others make up for it. Validation patches
-    come from groups that do not train, where the others of that tissue have enough for its share; else from a strip at
-    one side of a slide, and what overlaps with the strip is not used.
+    Each tissue gives the same number of patches; a tissue with fewer gives all, and the others make up for it.
+    Validation patches come from groups that are not used for training, if the other groups of the tissue have enough
+    patches. Otherwise they come from a strip along one side of a slide, and patches that overlap the strip are not
+    used.
 
     Parameters
     ----------
     slides
-        All slides; those without patches are counted and have no part.
+        All slides; a slide without patches only appears in the summary.
     total
-        Patches wanted. All are taken when there are fewer.
+        Patches wanted; all are taken if there are fewer.
     val_share
-        Share of them that validates.
+        Fraction used for validation.
     seed
         Seed of the draw.
 
     Raises
     ------
     InputError
-        There are too few patches for both parts.
+        There are too few patches for two parts.
     """
     table = _table(slides)
     if len(table) < 2:
@@ -108,9 +96,9 @@ def choose_patches(slides: Sequence[SlidePatches], *, total: int, val_share: flo
     train = {tissue: max(0, count - val[tissue]) for tissue, count in all_parts.items()}
     pool, how = _pools(table, val, train, rng)
     for part, count in (("val", n_val), ("train", wanted - n_val)):
-        there = {tissue: np.flatnonzero((pool == part) & (table["tissue"] == tissue).to_numpy()) for tissue in sizes}
-        shares = _quotas({tissue: len(rows) for tissue, rows in there.items()}, count)
-        drawn = np.concatenate([rng.permutation(rows)[: shares[tissue]] for tissue, rows in there.items()])
+        rows_of = {tissue: np.flatnonzero((pool == part) & (table["tissue"] == tissue).to_numpy()) for tissue in sizes}
+        quotas = _quotas({tissue: len(rows) for tissue, rows in rows_of.items()}, count)
+        drawn = np.concatenate([rng.permutation(rows)[: quotas[tissue]] for tissue, rows in rows_of.items()])
         if not len(drawn):
             raise InputError(f"slides: got no patch for {part!r} of {len(table)}; add slides to the sheet")
         table.loc[drawn, "part"] = part
@@ -121,29 +109,18 @@ def choose_patches(slides: Sequence[SlidePatches], *, total: int, val_share: flo
 
 
 def _table(slides: Sequence[SlidePatches]) -> pd.DataFrame:
-    frames = [
-        pd.DataFrame(
-            {
-                "store": slide.store,
-                "patch": np.arange(len(slide)),
-                "part": "",
-                "tissue": slide.tissue,
-                "group": slide.group,
-                "x": slide.x,
-                "y": slide.y,
-                "nuclei": slide.nuclei,
-                "side": slide.side,
-            }
-        )
-        for slide in slides
-        if len(slide)
-    ]
-    columns = ["store", "patch", "part", "tissue", "group", "x", "y", "nuclei", "side"]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    """One row for each patch of all slides, in no part yet."""
+    frames = []
+    for slide in slides:
+        frame = pd.DataFrame({"x": slide.x, "y": slide.y, "nuclei": slide.nuclei})
+        names = {"store": slide.store, "part": "", "tissue": slide.tissue, "group": slide.group}
+        frames.append(frame.assign(**names, side=slide.side, patch=np.arange(len(slide))))
+    full = [frame for frame in frames if len(frame)]
+    return pd.concat(full, ignore_index=True) if full else frames[0]
 
 
 def _quotas(sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Share `total` evenly; one that is smaller than its share gives all, and the others make up for it."""
+    """Divide `total` evenly; a small tissue gives all it has, and the others make up for it."""
     quotas = {}
     left = total
     for rank, name in enumerate(sorted(sizes, key=lambda name: (sizes[name], name))):
@@ -155,25 +132,25 @@ def _quotas(sizes: Mapping[str, int], total: int) -> dict[str, int]:
 def _pools(
     table: pd.DataFrame, val: Mapping[str, int], train: Mapping[str, int], rng: np.random.Generator
 ) -> tuple[NDArray[np.object_], dict[str, str]]:
-    """Part that each patch may be drawn for (empty: none); and a word on each slide that validates.
+    """Part that each patch may be drawn for (empty: none); and a note on each slide used for validation.
 
     Parameters
     ----------
     table
         All patches.
     val, train
-        Patches that each tissue should give to either part.
+        Quotas of each tissue.
     rng
-        For groups of the same size.
+        Decides between groups of the same size.
     """
     sizes = table.groupby(["group", "tissue"]).size().unstack(fill_value=0)
     held: list[str] = []
     how: dict[str, str] = {}
     pool = np.full(len(table), "train", dtype=object)
-    for tissue, share in val.items():
+    for tissue, quota in val.items():
         order = rng.permutation(np.array(sizes.index, dtype=object))
         counts = {str(group): int(sizes.loc[group, tissue]) for group in order if sizes.loc[group, tissue]}
-        lacking = share - sum(counts.get(group, 0) for group in held)
+        lacking = quota - sum(counts.get(group, 0) for group in held)
         while lacking > 0:
             spare = [group for group in counts if group not in held and _spare(sizes, [*held, group], train)]
             if not spare:
@@ -189,20 +166,20 @@ def _pools(
 
 
 def _spare(sizes: pd.DataFrame, held: Sequence[str], train: Mapping[str, int]) -> bool:
-    """Whether every tissue has enough for training when the groups are held out."""
+    """Whether every tissue keeps enough patches for training if the groups are held out."""
     left = sizes.drop(index=list(held)).sum()
     return all(left[tissue] >= count for tissue, count in train.items())
 
 
-def _strip(table: pd.DataFrame, pool: NDArray[np.object_], chosen: pd.Series, share: int) -> dict[str, str]:
-    """Give the last columns (or rows) of the largest of the slides to validation, and what overlaps them to no part."""
+def _strip(table: pd.DataFrame, pool: NDArray[np.object_], chosen: pd.Series, quota: int) -> dict[str, str]:
+    """Give the last columns (or rows) of the largest chosen slide to validation, and what overlaps them to no part."""
     stores = table.loc[chosen, "store"].value_counts()
     for store in stores.index:
         rows = np.flatnonzero((table["store"] == store).to_numpy())
         places = table.loc[rows, ["x", "y"]]
         axis = "x" if places["x"].nunique() >= places["y"].nunique() else "y"
         at = places[axis].to_numpy()
-        others = np.sort(at)[::-1][min(share, len(at)) - 1]
+        others = np.sort(at)[::-1][min(quota, len(at)) - 1]
         cut = others if others > at.min() else np.unique(at)[min(1, len(np.unique(at)) - 1)]
         if cut == at.min():
             continue
@@ -214,7 +191,7 @@ def _strip(table: pd.DataFrame, pool: NDArray[np.object_], chosen: pd.Series, sh
 
 
 def _summary(table: pd.DataFrame, slides: Sequence[SlidePatches], how: Mapping[str, str], total: int) -> pd.DataFrame:
-    """Count all, each tissue and each slide, beside the paper's total."""
+    """Count the patches of all slides (beside the paper's number), of each tissue and of each slide."""
     rows = [_row("all", "all", table, {"paper": PAPER_TOTAL, "note": f"{total} wanted"})]
     for tissue in sorted({slide.tissue for slide in slides}):
         rows.append(_row("tissue", tissue, table[table["tissue"] == tissue], {}))

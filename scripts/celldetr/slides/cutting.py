@@ -118,26 +118,7 @@ def cut_patches(
 def read_blocks(
     path: str | os.PathLike[str], grid: PatchGrid, *, size: int, workers: int, skip: bool = False
 ) -> Iterator[Block]:
-    """Yield the patches of a grid in order, `size` at a time; threads read a few blocks ahead.
-
-    Parameters
-    ----------
-    path
-        Slide.
-    grid
-        Patches.
-    size
-        Patches in a block.
-    workers
-        Threads.
-    skip
-        Leave out patches that cannot be decoded instead of raising an error.
-
-    Raises
-    ------
-    InputError
-        A patch cannot be decoded and `skip` is false.
-    """
+    """Yield the patches of a grid in order, `size` at a time; threads read a few blocks ahead. See `cut_patches`."""
     idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
 
     def read(numbers: NDArray[np.int64]) -> Block:

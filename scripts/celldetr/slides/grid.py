@@ -137,15 +137,7 @@ def patch_grid(
 
 
 def stripe_order(corners: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Order (n,) that walks patches in stripes a few columns wide, so that a tile of the file is decoded once.
-
-    Parameters
-    ----------
-    corners
-        (n, 2) x, y of the first pixels, px.
-    size
-        Distance between columns, px.
-    """
+    """Order (n,) of patches with `corners` (n, 2) that decodes each tile of the file once: stripes of a few columns."""
     x, y = corners.T
     return np.lexsort((x, y, x // (_STRIPE * size)))
 

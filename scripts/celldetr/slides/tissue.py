@@ -1,7 +1,7 @@
-"""Where the tissue is on a slide, from a few micrometres per pixel: glass, dust and pen marks are told apart by colour.
+"""Where the tissue is on a slide, found by colour at a few micrometres per pixel.
 
-Colour is compared as optical density, -ln(value / white). Haematoxylin and eosin both absorb green most, so that tissue
-has a spread between its channels; glass, shadows and cover-slip edges have none.
+Colours are compared as optical density, -ln(value / white). Hematoxylin and eosin absorb mostly green, so the channels
+of tissue differ; those of glass, shadows and cover-slip edges do not. Pen marks absorb red, or everything.
 """
 
 from dataclasses import dataclass
@@ -14,43 +14,36 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 
 CELL_UM = 8.0
-"""Size of a cell of the map, about; a nucleus is as large, and blur of the focus is not seen."""
-_BLOCK = 4096  # px; side of what is read at once
+"""Approximate side of a cell of the map: that of a nucleus, and large enough that poor focus does not matter."""
+_BLOCK = 4096  # px; side of a region that is read at once
 _SPREAD = (0.04, 0.06)  # smallest and largest threshold: an empty slide has no tissue, a full one is all tissue
-_GLASS = (200.0, 12.0)  # cells are glass if as bright as this, their channels as alike
-_GLASS_SHARE = 1e-3  # of all cells, from which on they tell the white of the slide
-_SMALLEST_UM2 = 2000.0  # pieces and holes below are dust and lumina
+_GLASS = (200.0, 12.0)  # least brightness and largest difference of the channels of glass
+_GLASS_SHARE = 1e-3  # fraction of cells that must be glass to measure its colour
+_SMALLEST_UM2 = 2000.0  # smaller pieces are dust, smaller holes are lumina
 _PEN_RIM = 3  # cells around a pen mark that it shades
-_GAP_UM = 200.0  # half the width of a blank gap between fields of view that is no gap
+_GAP_UM = 200.0  # blank gaps between fields of view that are narrower than twice this are closed
 
 
 @dataclass(frozen=True)
 class Raster:
-    """A map over an image.
-
-    Attributes
-    ----------
-    inside
-        (H, W) bool. Cell (row, column) covers level-0 px [column, column + 1) x [row, row + 1) times `cell`.
-    cell
-        Side of a cell in level-0 px.
-    mpp
-        Side of a cell in um.
-    """
+    """A yes-or-no map of an image."""
 
     inside: NDArray[np.bool_]
+    """(H, W). Cell (row, column) covers level-0 px [column, column + 1) x [row, row + 1) times `cell`."""
     cell: float
+    """Side of a cell, level-0 px."""
     mpp: float
+    """Side of a cell, um."""
 
     def share(self, corners: NDArray[np.floating], side: float) -> NDArray[np.float64]:
-        """Share of squares that is inside, exact to fractions of a cell.
+        """Fraction (N,) of each square that is inside; squares may cut cells.
 
         Parameters
         ----------
         corners
-            (N, 2) x, y of their first corners, level-0 px.
+            (N, 2) x, y of the squares' first corners, level-0 px.
         side
-            Their side, level-0 px.
+            Side of the squares, level-0 px.
         """
         height, width = self.inside.shape
         integral = np.zeros((height + 1, width + 1))
@@ -69,7 +62,7 @@ class Raster:
 
 
 def tissue_mask(image: Pyramid, mpp: float) -> Raster:
-    """Find the tissue; memory does not grow with the image but by its map.
+    """Find the tissue; the image is read block by block.
 
     Parameters
     ----------
@@ -81,23 +74,23 @@ def tissue_mask(image: Pyramid, mpp: float) -> Raster:
     Raises
     ------
     InputError
-        The image has a single channel, or is smaller than a cell.
+        The image is not in colour, or is smaller than a cell.
     """
     if image.channels != 3:
-        raise InputError(f"{image.path}: got an image of one channel, expected colour (H&E)")
-    level = image.level_for(CELL_UM / mpp)
-    downsample = image.levels[level].downsample
-    factor = max(1, round(CELL_UM / mpp / downsample))
-    colours = cell_means(image, level, factor)
+        raise InputError(f"{image.path}: got an image with one channel, expected colour (H&E)")
+    colours, cell = _cell_means(image, mpp)
     if not colours.size:
-        raise InputError(f"{image.path}: got {image.size} px of {mpp} um, expected at least {CELL_UM} um each way")
-    cell = factor * downsample
+        raise InputError(
+            f"{image.path}: got {image.size} px of {mpp} um, expected at least {CELL_UM} um in each direction"
+        )
     return Raster(_find(colours, cell * mpp), cell, cell * mpp)
 
 
-def cell_means(image: Pyramid, level: int, factor: int) -> NDArray[np.float32]:
-    """Mean colour (H, W, 3), or value (H, W, 1), of cells of `factor` x `factor` px of a level, read block by block."""
+def _cell_means(image: Pyramid, mpp: float) -> tuple[NDArray[np.float32], float]:
+    """Average the image over cells of about `CELL_UM`: means (H, W, channels), and the side of a cell in level-0 px."""
+    level = image.level_for(CELL_UM / mpp)
     grid = image.levels[level]
+    factor = max(1, round(CELL_UM / mpp / grid.downsample))
     across, down = grid.width // factor, grid.height // factor
     means = np.empty((down, across, image.channels), np.float32)
     step = max(1, _BLOCK // factor)
@@ -109,11 +102,11 @@ def cell_means(image: Pyramid, level: int, factor: int) -> NDArray[np.float32]:
             means[row : row + rows, column : column + columns] = pixels.reshape(shape).mean(
                 axis=(1, 3), dtype=np.float32
             )
-    return means
+    return means, factor * grid.downsample
 
 
 def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
-    """Tissue among cells of mean colours (H, W, 3) that are `mpp` um wide."""
+    """Tissue (H, W) in a map of mean colours (H, W, 3) with cells of `mpp` um."""
     white = _white(colours.reshape(-1, 3))
     density = -np.log(np.clip(colours, 1, None) / white)
     pen = ndimage.binary_dilation(_pen(density), iterations=_PEN_RIM)
@@ -126,13 +119,13 @@ def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
 
 
 def _white(colours: NDArray[np.float32]) -> NDArray[np.floating]:
-    """Colour of the glass (3,): the median of the bright cells without colour, which a few ringing ones cannot move."""
+    """Colour (3,) of the glass: the median of bright cells without colour, robust to a few artefacts."""
     glass = colours[(colours.min(axis=1) >= _GLASS[0]) & (np.ptp(colours, axis=1) <= _GLASS[1])]
     return np.median(glass, axis=0) if len(glass) > _GLASS_SHARE * len(colours) else np.full(3, 255.0)
 
 
 def _threshold(spread: NDArray[np.floating]) -> float:
-    """Threshold between glass and tissue; the lowest when even the paler half of the cells is tissue."""
+    """Threshold between glass and tissue; the lowest if even the paler cells are tissue."""
     if not spread.size:
         return _SPREAD[1]
     threshold = _otsu(spread)
@@ -142,7 +135,7 @@ def _threshold(spread: NDArray[np.floating]) -> float:
 
 
 def _pen(density: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Blue, green and black ink (H, W): absorbs red more than green, or everything."""
+    """Blue, green and black ink (H, W), which absorbs red more than green, or everything."""
     red, green = density[..., 0], density[..., 1]
     most, least = density.max(axis=-1), density.min(axis=-1)
     coloured = red > 1.15 * green + 0.12
@@ -151,7 +144,7 @@ def _pen(density: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def _otsu(values: NDArray[np.floating], bins: int = 256) -> float:
-    """Threshold between two groups of values (Otsu 1979): the variance between them is largest there."""
+    """Threshold at which the variance between two groups of values is largest (Otsu 1979)."""
     counts, edges = np.histogram(values, bins=bins)
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
@@ -163,7 +156,7 @@ def _otsu(values: NDArray[np.floating], bins: int = 256) -> float:
 
 
 def _without_small(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
-    """Mask without its 4-connected pieces of fewer than `smallest` cells."""
+    """Remove 4-connected pieces of fewer than `smallest` cells from a mask."""
     pieces, _ = ndimage.label(mask)
     large = np.bincount(pieces.ravel()) >= smallest
     large[0] = False
@@ -171,26 +164,23 @@ def _without_small(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_
 
 
 def imaged(other: Pyramid, pixel: float, raster: Raster, to_other: NDArray[np.floating]) -> Raster:
-    """Find where another image of the same section has been taken: where it covers the raster and is not blank.
+    """Find the area that another image of the same section covers and in which it is not blank.
 
-    A microscope that images fields of view leaves the fields that it skips at exactly 0. Blank gaps of less than
-    0.4 mm are dark background inside a field.
+    Fields of view that the microscope skipped are exactly 0. Blank gaps narrower than 0.4 mm are dark background.
 
     Parameters
     ----------
     other
-        Image of one channel (DAPI).
+        Image with one channel (DAPI).
     pixel
-        Size of its level-0 pixel in um.
+        Size of a level-0 pixel of that image in um.
     raster
-        The grid to fill.
+        Map whose cells are used.
     to_other
-        (3, 3) matrix: level-0 pixel of the raster's image -> level-0 pixel of the other.
+        (3, 3) affine from level-0 pixels of the raster's image to those of the other image.
     """
-    level = other.level_for(CELL_UM / pixel)
-    factor = max(1, round(CELL_UM / pixel / other.levels[level].downsample))
-    cell = factor * other.levels[level].downsample
-    taken = _closed(cell_means(other, level, factor)[..., 0] > 0, _GAP_UM / (cell * pixel))
+    values, cell = _cell_means(other, pixel)
+    taken = _closed(values[..., 0] > 0, _GAP_UM / (cell * pixel))
     inside = np.zeros_like(raster.inside)
     columns = (np.arange(inside.shape[1]) + 0.5) * raster.cell
     for row in range(len(inside)):
@@ -202,7 +192,7 @@ def imaged(other: Pyramid, pixel: float, raster: Raster, to_other: NDArray[np.fl
 
 
 def _closed(mask: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
-    """Close gaps of less than twice `radius` cells; the rim of the map does not count as a gap."""
+    """Close gaps narrower than twice `radius` cells; the area beyond the map is not a gap."""
     if mask.all() or not mask.any():
         return mask
     pad = int(np.ceil(radius)) + 1
