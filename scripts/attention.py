@@ -2,7 +2,7 @@
 
 Input: ``model``, ``store`` (patch store of the test fold).
 Output: ``points`` (NPZ: sampling points in px, weights and patches of the nuclei to draw), ``share`` (JSON: mean share
-of attention weight inside the true and the predicted box over all detected nuclei of the fold).
+of the attention inside the true and the predicted box over all detected nuclei of the fold).
 """
 
 import logging

@@ -1,9 +1,9 @@
-"""Measure how well a pretrained model finds nuclei again by their noised boxes.
+"""Measure how well a contrastively pretrained model finds nuclei again from noised boxes.
 
-Input: ``model`` (of stage ssl), ``store`` (patch store; its classes do not matter).
+Input: ``model`` (of stage ssl), ``store`` (patch store; its classes have no influence).
 Output: ``matrices`` (NPZ: similarity of anchors to originals in a few patches), ``retrieval`` (JSON: share of all
 anchors that find their own nucleus, and mean similarities).
-Params: patches (how many are drawn), seed, noise (its range: low, high, enlarge), batch_size.
+Params: patches (number drawn), seed, noise (its range: low, high, enlarge), batch_size.
 """
 
 import logging

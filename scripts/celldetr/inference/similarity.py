@@ -1,18 +1,17 @@
-"""How well a pretrained model finds nuclei again by their noised boxes (paper, 3.3 and figure 4c)."""
+"""How well a contrastively pretrained model finds nuclei again from noised boxes (paper, 3.3 and figure 4c)."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from celldetr.config.experiment import NoiseSettings
 from celldetr.evaluation.similarity import DrawnSimilarities
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.device import computing_in
+from celldetr.model.device import computing_in, evaluating
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
 from celldetr.training.contrastive import found_own, make_views, project_views, similarities, validation_uniforms
@@ -30,18 +29,17 @@ def measure_similarity(
     noise: NoiseSettings,
     batch_size: int,
     device: str = "cpu",
-    precision: str = "fp32",
     progress: bool = False,
 ) -> tuple[DrawnSimilarities, dict[str, Any]]:
-    """Measure how well noised boxes find their nucleus among all nuclei of the patch (paper, 3.3 and figure 4c).
+    """Measure how well noised boxes (anchors) find their nucleus among all nuclei of the patch, in float32.
 
-    Every nucleus has one anchor, as in validation of contrastive pretraining; classes do not matter.
+    Every nucleus has one anchor, as in the validation of contrastive pretraining; classes have no influence.
 
     Parameters
     ----------
     model
         Model with a projection head, on `device`.
-    store, batch_size, device, precision, progress
+    store, batch_size, device, progress
         As in `celldetr.inference.predict.predict_fold`.
     patches
         Indices (P,) of the patches to draw, see `celldetr.evaluation.similarity.choose_readable`.
@@ -55,9 +53,9 @@ def measure_similarity(
     DrawnSimilarities
         Matrices of the patches to draw.
     dict
-        ``retrieval`` (share of the anchors whose most similar original is their own; none without patches of two
-        nuclei), ``chance`` (that of a blind choice), ``own`` and ``others`` (mean similarity to the own original and
-        to the others of the patch), ``anchors`` and ``patches``.
+        ``retrieval`` (share of the anchors whose most similar original is their own), ``chance`` (the same for a random
+        choice), ``own`` and ``others`` (mean similarity to the own original and to the others of the patch), all four
+        None without a patch of at least two nuclei; ``anchors`` and ``patches`` (their numbers).
 
     Raises
     ------
@@ -66,14 +64,12 @@ def measure_similarity(
     """
     if not model.settings.projection:
         raise InputError(
-            "the model has no projection head, and its embeddings were not trained to be compared; give a model of an "
+            "the model has no projection head, so its embeddings were not trained to be compared; give a model of an "
             "experiment of stage ssl"
         )
     matrices: dict[int, NDArray[np.float32]] = {}
     rows, wanted = [np.zeros((0, 4))], set(patches.tolist())
-    for index, matrix, found in _similarity_of_patches(
-        model, store, seed, noise, batch_size, device, precision, progress
-    ):
+    for index, matrix, found in _similarity_of_patches(model, store, seed, noise, batch_size, device, progress):
         n = len(matrix)
         if n >= 2:
             own = np.trace(matrix) / n
@@ -99,20 +95,18 @@ def _similarity_of_patches(
     noise: NoiseSettings,
     batch_size: int,
     device: str,
-    precision: str,
     progress: bool,
 ) -> Iterator[tuple[int, NDArray[np.float32], int]]:
-    """Yield for each patch its index, similarities (n, n) of anchors to originals, and how many find their own."""
+    """Yield the index of each patch, similarities (n, n) of anchors to originals, and how many find their own."""
     all_patches = pd.DataFrame({"store": store.path.stem, "patch": np.arange(store.n_patches), "part": "all"})
     batches = ValidationBatches(PatchData([store], all_patches, "all", cache="none"), batch_size)
-    with torch.no_grad(), computing_in(precision, device):
-        for number in tqdm(range(len(batches)), unit="batch", disable=not progress, mininterval=5):
-            batch = batches[number].to(device)
-            uniforms = validation_uniforms(batch.patches.tolist(), batch.targets, seed)
-            views = make_views(batch.targets, uniforms, noise, once=True)
+    for number in tqdm(range(len(batches)), unit="batch", disable=not progress, mininterval=5):
+        batch = batches[number].to(device)
+        uniforms = validation_uniforms(batch.patches.tolist(), batch.targets, seed)
+        views = make_views(batch.targets, uniforms, noise, once=True)
+        with evaluating(model), computing_in("fp32", device):
             features = model.encode(batch.images.permute(0, 3, 1, 2).float() / 255)
-            with torch.autocast(torch.device(device).type, enabled=False):
-                similarity = similarities(project_views(model, features, views), views)
-            found = found_own(similarity, views).sum(dim=1).tolist()
-            for row, (patch, n) in enumerate(zip(batch.patches.tolist(), batch.targets.counts.tolist(), strict=True)):
-                yield patch, similarity[row, n : 2 * n, :n].cpu().numpy(), found[row]
+            similarity = similarities(project_views(model, features, views), views)
+        found = found_own(similarity, views).sum(dim=1).tolist()
+        for row, (patch, n) in enumerate(zip(batch.patches.tolist(), batch.targets.counts.tolist(), strict=True)):
+            yield patch, similarity[row, n : 2 * n, :n].cpu().numpy(), found[row]

@@ -1,8 +1,8 @@
-"""Checkpoints of other codes as our models: the authors' CellDETR, and Deformable DETR trained on COCO.
+"""Import checkpoints of other codes: the authors' CellDETR, and Deformable DETR trained on COCO.
 
-Both contain Deformable DETR under the same names (the authors' behind ``detr.``). Every tensor of a file is used or
-listed with the reason why not; every tensor of the model comes from the file or is listed as new; and the imported
-model computes what the original does. Sizes are inferred from shapes.
+Both contain Deformable DETR under the same names (the authors' with the prefix ``detr.``). The imported model computes
+what the original does. Every tensor of a file is used or listed with the reason why not; every tensor of the model
+comes from the file or is listed as new. Sizes are inferred from shapes.
 """
 
 import os
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from celldetr.config.classes import PANNUKE_CLASSES
@@ -26,7 +25,7 @@ Weights = Mapping[str, Tensor]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUTHORS_TOKENS = 50
-"""Full-image boxes that the authors' parallel mode appends."""
+"""Global tokens of the authors' parallel mode."""
 
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^detr\.", ""),
@@ -51,7 +50,7 @@ _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^((?:encoder|decoder|representation)\.layers\.\d+)\.(linear[12])\.", r"\1.ffn.\2."),
 ]
 _UNUSED = [
-    (r"transformer\.decoder\.bbox_embed\.", "the same tensor as bbox_embed under a second name"),
+    (r"transformer\.decoder\.bbox_embed\.", "a second name of bbox_embed"),
     (r"inital_layer\.(self_attn|norm2)\.", "the first representation layer has no self-attention"),
     (r"^contrastive_project\.", "head of the contrastive loss, not part of this model"),
     (r"\.num_batches_tracked$", "frozen batch norm counts no batches"),
@@ -99,31 +98,27 @@ def import_checkpoint(
     source
         Which of the two.
     mode
-        Mode of the model. The authors' sequential and parallel checkpoints look alike: say which it is. From ``coco``,
-        ``baseline`` is the whole detector; the other modes take all but its class layers, and what they have beyond it
-        starts afresh.
+        Mode of the model; the authors' sequential and parallel checkpoints cannot be told apart. From ``coco``,
+        ``baseline`` takes the whole detector; the other modes take all but its class layers, and their representation
+        decoder starts from random values.
     classes
-        Class names in the order of the logits; none: PanNuke's for five, else ``class_0``, ``class_1``, ...
+        Class names in the order of the logits; None: PanNuke's for five, else ``class_0``, ``class_1``, ...
     global_tokens
-        Context tokens of the parallel mode, which no tensor tells; none: 50 for ``authors``, 0 for ``coco``.
+        Global tokens of the parallel mode, which are not in the file; None: 50 for ``authors``, 0 for ``coco``.
     heads
-        Attention heads, which no shape tells.
+        Attention heads, which cannot be inferred from shapes.
 
     Raises
     ------
     InputError
-        Another architecture, a tensor without a place, or one missing; names them.
+        Another architecture, or tensors that are missing or have no place in the model; the message names them.
     ConfigError
         A number of classes or heads that does not fit the file.
     """
     weights = _weights(path, source)
     core = {name.removeprefix("detr."): tensor for name, tensor in weights.items()}
     _refuse_other_architectures(core, path)
-    try:
-        settings = _settings(core, source, mode, path, classes, global_tokens, heads)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise InputError(f"{path}: its sizes make no model ({problem['loc']}: {problem['msg']})") from error
+    settings = _settings(core, source, mode, path, classes, global_tokens, heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CellDETR(settings)
@@ -133,9 +128,9 @@ def import_checkpoint(
     unused = {name: reason for name in weights if (reason := _unused(name, source, mode))}
     used = {name: _renamed(name) for name in weights if name not in unused}
     own = model.state_dict()
-    strange = [old for old, new in used.items() if new not in own]
-    if strange:
-        raise InputError(f"{path}: {strange[:8]} have no place in our model; is it another variant or a later version?")
+    unknown = [old for old, new in used.items() if new not in own]
+    if unknown:
+        raise InputError(f"{path}: {unknown[:8]} have no place in our model; is it another variant or a later version?")
     fresh = {name: reason for name in own if (reason := _fresh(name, source, mode))}
     load_exactly(
         model, {new: weights[old].float() for old, new in used.items()} | {name: own[name] for name in fresh}, path
@@ -152,13 +147,9 @@ def _weights(path: str | os.PathLike[str], source: Source) -> dict[str, Tensor]:
             f"{path}: got keys {sorted(map(str, content))[:8]}, expected {key!r} with the weights; "
             f"is this a checkpoint of source {source!r}?"
         )
-    strange = [
-        name
-        for name, tensor in weights.items()
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta
-    ]
-    if strange:
-        raise InputError(f"{path}: {strange[:4]} in {key!r} are no tensors with values; expected weights alone")
+    other = [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
+    if other:
+        raise InputError(f"{path}: {other[:4]} in {key!r} are not tensors; expected weights alone")
     return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
 
 
@@ -169,16 +160,16 @@ def _renamed(name: str) -> str:
 
 
 def _unused(name: str, source: Source, mode: Mode) -> str | None:
-    """Why a tensor of a file is not in the model; none: it is."""
+    """Why a tensor of a file is not in the model; None if it is."""
     if source == "coco" and mode != "baseline" and name.startswith("class_embed."):
-        return "logits of COCO's classes; this mode has one logit, nucleus"
+        return "logits of COCO's classes; this mode has one logit, the nucleus score"
     return next((reason for pattern, reason in _UNUSED if re.search(pattern, name)), None)
 
 
 def _fresh(name: str, source: Source, mode: Mode) -> str | None:
-    """Why a tensor of the model does not come from a file; none: it does."""
+    """Why a tensor of the model does not come from a file; None if it does."""
     if name in ("image_mean", "image_std"):
-        return "constants that the original normalises images with outside of its model"
+        return "constants; the original normalises images outside of its model"
     if source == "coco" and mode != "baseline" and name.startswith(("representation.", "class_head.")):
         return "Deformable DETR has no representation decoder: random values"
     if source == "coco" and mode != "baseline" and name.startswith("decoder.class_embed."):
@@ -187,34 +178,34 @@ def _fresh(name: str, source: Source, mode: Mode) -> str | None:
 
 
 def _refuse_other_architectures(core: Weights, path: str | os.PathLike[str]) -> None:
-    """Refuse the variants of Deformable DETR that compute something else than our model."""
+    """Refuse variants of Deformable DETR that our model cannot compute."""
     if any(name.startswith("transformer.enc_output") for name in core):
         raise InputError(
-            f"{path}: a two-stage Deformable DETR, whose queries are no parameters; "
+            f"{path}: got a two-stage Deformable DETR, whose queries are not parameters; "
             "use the checkpoint of the variant with iterative box refinement alone"
         )
     if "transformer.level_embed" not in core or core["transformer.level_embed"].dim() != 2:
         raise InputError(
             f"{path}: got names such as {sorted(core)[:4]} without a table transformer.level_embed, expected a "
-            "Deformable DETR or CellDETR; weights of a ResNet need no import, and a DETR cannot be imported"
+            "Deformable DETR or CellDETR; weights of a ResNet need no import, a DETR cannot be imported"
         )
     if len(core["transformer.level_embed"]) == 1:
         raise InputError(
-            f"{path}: a single-scale Deformable DETR, whose stride and dilation no tensor tells; "
+            f"{path}: got a single-scale Deformable DETR, whose stride and dilation are not in the file; "
             "use a checkpoint with several feature levels"
         )
     alias = "transformer.decoder.bbox_embed."
     refined = [name for name in core if name.startswith(alias)]
     if not refined:
         raise InputError(
-            f"{path}: no names begin with {alias}, so its layers do not refine each other's boxes; "
+            f"{path}: got no names that begin with {alias}, so its layers do not refine boxes one after another; "
             "expected the variant with iterative box refinement (with_box_refine)"
         )
     for name in refined:
         twin = core.get(name.removeprefix("transformer.decoder."))
         if twin is None or not torch.equal(twin, core[name]):
             raise InputError(
-                f"{path}: {name} is not equal to {name.removeprefix('transformer.decoder.')}, as it must be"
+                f"{path}: got a {name} other than {name.removeprefix('transformer.decoder.')}, expected equal tensors"
             )
 
 
@@ -232,7 +223,7 @@ def _settings(
     def size(name: str, dimension: int = 0) -> int:
         if name not in core or core[name].dim() <= dimension:
             raise InputError(
-                f"{path}: no tensor {name!r} of the right kind; expected a checkpoint of source {source!r}"
+                f"{path}: got no tensor {name!r} of the expected kind; is this a checkpoint of source {source!r}?"
             )
         return int(core[name].shape[dimension])
 
@@ -245,8 +236,8 @@ def _settings(
     decoupled = any(name.startswith("decouple_decoder.") for name in core)
     if source == "authors" and decoupled == (mode == "baseline"):
         raise InputError(
-            f"{path}: {'a' if decoupled else 'no'} representation decoder (decouple_decoder.*), which does not go with "
-            f"mode {mode!r}; expected {'sequential or parallel' if decoupled else 'baseline'}"
+            f"{path}: got {'a' if decoupled else 'no'} representation decoder (decouple_decoder.*) and mode {mode!r}, "
+            f"expected mode {'sequential or parallel' if decoupled else 'baseline'}"
         )
     head = "decouple_class_embed.weight" if decoupled else "class_embed.0.weight"
     known = source == "authors" or mode == "baseline"
@@ -271,7 +262,7 @@ def _settings(
 
 
 def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
-    """Names of classes; `count` is that of the file's logits, none where the class head starts afresh."""
+    """Names of classes; `count` is the number of logits in the file, None if the class head starts at random values."""
     if names is None:
         count = len(PANNUKE_CLASSES) if count is None else count
         return PANNUKE_CLASSES if count == len(PANNUKE_CLASSES) else tuple(f"class_{i}" for i in range(count))
@@ -281,12 +272,12 @@ def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, .
 
 
 def _count(core: Weights, pattern: str) -> int:
-    """How many numbers the pattern's group takes among the names of a file."""
+    """Count the different numbers in the first group of a pattern, over the names of a file."""
     return len({found[1] for name in core if (found := re.match(pattern, name))})
 
 
 def _backbone(core: Weights, levels: int, path: str | os.PathLike[str]) -> BackboneSettings:
-    """Blocks of the residual network, and which of its stages feed the levels."""
+    """Infer the blocks of the residual network and the stages that feed the levels."""
     body = r"^backbone\.0\.body\.layer{}\.(\d+)\."
     blocks = [_count(core, body.format(stage)) for stage in (1, 2, 3, 4)]
     stem = core.get("backbone.0.body.conv1.weight")
