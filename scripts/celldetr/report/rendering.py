@@ -1,6 +1,6 @@
 """Markdown and HTML of a `celldetr.report.tables.Table`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jinja2
 import pandas as pd
@@ -20,27 +20,23 @@ _RULE_WORDS = {
     "class": "class score ≥ {class_threshold:g}",
     "product": "nucleus score × class score ≥ {class_threshold:g}",
 }
+_SECTIONS = {
+    PAPER: "Published in the paper",
+    OTHER: "Published elsewhere",
+    MEASURED: "Measured here",
+    OURS: "Measured here: ours, beyond the paper",
+    FROZEN: "Measured here: true boxes, frozen embeddings",
+}
 _MARKS = "abcdefghijklmnopqrstuvwxyz"
 
 
-@dataclass(frozen=True)
-class _Cell:
-    text: str
-    best: bool = False
+class _Row(NamedTuple):
+    """System, mark of its note, whether it was measured here, and its cells: text, and whether it is the best."""
 
-
-@dataclass(frozen=True)
-class _Row:
     system: str
     mark: str
     measured: bool
-    cells: list[_Cell]
-
-
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    rows: list[_Row]
+    cells: list[tuple[str, bool]]
 
 
 def caption(table: Table) -> str:
@@ -62,31 +58,21 @@ def caption(table: Table) -> str:
     )
 
 
-def _sections(table: Table) -> tuple[list[_Section], list[str]]:
+def _sections(table: Table) -> tuple[dict[str, list[_Row]], list[str]]:
+    """Rows by the title of their section, and the notes with their marks."""
     best = _best(table)
-    titles = {
-        PAPER: "Published in the paper",
-        OTHER: "Published elsewhere",
-        MEASURED: "Measured here",
-        OURS: "Measured here: ours, beyond the paper",
-        FROZEN: "Measured here: true boxes, frozen embeddings",
-    }
-    sections: list[_Section] = []
+    sections: dict[str, list[_Row]] = {}
     notes: list[str] = []
     for index, row in table.rows.iterrows():
         in_paper = row["source"] == PAPER and row["group"]
-        title = titles[row["source"]] + (f": {row['group']}" if in_paper else "")
+        title = _SECTIONS[row["source"]] + (f": {row['group']}" if in_paper else "")
         note = "; ".join(text for text in (f"From {row['citation']}" if row["citation"] else "", row["note"]) if text)
         if note and note not in notes:
             notes.append(note)
         mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
         measured = row["source"] in (MEASURED, OURS, FROZEN)
-        cells = [
-            _Cell(_shown(row[name], measured), best=(index, name) in best) for name in value_columns(table.classes)
-        ]
-        if not sections or sections[-1].title != title:
-            sections.append(_Section(title, []))
-        sections[-1].rows.append(_Row(row["system"], mark, measured, cells))
+        cells = [(_shown(row[name], measured), (index, name) in best) for name in value_columns(table.classes)]
+        sections.setdefault(title, []).append(_Row(row["system"], mark, measured, cells))
     return sections, [f"{_MARKS[number % len(_MARKS)]}: {note}" for number, note in enumerate(notes)]
 
 
@@ -115,11 +101,11 @@ def markdown(table: Table) -> str:
     if table.synthetic:
         lines += [f"> **{BANNER}**", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" + "--:|" * (len(head) - 1)]
-    for section in sections:
-        lines.append(f"| **{section.title}** |" + " |" * (len(head) - 1))
-        for row in section.rows:
+    for title, rows in sections.items():
+        lines.append(f"| **{title}** |" + " |" * (len(head) - 1))
+        for row in rows:
             name = f"{row.system} ({row.mark})" if row.mark else row.system
-            cells = [f"**{cell.text}**" if cell.best else cell.text for cell in row.cells]
+            cells = [f"**{text}**" if best else text for text, best in row.cells]
             lines.append(f"| {' | '.join([name, *cells])} |")
     lines += ["", caption(table), ""]
     lines += [f"- {note}" for note in notes]
@@ -189,14 +175,14 @@ ul { list-style: none; padding: 0; font-size: .82em; color: #444; }
 {%- for name in classes %}{% for letter in letters %}<th{% if loop.first %} class="first"{% endif %}>{{ letter }}</th>
 {%- endfor %}{% endfor %}</tr>
 </thead>
-{% for section in sections %}
+{% for title, rows in sections.items() %}
 <tbody>
-<tr><th class="section" colspan="{{ 1 + classes|length * letters|length }}">{{ section.title }}</th></tr>
-{% for row in section.rows %}
+<tr><th class="section" colspan="{{ 1 + classes|length * letters|length }}">{{ title }}</th></tr>
+{% for row in rows %}
 <tr{% if row.measured %} class="measured"{% endif %}>
 <th>{{ row.system }}{% if row.mark %}<sup>{{ row.mark }}</sup>{% endif %}</th>
-{%- for cell in row.cells %}<td{% if loop.index0 % letters|length == 0 %} class="first"{% endif %}>
-{%- if cell.best %}<strong>{{ cell.text }}</strong>{% else %}{{ cell.text }}{% endif %}</td>{% endfor %}</tr>
+{%- for text, best in row.cells %}<td{% if loop.index0 % letters|length == 0 %} class="first"{% endif %}>
+{%- if best %}<strong>{{ text }}</strong>{% else %}{{ text }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 {% endfor %}
