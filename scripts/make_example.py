@@ -7,7 +7,6 @@ Params: images of each fold, patch_size (px), mpp (um per px), seed. All classes
 import logging
 from concurrent.futures import ProcessPoolExecutor
 
-from celldetr.example.looks import mixture_named
 from celldetr.example.pannuke import write_fold
 from celldetr.runtime.rule import run_rule
 
@@ -16,7 +15,7 @@ log = logging.getLogger("make_example")
 
 def main(snakemake):
     params, archives = snakemake.params, list(snakemake.output)
-    settings = {"mpp": params.mpp, "mixture": mixture_named("example")}
+    settings = {"mpp": params.mpp, "mixture": "example"}
     with ProcessPoolExecutor(snakemake.threads) as pool:
         folds = [
             pool.submit(write_fold, archive, fold, number, params.patch_size, params.seed, **settings)

@@ -2,7 +2,6 @@
 
 Output: ``slide`` (pyramidal TIFF), ``nuclei`` (GeoParquet, level-0 px).
 Params: size_um (width and height of the tissue), mpp (um per px of level 0), number (of the slide), seed.
-Wildcard: slide.
 """
 
 import logging
@@ -17,11 +16,10 @@ def main(snakemake):
     params, output = snakemake.params, snakemake.output
     truth = write_slide(
         output.slide,
+        output.nuclei,
         seed=params.seed + params.number,
         size_um=tuple(params.size_um),
         mpp=params.mpp,
-        name=snakemake.wildcards.slide,
-        polygons=output.nuclei,
     )
     log.info("%d x %d px, %d nuclei", *truth.size, len(truth.nuclei))
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from celldetr.example.xenium import AffinePlan, FileError, write_xenium
+from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.rule import run_rule
 
 log = logging.getLogger("make_example_xenium")
@@ -29,7 +29,7 @@ def main(snakemake):
             he_mpp=params.he_mpp,
             affine=AffinePlan(rotation_deg=plan["rotation"], shift_um=(40.0, -25.0), shear=0.005),
             alignment=plan["alignment"],
-            file_error=FileError((plan["wrong_shift"], plan["wrong_shift"]), plan["wrong_rotation"]),
+            file_error=AffinePlan(plan["wrong_rotation"], (plan["wrong_shift"], plan["wrong_shift"])),
             archive=True,
         )
         os.replace(truth.archive, output.outs)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from strategies import DEEP, NUMBERS, damages, dump, mutations, refused, tries
 
-from celldetr.example.xenium import write_xenium
+from celldetr.example.xenium.sample import write_xenium
 from celldetr.pannuke.archive import NpyMember
 from celldetr.slides.outlines import read_nucleus_file
 from celldetr.xenium.celltypes.reference import prepare_reference

@@ -1,29 +1,21 @@
-"""Archives in the layout of a PanNuke fold, cut from synthetic scenes, with the defects of the real data.
+"""Archives in the layout of a PanNuke fold, cut from drawn scenes, with the defects of the real masks."""
 
-`write_fold(path, fold, n_images, patch_size, seed, ...)` writes ``Fold N/images/foldN/{images,types}.npy`` and
-``Fold N/masks/foldN/masks.npy`` into a zip and returns what a conversion must find in it.
-"""
-
-import math
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.defects import Defects, Spoiler, pieces
-from celldetr.example.looks import MIXTURE
-from celldetr.example.render import Renderer, Stain, draw_stain
+from celldetr.example.drawing import draw_he, draw_stain
 from celldetr.example.tissue import Scene, grow_scene
-from celldetr.runtime.errors import ConfigError
 from celldetr.runtime.files import atomic
 
+Masks = NDArray[np.uint16]
 TISSUES: Mapping[str, int] = {
     "Breast": 2351,
     "Colon": 1440,
@@ -44,108 +36,83 @@ TISSUES: Mapping[str, int] = {
     "Pancreatic": 195,
     "Ovarian": 146,
     "Bladder": 146,
-}  # the 19 tissues and about how many images each has
-_MARGIN = 8.0  # um of tissue around the patches, so that nuclei are cut by their borders as in real images
-_COUNTED = (
-    "empty_images",
-    "one_pixel_nuclei",
-    "split_nuclei",
-    "split_pieces",
-    "overlap_pixels",
-    "overlap_images",
-    "void_pixels",
-    "void_images",
-    "shared_ids",
-)
+}
+"""The 19 tissues of PanNuke and about how many images each has."""
+_SIDE = 2  # images are cut from a scene in a square of 2 x 2
+_MARGIN = 8.0  # um of tissue around them, so that their borders cut nuclei as in real images
+_AROUND = np.ones((3, 3), dtype=bool)  # pieces of a nucleus hang together over corners, too
+
+
+@dataclass(frozen=True)
+class Defects:
+    """Share of the images with each defect: by default about that of the real data; above 0, at least one image.
+
+    Attributes
+    ----------
+    empty
+        No nucleus.
+    one_pixel
+        A nucleus of a single pixel where the image shows none.
+    split
+        One id in two pieces.
+    overlap
+        Pixels claimed by two classes.
+    shared
+        Ids that start from 1 in each channel.
+    void
+        Pixels that are neither nucleus nor background.
+    """
+
+    empty: float = 0.043
+    one_pixel: float = 0.05
+    split: float = 0.027
+    overlap: float = 0.073
+    shared: float = 0.1
+    void: float = 0.021
 
 
 @dataclass(frozen=True)
 class ImageTruth:
-    """What one image of an archive holds.
+    """The content of one image of an archive: M nuclei, by class and id.
 
     Attributes
     ----------
     tissue
         Its entry in types.npy.
     boxes
-        (M, 4) int64 xyxy px, half-open, in the order of `labels`, then `ids`.
-    labels
-        (M,) int8 class of each nucleus: its channel.
-    ids
-        (M,) int64 its id in that channel.
-    area
-        (M,) int64 number of its pixels.
+        (M, 4) int64 xyxy px, half-open.
+    labels, ids, area
+        (M,) int64 class (index of the channel), id in that channel, number of pixels.
     """
 
     tissue: str
     boxes: NDArray[np.int64]
-    labels: NDArray[np.int8]
+    labels: NDArray[np.int64]
     ids: NDArray[np.int64]
     area: NDArray[np.int64]
 
 
-@dataclass
+@dataclass(frozen=True)
 class FoldTruth:
     """What a conversion of an archive must find.
 
     Attributes
     ----------
-    fold
-        Number of the fold.
     images
         One entry per image.
     defects
-        Counts, taken from the masks as written: ``empty_images``; ``one_pixel_nuclei``; ``split_nuclei`` (ids in
-        several pieces, 8-connected) and their ``split_pieces``; ``overlap_pixels`` (claimed by two classes) in
-        ``overlap_images``; ``void_pixels`` (neither nucleus nor background) in ``void_images``; ``shared_ids``
-        (used in two channels of an image).
+        ``empty_images``; ``one_pixel_nuclei``; ``split_nuclei`` (ids in several pieces, 8-connected);
+        ``overlap_pixels`` (claimed by two classes); ``void_pixels`` (neither nucleus nor background); ``shared_ids``
+        (ids used in two channels of an image). Counted in the masks as written.
     """
 
-    fold: int
-    images: list[ImageTruth] = field(default_factory=list)
-    defects: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0))
-
-    def add(self, tissue: str, masks: NDArray[np.int32], background: NDArray[np.bool_]) -> None:
-        """Append an image with masks (S, S, 5) and background (S, S) as they are written, and count its defects."""
-        found: list[tuple[list[int], int, int, int]] = []
-        for channel in range(masks.shape[2]):
-            for number, where in enumerate(ndimage.find_objects(masks[..., channel]), start=1):
-                if where is not None:
-                    rows, columns = where
-                    mask = masks[..., channel][where] == number
-                    box = [columns.start, rows.start, columns.stop, rows.stop]
-                    found.append((box, channel, number, int(mask.sum())))
-                    parts = pieces(mask)
-                    self._count(split_nuclei=parts > 1, split_pieces=parts if parts > 1 else 0)
-        boxes, labels, ids, area = zip(*found, strict=True) if found else ((), (), (), ())
-        image = ImageTruth(
-            tissue,
-            np.array(boxes, dtype=np.int64).reshape(-1, 4),
-            np.array(labels, dtype=np.int8),
-            np.array(ids, dtype=np.int64),
-            np.array(area, dtype=np.int64),
-        )
-        self.images.append(image)
-        claims = (masks > 0).sum(axis=2)
-        overlap, void = int((claims > 1).sum()), int(((claims == 0) & ~background).sum())
-        self._count(
-            empty_images=not found,
-            one_pixel_nuclei=int((image.area == 1).sum()),
-            overlap_pixels=overlap,
-            overlap_images=overlap > 0,
-            void_pixels=void,
-            void_images=void > 0,
-            shared_ids=len(ids) - len(set(ids)),
-        )
-
-    def _count(self, **counts: int) -> None:
-        for name, count in counts.items():
-            self.defects[name] = self.defects.get(name, 0) + int(count)
+    images: list[ImageTruth]
+    defects: dict[str, int]
 
     @property
     def counts(self) -> dict[str, int]:
         """Nuclei per class."""
-        labels = np.concatenate([np.zeros(0, dtype=np.int8), *(image.labels for image in self.images)])
+        labels = np.concatenate([image.labels for image in self.images])
         return {name: int((labels == index).sum()) for index, name in enumerate(PANNUKE_CLASSES)}
 
 
@@ -157,163 +124,203 @@ def write_fold(
     seed: int = 0,
     *,
     mpp: float = 0.25,
-    density: float = 1.0,
-    mixture: Mapping[str, float] = MIXTURE,
-    variation: float = 1.0,
-    contrast: float = 1.0,
+    mixture: str = "pannuke",
     defects: Defects = Defects(),  # noqa: B008 - frozen
-    dtype: str = "float64",
-    patches_per_scene: int = 4,
 ) -> FoldTruth:
-    """Write an archive in the layout of a PanNuke fold; the same arguments give the same bytes.
+    """Write ``Fold N/images/foldN/{images,types}.npy`` and ``Fold N/masks/foldN/masks.npy`` into a zip.
+
+    The same arguments give the same bytes.
 
     Parameters
     ----------
     path
-        Zip file to write, replaced when it exists.
+        Zip file to write.
     fold
         Number of the fold: 1, 2 or 3 in PanNuke. Folds of one seed show different tissue.
     n_images
-        Number of images; 0 is legal.
+        Number of images.
     patch_size
         Rows and columns of an image.
     seed
         Seed of everything random.
     mpp
-        Pixel size in um: 0.25 in PanNuke; 0.5 shows four times the tissue in as many pixels.
-    density
-        Factor on the number of nuclei.
+        Pixel size in um: 0.25 in PanNuke.
     mixture
-        Architecture -> share of the area, see `looks.MIXTURES`: PanNuke's class balance is the default.
-    variation, contrast
-        Differences between the stains of scenes; strength of the hematoxylin. See `render.draw_stain`.
+        Key of `celldetr.example.styles.MIXTURES`.
     defects
-        How much of the images is spoilt.
-    dtype
-        Type of images and masks, at least two bytes wide to hold the ids: PanNuke uses float64.
-    patches_per_scene
-        A square number: images cut out of each scene.
-
-    Raises
-    ------
-    ConfigError
-        A number is out of range.
+        How many images have which defect.
     """
-    if np.dtype(dtype).kind not in "fiu" or np.dtype(dtype).itemsize < 2:
-        raise ConfigError(f"synthetic fold: got dtype {dtype}, expected a number type of at least two bytes")
-    side = _check(n_images, patch_size, mpp, patches_per_scene)
-    extent = side * patch_size * mpp + 2 * _MARGIN
-    spoiler = Spoiler(np.random.default_rng([seed, fold, 0]), n_images, defects)
-    tissues = _tissues(np.random.default_rng([seed, fold, 1]), n_images, patches_per_scene)
-    truth = FoldTruth(fold)
-    with atomic(path) as temporary, tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".spool") as folder:
-        spool = _Spool(Path(folder), patch_size)
-        for first in range(0, n_images, patches_per_scene):
-            rng = np.random.default_rng([seed, fold, 2, first])
-            scene = grow_scene(rng, extent, extent, density=density, mixture=mixture)
-            stain = draw_stain(rng, variation=variation, contrast=contrast)
-            cutter = _Cutter(scene, stain, int(rng.integers(2**31)), mpp, patch_size, side)
-            for index in range(first, min(first + patches_per_scene, n_images)):
-                image, masks = cutter.cut(index - first, rng, empty=index in spoiler.empty)
-                background = spoiler.spoil(index, masks)
-                truth.add(tissues[index], masks, background)
-                spool.add(image, masks, background)
-        _write_zip(temporary, fold, spool, np.array(tissues, dtype="<U13"), np.dtype(dtype))
-    return truth
+    rng = np.random.default_rng([seed, fold])
+    empty = set(rng.permutation(n_images)[: _number(defects.empty, n_images - 1)].tolist())
+    tissues = _draw_tissues(rng, n_images)
+    with atomic(path) as temporary, tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".scratch") as scratch:
+        shape = n_images, patch_size, patch_size
+        images = np.memmap(Path(scratch) / "images", np.uint8, "w+", shape=(*shape, 3))
+        masks = np.memmap(Path(scratch) / "masks", np.uint16, "w+", shape=(*shape, 6))
+        extent = _SIDE * patch_size * mpp + 2 * _MARGIN
+        for first in range(0, n_images, _SIDE**2):
+            scene = grow_scene(rng, (extent, extent), mixture)
+            patches = slice(first, first + _SIDE**2)
+            _cut_scene(rng, scene, mpp, images[patches], masks[patches])
+            bare = replace(scene, nuclei=scene.nuclei.take(np.zeros(0, int)), glands=())
+            for index in sorted(empty & set(range(n_images)[patches])):
+                _cut_scene(rng, bare, mpp, images[index : index + 1], masks[index : index + 1])
+        _plant_defects(rng, masks, defects)
+        _write_zip(temporary, fold, images, masks, np.array(tissues, dtype="<U13"))
+        return _read_truth(masks, tissues)
 
 
-class _Cutter:
-    """Cuts a scene into patches."""
-
-    def __init__(self, scene: Scene, stain: Stain, seed: int, mpp: float, patch_size: int, side: int) -> None:
-        self._scene, self._mpp, self._size, self._side = scene, mpp, patch_size, side
-        self._filled = Renderer(scene, stain, seed)
-        self._bare = Renderer(replace(scene, nuclei=(), glands=()), stain, seed)
-        self._channel = np.array([-1] + [PANNUKE_CLASSES.index(n.look) for n in scene.nuclei])
-
-    def cut(self, place: int, rng: np.random.Generator, *, empty: bool) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """Image (S, S, 3) and masks (S, S, 5) of a patch; ids ascend with gaps, like those of the real data."""
-        start = round(_MARGIN / self._mpp)
-        origin = start + place // self._side * self._size, start + place % self._side * self._size
-        renderer = self._bare if empty else self._filled
-        drawn = renderer.window(self._mpp, origin, (self._size, self._size))
-        present, local = np.unique(drawn.nucleus, return_inverse=True)
-        local = local.reshape(drawn.nucleus.shape)
-        ids = np.cumsum(rng.integers(1, 4, present.size)).astype(np.int32)
+def _cut_scene(rng: np.random.Generator, scene: Scene, mpp: float, images: NDArray[np.uint8], masks: Masks) -> None:
+    """Draw a scene and cut it into images (N, S, S, 3) and masks (N, S, S, 6); ids ascend with gaps, as real ones."""
+    drawn, nuclei = draw_he(rng, scene, mpp, stain=draw_stain(rng))
+    channels = np.append(-1, scene.nuclei.classes)
+    start, size = round(_MARGIN / mpp), images.shape[1]
+    for place in range(len(images)):
+        top, left = start + place // _SIDE * size, start + place % _SIDE * size
+        window = slice(top, top + size), slice(left, left + size)
+        present, local = np.unique(nuclei[window], return_inverse=True)
+        ids = np.cumsum(rng.integers(1, 4, present.size))
         ids[present == 0] = 0
-        channel = self._channel[present]
-        masks = np.where(channel[:, None] == np.arange(len(PANNUKE_CLASSES)), ids[:, None], 0).astype(np.int32)
-        return drawn.image, masks[local]
+        channel, number = channels[nuclei[window]], ids[local.reshape(size, size)]
+        images[place] = drawn[window]
+        masks[place] = np.where(channel[..., None] == np.arange(6), number[..., None], 0)
+        masks[place, ..., 5] = number == 0
 
 
-class _Spool:
-    """Images and masks on their way into an archive, on disk: a zip takes one member after the other."""
-
-    def __init__(self, folder: Path, patch_size: int) -> None:
-        self._paths = folder / "images", folder / "masks"
-        self.size, self.count = patch_size, 0
-
-    def add(self, image: NDArray[np.uint8], masks: NDArray[np.int32], background: NDArray[np.bool_]) -> None:
-        """Append one image with its masks."""
-        six = np.concatenate([masks, background[..., None]], axis=2).astype(np.uint16)
-        for path, content in zip(self._paths, (image.tobytes(), six.tobytes()), strict=True):
-            with path.open("ab") as handle:
-                handle.write(content)
-        self.count += 1
-
-    def images(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield each image, (S, S, 3)."""
-        return self._read(0, np.dtype(np.uint8), 3)
-
-    def masks(self) -> Iterator[NDArray[np.uint16]]:
-        """Yield the masks of each image, (S, S, 6)."""
-        return self._read(1, np.dtype(np.uint16), 6)
-
-    def _read(self, which: int, dtype: np.dtype[Any], channels: int) -> Iterator[NDArray[Any]]:
-        shape = self.size, self.size, channels
-        if not self.count:
-            return
-        with self._paths[which].open("rb") as handle:
-            for _ in range(self.count):
-                block = handle.read(int(np.prod(shape)) * dtype.itemsize)
-                yield np.frombuffer(block, dtype=dtype).reshape(shape)
+def _draw_tissues(rng: np.random.Generator, n_images: int) -> list[str]:
+    """Tissue of each image; the images of a scene have the same."""
+    shares = np.array(list(TISSUES.values()), dtype=float)
+    drawn = rng.choice(list(TISSUES), size=-(-n_images // _SIDE**2), p=shares / shares.sum())
+    return [str(tissue) for tissue in np.repeat(drawn, _SIDE**2)[:n_images]]
 
 
-def _write_zip(path: Path, fold: int, spool: _Spool, types: NDArray[np.str_], dtype: np.dtype[Any]) -> None:
-    images, masks = (f"Fold {fold}/{kind}/fold{fold}" for kind in ("images", "masks"))
+def _number(share: float, n_images: int) -> int:
+    return min(n_images, max(1, round(share * n_images))) if share > 0 else 0
+
+
+def _plant_defects(rng: np.random.Generator, masks: Masks, defects: Defects) -> None:
+    """Plant defects into clean masks (N, S, S, 6); an image without room for one leaves it to another image."""
+    for name, plant in _PLANT.items():
+        missing = _number(getattr(defects, name), len(masks))
+        for index in rng.permutation(len(masks)):
+            if not missing:
+                break
+            mask = np.array(masks[index])
+            if mask[..., :5].any() and plant(rng, mask):
+                masks[index] = mask
+                missing -= 1
+
+
+def _nuclei(rng: np.random.Generator, mask: Masks) -> list[tuple[int, int]]:
+    """Channel and id of each nucleus, in random order."""
+    found = [(c, int(i)) for c in range(5) for i in np.unique(mask[..., c]) if i]
+    return [found[k] for k in rng.permutation(len(found))]
+
+
+def _plant_one_pixel(rng: np.random.Generator, mask: Masks) -> bool:
+    free = np.argwhere(mask[..., 5])
+    if len(free):
+        row, column = free[rng.integers(len(free))]
+        mask[row, column, rng.integers(5)] = mask[..., :5].max() + 1
+        mask[row, column, 5] = 0
+    return bool(len(free))
+
+
+def _plant_split(rng: np.random.Generator, mask: Masks) -> bool:
+    """Cut a nucleus across its longest extent."""
+    for channel, number in _nuclei(rng, mask):
+        nucleus = mask[..., channel] == number
+        places = np.argwhere(nucleus)
+        if len(places) < 20:
+            continue
+        away = places - places.mean(axis=0)
+        long_axis = np.linalg.eigh(away.T @ away)[1][:, 1]
+        rows, columns = places[np.abs(away @ long_axis) < 0.9].T
+        nucleus[rows, columns] = False
+        if _count_pieces(nucleus) == 2:
+            mask[rows, columns, channel] = 0
+            mask[rows, columns, 5] = ~mask[rows, columns, :5].any(axis=1)
+            return True
+    return False
+
+
+def _plant_overlap(rng: np.random.Generator, mask: Masks) -> bool:
+    """Let a nucleus spill by a pixel into a touching one of another class."""
+    for channel, number in _nuclei(rng, mask):
+        own = mask[..., channel]
+        others = np.delete(mask[..., :5], channel, axis=2).any(axis=2)
+        spill = ndimage.binary_dilation(own == number, _AROUND) & others & (own == 0)
+        if spill.any():
+            own[spill] = number
+            return True
+    return False
+
+
+def _plant_shared(rng: np.random.Generator, mask: Masks) -> bool:
+    """Renumber the nuclei of each channel from 1; needs two channels with nuclei."""
+    if np.count_nonzero(mask[..., :5].any(axis=(0, 1))) < 2:
+        return False
+    for channel in range(5):
+        ids, place = np.unique(mask[..., channel], return_inverse=True)
+        mask[..., channel] = (np.arange(ids.size) + (ids[0] != 0))[place].reshape(mask.shape[:2])
+    return True
+
+
+def _plant_void(rng: np.random.Generator, mask: Masks) -> bool:
+    """Take the pixels around a nucleus out of the background."""
+    for channel, number in _nuclei(rng, mask):
+        ring = ndimage.binary_dilation(mask[..., channel] == number, _AROUND) & (mask[..., 5] > 0)
+        if ring.any():
+            mask[ring, 5] = 0
+            return True
+    return False
+
+
+_PLANT: Mapping[str, Callable[[np.random.Generator, Masks], bool]] = {
+    "one_pixel": _plant_one_pixel,
+    "split": _plant_split,
+    "overlap": _plant_overlap,
+    "shared": _plant_shared,
+    "void": _plant_void,
+}
+
+
+def _count_pieces(nucleus: NDArray[np.bool_]) -> int:
+    return int(ndimage.label(nucleus, structure=_AROUND)[1])
+
+
+def _read_truth(masks: Masks, tissues: list[str]) -> FoldTruth:
+    """List the nuclei and count the defects of masks (N, S, S, 6)."""
+    names = ("empty_images", "one_pixel_nuclei", "split_nuclei", "overlap_pixels", "void_pixels", "shared_ids")
+    images, defects = [], dict.fromkeys(names, 0)
+    for mask, tissue in zip(masks, tissues, strict=True):
+        found = []
+        for channel in range(5):
+            for number, place in enumerate(ndimage.find_objects(mask[..., channel].astype(int)), start=1):
+                if place is not None:
+                    nucleus = mask[(*place, channel)] == number
+                    box = place[1].start, place[0].start, place[1].stop, place[0].stop
+                    found.append((*box, channel, number, int(nucleus.sum())))
+                    defects["split_nuclei"] += _count_pieces(nucleus) > 1
+        table = np.array(found, dtype=np.int64).reshape(-1, 7)
+        images.append(ImageTruth(tissue, table[:, :4], *table[:, 4:].T))
+        claims = (mask[..., :5] > 0).sum(axis=2)
+        defects["empty_images"] += not found
+        defects["one_pixel_nuclei"] += int((table[:, 6] == 1).sum())
+        defects["overlap_pixels"] += int((claims > 1).sum())
+        defects["void_pixels"] += int(((claims == 0) & (mask[..., 5] == 0)).sum())
+        defects["shared_ids"] += len(table) - len(np.unique(table[:, 5]))
+    return FoldTruth(images, defects)
+
+
+def _write_zip(path: Path, fold: int, images: NDArray[np.uint8], masks: Masks, types: NDArray[np.str_]) -> None:
+    """Write the arrays of a fold, images and masks as float64, image by image."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         # a member opened by its name bears the date 1980-01-01, so that the same arrays give the same bytes
-        with archive.open(f"{images}/images.npy", "w", force_zip64=True) as member:
-            _write_array(member, spool.images(), (spool.count, spool.size, spool.size, 3), dtype)
-        with archive.open(f"{images}/types.npy", "w") as member:
-            np.lib.format.write_array(member, types, allow_pickle=False)
-        with archive.open(f"{masks}/masks.npy", "w", force_zip64=True) as member:
-            _write_array(member, spool.masks(), (spool.count, spool.size, spool.size, 6), dtype)
-
-
-def _write_array(
-    member: IO[bytes], blocks: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(member, header)
-    for block in blocks:
-        member.write(block.astype(dtype).tobytes())
-
-
-def _tissues(rng: np.random.Generator, n_images: int, repeats: int) -> list[str]:
-    """Tissue of each image; the images of a scene have one."""
-    shares = np.array(list(TISSUES.values()), dtype=float)
-    drawn = rng.choice(list(TISSUES), size=-(-n_images // repeats), p=shares / shares.sum())
-    return [str(t) for t in np.repeat(drawn, repeats)[:n_images]]
-
-
-def _check(n_images: int, patch_size: int, mpp: float, patches_per_scene: int) -> int:
-    """Refuse impossible settings; returns the number of patches along a side of a scene."""
-    side = math.isqrt(max(patches_per_scene, 0))
-    if n_images < 0 or patch_size < 8 or mpp <= 0 or side < 1 or side**2 != patches_per_scene:
-        raise ConfigError(
-            f"synthetic fold: got n_images={n_images}, patch_size={patch_size}, mpp={mpp}, "
-            f"patches_per_scene={patches_per_scene}; expected n_images >= 0, patch_size >= 8 px, mpp > 0 um and a "
-            "square number of patches per scene (1, 4, 9, ...)"
-        )
-    return side
+        for kind, name, array in (("images", "images", images), ("images", "types", types), ("masks", "masks", masks)):
+            dtype = array.dtype if name == "types" else np.dtype(np.float64)
+            with archive.open(f"Fold {fold}/{kind}/fold{fold}/{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": dtype.str, "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in array:
+                    member.write(np.asarray(part, dtype=dtype).tobytes())

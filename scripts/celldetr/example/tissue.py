@@ -1,58 +1,70 @@
-"""Growing a tissue scene: regions of different architecture with glands, fat, fibres and nuclei.
+"""Growing a tissue scene: regions of different tissue with glands, fat, fibres and nuclei.
 
-Lengths in um, y downwards.
+Lengths in um, y downwards, from the upper left corner of the tissue.
 """
 
-import bisect
-import itertools
-import math
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
-from celldetr.example.looks import ARCHITECTURES, LOOKS, MIXTURE, Architecture, Glands
-from celldetr.example.shapes import Array, outline, reach
+from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.example.styles import MIXTURES, REGIONS, STYLES, Array, GlandStyle, Region, style_values
+from celldetr.runtime.errors import ConfigError
 
-FIELD_AREA = 64.0**2  # um^2 of a PanNuke image: what densities refer to
-_TRIES = 8  # places tried for a nucleus before it is given up
-_CELL = 20.0  # um; longer than any nucleus, so that touching ones lie in neighbouring cells of the grid
+_FIELD_AREA = 64.0**2  # um^2 of a PanNuke image: densities refer to it
+_REGION = 90.0  # um; typical size of a region
+_LONGEST = 24.0  # um; no two nuclei with centres farther apart than this overlap
+_EDGE = 6.0  # um between an irregular border of the tissue and the nearest centre of a nucleus
+_VERTICES = 36  # of an outline
+_CROWDING = 1.7  # nuclei thrown per nucleus wanted: many find no room
 
 
 @dataclass(frozen=True)
-class Nucleus:
-    """One nucleus.
+class SceneNuclei:
+    """N nuclei.
 
     Attributes
     ----------
-    look
-        Its kind, a key of `LOOKS` (the PanNuke class).
-    centre
-        (2,) x, y.
+    classes
+        (N,) index into `PANNUKE_CLASSES`.
+    centres
+        (N, 2) x, y.
     half
-        Half of the length and of the width of the ellipse it was drawn from.
-    angle
-        Direction of its long axis, radians from x towards y.
-    outline
-        (V, 2) x, y of the outline.
+        (N, 2) half of the length and of the width of the ellipses they were drawn from.
+    angles
+        (N,) direction of the long axes, radians from x towards y.
+    outlines
+        (N, V, 2) x, y.
     """
 
-    look: str
-    centre: Array
-    half: tuple[float, float]
-    angle: float
-    outline: Array
+    classes: NDArray[np.intp]
+    centres: Array
+    half: Array
+    angles: Array
+    outlines: Array
+
+    def __len__(self) -> int:
+        """Count the nuclei."""
+        return len(self.classes)
+
+    def take(self, index: NDArray[np.integer] | NDArray[np.bool_]) -> "SceneNuclei":
+        """Select nuclei by index or mask."""
+        return SceneNuclei(
+            self.classes[index], self.centres[index], self.half[index], self.angles[index], self.outlines[index]
+        )
 
 
 @dataclass(frozen=True)
 class Gland:
-    """One gland: a ring of cells of a kind with a lumen (None when the cells meet in the middle)."""
+    """A ring of cells; `lumen` is None if the cells meet in the middle. Outlines are (V, 2)."""
 
+    style: GlandStyle
     centre: Array
     radius: float
-    kind: Glands
     outline: Array
     lumen: Array | None
 
@@ -61,14 +73,12 @@ class Gland:
 class Flow:
     """The smooth direction field that fibres and spindle nuclei follow, and that warps the borders of regions.
 
-    Fibres are the level lines of the stream function ``across``, a tilted plane with waves on it.
-
     Attributes
     ----------
     direction
         Mean direction of the fibres in radians.
     waves
-        (K, 4) amplitude in um, wave vector x and y in 1/um, phase.
+        (K, 4) amplitude in um, wave vector x and y in 1/um, phase: fibres are the level lines of a plane with waves.
     """
 
     direction: float
@@ -77,70 +87,55 @@ class Flow:
     def coordinates(self, x: Array, y: Array) -> tuple[Array, Array]:
         """Position along and across the fibres in um, of any shape."""
         c, s = np.cos(self.direction), np.sin(self.direction)
-        across = -s * x + c * y
-        for amplitude, kx, ky, phase in self.waves:
-            across = across + amplitude * np.sin(kx * x + ky * y + phase)
-        return c * x + s * y, across
+        bent = sum(size * np.sin(kx * x + ky * y + phase) for size, kx, ky, phase in self.waves)
+        return c * x + s * y, c * y - s * x + bent
 
-    def angle(self, x: float, y: float) -> float:
-        """Direction of the fibre through a point, in radians."""
-        gx, gy = -math.sin(self.direction), math.cos(self.direction)
-        for amplitude, kx, ky, phase in self.waves.tolist():
-            slope = amplitude * math.cos(kx * x + ky * y + phase)
-            gx, gy = gx + slope * kx, gy + slope * ky
-        return math.atan2(-gx, gy)
+    def angles(self, points: Array) -> Array:
+        """(N,) direction of the fibres through (N, 2) points in radians."""
+        x, y = points.T
+        across = self.coordinates(x, y)[1]
+        angles: Array = np.arctan2(across - self.coordinates(x + 0.1, y)[1], self.coordinates(x, y + 0.1)[1] - across)
+        return angles
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A piece of tissue from (0, 0) to (width, height) um.
+    """A piece of tissue of (width, height) um.
 
     Attributes
     ----------
+    size
+        Width and height.
+    border
+        (V, 2) outline of the tissue.
     nuclei
-        In the order of drawing: a later one lies above an earlier one. Their centres lie inside the scene.
+        In the order of drawing: a later one lies above an earlier one. Their centres lie in the tissue.
     glands, vacuoles
-        Glands, and (V, 2) outlines of fat vacuoles.
-    sites, architectures
-        (K, 2) x, y and their kinds: a point belongs to the region of the nearest site, borders warped by the flow.
+        Glands; (K, V, 2) outlines of fat vacuoles.
+    sites, regions
+        (R, 2) x, y and their tissue (keys of `REGIONS`): a point belongs to the nearest site, borders are warped.
     flow
         Direction of the fibres.
     """
 
-    width: float
-    height: float
-    nuclei: tuple[Nucleus, ...]
+    size: tuple[float, float]
+    border: Array
+    nuclei: SceneNuclei
     glands: tuple[Gland, ...]
-    vacuoles: tuple[Array, ...]
+    vacuoles: Array
     sites: Array
-    architectures: tuple[str, ...]
+    regions: tuple[str, ...]
     flow: Flow
 
-    def region(self, x: Array, y: Array) -> NDArray[np.intp]:
-        """Index into `architectures` of the region that holds each point."""
-        along, across = self.flow.coordinates(x, y)
-        bump = 5.0 * np.sin(along / 9.0), 5.0 * np.sin(across / 7.0)
-        nearest = np.zeros(np.shape(along), dtype=np.intp)
-        best = np.full(np.shape(along), np.inf)
-        for index, (sx, sy) in enumerate(self.sites):
-            distance = (x + bump[0] - sx) ** 2 + (y + bump[1] - sy) ** 2
-            nearest = np.where(distance < best, index, nearest)
-            best = np.minimum(distance, best)
-        return nearest
-
-    def architecture(self, points: Array) -> list[Architecture]:
-        """Kind of tissue at each of (N, 2) points x, y."""
-        return [ARCHITECTURES[self.architectures[k]] for k in self.region(points[:, 0], points[:, 1])]
+    def region(self, points: Array) -> NDArray[np.intp]:
+        """Index into `regions` at points (..., 2)."""
+        along, across = self.flow.coordinates(points[..., 0], points[..., 1])
+        bump = np.stack([5.0 * np.sin(along / 9.0), 5.0 * np.sin(across / 7.0)], axis=-1)
+        return np.asarray(cKDTree(self.sites).query(points + bump)[1], dtype=np.intp)
 
 
 def grow_scene(
-    rng: np.random.Generator,
-    width: float,
-    height: float,
-    *,
-    density: float = 1.0,
-    mixture: Mapping[str, float] = MIXTURE,
-    region: float = 90.0,
+    rng: np.random.Generator, size: tuple[float, float], mixture: str = "example", *, irregular: bool = False
 ) -> Scene:
     """Grow a piece of tissue.
 
@@ -148,64 +143,93 @@ def grow_scene(
     ----------
     rng
         Source of all randomness.
-    width, height
-        Size in um.
-    density
-        Factor on the number of nuclei; above 1 it ends where there is no room, and glands keep their rows.
+    size
+        Width and height in um.
     mixture
-        Architecture (a key of `ARCHITECTURES`) -> share of the area.
-    region
-        Typical size of a region in um.
+        Key of `MIXTURES`.
+    irregular
+        Whether the tissue has an irregular border; otherwise it fills the rectangle.
+
+    Raises
+    ------
+    ConfigError
+        The tissue is so small that no nucleus fits in.
     """
-    count = max(1, round((width + region) * (height + region) / region**2))
-    sites = rng.uniform(-region / 2, (width + region / 2, height + region / 2), (count, 2))
-    shares = np.array(list(mixture.values()), dtype=float)
-    kinds = rng.choice(len(shares), size=count, p=shares / shares.sum())
-    names = list(mixture)
-    scene = Scene(width, height, (), (), (), sites, tuple(names[k] for k in kinds), _flow(rng))
-    grower = _Grower(rng, scene, density)
-    grower.place_glands()
-    grower.place_vacuoles()
-    grower.line_glands()
-    grower.scatter()
-    return replace(
-        scene,
-        nuclei=grower.nuclei(),
-        glands=tuple(grower.glands),
-        vacuoles=tuple(v for *_, v in grower.vacuoles),
-    )
+    extent = np.asarray(size, dtype=float)
+    border = _irregular_border(rng, extent) if irregular else np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * extent
+    count = max(1, round(float(np.prod(extent + _REGION)) / _REGION**2))
+    sites = rng.uniform(-_REGION / 2, extent + _REGION / 2, (count, 2))
+    names, shares = list(MIXTURES[mixture]), np.array(list(MIXTURES[mixture].values()))
+    regions = tuple(names[k] for k in rng.choice(len(names), size=count, p=shares / shares.sum()))
+    nothing = SceneNuclei(np.zeros(0, np.intp), *(np.zeros(shape) for shape in ((0, 2), (0, 2), 0, (0, _VERTICES, 2))))
+    scene = Scene(size, border, nothing, (), np.zeros((0, _VERTICES, 2)), sites, regions, _draw_flow(rng))
+    glands = _place_glands(rng, scene)
+    vacuoles, circles = _place_vacuoles(rng, scene, glands)
+    nuclei = _place_nuclei(rng, scene, glands, circles)
+    if not len(nuclei):
+        raise ConfigError(f"example: got no nucleus on tissue of {size[0]} um x {size[1]} um, expected a larger size")
+    return Scene(size, border, nuclei, glands, vacuoles, sites, regions, scene.flow)
 
 
-@dataclass
-class _Candidate:
-    """A nucleus that has no outline yet: kind, centre, half axes, direction, bend."""
+def draw_outlines(
+    rng: np.random.Generator,
+    centres: Array,
+    half: Array,
+    angles: Array,
+    *,
+    irregular: Array | float,
+    bend: Array | float = 0.0,
+    taper: Array | float = 0.0,
+) -> Array:
+    """Draw N closed outlines: ellipses with random bumps, bent and tapered along their long axis.
 
-    look: str
-    x: float
-    y: float
-    half: tuple[float, float]
-    angle: float
-    bend: float
+    Parameters
+    ----------
+    rng
+        Source of the bumps.
+    centres, half, angles
+        See `SceneNuclei`.
+    irregular
+        (N,) relative size of the bumps.
+    bend
+        (N,) sagitta of the long axis relative to its half length.
+    taper
+        (N,) 0 for an ellipse, towards 1 for pointed ends.
 
-    def nucleus(self, rng: np.random.Generator) -> Nucleus:
-        """Draw its outline."""
-        kind, centre = LOOKS[self.look], np.array([self.x, self.y])
-        shape = outline(rng, centre, self.half, self.angle, irregular=kind.irregular, bend=self.bend, taper=kind.taper)
-        return Nucleus(self.look, centre, self.half, self.angle, shape)
+    Returns
+    -------
+    Array
+        (N, V, 2) x, y in um.
+    """
+    count = len(centres)
+    irregular, bend, taper = (np.broadcast_to(value, count)[:, None] for value in (irregular, bend, taper))
+    t = np.linspace(0.0, 2.0 * np.pi, _VERTICES, endpoint=False)
+    order = np.arange(2, 7)
+    bumps = irregular * rng.standard_normal((count, order.size)) / order**0.7
+    phase = rng.uniform(0.0, 2.0 * np.pi, (count, order.size))
+    radius = 1.0 + (bumps[..., None] * np.cos(order[:, None] * t + phase[..., None])).sum(axis=1)
+    radius = np.clip(radius, 0.5, 1.6)
+    u = radius * np.cos(t)
+    v = half[:, 1:] * radius * np.sin(t) * np.abs(np.sin(t)) ** taper + bend * half[:, :1] * (0.5 - u**2)
+    u = half[:, :1] * u
+    c, s = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    return np.stack([c * u - s * v, s * u + c * v], axis=-1) + centres[:, None]
 
 
-def _candidate(
-    rng: np.random.Generator, look: str, centre: tuple[float, float], angle: float, *, size: float = 1.0
-) -> _Candidate:
-    """Draw the size of a nucleus of a kind at a place, with its long axis in a direction; `size` scales its length."""
-    kind = LOOKS[look]
-    spread = rng.standard_normal(3).tolist()
-    length = size * kind.length * math.exp(kind.length_sd * min(max(spread[0], -2.2), 2.2))
-    aspect = min(max(kind.aspect + kind.aspect_sd * spread[1], 0.12), 1.0)
-    return _Candidate(look, *centre, (length / 2, length * aspect / 2), angle, kind.bend * spread[2])
+def _irregular_border(rng: np.random.Generator, extent: Array) -> Array:
+    """(V, 2) outline of a piece of tissue that just fits into a rectangle."""
+    t = np.linspace(0.0, 2 * np.pi, 160, endpoint=False)
+    order = np.arange(1, 9)
+    size = 0.10 * rng.standard_normal(order.size) / order**0.6
+    phase = rng.uniform(0, 2 * np.pi, order.size)
+    radius = 1 + (size[:, None] * np.cos(order[:, None] * t + phase[:, None])).sum(axis=0)
+    radius = np.clip(radius, 0.72, 1.3) / (np.abs(np.cos(t)) ** 4 + np.abs(np.sin(t)) ** 4) ** 0.25
+    points = radius[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)
+    border: Array = (points - points.min(axis=0)) / np.ptp(points, axis=0) * extent
+    return border
 
 
-def _flow(rng: np.random.Generator) -> Flow:
+def _draw_flow(rng: np.random.Generator) -> Flow:
     length = rng.uniform(25.0, 90.0, 4)
     towards = rng.uniform(0.0, 2 * np.pi, 4)
     amplitude = length / (2 * np.pi) * rng.uniform(0.1, 0.35, 4)  # slopes that bend fibres without folding them
@@ -214,149 +238,169 @@ def _flow(rng: np.random.Generator) -> Flow:
     return Flow(float(rng.uniform(0.0, np.pi)), waves)
 
 
-class _Grower:
-    """Fills a scene; nuclei are kept in a grid, so that neighbours are found in constant time."""
+def _keep_apart(
+    centres: Array, reach: float, needed: Callable[[NDArray[np.intp], NDArray[np.intp]], Array]
+) -> NDArray[np.bool_]:
+    """Keep each of (N, 2) shapes unless it is too near to an earlier one that is kept.
 
-    def __init__(self, rng: np.random.Generator, scene: Scene, density: float) -> None:
-        self.rng, self.scene, self.density = rng, scene, density
-        self.placed: list[_Candidate] = []
-        self.glands: list[Gland] = []
-        self.vacuoles: list[tuple[Array, float, Array]] = []
-        self._grid: dict[tuple[int, int], list[_Candidate]] = defaultdict(list)
-        self._rounds = np.zeros((0, 3))
+    Parameters
+    ----------
+    centres
+        (N, 2) x, y.
+    reach
+        Largest distance that is ever needed.
+    needed
+        Distance that the centres of shapes i and j (index arrays, i < j) need.
 
-    def nuclei(self) -> tuple[Nucleus, ...]:
-        """Draw the nuclei that have found a place."""
-        return tuple(candidate.nucleus(self.rng) for candidate in self.placed)
+    Returns
+    -------
+    NDArray
+        (N,) bool.
+    """
+    pairs = cKDTree(centres).query_pairs(reach, output_type="ndarray")
+    distance = np.hypot(*(centres[pairs[:, 0]] - centres[pairs[:, 1]]).T)
+    conflicts = pairs[distance < needed(pairs[:, 0], pairs[:, 1])]
+    kept = np.ones(len(centres), dtype=bool)
+    for first, second in conflicts[np.argsort(conflicts[:, 1], kind="stable")].tolist():
+        kept[second] &= not kept[first]
+    return kept
 
-    def _darts(self, spacing: float, margin: float) -> list[tuple[Array, Architecture]]:
-        size = np.array([self.scene.width, self.scene.height])
-        count = int(np.ceil(6 * np.prod(size + 2 * margin) / spacing**2))
-        places = self.rng.uniform(-margin, size + margin, (count, 2))
-        return list(zip(places, self.scene.architecture(places), strict=True))
 
-    def place_glands(self) -> None:
-        """Throw glands into the glandular regions; they do not overlap."""
-        for centre, here in self._darts(60.0, 40.0):
-            kind = here.glands
-            if kind is None:
+def _throw(rng: np.random.Generator, scene: Scene, spacing: float, margin: float) -> tuple[Array, list[Region]]:
+    """Throw many points onto the scene and a margin around it: (N, 2) points and the regions they hit."""
+    extent = np.asarray(scene.size)
+    count = int(np.ceil(6 * np.prod(extent + 2 * margin) / spacing**2))
+    points = rng.uniform(-margin, extent + margin, (count, 2))
+    return points, [REGIONS[scene.regions[k]] for k in scene.region(points)]
+
+
+def _place_glands(rng: np.random.Generator, scene: Scene) -> tuple[Gland, ...]:
+    """Fill the glandular regions with glands that do not overlap."""
+    points, regions = _throw(rng, scene, 60.0, 40.0)
+    hit = np.flatnonzero([region.glands is not None for region in regions])
+    styles = [style for k in hit if (style := regions[k].glands)]
+    radius = np.array([rng.uniform(*style.radius) for style in styles])
+    kept = _keep_apart(points[hit].reshape(-1, 2), 100.0, lambda i, j: radius[i] + radius[j] + 3.0)
+    glands = []
+    for k in np.flatnonzero(kept):
+        centre, r = points[hit[k]], float(radius[k])
+        outer, free = _ring(rng, centre, (r, 0.93 * r), 0.04), r - styles[k].cell_height
+        lumen = _ring(rng, centre, (free, 0.9 * free), 0.12) if free > 2.0 else None
+        glands.append(Gland(styles[k], centre, r, outer, lumen))
+    return tuple(glands)
+
+
+def _ring(rng: np.random.Generator, centre: Array, half: tuple[float, float], irregular: float) -> Array:
+    """(V, 2) outline of a gland or lumen."""
+    return draw_outlines(rng, centre[None], np.array([half]), np.zeros(1), irregular=irregular)[0]
+
+
+def _place_vacuoles(rng: np.random.Generator, scene: Scene, glands: tuple[Gland, ...]) -> tuple[Array, Array]:
+    """Pack fat vacuoles into the fatty regions: outlines (K, V, 2), and (L, 3) x, y, radius of them and of glands."""
+    points, regions = _throw(rng, scene, 16.0, 25.0)
+    hit = np.array([region.vacuole is not None for region in regions])
+    largest = np.array([region.vacuole[1] for region in regions if region.vacuole])
+    radius = largest * rng.uniform(0.12, 1.0, len(largest)) ** 1.5
+    order = np.argsort(-radius)  # large ones first, small ones into the gaps
+    circles = np.array([[*gland.centre, gland.radius] for gland in glands]).reshape(-1, 3)
+    circles = np.vstack([circles, np.column_stack([points[hit], radius])[order]])
+    kept = _keep_apart(circles[:, :2], 75.0, lambda i, j: circles[i, 2] + circles[j, 2] + 0.9)
+    kept[: len(glands)] = True
+    fat = circles[len(glands) :][kept[len(glands) :]]
+    shapes = draw_outlines(rng, fat[:, :2], fat[:, [2, 2]], np.zeros(len(fat)), irregular=0.02)
+    return shapes, circles[kept]
+
+
+def _place_nuclei(rng: np.random.Generator, scene: Scene, glands: tuple[Gland, ...], circles: Array) -> SceneNuclei:
+    """Line the glands with nuclei and scatter others between the `circles` (L, 3) of glands and vacuoles."""
+    extent = np.asarray(scene.size)
+    classes, centres, angles = _line_glands(rng, glands)
+    lined = len(classes)
+    scattered = _scatter(rng, scene)
+    classes, centres, angles = (
+        np.concatenate(pair) for pair in zip((classes, centres, angles), scattered, strict=True)
+    )
+    half = _draw_half_axes(rng, classes)
+    regions = scene.region(centres)
+    of_region = np.array([(REGIONS[name].separation, REGIONS[name].clumping) for name in scene.regions])[regions]
+    clumped = np.flatnonzero((rng.random(len(classes)) < of_region[:, 1]) & (np.arange(len(classes)) >= lined))
+    single = np.setdiff1d(np.arange(lined, len(classes)), clumped)
+    if len(clumped) and len(single):
+        beside = single[cKDTree(centres[single]).query(centres[clumped])[1]]
+        direction = rng.uniform(0, 2 * np.pi, len(clumped))
+        touching = _reach(half, angles, beside, direction) + _reach(half, angles, clumped, direction)
+        centres[clumped] = centres[beside] + touching[:, None] * np.stack([np.cos(direction), np.sin(direction)], 1)
+    free = np.asarray(((centres >= 0) & (centres < extent)).all(axis=1))
+    tips = half[:, :1] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    for x, y, radius in circles:
+        for shift in (-1, 0, 1):
+            free[lined:] &= np.hypot(*(centres[lined:] + shift * tips[lined:] - (x, y)).T) > radius
+    if len(scene.border) > 4:
+        free &= shapely.contains_xy(shapely.buffer(shapely.Polygon(scene.border), -_EDGE), *centres.T)
+    separation = np.where(np.arange(len(classes)) < lined, 0.8, of_region[:, 0])[free]
+    classes, centres, angles, half = classes[free], centres[free], angles[free], half[free]
+
+    def needed(i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
+        direction = np.arctan2(*(centres[j] - centres[i]).T[::-1])
+        total: Array = separation[j] * (_reach(half, angles, i, direction) + _reach(half, angles, j, direction))
+        return total
+
+    kept = _keep_apart(centres, _LONGEST, needed)
+    classes, centres, angles, half = classes[kept], centres[kept], angles[kept], half[kept]
+    bend = style_values("bend", classes) * rng.standard_normal(len(classes))
+    irregular, taper = style_values("irregular", classes), style_values("taper", classes)
+    outlines = draw_outlines(rng, centres, half, angles, irregular=irregular, bend=bend, taper=taper)
+    return SceneNuclei(classes, centres, half, angles, outlines)
+
+
+def _line_glands(rng: np.random.Generator, glands: tuple[Gland, ...]) -> tuple[NDArray[np.intp], Array, Array]:
+    """Class, centre and angle of the rows of nuclei of glands, long axes towards the lumen."""
+    classes, centres, angles = [np.zeros(0, np.intp)], [np.zeros((0, 2))], [np.zeros(0)]
+    for gland in glands:
+        style, length = gland.style, STYLES[gland.style.nucleus].length
+        for row in range(style.rows):
+            ring = gland.radius - (0.5 * length + 1.0) - row * 0.5 * length
+            count = int(2 * np.pi * ring / style.spacing)
+            if count < 3:
                 continue
-            radius = float(self.rng.uniform(*kind.radius))
-            if any(np.hypot(*(centre - g.centre)) < radius + g.radius + 3.0 for g in self.glands):
-                continue
-            outer = outline(self.rng, centre, (radius, 0.93 * radius), 0.0, irregular=0.04, vertices=60)
-            free = radius - kind.cell_height
-            lumen = None
-            if free > 2.0:
-                lumen = outline(self.rng, centre, (free, 0.9 * free), 0.0, irregular=0.12, vertices=60)
-            self.glands.append(Gland(centre, radius, kind, outer, lumen))
-
-    def place_vacuoles(self) -> None:
-        """Pack fat vacuoles into the fatty regions: large ones first, thin septa between them."""
-        for round_ in range(2):
-            for centre, here in self._darts(24.0, 25.0):
-                sizes = here.vacuole
-                if sizes is None:
-                    continue
-                gaps = [np.hypot(*(centre - c)) - r for c, r, _ in self.vacuoles]
-                gaps += [np.hypot(*(centre - g.centre)) - g.radius for g in self.glands]
-                radius = min(float(self.rng.uniform(*sizes)), min(gaps, default=np.inf) - 0.9)
-                if radius > (sizes[0] if round_ == 0 else 3.0):
-                    shape = outline(self.rng, centre, (radius, radius), 0.0, irregular=0.02, vertices=48)
-                    self.vacuoles.append((centre, radius, shape))
-
-    def line_glands(self) -> None:
-        """Line each gland with its rows of nuclei, long axes towards the lumen."""
-        for gland in self.glands:
-            for row in range(gland.kind.rows):
-                self._line(gland, row)
-
-    def _line(self, gland: Gland, row: int) -> None:
-        kind = gland.kind
-        length = LOOKS[kind.look].length
-        ring = gland.radius - (0.5 * length + 1.0) - row * 0.5 * length
-        count = int(2 * np.pi * ring / kind.spacing)
-        if count < 3:
-            return
-        chance = self.rng.random(count) <= self.density
-        for step, jitter in enumerate(kind.disorder * self.rng.standard_normal((count, 3))):
-            theta = 2 * math.pi * (step + 0.5 * row) / count
-            c, s = math.cos(theta), math.sin(theta)
-            x = float(gland.centre[0] + (ring + jitter[0]) * c - jitter[1] * s)
-            y = float(gland.centre[1] + (ring + jitter[0]) * 0.95 * s + jitter[1] * c)
-            if chance[step] and self._inside(x, y):
-                size = 0.92 if kind.rows > 1 else 1.0
-                self._try(_candidate(self.rng, kind.look, (x, y), theta + float(jitter[2]) / 12, size=size), 0.80)
-
-    def scatter(self) -> None:
-        """Scatter the nuclei between the glands."""
-        rounds = [(*g.centre, g.radius) for g in self.glands] + [(*c, r) for c, r, _ in self.vacuoles]
-        self._rounds = np.array(rounds, dtype=float).reshape(-1, 3)
-        densest = max(ARCHITECTURES[name].density for name in self.scene.architectures)
-        size = self.scene.width, self.scene.height
-        count = self.rng.poisson(self.density * densest * size[0] * size[1] / FIELD_AREA)
-        places = self.rng.uniform(0.0, size, (count, 2))
-        for place, here in zip(places.tolist(), self.scene.architecture(places), strict=True):
-            if self.rng.random() < here.density / densest:
-                self._scatter_one(place[0], place[1], here)
-
-    def _scatter_one(self, x: float, y: float, here: Architecture) -> None:
-        limits = list(itertools.accumulate(here.composition.values()))
-        look = list(here.composition)[bisect.bisect_left(limits, self.rng.random() * limits[-1])]
-        clumped = self.rng.random() < here.clumping
-        for _ in range(_TRIES):
-            if look == "connective":
-                angle = self.scene.flow.angle(x, y) + 0.15 * self.rng.standard_normal()
-            else:
-                angle = math.pi * self.rng.random()
-            nucleus = _candidate(self.rng, look, (x, y), angle)
-            if clumped:
-                self._move_beside_another(nucleus)
-            if self._inside(nucleus.x, nucleus.y) and self._is_ground(nucleus) and self._try(nucleus, here.separation):
-                return
-            x, y = x + 6.0 * self.rng.standard_normal(), y + 6.0 * self.rng.standard_normal()
-
-    def _inside(self, x: float, y: float) -> bool:
-        return 0 <= x < self.scene.width and 0 <= y < self.scene.height
-
-    def _is_ground(self, nucleus: _Candidate) -> bool:
-        """Whether a nucleus lies outside of glands and vacuoles: its middle and the ends of its long axis."""
-        if not self._rounds.size:
-            return True
-        tips = np.array([-1.0, 0.0, 1.0])[:, None] * nucleus.half[0]
-        dx = nucleus.x + tips * math.cos(nucleus.angle) - self._rounds[:, 0]
-        dy = nucleus.y + tips * math.sin(nucleus.angle) - self._rounds[:, 1]
-        return bool(np.all(dx * dx + dy * dy > self._rounds[:, 2] ** 2))
-
-    def _neighbours(self, x: float, y: float) -> list[_Candidate]:
-        column, row = int(x // _CELL), int(y // _CELL)
-        cells = [(column + i, row + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        return [candidate for cell in cells if cell in self._grid for candidate in self._grid[cell]]
-
-    def _move_beside_another(self, nucleus: _Candidate) -> None:
-        """Move a nucleus so that it touches one nearby."""
-        near = self._neighbours(nucleus.x, nucleus.y)
-        if near:
-            other = near[int(self.rng.integers(len(near)))]
-            direction = 2 * math.pi * self.rng.random()
-            distance = _touching(other, nucleus, direction)
-            nucleus.x = other.x + distance * math.cos(direction)
-            nucleus.y = other.y + distance * math.sin(direction)
-
-    def _try(self, nucleus: _Candidate, separation: float) -> bool:
-        """Keep a nucleus unless it overlaps others too much."""
-        for other in self._neighbours(nucleus.x, nucleus.y):
-            dx, dy = nucleus.x - other.x, nucleus.y - other.y
-            distance = math.hypot(dx, dy)
-            if distance < separation * (nucleus.half[0] + other.half[0]) and distance < separation * _touching(
-                other, nucleus, math.atan2(dy, dx)
-            ):
-                return False
-        self._grid[int(nucleus.x // _CELL), int(nucleus.y // _CELL)].append(nucleus)
-        self.placed.append(nucleus)
-        return True
+            theta = 2 * np.pi * (np.arange(count) + 0.5 * row) / count
+            out, along, tilt = style.disorder * rng.standard_normal((3, count))
+            c, s = np.cos(theta), np.sin(theta)
+            centres.append(
+                gland.centre + np.stack([(ring + out) * c - along * s, (ring + out) * 0.95 * s + along * c], 1)
+            )
+            angles.append(theta + tilt / 12)
+            classes.append(np.full(count, PANNUKE_CLASSES.index(style.nucleus)))
+    return np.concatenate(classes), np.concatenate(centres), np.concatenate(angles)
 
 
-def _touching(one: _Candidate, other: _Candidate, direction: float) -> float:
-    """Centre distance at which two nuclei touch, as ellipses, in a direction."""
-    return reach(one.half, one.angle, direction) + reach(other.half, other.angle, direction)
+def _scatter(rng: np.random.Generator, scene: Scene) -> tuple[NDArray[np.intp], Array, Array]:
+    """Class, centre and angle of nuclei thrown at the density of their region."""
+    regions = [REGIONS[name] for name in scene.regions]
+    density = np.array([region.density for region in regions])
+    composition = np.array([[region.composition.get(name, 0.0) for name in PANNUKE_CLASSES] for region in regions])
+    count = rng.poisson(_CROWDING * density.max() * np.prod(scene.size) / _FIELD_AREA)
+    centres = rng.uniform(0.0, scene.size, (count, 2))
+    here = scene.region(centres)
+    hit = rng.random(count) < density[here] / density.max()
+    centres, here = centres[hit], here[hit]
+    limits = np.cumsum(composition, axis=1)[here] / composition.sum(axis=1)[here, None]
+    classes = (rng.random(len(here))[:, None] >= limits[:, :-1]).sum(axis=1)
+    along = scene.flow.angles(centres) + 0.15 * rng.standard_normal(len(here))
+    spindle = classes == PANNUKE_CLASSES.index("connective")
+    return classes, centres, np.where(spindle, along, rng.uniform(0, np.pi, len(here)))
+
+
+def _draw_half_axes(rng: np.random.Generator, classes: NDArray[np.intp]) -> Array:
+    """(N, 2) half of the length and of the width of nuclei of given classes."""
+    spread = np.clip(rng.standard_normal((2, len(classes))), -2.2, 2.2)
+    length = style_values("length", classes) * np.exp(style_values("length_sd", classes) * spread[0])
+    aspect = style_values("aspect", classes) + style_values("aspect_sd", classes) * spread[1]
+    return 0.5 * np.stack([length, length * np.clip(aspect, 0.12, 1.0)], axis=1)
+
+
+def _reach(half: Array, angles: Array, index: NDArray[np.intp], direction: Array) -> Array:
+    """Distance from the centre of ellipses `index` to their rim in a direction (radians)."""
+    turned = direction - angles[index]
+    a, b = half[index].T
+    return np.asarray(a * b / np.hypot(b * np.cos(turned), a * np.sin(turned)))

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import spatialdata
 
-from celldetr.example.xenium import AffinePlan, write_xenium
+from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
 from celldetr.xenium.output import choose_members, dapi_path, read_counts, read_nuclei, read_pixel_size
 from celldetr.xenium.spatial import write_spatialdata

@@ -11,7 +11,7 @@ import pytest
 
 import extract_xenium
 from celldetr.config.classes import ST_TYPES
-from celldetr.example.xenium import AffinePlan, write_xenium
+from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
 from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS

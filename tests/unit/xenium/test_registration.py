@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from celldetr.config.xenium import RegistrationSettings
-from celldetr.example.xenium import AffinePlan, FileError, write_xenium
+from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.report.registration import draw, save
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
@@ -537,7 +537,7 @@ def test_the_picture_is_drawn(scene, found, tmp_path):
 
 
 def test_the_script_registers_a_xenium_folder(tmp_path):
-    error = FileError(shift_um=(15.0, -12.0), rotation_deg=0.5)
+    error = AffinePlan(shift_um=(15.0, -12.0), rotation_deg=0.5)
     truth = write_xenium(
         tmp_path,
         seed=3,

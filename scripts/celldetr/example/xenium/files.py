@@ -1,0 +1,287 @@
+"""Output folders in the layouts of Xenium Onboard Analysis 1.0 to 4.
+
+Formats: https://www.10xgenomics.com/support/software/xenium-onboard-analysis/latest/analysis/xoa-output-at-a-glance
+"""
+
+import json
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import shapely
+import zarr
+from numpy.typing import NDArray
+from scipy import sparse
+
+from celldetr.example.drawing import label_image, write_pyramid
+from celldetr.example.styles import Array
+from celldetr.example.xenium.expression import PANEL, gene_id
+from celldetr.runtime.errors import ConfigError
+
+PIXEL_SIZE = 0.2125  # um
+_DATE = (1980, 1, 1, 0, 0, 0)  # of members of archives, so that the same arguments give the same bytes
+_CONTROLS = {  # kind of feature -> number of them, column of cells.parquet
+    "Negative Control Probe": (6, "control_probe_counts"),
+    "Negative Control Codeword": (5, "control_codeword_counts"),
+    "Unassigned Codeword": (4, "unassigned_codeword_counts"),
+    "Blank Codeword": (4, None),
+    "Deprecated Codeword": (2, "deprecated_codeword_counts"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What differs between versions.
+
+    Attributes
+    ----------
+    version
+        As in experiment.xenium, without "xenium-".
+    text_ids
+        Cells are named (``aaaabkja-1``) instead of numbered from 1.
+    polygon_sets
+        From version 2: a cell may have several nuclei or none, and label images number polygons, not cells.
+    label_ids
+        Boundaries number their polygons; the first builds of version 2 do not.
+    images
+        Where the DAPI image lies.
+    """
+
+    version: str
+    text_ids: bool
+    polygon_sets: bool
+    label_ids: bool
+    images: tuple[str, ...]
+
+    @property
+    def controls(self) -> list[str]:
+        """Kind of each feature that is no gene."""
+        left_out = {
+            "Unassigned Codeword" if self.version.startswith("1.0") else "Blank Codeword",
+            "" if self.polygon_sets else "Deprecated Codeword",
+        }
+        return [kind for kind, (count, _) in _CONTROLS.items() for _ in range(count) if kind not in left_out]
+
+
+def layout_of(version: str, *, label_ids: bool = True) -> Layout:
+    """Look up the layout of a version; without `label_ids` as the first builds of 2.0.
+
+    Raises
+    ------
+    ConfigError
+        Unknown version.
+    """
+    match = re.match(r"(\d+)\.(\d+)\.\d+(\.\d+)*$", version)
+    number = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (1, 0) <= number < (5, 0):
+        raise ConfigError(f"example: got Xenium version {version!r}, expected one from 1.0.0 to 4.x, such as 3.0.0")
+    images: tuple[str, ...] = ("morphology_focus/morphology_focus_0000.ome.tif",)
+    if number[0] == 1:
+        images = ("morphology_mip.ome.tif", "morphology_focus.ome.tif")
+    elif number[0] == 4:
+        images = ("morphology_focus/ch0000_dapi.ome.tif",)
+    late = number >= (2, 0)
+    return Layout(version, number >= (1, 3), late, late and label_ids, images)
+
+
+@dataclass(frozen=True)
+class XeniumCells:
+    """What an output folder says; positions are Xenium um.
+
+    Attributes
+    ----------
+    prefixes, names
+        (N,) uint32 and str, see `name_cells`.
+    centres
+        (N, 2).
+    outlines
+        (N,) polygons.
+    nuclei
+        (M, V, 2) outlines of the segmented nuclei, by cell.
+    nucleus_cell
+        (M,) index of their cells.
+    counts
+        (N, features) int32: the genes of the panel, then the controls.
+    """
+
+    prefixes: NDArray[np.uint32]
+    names: NDArray[np.str_]
+    centres: Array
+    outlines: NDArray[np.object_]
+    nuclei: Array
+    nucleus_cell: NDArray[np.intp]
+    counts: sparse.csr_matrix
+
+    def ids(self, layout: Layout) -> NDArray[Any]:
+        """Cell ids as tables hold them."""
+        return self.names.astype(object) if layout.text_ids else self.prefixes.astype(np.int32)
+
+
+def name_cells(rng: np.random.Generator, count: int, layout: Layout) -> tuple[NDArray[np.uint32], NDArray[np.str_]]:
+    """Name cells: (N,) ascending prefixes and the names made of them; numbers from 1 in the first versions."""
+    if not layout.text_ids:
+        numbers = np.arange(1, count + 1, dtype=np.uint32)
+        return numbers, numbers.astype(str)
+    prefixes = np.cumsum(rng.integers(1, 40_000, count)).astype(np.uint32)
+    digits = (prefixes[:, None] >> np.arange(28, -4, -4, dtype=np.uint32)) & 0xF
+    letters = np.array(list("abcdefghijklmnop"))[digits]
+    return prefixes, np.array(["".join(row) + "-1" for row in letters], dtype=str)
+
+
+def write_outs(
+    folder: Path, layout: Layout, cells: XeniumCells, dapi: NDArray[np.uint16], rng: np.random.Generator
+) -> None:
+    """Write all files of an output folder."""
+    folder.mkdir(parents=True)
+    controls = layout.controls
+    features = np.array([*PANEL, *(f"{kind.replace(' ', '')}_{number:04d}" for number, kind in enumerate(controls))])
+    kinds = np.array(["Gene Expression"] * len(PANEL) + controls)
+    specs = {
+        "analysis_sw_version": f"xenium-{layout.version}",
+        "num_cells": len(cells.names),
+        "panel_name": "Drawn panel",
+        "pixel_size": PIXEL_SIZE,
+        "region_name": "region 1",
+        "run_name": "drawn",
+        "z_step_size": 3.0,
+    }
+    (folder / "experiment.xenium").write_text(json.dumps(specs, indent=2) + "\n", encoding="utf-8")
+    _write_matrix(folder / "cell_feature_matrix.h5", cells, features, kinds)
+    table = _cell_table(layout, cells, kinds)
+    table.to_parquet(folder / "cells.parquet", index=False)
+    outlines = [shapely.get_coordinates(polygon)[:-1] for polygon in cells.outlines]
+    owners = cells.nucleus_cell, np.arange(len(outlines))
+    for name, polygons, owner in zip(("nucleus", "cell"), (list(cells.nuclei), outlines), owners, strict=True):
+        _boundaries(layout, cells, polygons, owner).to_parquet(folder / f"{name}_boundaries.parquet", index=False)
+    _transcripts(layout, cells, features, dapi.shape, rng).to_parquet(folder / "transcripts.parquet", index=False)
+    _write_cells_zarr(folder / "cells.zarr.zip", layout, cells, table, outlines, dapi.shape)
+    first, *copies = [folder / name for name in layout.images]
+    first.parent.mkdir(exist_ok=True)
+    write_pyramid(first, dapi, mpp=PIXEL_SIZE, step=2, tile=512, ome={"Channel": {"Name": ["DAPI"]}})
+    for copy in copies:
+        shutil.copyfile(first, copy)
+
+
+def write_archive(path: Path, folder: Path) -> None:
+    """Pack the files of an output folder, as they lie in it, into a zip."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), _DATE)
+            with file.open("rb") as source, archive.open(info, "w", force_zip64=True) as member:
+                shutil.copyfileobj(source, member, 1 << 20)
+
+
+def _write_matrix(path: Path, cells: XeniumCells, features: NDArray[np.str_], kinds: NDArray[np.str_]) -> None:
+    columns = cells.counts.T.tocsc()
+    columns.sort_indices()
+    with h5py.File(path, "w") as file:
+        matrix = file.create_group("matrix")
+        matrix["barcodes"] = cells.names.astype("S")
+        matrix.create_dataset("data", data=columns.data.astype(np.int32), compression="gzip", compression_opts=1)
+        matrix.create_dataset("indices", data=columns.indices.astype(np.int64), compression="gzip", compression_opts=1)
+        matrix["indptr"] = columns.indptr.astype(np.int64)
+        matrix["shape"] = np.array(columns.shape, dtype=np.int32)
+        group = matrix.create_group("features")
+        group["id"] = np.array([*map(gene_id, PANEL), *features[len(PANEL) :]], dtype="S")
+        group["name"] = features.astype("S")
+        group["feature_type"] = kinds.astype("S")
+        group["genome"] = np.full(len(features), "Unknown", dtype="S")
+        group["_all_tag_keys"] = np.array(["genome"], dtype="S")
+
+
+def _cell_table(layout: Layout, cells: XeniumCells, kinds: NDArray[np.str_]) -> pd.DataFrame:
+    number = np.bincount(cells.nucleus_cell, minlength=len(cells.names))
+    area = np.bincount(cells.nucleus_cell, shapely.area(shapely.polygons(cells.nuclei)), minlength=len(cells.names))
+    table = pd.DataFrame({"cell_id": cells.ids(layout)})
+    table["x_centroid"], table["y_centroid"] = cells.centres.T
+    columns = {"Gene Expression": "transcript_counts"} | {kind: name for kind, (_, name) in _CONTROLS.items() if name}
+    for kind, name in columns.items():
+        if (kinds == kind).any():
+            table[name] = np.asarray(cells.counts[:, kinds == kind].sum(axis=1)).ravel()
+    table["total_counts"] = np.asarray(cells.counts.sum(axis=1)).ravel()
+    table["cell_area"] = shapely.area(cells.outlines)
+    table["nucleus_area"] = np.where(number > 0, area, np.nan)
+    if layout.polygon_sets:
+        table["nucleus_count"] = number
+    return table
+
+
+def _boundaries(layout: Layout, cells: XeniumCells, polygons: list[Array], owner: NDArray[np.integer]) -> pd.DataFrame:
+    """One row per corner; the last corner of a polygon is its first again."""
+    closed = [np.vstack([polygon, polygon[:1]]) for polygon in polygons]
+    number = [len(polygon) for polygon in closed]
+    table = pd.DataFrame({"cell_id": cells.ids(layout)[np.repeat(owner, number)]})
+    table["vertex_x"], table["vertex_y"] = np.vstack(closed).astype(np.float32).T
+    if layout.label_ids:
+        table["label_id"] = np.repeat(np.arange(1, len(polygons) + 1, dtype=np.uint32), number)
+    return table
+
+
+def _transcripts(
+    layout: Layout, cells: XeniumCells, features: NDArray[np.str_], shape: tuple[int, ...], rng: np.random.Generator
+) -> pd.DataFrame:
+    """Those of the matrix around the middles of their cells, some of low quality, and some outside of all cells."""
+    counts = cells.counts.tocoo()
+    owner, feature = np.repeat(counts.row, counts.data), np.repeat(counts.col, counts.data)
+    poor, stray = rng.integers(0, owner.size, owner.size // 20), 5 + owner.size // 20
+    owner, feature = np.append(owner, owner[poor]), np.append(feature, feature[poor])
+    places = cells.centres[owner] + 1.5 * rng.standard_normal((owner.size, 2))
+    places = np.vstack([places, rng.uniform(0, np.array(shape[::-1]) * PIXEL_SIZE, (stray, 2))])
+    nobody = "UNASSIGNED" if layout.text_ids else -1
+    ids = cells.ids(layout)
+    quality = [np.full(owner.size - poor.size, 32.0), np.full(poor.size, 12.0), np.full(stray, 32.0)]
+    names = features[np.append(feature, rng.integers(0, len(features), stray))].astype(object)
+    table = pd.DataFrame({"transcript_id": np.arange(len(places), dtype=np.uint64)})
+    table["cell_id"] = np.append(ids[owner], np.array([nobody] * stray, dtype=ids.dtype))
+    table["overlaps_nucleus"] = np.append(np.ones(owner.size, np.uint8), np.zeros(stray, np.uint8))
+    table["feature_name"] = names if layout.text_ids else [name.encode() for name in names]
+    table["x_location"], table["y_location"] = places.astype(np.float32).T
+    table["z_location"] = np.float32(16.0)
+    table["qv"] = np.concatenate(quality).astype(np.float32)
+    return table
+
+
+def _write_cells_zarr(
+    path: Path,
+    layout: Layout,
+    cells: XeniumCells,
+    table: pd.DataFrame,
+    outlines: list[Array],
+    shape: tuple[int, ...],
+) -> None:
+    columns = {
+        **{f"{part}_centroid_{axis}": table[f"{axis}_centroid"] for part in ("cell", "nucleus") for axis in "xy"},
+        "cell_area": table["cell_area"],
+        "nucleus_area": table["nucleus_area"].fillna(0),
+        "z_level": np.zeros(len(table)),
+    }
+    if layout.polygon_sets:
+        columns["nucleus_count"] = table["nucleus_count"]
+    loose = path.with_name("loose.zarr.zip")
+    store = zarr.storage.ZipStore(loose, mode="w")
+    group = zarr.open_group(store, mode="w", zarr_format=2)
+    named = np.stack([cells.prefixes, np.ones_like(cells.prefixes)], axis=1)
+    group.create_array("cell_id", data=named if layout.text_ids else cells.prefixes)
+    summary = np.stack([np.asarray(values, dtype=float) for values in columns.values()], axis=1)
+    group.create_array("cell_summary", data=summary, attributes={"column_names": list(columns)})
+    owners = cells.nucleus_cell, np.arange(len(outlines))
+    for number, (polygons, owner) in enumerate(zip((list(cells.nuclei), outlines), owners, strict=True)):
+        labels = label_image([polygon / PIXEL_SIZE for polygon in polygons], (shape[0], shape[1]))
+        if layout.polygon_sets:
+            group.create_array(f"polygon_sets/{number}/cell_index", data=owner.astype(np.uint32))
+        else:
+            labels = np.append(0, owner + 1)[labels]
+        group.create_array(f"masks/{number}", data=labels.astype(np.uint32), chunks=(1024, 1024))
+    if layout.text_ids and not layout.polygon_sets:
+        group.create_array("seg_mask_value", data=np.arange(1, len(table) + 1, dtype=np.uint32))
+    store.close()
+    with zipfile.ZipFile(loose) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for member in source.namelist():
+            archive.writestr(zipfile.ZipInfo(member, _DATE), source.read(member))
+    loose.unlink()
