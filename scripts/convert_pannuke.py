@@ -1,7 +1,7 @@
 """Convert the archive of a PanNuke fold to a patch store.
 
-Input: the zip as published. Outputs: the store (boxes in px, half-open), and what was found in it as TSV and as HTML
-with pictures. Params: fold, patch_size (px), mpp (um per px).
+Input: the published zip. Outputs: the store (boxes in px, half-open), and a summary of the fold as TSV and as HTML with
+pictures. Params: fold, patch_size (px), mpp (um per px).
 """
 
 from celldetr.pannuke.convert import convert_fold

@@ -1,4 +1,4 @@
-"""Get an scRNA-seq reference: a file, or a dataset of CELLxGENE whose link is looked up now.
+"""Get an scRNA-seq reference: a file, or a dataset of CELLxGENE whose current link is looked up.
 
 Params: row of the references sheet. Output: the .h5ad.
 """

@@ -1,4 +1,4 @@
-"""Get what is needed of a Xenium sample's output archive: over HTTP only these members travel.
+"""Get the needed members of the output archive of a Xenium sample; over HTTP only these are transferred.
 
 Params: source with urls, bytes and sha256 of the archive. Output: the folder (counts, outlines, DAPI image).
 """

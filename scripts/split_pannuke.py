@@ -1,6 +1,6 @@
-"""Choose the patches that train, validate and test in a split of PanNuke.
+"""Assign the patches of PanNuke to train, val and test.
 
-Inputs: the three patch stores. Output: a TSV with a row per patch: store, patch (index), part (train, val, test).
+Inputs: the three patch stores. Output: a split table (TSV): store, patch (index), part; a row per patch.
 """
 
 from pathlib import Path

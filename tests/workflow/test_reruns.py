@@ -97,7 +97,7 @@ EDITS = {  # file of the library -> rules that must run again, rules that must n
         {"register_xenium", "extract_xenium"},
         DATA - {"register_xenium", "extract_xenium"},
     ),
-    "xenium/celltypes/annotators.py": ({"annotate_xenium", "extract_xenium"}, {"register_xenium", "convert_pannuke"}),
+    "xenium/celltypes/annotate.py": ({"annotate_xenium", "extract_xenium"}, {"register_xenium", "convert_pannuke"}),
 }
 
 

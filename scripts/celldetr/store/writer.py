@@ -107,9 +107,8 @@ class StoreWriter:
         count = len(images)
         if images.shape[1:] != (self.patch_size, self.patch_size, 3) or images.dtype != np.uint8:
             raise ValueError(f"images: got {images.dtype} {images.shape}, expected uint8 (B, S, S, 3)")
-        centroids = (
-            [np.full((len(np.atleast_1d(row)), 2), np.nan) for row in labels] if centroids is None else centroids
-        )
+        if centroids is None:
+            centroids = [np.full((np.size(row), 2), np.nan) for row in labels]
         lengths = {"boxes": len(boxes), "labels": len(labels), "centroids": len(centroids)}
         lengths |= {name: len(patches[name]) for name in self._columns}
         if set(lengths.values()) != {count}:

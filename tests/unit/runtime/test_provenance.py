@@ -65,16 +65,14 @@ def test_the_look_of_a_picture_reruns_reports_only(copy):
 def test_words_and_layout_do_not_count(copy):
     before = hashes(copy)
     errors = copy / "celldetr" / "runtime" / "errors.py"
-    edit(errors, "An error whose", "Some error whose")
+    edit(errors, '"""An error', '"""Any error')
     append(errors, "# a comment\n")
-    download = copy / "celldetr" / "pannuke" / "convert.py"
-    edit(download, '"the conversion is wrong: please report it"', '"please report this to {archive}"')
-    edit(download, 'log.info("%d of %d images', 'log.warning("image %d of %d')
-    splits = copy / "celldetr" / "pannuke" / "splits.py"
-    edit(splits, "raise InputError(f", "raise InputError(split, f")
-    assert changed(copy, before) == {"split_pannuke"}  # another argument, not another text
-    edit(splits, "raise ConfigError(split, f", 'raise ConfigError(f"{protocol}" f')
+    convert = copy / "celldetr" / "pannuke" / "convert.py"
+    edit(convert, '"the conversion is wrong: please report it"', 'f"please report {sha256}"')
+    edit(convert, 'log.info("%d of %d images', 'log.warning("image %d of %d')
     assert changed(copy, before) == set()
+    edit(convert, "raise InputError(", "raise ValueError(")
+    assert changed(copy, before) == {"convert_pannuke"}
 
 
 def test_provenance_file_says_where_a_result_came_from(tmp_path):
