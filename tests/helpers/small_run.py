@@ -107,7 +107,7 @@ class SmallRun:
             *("--directory", str(self.work), "--cores", "2", *map(str, arguments)),
         ]
 
-    def snakemake(self, *arguments, timeout=600, **variables):
+    def snakemake(self, *arguments, timeout=1500, **variables):
         """Run Snakemake; return the completed process with all output in `stdout`."""
         return subprocess.run(
             self.command(*arguments),

@@ -14,12 +14,7 @@ def checkout(rules) -> Path:
     """Folder of the workflow; one that Snakemake reads from a git host is checked out below .snakemake."""
     if isinstance(rules, LocalSourceFile):
         return Path(rules).parents[1]
-    hosted = not hasattr(rules, "repo_path")
-    git = [
-        "git",
-        "-C",
-        str(rules.hosted_repo.repo_clone if hosted else rules.repo_path),
-    ]
+    git = ["git", "-C", str(rules.hosted_repo.repo_clone)]
     revision = subprocess.check_output(
         [*git, "rev-parse", f"{rules.ref}^{{commit}}"], text=True
     ).strip()

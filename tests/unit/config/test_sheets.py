@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from celldetr.config.sheets import ReferenceRow, XeniumRow, read_sheet, used_samples
+from celldetr.config.sheets import ReferenceRow, XeniumRow, locate, read_sheet, used_samples
 from celldetr.config.workflow import schemas
 from celldetr.runtime.errors import ConfigError
 
@@ -115,6 +115,14 @@ def test_samples_in_use_need_a_reference(tmp_path):
     with pytest.raises(ConfigError, match="column use: got 'yes' in no row"):
         used_samples(paths, tmp_path)
     assert used_samples(None, tmp_path) == ({}, {})
+
+
+def test_a_sheet_is_taken_from_the_working_folder_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("config/xenium.tsv", ROOT) == ROOT / "config" / "xenium.tsv"
+    (tmp_path / "config").mkdir()
+    write(tmp_path / "config" / "xenium.tsv", ROW)
+    assert list(read_sheet(locate("config/xenium.tsv", ROOT), XeniumRow, "sample")) == ["a"]
 
 
 @pytest.mark.parametrize("change", [{"file": ""}, {"cellxgene_collection": "c", "cellxgene_dataset": "d"}])

@@ -11,7 +11,7 @@ import yaml
 from celldetr.config.base import merge
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.experiment import Experiment
-from celldetr.config.workflow import Config, schemas
+from celldetr.config.workflow import Config, load_config, schemas
 from celldetr.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -73,6 +73,39 @@ def test_matching_costs_are_those_of_the_paper_in_every_stage():
     for name in ("celldetr_s", "ssl_pretrain", "st_pretrain"):
         assert config.experiment(name).training.matching.to_dict() == {"nucleus": 2.0, "l1": 5.0, "giou": 2.0}
     assert config.experiment("ssl_pretrain").training.losses.nucleus == 1.0
+
+
+def test_a_partial_configuration_lies_over_the_paper():
+    experiment = {"title": "Mine", "mode": "sequential", "initial": "celldetr_s"}
+    figures = {"figure3": None}
+    config = load_config({"seed": 7, "pannuke": {"splits": [2]}, "experiments": {"mine": experiment}, **figures}, ROOT)
+    paper = load_config({}, ROOT)
+    assert paper == Config.from_dict(read())
+    assert set(config.experiments) == {*paper.experiments, "mine"}
+    assert (config.seed, config.pannuke.splits, config.pannuke.fold1) == (7, (2,), paper.pannuke.fold1)
+    assert (config.figure3, config.model) == (None, paper.model)
+
+
+NO_XENIUM = {"xenium": None, "tables": {"table3": None}}
+
+
+def test_null_removes_a_block_of_the_paper():
+    gone = ("st_pretrain", "st_zero_shot", "st_finetune")
+    config = load_config({**NO_XENIUM, "experiments": dict.fromkeys(gone)}, ROOT)
+    assert config.xenium is None
+    assert not set(gone) & set(config.experiments)
+    assert set(config.tables) == {"table1", "table2"}
+    with pytest.raises(ConfigError, match="experiments.st_pretrain.stage: got 'st', but the block xenium is missing"):
+        load_config(NO_XENIUM, ROOT)
+
+
+def test_base_none_stands_alone():
+    example = read(ROOT / "config" / "example" / "config.yaml")
+    assert load_config(example, ROOT) == Config.from_dict(example)
+    with pytest.raises(ConfigError, match="pannuke: missing"):
+        load_config({"base": "none", "experiments": read()["experiments"]}, ROOT)
+    with pytest.raises(ConfigError, match="base: got 'all', expected 'paper' or 'none'"):
+        load_config({"base": "all"}, ROOT)
 
 
 def test_recipe_of_the_paper():
