@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from celldetr.config.xenium import CellTypeSettings
-from celldetr.report.cell_types import draw
+from celldetr.report.cell_types import cell_types_figure
+from celldetr.report.style import save
 from celldetr.runtime.files import atomic
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
@@ -27,7 +28,7 @@ def main(snakemake):
     counts = read_counts(outs)
     annotation = annotate(counts, reference, settings, params.seed)
     figures = quality(counts, reference, annotation, settings, params.seed)
-    draw(output.qc_png, figures, f"Cell types of {snakemake.wildcards.sample}")
+    save(cell_types_figure(figures, f"Cell types of {snakemake.wildcards.sample}"), output.qc_png, dpi=110)
     with atomic(output.qc_json) as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     metadata = {

@@ -6,7 +6,8 @@ Params: settings, he_mpp (um per H&E px, or None: what the file says), sample (n
 """
 
 from celldetr.config.xenium import RegistrationSettings
-from celldetr.report.registration import draw, save
+from celldetr.report.registration import registration_figure
+from celldetr.report.style import save
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.slides.pyramid import open_pyramid
@@ -32,7 +33,8 @@ def main(snakemake):
             name=params.sample,
             seed=params.seed,
         )
-        save(draw(registration, he, nuclei, settings, name=params.sample), output.picture)
+        figure = registration_figure(registration, he, nuclei, settings, name=params.sample)
+        save(figure, output.picture, dpi=110)
     registration.write(output.json)
     write_provenance(
         output.provenance,

@@ -10,7 +10,6 @@ from celldetr.report.xenium_split import write_counts, write_split_page
 from celldetr.runtime.files import atomic
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store, select
-from celldetr.store.splits import PARTS
 from celldetr.xenium.split import part_counts, xenium_split
 
 
@@ -18,14 +17,7 @@ def main(snakemake):
     params, output = snakemake.params, snakemake.output
     settings = XeniumSplitSettings.from_dict(params.settings, "xenium.split")
     stores = [open_store(path) for path in snakemake.input.stores]
-    split = xenium_split(
-        stores,
-        by=settings.by,
-        shares={part: getattr(settings, part) for part in PARTS},
-        block_um=settings.block_um,
-        margin_um=settings.margin_um,
-        seed=params.seed,
-    )
+    split = xenium_split(stores, settings, params.seed)
     test = split.table[split.table["part"] == "test"]
     chosen = [(store, test.loc[test["store"] == store.path.stem, "patch"].to_numpy()) for store in stores]
     origin = [{"store": store.path.stem, "patch": patch} for store, patches in chosen for patch in patches.tolist()]

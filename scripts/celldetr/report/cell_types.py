@@ -1,61 +1,50 @@
-"""One picture of the figures of quality of a sample's cell types."""
+"""Picture of the quality of a sample's cell types."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from celldetr.config.classes import ST_TYPES
-from celldetr.runtime.files import atomic
+from celldetr.report.style import styled
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#999999"
-_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
-def draw(path: str | os.PathLike[str], figures: Mapping[str, Any], title: str) -> None:
-    """Draw the picture (PNG).
-
-    Parameters
-    ----------
-    path
-        File to write.
-    figures
-        Figures of `celldetr.xenium.celltypes.qc.quality`.
-    title
-        Headline.
-    """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(13, 12.5), layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle(
-            f"{title}: {figures['labelled_share']:.1%} of {figures['cells']:,} cells labelled, "
-            f"{figures['shared_genes']} genes shared with the reference",
-            fontsize=12,
-        )
-        grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.15, 1.25))
-        _bars(figure.add_subplot(grid[0, 0]), figures["labels"], "Labelled cells", "cells (log)")
-        _reasons(figure.add_subplot(grid[0, 1]), figures["reasons"])
-        _composition(figure.add_subplot(grid[0, 2]), figures["composition"])
-        _markers(figure, figure.add_subplot(grid[1, :]), figures["markers"])
-        _confusion(figure.add_subplot(grid[2, :2]), figures["reannotation"])
-        _agreement(figure.add_subplot(grid[2, 2]), figures["agreement"])
-        with atomic(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+@styled
+def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
+    """Draw the figures of `celldetr.xenium.celltypes.qc.quality`."""
+    figure = Figure(figsize=(13, 12.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{title}: {figures['labelled_share']:.1%} of {figures['cells']:,} cells labelled, "
+        f"{figures['shared_genes']} genes shared with the reference",
+        fontsize=12,
+    )
+    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.15, 1.25))
+    _labels(figure.add_subplot(grid[0, 0]), figures["labels"])
+    _reasons(figure.add_subplot(grid[0, 1]), figures["reasons"])
+    _composition(figure.add_subplot(grid[0, 2]), figures["composition"])
+    _markers(figure, figure.add_subplot(grid[1, :]), figures["markers"])
+    _confusion(figure.add_subplot(grid[2, :2]), figures["reannotation"])
+    _agreement(figure.add_subplot(grid[2, 2]), figures["agreement"])
+    for axes in figure.axes:
+        axes.title.set_fontsize(10)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
-def _bars(axes: Axes, numbers: Mapping[str, int], title: str, unit: str) -> None:
+def _labels(axes: Axes, numbers: Mapping[str, int]) -> None:
     axes.bar(range(len(numbers)), list(numbers.values()), color=_BLUE)
     for place, number in enumerate(numbers.values()):
         axes.text(place, max(number, 0.8), f"{number:,}", ha="center", va="bottom", fontsize=7)
     axes.set_yscale("log")
     axes.set_ylim(0.7, max(10, *numbers.values()) * 3)
-    axes.set_ylabel(unit)
-    axes.set_title(title)
+    axes.set_ylabel("cells (log)")
+    axes.set_title("Labelled cells")
     _names(axes)
 
 
@@ -102,7 +91,7 @@ def _markers(figure: Figure, axes: Axes, markers: Mapping[str, Any]) -> None:
         places = [place for place, name in enumerate(markers["of"]) if name == kind]
         axes.axvline(places[-1] + 0.5, color=_GREY, linewidth=0.5)
         axes.text(float(np.mean(places)), 1.01, kind, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
-    figure.colorbar(points, ax=axes, label="mean, by the largest", fraction=0.02, pad=0.01)
+    figure.colorbar(points, ax=axes, label="mean, relative to the largest", fraction=0.02, pad=0.01)
 
 
 def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
@@ -111,16 +100,8 @@ def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
     shares = counts / np.maximum(rows, 1)[:, None]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in zip(*np.nonzero(counts), strict=True):
-        dark = shares[row, column] > 0.5
-        axes.text(
-            column,
-            row,
-            str(counts[row, column]),
-            ha="center",
-            va="center",
-            color="white" if dark else "black",
-            fontsize=8,
-        )
+        paint = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=paint, fontsize=8)
     f1 = {kind: "–" if value is None else f"{value:.2f}" for kind, value in test["f1"].items()}
     axes.set_yticks(range(len(ST_TYPES)), [f"{kind}  (F1 {f1[kind]})" for kind in ST_TYPES])
     axes.set_xlabel("type with the largest fraction")

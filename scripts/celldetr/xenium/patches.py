@@ -1,4 +1,4 @@
-"""Patches of a Xenium sample: its nuclei with the labels of their cells, laid over its H&E image, and cut out."""
+"""Patches of a registered Xenium sample: map its nuclei onto the H&E, label them by cell type, cut the patches."""
 
 import os
 from collections.abc import Mapping
@@ -36,24 +36,14 @@ class SampleFiles:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was cut out of a slide.
-
-    Attributes
-    ----------
-    grid
-        The patches.
-    tissue
-        Where there is tissue.
-    nuclei
-        Nuclei with a box, px of the grid.
-    dropped
-        Reason -> nuclei or cells that are in no patch.
-    """
+    """Patches of a sample, for its summary."""
 
     grid: PatchGrid
     tissue: Raster
     nuclei: SlideBoxes
+    """Nuclei on the H&E, px of the grid."""
     dropped: Mapping[str, int]
+    """Reason -> nuclei or cells in no patch."""
 
 
 def extract_sample(
@@ -74,7 +64,7 @@ def extract_sample(
     Parameters
     ----------
     files
-        What is read.
+        Files to read.
     out
         Store to write; its classes are the ten cell types.
     sample, group, tissue
@@ -82,7 +72,7 @@ def extract_sample(
     size, mpp
         Side of a patch in px, and size of its pixels in um.
     settings
-        Which patches are taken.
+        Thresholds for a patch, and stride.
     seed
         Seed of the draw.
     workers
@@ -91,15 +81,14 @@ def extract_sample(
     Raises
     ------
     InputError
-        A file is damaged, the files are not of one sample, or no patch is taken.
+        A file is damaged, the files are of different samples, or no patch meets the thresholds.
     """
     registration = read_registration(files.registration)
-    cells = read_cells(files.cells)
-    nuclei, dropped = place_nuclei(read_nuclei(files.outs), cells, registration, mpp)
+    placed, dropped = place_nuclei(read_nuclei(files.outs), read_cells(files.cells), registration, mpp)
     with open_pyramid(files.he, registration.he_mpp) as image:
         tissue_raster = tissue_mask(image, registration.he_mpp)
         scale = registration.he_mpp / mpp
-        placed, nuclei = nuclei, nuclei.on_slide((image.size[0] * scale, image.size[1] * scale))
+        nuclei = placed.on_slide((image.size[0] * scale, image.size[1] * scale))
         with open_pyramid(dapi_path(files.outs), registration.pixel_size, plane=0) as dapi:
             covered = imaged(dapi, registration.pixel_size, tissue_raster, registration.matrix)
         grid = patch_grid(
@@ -116,10 +105,10 @@ def extract_sample(
         where = {"file": Path(files.he).name, "size": list(image.size), "mpp": registration.he_mpp}
     if not len(grid):
         raise InputError(
-            f"{sample}: got no patch; of the grid there were "
+            f"{sample}: got no patch; the grid has "
             + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
             + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
-            "types, or lower patches.min_tissue and patches.min_labelled"
+            "types, or lower xenium.patches.min_tissue and min_labelled"
         )
     dropped |= {
         "nuclei outside of the H&E image": len(placed) - len(nuclei),
@@ -149,7 +138,7 @@ def extract_sample(
 def place_nuclei(
     polygons: DataFrame, cells: DataFrame, registration: Registration, mpp: float
 ) -> tuple[SlideBoxes, dict[str, int]]:
-    """Lay nuclei over the H&E image and give them the labels of their cells.
+    """Map nuclei onto the H&E image and label them by their cells.
 
     Parameters
     ----------
@@ -158,14 +147,14 @@ def place_nuclei(
     cells
         ``cell_id`` and ``label``, a row per cell.
     registration
-        Of the sample.
+        Registration of the sample.
     mpp
-        Size of a pixel of the result in um.
+        Size of a pixel of the result, um.
 
     Returns
     -------
     tuple
-        Nuclei in px of `mpp` um; and what was dropped: reason -> count.
+        Boxes, px of `mpp` um; and dropped cells and nuclei, reason -> count.
 
     Raises
     ------
@@ -177,13 +166,13 @@ def place_nuclei(
     )
     label_of = Series(cells["label"].to_numpy(), index=cells["cell_id"].to_numpy().astype(str))
     owners = polygons["cell_id"].to_numpy().astype(str)
-    place = label_of.index.get_indexer(Index(owners))
-    if len(owners) and not (place >= 0).any():
+    index = label_of.index.get_indexer(Index(owners))
+    if len(owners) and not (index >= 0).any():
         raise InputError(
             f"cells: got ids like {label_of.index[:3].tolist()}, but the nuclei have ids like "
-            f"{owners[:3].tolist()}; expected both of one sample: annotate it again"
+            f"{owners[:3].tolist()}; expected both of the same sample: annotate it again"
         )
-    labels = np.where(place >= 0, label_of.to_numpy()[place], NO_LABEL).astype(np.int8)
+    labels = np.where(index >= 0, label_of.to_numpy()[index], NO_LABEL).astype(np.int8)
     good: NDArray[np.bool_] = np.asarray(np.isfinite(boxes).all(axis=1))
     dropped = {
         "cells without a nucleus outline": int((~label_of.index.isin(owners)).sum()),

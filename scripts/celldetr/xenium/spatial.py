@@ -1,4 +1,4 @@
-"""A registered sample as one SpatialData object, for viewers and analyses of that family."""
+"""Write a registered sample as one SpatialData Zarr, for scverse viewers and analyses."""
 
 import os
 import warnings
@@ -19,7 +19,7 @@ from celldetr.slides.pyramid import Pyramid, open_pyramid
 from celldetr.xenium.output import dapi_path, read_nuclei, read_pixel_size
 
 _CHUNK = 1024  # px
-_SMALLEST = 1024  # px; the pyramid ends where the longer side is below
+_SMALLEST = 1024  # px; longer side of the coarsest level at most
 
 
 def write_spatialdata(
@@ -32,7 +32,7 @@ def write_spatialdata(
     """Write a sample with its H&E image and cell types as a SpatialData Zarr.
 
     Everything is aligned in the coordinate system ``global``, in Xenium pixels: images ``he`` and ``dapi``, labels
-    and outlines of cells and nuclei, transcripts where the folder has them, and the table with the columns of `cells`.
+    and outlines of cells and nuclei, transcripts if the folder has them, and the table with the columns of `cells`.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def write_spatialdata(
         to_global = Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
         sample.images["he"] = _image(stained, ["r", "g", "b"], to_global)
         sample.images["dapi"] = _image(dapi, ["DAPI"], Identity())
-        if "nucleus_boundaries" not in sample.shapes:  # the reader leaves them out for early builds of version 2
+        if "nucleus_boundaries" not in sample.shapes:  # not read by spatialdata_io for early builds of version 2
             to_pixels = {"global": Scale([1 / pixel_size] * 2, axes=("x", "y"))}
             sample.shapes["nucleus_boundaries"] = ShapesModel.parse(read_nuclei(outs), transformations=to_pixels)
         _add_cells(sample, cells)
@@ -74,7 +74,7 @@ def write_spatialdata(
 
 
 def _image(image: Pyramid, channels: list[str], transformation: BaseTransformation) -> object:
-    """Wrap an image as a pyramid whose pixels are read when they are written."""
+    """Wrap an image as a pyramid whose pixels are read block by block when it is written."""
     width, height = image.size
 
     def block(block_info: Mapping[None, Mapping[str, list[tuple[int, int]]]]) -> NDArray[np.generic]:

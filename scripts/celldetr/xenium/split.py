@@ -1,4 +1,4 @@
-"""Which Xenium patches train, validate and test.
+"""Split Xenium patches into train, val and test.
 
 Patches of one slide look alike, and neighbours share tissue. A split by slide keeps whole slides (or donors) together;
 a split by block keeps squares of tissue together and leaves out the patches on the border between two parts. The split
@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.config.xenium import XeniumSplitSettings
+from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
 from celldetr.store.splits import COLUMNS, PARTS, split_groups
 
 log = logging.getLogger(__name__)
 
-WAYS = ("auto", "slide", "block", "random")
+_ADVICE = {"slide": "use block", "block": "lower xenium.split.block_um", "random": "cut more patches"}
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class XeniumSplit:
     table
         ``store``, ``patch`` (index in the store), ``part``; a row per patch that is in a part.
     by
-        How it was made: slide, block or random.
+        slide, block or random.
     left_out
-        Store -> patches in no part, as they touch the border between blocks of different parts.
+        Store -> patches in no part, because they touch the border between blocks of different parts.
     warnings
-        What a person should know.
+        Messages for the user.
     """
 
     table: pd.DataFrame
@@ -45,90 +46,73 @@ class XeniumSplit:
     warnings: tuple[str, ...]
 
 
-def xenium_split(
-    stores: Sequence[PatchStore],
-    *,
-    by: str,
-    shares: Mapping[str, float],
-    block_um: float,
-    margin_um: float,
-    seed: int,
-) -> XeniumSplit:
+def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, seed: int) -> XeniumSplit:
     """Split the patches of all samples.
+
+    By block, patches of different parts of a sample are at least `margin_um` apart; at 0 they share no pixel. Blocks
+    are whole steps of a sample's grid, so patches that lie side by side never cross a border.
 
     Parameters
     ----------
     stores
         Patch stores, each in a folder ``{sample}.zarr``.
-    by
-        ``slide``: whole groups; ``block``: squares of tissue; ``random``: patches; ``auto``: slide when there are at
-        least as many groups as parts, else block.
-    shares
-        Part (train, val, test) -> share of the patches.
-    block_um
-        Side of a block.
-    margin_um
-        Smallest distance between patches of different parts of a sample (block). At 0 no pixel is shared.
-        Blocks are whole steps of a sample's grid, so that patches that lie side by side are never on a border.
+    settings
+        ``by`` (auto: slide if there are at least as many groups as parts, else block), shares, block and margin.
     seed
         Seed of the draw.
 
     Raises
     ------
     InputError
-        Two stores of one name, too few groups or blocks, a store that does not say how large its slide's pixels are, or
-        a part that would be empty.
+        Two stores have the same name, there are too few groups or blocks, or a part would be empty.
     """
     names = [store.path.stem for store in stores]
     if len(set(names)) < len(names):
-        raise InputError(f"stores: got {names}, expected one of each name: a split tells them apart by it")
-    if by not in WAYS:
-        raise ConfigError(f"xenium.split.by: got {by!r}, expected one of {', '.join(WAYS)}")
-    patches = pd.concat(
-        [
-            store.patches.assign(store=name, patch=np.arange(len(store)))
-            for store, name in zip(stores, names, strict=True)
-        ],
-        ignore_index=True,
-    )
+        raise InputError(f"stores: got {names}, expected different names: the split table tells stores apart by name")
+    tables = [
+        store.patches.assign(store=name, patch=np.arange(len(store))) for store, name in zip(stores, names, strict=True)
+    ]
+    patches = pd.concat(tables, ignore_index=True)
+    shares = {part: getattr(settings, part) for part in PARTS}
     wanted = [part for part, share in shares.items() if share > 0]
+    by: str = settings.by
     if by == "auto":
         by = "slide" if patches["group"].nunique() >= len(wanted) else "block"
     left_out = np.zeros(len(patches), dtype=bool)
     if by == "slide":
-        part = _parts(patches["group"].to_numpy(), shares, seed, "xenium.split.by: slide", "use block")
+        part = _parts(patches["group"].to_numpy(), shares, seed, by)
     elif by == "random":
-        part = _parts(np.arange(len(patches)).astype(str), shares, seed, "xenium.split.by: random", "cut more patches")
+        part = _parts(np.arange(len(patches)).astype(str), shares, seed, by)
     else:
         boxes = np.concatenate([_boxes(store) for store in stores])
-        side = np.concatenate([np.full(len(store), _block_side(store, block_um)) for store in stores])
-        blocks = boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None])
-        keys = np.array(
-            [f"{name} {x} {y}" for name, (x, y) in zip(patches["store"], blocks, strict=True)], dtype=object
-        )
-        part = _parts(keys, shares, seed, "xenium.split.by: block", "lower xenium.split.block_um")
-        part_of = dict(zip(keys.tolist(), part.tolist(), strict=True))
-        margin = math.ceil(margin_um / stores[0].mpp / 2) if stores else 0
-        left_out = _touches(patches["store"].to_numpy(), boxes, part, part_of, side, margin)
+        side = np.concatenate([np.full(len(store), _block_side(store, settings.block_um)) for store in stores])
+        store_of = patches["store"].to_numpy()
+        blocks = _block_names(store_of, boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None]))
+        part = _parts(blocks, shares, seed, by)
+        margin = math.ceil(settings.margin_um / stores[0].mpp / 2) if stores else 0
+        left_out = _cross_border(store_of, boxes, blocks, part, side, margin)
     table = patches.loc[~left_out, ["store", "patch"]].assign(part=part[~left_out])[list(COLUMNS)]
-    _check(table, wanted, by, int(left_out.sum()))
+    for name in wanted:
+        if not (table["part"] == name).any():
+            raise InputError(
+                f"split by {by}: got no patches for {name!r}, {int(left_out.sum())} lie on borders between blocks; cut "
+                "more patches, or change xenium.split.block_um and margin_um"
+            )
     counts = patches["store"][left_out].value_counts()
     return XeniumSplit(
         table.sort_values(["store", "patch"], ignore_index=True),
         by,
         {name: int(counts.get(name, 0)) for name in names},
-        tuple(_warnings(patches, part, by)),
+        _warnings(patches, part, by),
     )
 
 
-def _parts(
-    groups: NDArray[np.object_], shares: Mapping[str, float], seed: int, where: str, advice: str
-) -> NDArray[np.object_]:
+def _parts(groups: NDArray[np.object_], shares: Mapping[str, float], seed: int, by: str) -> NDArray[np.object_]:
     """Part of each patch (N,)."""
     try:
         indices = split_groups(groups.tolist(), shares, seed)
     except InputError as error:
-        raise InputError(f"{where}: {error}; {advice}") from error
+        raise InputError(f"xenium.split.by: {by}: {error}; {_ADVICE[by]}") from error
     part = np.empty(len(groups), dtype=object)
     for name, members in indices.items():
         part[members] = name
@@ -136,24 +120,17 @@ def _parts(
 
 
 def _step(store: PatchStore) -> int:
-    """Distance of neighbouring patches of a sample's grid, px of the patches."""
-    settings = store.attrs.get("settings")
-    stride = settings.get("stride", 1.0) if isinstance(settings, dict) else 1.0
-    return max(1, round(float(stride) * store.patch_size))
+    """Distance between neighbouring patches of a sample's grid, px of the patches."""
+    return max(1, round(store.attrs["settings"]["stride"] * store.patch_size))
 
 
 def _boxes(store: PatchStore) -> NDArray[np.int64]:
-    """Place of each patch on its slide (N, 4), xyxy px of the patches, counted from the slide's corner.
+    """Box of each patch on its slide (N, 4), xyxy px of the patches, from the slide's corner.
 
-    The store has the corners in level-0 pixels, rounded; patches lie on a grid, so that their exact place is known.
+    The store holds rounded level-0 corners; patches lie on a grid, so their exact place is known.
     """
-    image = store.attrs.get("image")
-    if not isinstance(image, dict) or "mpp" not in image:
-        raise InputError(
-            f"{store.path}: attribute image.mpp: got none, expected um per level-0 px; make the store again"
-        )
     step = _step(store)
-    places = store.patches[["x", "y"]].to_numpy(dtype=np.float64) * (float(image["mpp"]) / store.mpp / step)
+    places = store.patches[["x", "y"]].to_numpy(dtype=np.float64) * (store.attrs["image"]["mpp"] / store.mpp / step)
     low = np.rint(places).astype(np.int64) * step
     return np.concatenate([low, low + store.patch_size], axis=1)
 
@@ -164,76 +141,68 @@ def _block_side(store: PatchStore, block_um: float) -> int:
     return max(1, round(block_um / store.mpp / step)) * step
 
 
-def _touches(
-    store: NDArray[np.object_],
+def _block_names(stores: NDArray[np.object_], cells: NDArray[np.int64]) -> NDArray[np.object_]:
+    """Names (N,) of the blocks at columns and rows (N, 2) of the grids of blocks."""
+    return np.array([f"{name} {x} {y}" for name, (x, y) in zip(stores, cells.tolist(), strict=True)], dtype=object)
+
+
+def _cross_border(
+    stores: NDArray[np.object_],
     boxes: NDArray[np.int64],
+    blocks: NDArray[np.object_],
     part: NDArray[np.object_],
-    part_of: Mapping[str, str],
     side: NDArray[np.int64],
     margin: int,
 ) -> NDArray[np.bool_]:
-    """Find patches (N,) that, grown by a margin (px), reach into a block of another part; `side` (N,) of their blocks.
+    """Find the patches (N,) that, grown by a margin (px), reach into a block of another part.
 
-    Patches that stay within the blocks of their part are at least twice the margin away from those of other parts.
+    The other patches of different parts are then at least twice the margin apart. `blocks` (N,) are those of the
+    patches' centres, `side` (N,) px.
     """
     first = (boxes[:, :2] - margin) // side[:, None]
     last = (boxes[:, 2:] + margin - 1) // side[:, None]
-    reached = {
-        int(index): [
-            f"{store[index]} {x} {y}"
-            for x in range(first[index, 0], last[index, 0] + 1)
-            for y in range(first[index, 1], last[index, 1] + 1)
-        ]
-        for index in np.flatnonzero((first != last).any(axis=1))
-    }
-    # a block in which no patch is centred belongs to the part that reaches into it most
+    reached = {}
+    for index in np.flatnonzero((first != last).any(axis=1)).tolist():
+        (x0, y0), (x1, y1) = first[index].tolist(), last[index].tolist()
+        reached[index] = [f"{stores[index]} {x} {y}" for x in range(x0, x1 + 1) for y in range(y0, y1 + 1)]
+    part_of = dict(zip(blocks.tolist(), part.tolist(), strict=True))
+    # a block without the centre of a patch belongs to the part that reaches into it most
     claims = pd.DataFrame(
-        [(key, part[index]) for index, keys in reached.items() for key in keys if key not in part_of],
+        [(name, part[index]) for index, names in reached.items() for name in names if name not in part_of],
         columns=["block", "part"],
     )
     counts = claims.value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
     owner = {**dict(reversed(counts.index.tolist())), **part_of}
-    touching = np.zeros(len(boxes), dtype=bool)
-    for index, keys in reached.items():
-        touching[index] = any(owner[key] != part[index] for key in keys)
-    return touching
+    crossing = np.zeros(len(boxes), dtype=bool)
+    for index, names in reached.items():
+        crossing[index] = any(owner[name] != part[index] for name in names)
+    return crossing
 
 
-def _check(table: pd.DataFrame, wanted: Sequence[str], by: str, left_out: int) -> None:
-    for part in wanted:
-        if not (table["part"] == part).any():
-            raise InputError(
-                f"split by {by}: got no patches for {part!r}, {left_out} lie on borders between blocks; cut more "
-                "patches, or change xenium.split.block_um and margin_um"
-            )
-
-
-def _warnings(patches: pd.DataFrame, part: NDArray[np.object_], by: str) -> list[str]:
-    if by == "slide":
-        return []
+def _warnings(patches: pd.DataFrame, part: NDArray[np.object_], by: str) -> tuple[str, ...]:
     shared = patches.assign(part=part).groupby("store")["part"].nunique()
-    several = shared[shared > 1].index.tolist()
-    if not several:
-        return []
+    several = ", ".join(shared[shared > 1].index)
+    if by == "slide" or not several:
+        return ()
     if by == "random":
-        text = f"patches of one tissue, neighbours among them, are in several parts ({', '.join(several)}): figures of "
-        warnings = [text + "the test part are too good for new slides"]
+        warning = (
+            f"patches of the same tissue, even neighbours, are in several parts ({several}): the test scores are too "
+            "high for new slides"
+        )
     else:
-        text = f"tissue of one slide is in several parts ({', '.join(several)}): figures of the test part are those of "
-        warnings = [text + "known slides"]
-    for warning in warnings:
-        log.warning(warning)
-    return warnings
+        warning = f"tissue of one slide is in several parts ({several}): the test scores hold for known slides only"
+    log.warning(warning)
+    return (warning,)
 
 
 def part_counts(stores: Sequence[PatchStore], split: XeniumSplit) -> pd.DataFrame:
-    """Count what is in each part.
+    """Count the patches and nuclei of each part.
 
     Returns
     -------
     DataFrame
         ``part`` (train, val, test), ``patches``, ``nuclei``, ``labelled`` (share of the nuclei), a column per class,
-        and ``samples`` and ``groups`` (numbers of).
+        ``samples`` and ``groups`` (numbers of them).
     """
     by_name = {store.path.stem: store for store in stores}
     rows = []
@@ -248,14 +217,13 @@ def part_counts(stores: Sequence[PatchStore], split: XeniumSplit) -> pd.DataFram
             labels.append(store.labels[np.repeat(taken, np.diff(store.box_ptr))])
             groups |= set(store.patches["group"].iloc[indices])
         found = np.concatenate(labels)
-        classes = stores[0].classes
         rows.append(
             {
                 "part": part,
                 "patches": len(chosen),
                 "nuclei": len(found),
                 "labelled": round(float((found >= 0).mean()), 4) if len(found) else 0.0,
-                **{name: int((found == label).sum()) for label, name in enumerate(classes)},
+                **{name: int((found == label).sum()) for label, name in enumerate(stores[0].classes)},
                 "samples": chosen["store"].nunique(),
                 "groups": len(groups),
             }

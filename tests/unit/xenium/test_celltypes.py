@@ -9,7 +9,8 @@ from scipy import sparse
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
-from celldetr.report.cell_types import draw
+from celldetr.report.cell_types import cell_types_figure
+from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
 from celldetr.xenium.celltypes.annotate import annotate, correlation, on_genes, tacco_ot, two_passes
 from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS, best, label_cells, read_cells, write_cells
@@ -342,5 +343,5 @@ def test_figures_and_picture(annotation, sample, reference, tmp_path):
     for column, kind in enumerate(markers["of"]):  # the type that a gene marks shows it most
         means = np.array(markers["mean"])[:, column]
         assert markers["types"][int(means.argmax())] == kind
-    draw(tmp_path / "qc.png", figures, "test")
+    save(cell_types_figure(figures, "test"), tmp_path / "qc.png")
     assert (tmp_path / "qc.png").read_bytes().startswith(b"\x89PNG")

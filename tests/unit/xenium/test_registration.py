@@ -16,7 +16,8 @@ from scipy.spatial import cKDTree
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
-from celldetr.report.registration import draw, save
+from celldetr.report.registration import registration_figure
+from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
 from celldetr.slides.stains import hematoxylin
@@ -530,7 +531,7 @@ def test_a_changed_file_is_refused(found, tmp_path, key, value):
 
 
 def test_the_picture_is_drawn(scene, found, tmp_path):
-    save(draw(found, scene.he, scene.nuclei, SETTINGS, name="lung"), tmp_path / "r.png")
+    save(registration_figure(found, scene.he, scene.nuclei, SETTINGS, name="lung"), tmp_path / "r.png", dpi=110)
     picture = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int)
     outline = (np.abs(picture - (0, 229, 255)).sum(axis=2) < 60).sum()
     assert outline > 500
@@ -554,14 +555,13 @@ def test_the_script_registers_a_xenium_folder(tmp_path):
     files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment]}
     source = SimpleNamespace(**files, get=files.get)
     params = SimpleNamespace(settings={"regions": 3, "window": 120}, he_mpp=None, sample="lung", seed=1)
-    names = ("json", "picture", "provenance")
-    script.main(
-        SimpleNamespace(input=source, params=params, output=SimpleNamespace(**{n: tmp_path / n for n in names}))
-    )
-    found = read_registration(tmp_path / "json")
+    names = {"json": "r.json", "picture": "r.png", "provenance": "p.json"}
+    output = SimpleNamespace(**{key: tmp_path / name for key, name in names.items()})
+    script.main(SimpleNamespace(input=source, params=params, output=output))
+    found = read_registration(output.json)
     points = np.concatenate(truth.nuclei_he)
     off = apply(found.he_to_um(), points) - apply(scaling(PIXEL) @ truth.matrix, points)
     assert np.median(np.linalg.norm(off, axis=1)) < 0.5
     assert found.keypoints.number == 12
-    assert json.loads((tmp_path / "provenance").read_text())["seed"] == 1
-    assert (tmp_path / "picture").stat().st_size > 10_000
+    assert json.loads(output.provenance.read_text())["seed"] == 1
+    assert output.picture.stat().st_size > 10_000
