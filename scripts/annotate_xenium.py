@@ -1,4 +1,4 @@
-"""Give the cells of a Xenium sample their types.
+"""Annotate the cells of a Xenium sample with cell types.
 
 Input: ``outs`` (output folder of the run), ``reference`` (.h5ad of the prepare_reference rule). Output: ``cells``
 (Parquet: label, reason and fractions of each cell), ``qc_png``, ``qc_json`` (figures of quality), ``provenance``.

@@ -1,8 +1,8 @@
 """Cut a registered Xenium sample with labelled cells into patches.
 
-Inputs: the output folder, the H&E image, the registration and the labelled cells. Outputs: the store (boxes in px,
-half-open; labels: the ten cell types or -1), and what is in it and what was left out, as TSV and as HTML with pictures.
-Params: settings (which patches), patch_size (px), mpp (um per px), tissue, group, seed. Wildcard: sample.
+Inputs: ``outs`` (output folder), ``he`` (image), ``registration`` and ``cells`` (labels). Outputs: ``store`` (boxes in
+px, half-open; labels: the ten cell types or -1), and its summary: counts of what it holds and what was dropped, as TSV
+and as HTML with pictures. Params: settings (thresholds), patch_size (px), mpp (um per px), tissue, group, seed.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Draw a balanced reference of the ten cell types from an annotated single-cell data set.
 
 Input: ``h5ad`` (raw counts, labels), ``mapping`` (TSV: label, type). Output: ``reference`` (.h5ad: raw counts, obs
-type, label, held_out), ``summary`` (JSON: what was found). Params: label_column, cells_per_type (cells), seed.
+type, label, held_out), ``summary`` (JSON). Params: label_column, cells_per_type (cells), seed.
 """
 
 import json

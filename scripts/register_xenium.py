@@ -1,7 +1,7 @@
 """Register the H&E image of a Xenium sample.
 
-Inputs: ``outs`` (output folder), ``he`` (image), ``alignment`` (file of 10x: H&E px -> Xenium px; may be left out).
-Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, and figures), ``picture`` (PNG), ``provenance``.
+Inputs: ``outs`` (output folder), ``he`` (image), ``alignment`` (file of 10x: H&E px -> Xenium px; optional).
+Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, figures of the gate), ``picture`` (PNG), ``provenance``.
 Params: settings, he_mpp (um per H&E px, or None: what the file says), sample (name), seed.
 """
 

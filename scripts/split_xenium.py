@@ -1,4 +1,4 @@
-"""Choose the Xenium patches that train, validate and test, and put those that test into a store of their own.
+"""Split the Xenium patches into train, val and test, and copy the test patches into their own store.
 
 Inputs: the patch stores of all samples. Outputs: a TSV with a row per patch: store (sample), patch (index), part
 (train, val, test); the store of the test patches; counts per part as TSV and HTML. Params: settings (by, shares of the

@@ -17,7 +17,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from celldetr.example.styles import REGIONS, Array, style_values
-from celldetr.example.tissue import SceneNuclei, Scene
+from celldetr.example.tissue import Scene, SceneNuclei
 
 Floats = NDArray[np.float32]
 Pixels = tuple[NDArray[np.intp], ...]  # rows and columns

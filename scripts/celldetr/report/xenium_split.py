@@ -1,4 +1,4 @@
-"""What is in the parts of a Xenium split, for people: a table of counts, and a page."""
+"""Summary of a Xenium split: a table of counts and a page."""
 
 import os
 
@@ -14,7 +14,7 @@ PAPER_PATCHES, PAPER_CELLS = 21_000, 380_000
 _BODY = """
 {% for warning in warnings %}<p class="warning">{{ warning }}.</p>{% endfor %}
 <p>Split by {{ by }}: {{ patches }} patches and {{ nuclei }} nuclei ({{ labelled }} with a label) in
-{{ samples }} samples; {{ left_out }} patches between blocks are in no part. The paper has
+{{ samples }} samples; {{ left_out }} patches on borders between blocks are left out. The paper has
 {{ paper_patches }} patches and over {{ paper_cells }} labelled cells.</p>
 <table><tr><th>what</th>{% for part in parts %}<th class="n">{{ part }}</th>{% endfor %}<th class="n">all</th></tr>
 {% for name, cells in rows %}<tr><td>{{ name }}</td>
@@ -28,7 +28,7 @@ _BODY = """
 
 
 def write_counts(path: str | os.PathLike[str], counts: pd.DataFrame, split: XeniumSplit) -> None:
-    """Write the counts of the parts: a row per part, then what is in no part and what the paper has."""
+    """Write the counts of `part_counts`, and rows for the patches left out and for the paper."""
     classes = _classes(counts)
     left_out = {"part": "left out", "patches": sum(split.left_out.values())}
     paper = {"part": "paper", "patches": PAPER_PATCHES, "nuclei": PAPER_CELLS}
@@ -40,7 +40,7 @@ def write_counts(path: str | os.PathLike[str], counts: pd.DataFrame, split: Xeni
 
 
 def write_split_page(path: str | os.PathLike[str], counts: pd.DataFrame, split: XeniumSplit) -> None:
-    """Write the page."""
+    """Write the counts per part and sample as a page."""
     classes = _classes(counts)
     parts = counts["part"].tolist()
     rows = [

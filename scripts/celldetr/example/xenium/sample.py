@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.example.drawing import draw_dapi, draw_he, draw_stain, label_image, write_pyramid
 from celldetr.example.styles import Array
-from celldetr.example.tissue import SceneNuclei, Scene, grow_scene
+from celldetr.example.tissue import Scene, SceneNuclei, grow_scene
 from celldetr.example.xenium.expression import PANEL, draw_counts, draw_types
 from celldetr.example.xenium.files import (
     PIXEL_SIZE,
