@@ -1,0 +1,53 @@
+"""Slides for tests: TIFF pyramids, damage to their tiles, nuclei on them, and grids of patches over them."""
+
+import numpy as np
+import tifffile
+
+from celldetr.config.slides import PatchSettings
+from celldetr.slides.boxes import SlideBoxes
+from celldetr.slides.grid import patch_grid
+from celldetr.slides.tissue import Raster
+
+ALL_PATCHES = PatchSettings(min_tissue=0, min_nuclei=0, min_labelled=0)
+
+
+def write_image(path, image, levels=1, tile=64):
+    """Write an image as a TIFF pyramid; each level averages 2 x 2 px of the one before and drops an odd last row."""
+    photometric = "rgb" if image.ndim == 3 else "minisblack"
+    with tifffile.TiffWriter(path) as writer:
+        for level in range(levels):
+            kind = {"subifds": levels - 1} if level == 0 else {"subfiletype": 1}
+            writer.write(np.rint(image).astype(np.uint8), tile=(tile, tile), photometric=photometric, **kind)
+            height, width = (side // 2 * 2 for side in image.shape[:2])
+            image = image[:height, :width].astype(float)
+            image = image.reshape(height // 2, 2, width // 2, 2, -1).mean(axis=(1, 3)).squeeze()
+    return path
+
+
+def damage_tiles(path, tiles):
+    """Overwrite tiles (page, number) of a TIFF with zeros."""
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        for page, tile in tiles:
+            start, count = file.pages[page].dataoffsets[tile], file.pages[page].databytecounts[tile]
+            data[start : start + count] = bytes(count)
+    path.write_bytes(data)
+    return path
+
+
+def whole_tissue(width, height, cell=16):
+    """Map of a slide that is all tissue."""
+    return Raster(np.ones((-(-height // cell), -(-width // cell)), bool), cell, cell / 4)
+
+
+def boxes_on_slide(boxes, labels=None):
+    """Nuclei with these boxes (n, 4) and labels (n,), 0 if not given."""
+    boxes = np.asarray(boxes, float).reshape(-1, 4)
+    labels = np.zeros(len(boxes)) if labels is None else labels
+    return SlideBoxes(boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, np.asarray(labels, np.int8))
+
+
+def grid_over(image_size, nuclei, *, ratio=1.0, size=32, settings=ALL_PATCHES, seed=0, **more):
+    """Lay a grid of patches of 1 um per px on an image of 1 / ratio um per px."""
+    more = {"tissue": whole_tissue(*image_size), **more}
+    return patch_grid(image_size, 1 / ratio, nuclei, size=size, mpp=1.0, settings=settings, seed=seed, **more)
