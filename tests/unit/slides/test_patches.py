@@ -1,7 +1,6 @@
-"""Slides to patches: the right boxes, nothing guessed, damage named and counted, and a fair choice of patches."""
+"""Slides to patches: the right boxes, nothing guessed, damage named and counted."""
 
 import functools
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,16 +8,12 @@ import pandas as pd
 import pytest
 import shapely
 import tifffile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from slide_files import damage_tiles
 
+import choose_slide_patches
 import extract_slide
-from celldetr.config.sheets import SlideRow, read_sheet, used_slides
-from celldetr.config.slides import SlideSettings
-from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.runtime.files import atomic
-from celldetr.slides.choice import SlidePatches, choose_patches
+from celldetr.runtime.errors import InputError
 from celldetr.slides.damage import DamagedSlide, open_slide
 from celldetr.slides.pyramid import _Tiff
 from celldetr.store import open_store
@@ -63,14 +58,7 @@ def write_slide(path, *, mpp=MPP, levels=2, damage=(), aperio=False):
                 **resolution,
             )
             image = image.reshape(len(image) // 2, 2, len(image) // 2, 2, 3).mean(axis=(1, 3))
-    data = bytearray(path.read_bytes())
-    with tifffile.TiffFile(path) as file:
-        for level, tile in damage:
-            page = file.pages[level]
-            start, count = page.dataoffsets[tile], page.databytecounts[tile]
-            data[start : start + count] = bytes(count)
-    path.write_bytes(data)
-    return path
+    return damage_tiles(path, damage)
 
 
 def write_outlines(path, shapes=SHAPES):
@@ -80,17 +68,15 @@ def write_outlines(path, shapes=SHAPES):
 
 @pytest.fixture
 def cut(tmp_path):
-    """Run the script on a slide; return the store, its attributes' folder, and the counts {(kind, name): count}."""
+    """Run the script on a slide; return the store and the counts {(kind, name): count}."""
 
     def run(file, nuclei=None, *, name="s1", mpp=None, unit="px", on_damage="stop", settings=RULES, workers=1):
-        out = {"store": f"{name}.zarr", "picture": f"{name}.png", "summary_tsv": f"{name}.tsv"}
+        out = {"store": "zarr", "picture": "png", "summary_tsv": "tsv", "summary_html": "html"}
         params = {"settings": settings, "patch_size": 64, "mpp": MPP, "slide_mpp": mpp, "unit": unit, "seed": 0}
         params |= {"on_damage": on_damage, "group": "donor", "tissue": "kidney"}
         rule = SimpleNamespace(
             input=SimpleNamespace(file=file, nuclei=nuclei or write_outlines(tmp_path / "nuclei")),
-            output=SimpleNamespace(
-                **{key: tmp_path / value for key, value in out.items()}, summary_html=tmp_path / f"{name}.html"
-            ),
+            output=SimpleNamespace(**{key: tmp_path / f"{name}.{end}" for key, end in out.items()}),
             params=SimpleNamespace(**params),
             wildcards=SimpleNamespace(slide=name),
             threads=workers,
@@ -134,9 +120,6 @@ def test_the_size_of_a_pixel_is_known_or_the_slide_refused(tmp_path, cut):
     assert len(store) == 64
     wrong = write_slide(tmp_path / "wrong", mpp=0.25)
     assert len(cut(wrong, mpp=MPP, name="s2")[0]) == 64  # the sheet overrules the file
-
-
-def test_gray_images_are_refused(tmp_path, cut):
     tifffile.imwrite(tmp_path / "gray", np.zeros((256, 256), np.uint8), resolution=(2e4, 2e4), resolutionunit=3)
     with pytest.raises(InputError, match="colour"):
         cut(tmp_path / "gray")
@@ -246,170 +229,17 @@ def test_pictures_show_tissue_and_patches(tmp_path, cut):
         assert np.abs(where.max(axis=0) - 639).max() <= 32
 
 
-def make_patches(name, tissue, count, group=None, columns=10, side=64.0):
-    index = np.arange(count)
-    x, y = (index % columns) * 64, (index // columns) * 64
-    return SlidePatches(name, group or name, tissue, x, y, np.full(count, 3), side)
-
-
-SLIDES = st.lists(
-    st.tuples(st.sampled_from(["kidney", "lung", "prostate"]), st.integers(0, 120), st.integers(0, 4)),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(SLIDES, st.integers(2, 300), st.floats(0.01, 0.6), st.integers(0, 5))
-def test_the_choice_keeps_its_promises(sizes, total, val_share, seed):
-    slides = [make_patches(f"s{i}", t, n, f"{t}{g}") for i, (t, n, g) in enumerate(sizes)]
-    available = sum(len(slide) for slide in slides)
-    try:
-        choice = choose_patches(slides, total=total, val_share=val_share, seed=seed)
-    except InputError:
-        assert available < 50
-        return
-    split = choice.split
-    assert not split.duplicated(["store", "patch"]).any()
-    assert len(split) <= min(total, available)
-    assert set(split["part"]) == {"train", "val"}
-    assert (split["part"] == "val").sum() <= max(1, round(val_share * min(total, available)))
-    by_name = {slide.store: slide for slide in slides}
-    parts = {part: rows for part, rows in split.groupby("part")}
-    for store in set(parts["train"]["store"]) & set(parts["val"]["store"]):  # a strip: no pixel in both
-        train, val = (parts[part][parts[part]["store"] == store]["patch"].to_numpy() for part in ("train", "val"))
-        slide = by_name[store]
-        for axis in (slide.x, slide.y):
-            gap = axis[val].min() - axis[train].max()
-            if gap >= slide.side:
-                break
-        else:
-            pytest.fail(f"{store}: patches of both parts overlap")
-    again = choose_patches(slides, total=total, val_share=val_share, seed=seed)
-    pd.testing.assert_frame_equal(again.split, split)
-    summary = choice.summary.set_index("name")
-    assert summary.loc["all", "chosen"] == len(split)
-    assert summary.loc["all", "paper"] == 64_000
-    assert (summary["train"] + summary["val"] == summary["chosen"]).all()
-
-
-def test_tissues_get_equal_shares_and_validation_is_on_other_slides():
-    slides = [make_patches(f"k{i}", "kidney", 400) for i in range(3)]
-    slides += [make_patches(f"l{i}", "lung", 900 + i) for i in range(3)]
-    slides += [make_patches("p0", "prostate", 60), make_patches("p1", "prostate", 30)]
-    choice = choose_patches(slides, total=900, val_share=0.1, seed=0)
-    split = choice.split.assign(tissue=choice.split["store"].str[0])
-    counts = split.groupby("tissue").size()
-    assert counts.sum() == 900
-    assert abs(counts["k"] - counts["l"]) <= 2
-    assert (split["part"] == "val").sum() == 90
-    val = split[split["part"] == "val"]
-    assert set(val["tissue"]) == {"k", "l", "p"}
-    large = split[split["tissue"] != "p"]
-    parts = large.groupby("store")["part"].nunique()
-    assert (parts == 1).all()
-    notes = choice.summary.set_index("name")["note"]
-    assert notes[val["store"].iloc[0]] == "held out for validation"
-    other = choose_patches(slides, total=900, val_share=0.1, seed=1).split
-    assert not other.equals(choice.split)
-
-
-def test_no_slide_is_held_out_that_training_needs():
-    slides = [make_patches("a", "lung", 100), make_patches("b", "lung", 60)]
-    choice = choose_patches(slides, total=150, val_share=0.1, seed=0)
-    assert len(choice.split) == 150
-    assert (choice.split["part"] == "val").sum() == 15
-    assert set(choice.split[choice.split["part"] == "train"]["store"]) == {"a", "b"}
-
-
-def test_slides_of_a_donor_validate_together():
-    slides = [make_patches(f"s{i}", "lung", 100, group=f"donor{i // 2}") for i in range(6)]
-    split = choose_patches(slides, total=200, val_share=0.2, seed=0).split
-    donors = split.assign(donor=split["store"].str[1].astype(int) // 2).groupby("donor")["part"].nunique()
-    assert (donors == 1).all()
-
-
-def test_a_single_slide_gives_a_strip_and_overlapping_patches_are_left_out():
-    index = np.arange(400)
-    half = SlidePatches("s", "s", "lung", (index % 20) * 32, (index // 20) * 32, np.ones(400, int), 64.0)
-    choice = choose_patches([half], total=400, val_share=0.1, seed=0)
-    x = half.x[choice.split["patch"]]
-    val = (choice.split["part"] == "val").to_numpy()
-    assert x[val].min() - x[~val].max() == 64
-    assert val.sum() == 40
-    assert "validates" in choice.summary.set_index("name").loc["s", "note"]
-
-
-def test_too_few_patches_are_told(caplog):
-    with pytest.raises(InputError, match="expected at least 2"):
-        choose_patches([make_patches("a", "lung", 1), make_patches("b", "lung", 0)], total=10, val_share=0.1, seed=0)
-    choice = choose_patches(
-        [make_patches("a", "lung", 30), make_patches("b", "lung", 0)], total=64, val_share=0.1, seed=0
-    )
-    assert "fewer than the 64 wanted" in caplog.text
-    assert choice.summary.set_index("name").loc["b", "note"] == "no patches: damaged"
-
-
-def test_a_choice_of_stores_is_a_split_file(tmp_path, cut):
-    store, _ = cut(write_slide(tmp_path / "slide"))
+def test_the_choice_from_stores_is_a_split_file(tmp_path, cut):
+    cut(write_slide(tmp_path / "slide"))
     (tmp_path / "broken").write_bytes(b"no slide" * 50)
-    empty, _ = cut(tmp_path / "broken", on_damage="skip", name="s2")
-    slides = [SlidePatches.of(one, "donor", "kidney") for one in (store, empty)]
-    assert slides[0].side == 64
-    with atomic(tmp_path / "split.tsv") as temporary:
-        choose_patches(slides, total=50, val_share=0.2, seed=0).split.to_csv(temporary, sep="\t", index=False)
-    split = read_split(tmp_path / "split.tsv")
+    cut(tmp_path / "broken", on_damage="skip", name="s2")
+    rule = SimpleNamespace(
+        input=SimpleNamespace(stores=[tmp_path / "s1.zarr", tmp_path / "s2.zarr"]),
+        params=SimpleNamespace(slides=[{"group": "donor", "tissue": "kidney"}] * 2, total=50, val_share=0.2, seed=0),
+        output=SimpleNamespace(split=tmp_path / "split.tsv", summary=tmp_path / "summary.tsv"),
+    )
+    choose_slide_patches.main(rule)
+    split = read_split(rule.output.split)
     assert set(split["store"]) == {"s1"}
-    assert len(split) == 50
-
-
-ROW = {"slide": "a", "use": "yes", "tissue": "lung", "group": "a", "file": "a.tif", "nuclei": "a.parquet"}
-
-
-def write_sheet(path, **changes):
-    row = {key: value for key, value in {**ROW, **changes}.items() if value}
-    path.write_text("\t".join(SlideRow.model_fields) + "\n" + "\t".join(row.get(k, "") for k in SlideRow.model_fields))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"hest": "TENX1"}, "either file or hest"),
-        ({"file": ""}, "either file or hest"),
-        ({"file": "a.MRXS"}, "pyramidal TIFF"),
-        ({"nuclei": ""}, "nuclei"),
-        ({"nuclei": "hest"}, "column hest"),
-        ({"nuclei": "detect | a.parquet"}, "'detect' alone"),
-        ({"nuclei": "detect", "nuclei_unit": "um"}, "nuclei_unit"),
-        ({"nuclei": "detect", "nuclei_sha256": "01234567"}, "nuclei_sha256"),
-        ({"hest": "../x", "file": ""}, "hest"),
-        ({"mpp": "250"}, "mpp"),
-        ({"use": "no"}, "column use"),
-    ],
-)
-def test_wrong_rows_are_refused(tmp_path, changes, message):
-    path = write_sheet(tmp_path / "slides.tsv", **changes)
-    with pytest.raises(ConfigError, match=message) as caught:
-        used_slides("slides.tsv", tmp_path)
-    assert str(path) in str(caught.value)
-
-
-def test_shipped_sheets_are_right():
-
-    root = Path(__file__).parents[3]
-    assert used_slides(None, root) == {}
-    example = used_slides("config/example/slides.tsv", root)
-    assert [row.detect for row in example.values()] == [False, True]
-    rows = used_slides(SlideSettings().sheet, root)
-    assert {row.tissue for row in rows.values()} == {"kidney", "lung", "prostate"}
-    assert all(row.hest and row.nuclei == ("hest",) and row.mpp for row in rows.values())
-    for row in read_sheet(root / "config/slides.tsv", SlideRow, "slide").values():
-        assert row.slide == row.hest
-    for tissue in ("kidney", "lung", "prostate"):
-        assert len({row.group for row in rows.values() if row.tissue == tissue}) >= 2
-
-
-def test_defaults_are_those_of_the_paper():
-    assert SlideSettings().total == 64_000
-    assert SlideSettings().patches.rules().min_labelled == 0
+    assert split["part"].value_counts().to_dict() == {"train": 40, "val": 10}
+    assert pd.read_csv(rule.output.summary, sep="\t").set_index("name").loc["s2", "note"] == "no patches: damaged"

@@ -9,6 +9,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from slide_files import damage_tiles
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import open_pyramid
@@ -127,13 +128,7 @@ def test_jpeg_tiles_look_like_what_was_written(tmp_path):
 
 def test_a_damaged_tile_is_named_and_the_others_are_read(tmp_path):
     path = write(tmp_path / "he.tif", [IMAGE], compression="deflate", **RGB, **TILE)
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
-        across = -(-WIDTH // 32)
-        offset, count = (values[across + 2] for values in (page.dataoffsets, page.databytecounts))
-    data = bytearray(path.read_bytes())
-    data[offset : offset + count] = bytes(count)
-    path.write_bytes(data)
+    damage_tiles(path, [(0, -(-WIDTH // 32) + 2)])
     with open_pyramid(path) as image:
         assert np.array_equal(image.read(0, 0, 0, WIDTH, 64), IMAGE[:64])
         with pytest.raises(InputError, match=f"he.tif: the tile in row 1, column 2 of the level {WIDTH} x {HEIGHT}"):
