@@ -1,4 +1,4 @@
-"""Nuclei that figure 3 draws, and shares of attention."""
+"""Nuclei that figure 3 draws, and shares of attention that were planted."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from celldetr.inference import attention
-from celldetr.inference.attention import choose_nuclei, read_share, share_inside, write_share
+from celldetr.inference.attention import (
+    PatchAttention,
+    choose_nuclei,
+    measure_attention,
+    read_share,
+    share_inside,
+    write_share,
+)
 
 SIZE = 64
 
@@ -71,3 +78,49 @@ def test_shares_come_back_as_written(tmp_path):
     assert read_share(path) == (0.25, 4)
     write_share(path, {"share_true_box": None, "nuclei": 0})
     assert np.isnan(read_share(path)[0])
+
+
+def planted(store, *, shift=0.0, spread=0.0):
+    """Detect every nucleus of a store, `shift` px away from it.
+
+    Three quarters of its attention lie on the centre of the true box, the rest `spread` box widths to the right.
+    """
+    for index in range(store.n_patches):
+        true = store.read(index).boxes
+        points = np.repeat((true[:, None, :2] + true[:, None, 2:]) / 2, 4, axis=1)
+        points[:, 3, 0] += spread * (true[:, 2] - true[:, 0])
+        yield PatchAttention(true + shift, np.full(len(true), 0.5), points, np.full((len(true), 4), 0.25))
+
+
+def measure(store, radius=12.0, **options):
+    chosen = choose_nuclei(store, store.patch_size, 3, 0)
+    return chosen, *measure_attention(planted(store, **options), store, nuclei=chosen, radius=radius)
+
+
+def test_shares_are_those_that_were_planted(store):
+    chosen, drawn, share = measure(store, spread=3.0)
+    assert share["share_true_box"] == share["share_predicted_box"] == pytest.approx(0.75)
+    assert share["nuclei"] == share["n_truth"] == share["n_detections"] == len(store.labels)
+    assert [item["nuclei"] for item in share["classes"].values()] == np.bincount(store.labels).tolist()
+    assert drawn.found.all()
+    assert np.array_equal(drawn.nucleus, chosen)
+    assert np.array_equal(drawn.box, store.boxes[chosen])
+    assert drawn.points.shape == (3, 4, 2)
+    np.testing.assert_allclose(share_inside(drawn.points, drawn.weights, drawn.true_box), 0.75)
+    np.testing.assert_allclose(drawn.points[:, 0], (drawn.true_box[:, :2] + drawn.true_box[:, 2:]) / 2)
+    assert np.array_equal(drawn.image[:, 0, 0, 0], drawn.patch)
+    assert measure(store, spread=0.2)[2]["share_true_box"] == pytest.approx(1)
+
+
+def test_the_true_box_and_the_predicted_box_are_told_apart(store):
+    share = measure(store, shift=7.0)[2]
+    assert share["share_true_box"] == pytest.approx(1)
+    assert share["share_predicted_box"] < 0.2
+
+
+def test_nuclei_without_a_detection_near_them_are_missed(store):
+    _, drawn, share = measure(store, shift=300.0)
+    assert not drawn.found.any()
+    assert np.isnan(drawn.box).all()
+    assert (share["nuclei"], share["share_true_box"]) == (0, None)
+    assert share["n_detections"] == len(store.labels)

@@ -82,15 +82,6 @@ def test_where_constrained_attention_starts(init, distances):
     torch.testing.assert_close(points.weights, torch.full_like(points.weights, 1 / 4))
 
 
-def test_spread_start_has_healthier_gradients():
-    def slope(init):
-        layer = DeformableAttention(16, 8, 1, 4, constrained=True, offset_init=init)
-        return (1 - layer.sampling_offsets.bias.tanh() ** 2).view(8, 4, 2).mean(dim=(0, 2))
-
-    assert (slope("spread") > slope("authors")).all()
-    assert slope("authors")[-1] < 0.6 < slope("spread")[0]
-
-
 def test_unconstrained_layers_start_like_deformable_detr():
     layer = DeformableAttention(16, 8, 2, 4, offset_init="spread")
     bias = layer.sampling_offsets.bias.view(8, 2, 4, 2)
@@ -116,11 +107,6 @@ def test_queries_are_independent_and_ordered():
     order = torch.tensor([5, 0, 3, 1, 2, 4])
     torch.testing.assert_close(layer(query[:, order], boxes[:, order], memory, SHAPES), whole[:, order])
     torch.testing.assert_close(layer(query[:, 2:3], boxes[:, 2:3], memory, SHAPES), whole[:, 2:3])
-
-
-def test_both_forms_give_the_same_layer():
-    layers = [attention(True, kernel=kernel) for kernel in ("auto", "reference")]
-    torch.testing.assert_close(*(layer(*inputs(), SHAPES) for layer in layers), atol=1e-5, rtol=1e-5)
 
 
 def test_points_stay_exact_under_autocast():

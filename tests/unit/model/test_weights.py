@@ -7,25 +7,14 @@ import zipfile
 import pytest
 import torch
 from golden_weights import deformable_detr_shapes, weights
+from small_model import small_settings
 
-from celldetr.config.experiment import BackboneSettings, ModelSettings, RepresentationSettings
+from celldetr.config.experiment import BackboneSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import initial_weights, load_model, save_model
 from celldetr.runtime.errors import InputError
 
-SMALL = ModelSettings(
-    mode="parallel",
-    classes=("a", "b", "c"),
-    d_model=32,
-    heads=4,
-    points=2,
-    ffn=32,
-    encoder_layers=1,
-    decoder_layers=2,
-    queries=6,
-    backbone=BackboneSettings(layers=(1, 1, 1, 1), width=8, stages=(2, 3)),
-    representation=RepresentationSettings(layers=2, global_tokens=1),
-)
+SMALL = small_settings("parallel", tokens=1, backbone=BackboneSettings(layers=(1, 1, 1, 1), width=8, stages=(2, 3)))
 
 
 @pytest.fixture
