@@ -14,8 +14,7 @@ def main(snakemake):
     titles = snakemake.params.titles
     shares = [SystemShare(title, *read_share(path)) for path, title in zip(snakemake.input.shares, titles, strict=True)]
     figure = figure3([read_drawn(path) for path in snakemake.input.points], shares)
-    save(figure, snakemake.output.png)
-    save(figure, snakemake.output.svg)
+    save(figure, snakemake.output.png, snakemake.output.svg)
 
 
 if "snakemake" in globals():

@@ -11,8 +11,7 @@ from celldetr.runtime.rule import run_rule
 
 def main(snakemake):
     figure = figure4b(read_log(snakemake.input.log), snakemake.params.title)
-    save(figure, snakemake.output.png)
-    save(figure, snakemake.output.svg)
+    save(figure, snakemake.output.png, snakemake.output.svg)
 
 
 if "snakemake" in globals():

@@ -16,8 +16,7 @@ def main(snakemake):
     figure = figure4c(
         read_similarities(given.matrices), read_retrieval(given.retrieval), read_log(given.log), snakemake.params.title
     )
-    save(figure, snakemake.output.png)
-    save(figure, snakemake.output.svg)
+    save(figure, snakemake.output.png, snakemake.output.svg)
 
 
 if "snakemake" in globals():

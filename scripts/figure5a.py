@@ -17,8 +17,7 @@ def main(snakemake):
     counts = {Path(path).stem: open_store(path).attrs["counts"] for path in snakemake.input.stores}
     table = composition(counts)
     figure = figure5a(table, snakemake.params.titles)
-    save(figure, snakemake.output.png)
-    save(figure, snakemake.output.svg)
+    save(figure, snakemake.output.png, snakemake.output.svg)
     write_tsv(snakemake.output.tsv, table.rename_axis("sample").reset_index())
 
 

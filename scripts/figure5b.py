@@ -1,7 +1,7 @@
 """Draw figure 5b: which cell types are confused on the Xenium test patches.
 
 Input: ``predictions`` (Parquet of the predict rule), ``store`` (the test patches). Output: ``png``, ``svg``, ``tsv``
-(nuclei of each true type by predicted type). Params: nucleus_threshold, radius (px), title.
+(true nuclei per type and predicted type). Params: nucleus_threshold, radius (px), title.
 """
 
 from celldetr.evaluation.predictions import read_predictions
@@ -21,8 +21,7 @@ def main(snakemake):
         params.radius,
     )
     figure = figure5b(table, params.title)
-    save(figure, output.png)
-    save(figure, output.svg)
+    save(figure, output.png, output.svg)
     write_tsv(output.tsv, table.rename_axis("type").reset_index())
 
 

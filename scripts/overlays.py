@@ -1,7 +1,7 @@
-"""Draw predictions beside the truth on some patches of a test fold.
+"""Draw detections beside the true nuclei of some test patches.
 
 Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold).
-Output: PNG, patches twice: true boxes and predicted boxes, coloured by class.
+Output: PNG, each patch twice: with the true and with the predicted boxes, coloured by class.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from celldetr.report.style import CASING, CLASS_COLOURS, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLOUR, cased, styled
+from celldetr.report.style import CASING, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLOUR, cased, class_colours, styled
 from celldetr.runtime.errors import InputError
 
 Log = Sequence[dict[str, Any]]
@@ -88,9 +88,10 @@ def draw_curves(log: Log, chosen: int) -> Figure:
     for name, colour in zip(("retrieval", "spread"), SERIES_COLOURS, strict=False):
         if name in measured:
             found.plot(*series(log, "val", name), label=name, color=colour, linewidth=2)
-    for name in measured.get("f1", {}):
+    classes = list(measured.get("f1", {}))
+    for name, colour in zip(classes, class_colours(classes), strict=False):
         lines = series(log, "val", "f1", name)
-        found.plot(*lines, label=name, color=CLASS_COLOURS[name], linewidth=1.4, path_effects=cased(2.4))
+        found.plot(*lines, label=name, color=colour, linewidth=1.4, path_effects=cased(2.4))
     titles = ("Weighted loss, all layers", "Validation losses, last layer", "Validation F")
     for axes, title in zip((total, parts, found), titles, strict=True):
         label = f"epoch {chosen}: the model" if axes is total else None

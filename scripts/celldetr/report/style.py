@@ -52,8 +52,13 @@ _P = ParamSpec("_P")
 
 
 def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the colours of classes in order, then that of unlabelled nuclei: label -1 indexes the last one."""
-    return (*(CLASS_COLOURS[name] for name in classes), UNLABELLED_COLOUR)
+    """Return the colours of classes in order, then that of unlabelled nuclei: label -1 indexes the last one.
+
+    Classes that are not in `CLASS_COLOURS` take its colours in order.
+    """
+    others = tuple(dict.fromkeys(CLASS_COLOURS.values()))
+    known = (CLASS_COLOURS.get(name, others[index % len(others)]) for index, name in enumerate(classes))
+    return (*known, UNLABELLED_COLOUR)
 
 
 def cased(width: float, colour: str = CASING, alpha: float = 1.0) -> list[Any]:
@@ -67,12 +72,13 @@ def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     return decorated
 
 
-def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = DPI) -> None:
-    """Write a figure atomically; the suffix (png, svg, pdf) sets the format, `dpi` the resolution of a png.
+def save(figure: Figure, *paths: str | os.PathLike[str], dpi: int = DPI) -> None:
+    """Write a figure atomically; the suffix of a path (png, svg) sets the format, `dpi` the resolution of a png.
 
     The same figure gives the same bytes: neither the time nor the version of matplotlib is written.
     """
-    kind = Path(path).suffix[1:].lower()
-    fixed: dict[str, str | None] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {"Software": None})  # type: ignore[assignment]
-    with atomic(path) as temporary, matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, format=kind, dpi=dpi, metadata=fixed)
+    for path in paths:
+        kind = Path(path).suffix[1:]
+        unwritten = {"svg": "Date", "png": "Software"}[kind]
+        with atomic(path) as temporary, matplotlib.rc_context(STYLE):
+            figure.savefig(temporary, format=kind, dpi=dpi, metadata={unwritten: None})
