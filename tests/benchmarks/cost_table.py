@@ -74,13 +74,13 @@ def measure(experiment: Experiment, told: argparse.Namespace) -> tuple[float, fl
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
 
         def validate() -> None:
-            run.stage.eval()
+            run.stage.model.eval()
             batch = run.next_batch()
             batch.step = -1
             with torch.no_grad(), torch.autocast(told.device.split(":")[0], torch.bfloat16, enabled=how["bf16"]):
-                run.stage.validation_step(batch, 0)
+                run.stage.validate(batch)
 
-        run.stage.start_counting()
+        run.stage.start_validation()
         run.stage.val_data = run.stage.train_data
         return train / told.batch, seconds_of(validate, told.device, told.rounds) / told.batch, peak
 

@@ -1,7 +1,7 @@
 """Training images per second: from the way the published code is built, one improvement after the other.
 
 Usage: python tests/benchmarks/training_throughput.py [--mode MODE] [--device D] [--size PX] [--batch N] [--rounds N].
-The paper's model at full width, drawn patches, real training steps (`Stage.training_step`, backward, clip, AdamW).
+The paper's model at full width, drawn patches, real training steps (`Stage.training_losses`, backward, clip, AdamW).
 The first variant: `grid_sample` sampling in fp32, costs of all images by all boxes, one loader process that reads and
 augments image by image. Prints images/s, the ratio to the first, peak memory (CUDA), where the time of the last
 variant goes, and the share of the measured matrix-product ceiling that it reaches.
@@ -15,27 +15,29 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from celldetr.training.base import Stage, pixels
 from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, synchronize
 from scipy.optimize import linear_sum_assignment
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.config.experiment import Experiment, LossSettings
+from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
-from celldetr.training import base
+from celldetr.training import stage as stages
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
-from celldetr.training.loop import STAGES
+from celldetr.training.loop import STAGES, make_optimizer
 from celldetr.training.matching import Matches, Matching
+from celldetr.training.stage import Losses, Stage, pixels
 
 BATCHES = 8
 
 
-def assign_all_by_all(logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, weights: LossSettings) -> Matches:
+def assign_all_by_all(
+    logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, settings: MatchingSettings
+) -> Matches:
     """Match as Deformable DETR does: per layer, the costs of all queries for all nuclei of the batch."""
     counts = targets.counts.tolist()
     true, labels = targets.boxes[targets.valid], targets.labels[targets.valid].clamp(min=0)
@@ -46,24 +48,15 @@ def assign_all_by_all(logits: torch.Tensor, boxes: torch.Tensor, targets: Target
         positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
         label = labels if p.shape[-1] > 1 else torch.zeros_like(labels)
         cost = (
-            weights.l1 * torch.cdist(box, true, p=1)
-            + weights.nucleus * (positive[:, label] - negative[:, label])
-            - weights.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
+            settings.l1 * torch.cdist(box, true, p=1)
+            + settings.nucleus * (positive[:, label] - negative[:, label])
+            - settings.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
         )
         parts = cost.view(len(counts), -1, len(true)).cpu().split(counts, dim=-1)
         for image, part in enumerate(parts):
             query, nucleus = linear_sum_assignment(part[image])
             rows.extend((layer, image, q, n) for q, n in zip(query.tolist(), nucleus.tolist(), strict=True))
     return Matches(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).T.to(logits.device))
-
-
-class Trainer:
-    """What a stage asks of its trainer in a step."""
-
-    world_size, global_rank = 1, 0
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizers = [optimizer]
 
 
 class AugmentedImages(Dataset):
@@ -93,13 +86,12 @@ def collate(items: list[tuple[torch.Tensor, Targets]]) -> Batch:
     labels = [torch.nn.functional.pad(t.labels, (0, slots - t.labels.shape[1]), value=-1) for t in targets]
     counts = torch.cat([t.counts for t in targets])
     joined = Targets(torch.cat(boxes), torch.cat(labels), counts)
-    share = slice(0, len(images))
     return Batch(
         torch.cat(images),
         joined,
         torch.arange(len(images)).numpy(),
         step=0,
-        share=share,
+        rows=slice(0, len(images)),
         counts_global=counts.numpy().copy(),
     )
 
@@ -137,16 +129,15 @@ class Run:
         nothing = PatchData([store], split, "val", cache="none")
         torch.manual_seed(0)
         settings = self.experiment.model.model_copy(update={"kernel": "reference" if sampling == "plain" else "auto"})
-        kind, model = STAGES[self.experiment.stage], CellDETR(settings)
+        kind, model = STAGES[self.experiment.stage], CellDETR(settings).to(told.device)
         limits = {"nucleus_threshold": 0.4, "radius": 12.0}
         self.stage: Stage = kind(self.experiment, model, train_data, nothing, **limits)
-        self.stage.to(told.device)
+        self.stage.train()
         use_sampling(model, told.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
-        self.optimizer = self.stage.configure_optimizers()
+        self.optimizer = make_optimizer(model, self.experiment.training)
         if not fused:
             for group in self.optimizer.param_groups:
                 group["fused"], group["foreach"] = False, False
-        self.stage.trainer = self.trainer = Trainer(self.optimizer)
         self.augmentation = self.experiment.training.augmentation
         self.loader = loader
         if loader:
@@ -164,15 +155,16 @@ class Run:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Loss of a step."""
-        self.stage.step = 0
         kind = self.told.device.split(":")[0]
         with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
-            return self.stage.training_step(batch, 0)
+            losses, total = self.stage.training_losses(batch)
+        Losses(losses, total)
+        return total
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients, limited."""
         loss.backward()
-        self.stage.configure_gradient_clipping(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.experiment.training.gradient_clip)
 
     def update(self) -> None:
         """Step of the optimiser."""
@@ -188,14 +180,14 @@ class Run:
     @contextlib.contextmanager
     def as_told(self):
         """Matcher of the variant; images that a loader has augmented are not augmented again."""
-        before = base.Matching, base.augment
-        base.Matching = AllByAll if self.matcher == "all" else Matching
+        before = stages.Matching, stages.augment
+        stages.Matching = AllByAll if self.matcher == "all" else Matching
         if self.loader:
-            base.augment = lambda images, targets, *_: (images, targets)
+            stages.augment = lambda images, targets, *_: (images, targets)
         try:
             yield
         finally:
-            base.Matching, base.augment = before
+            stages.Matching, stages.augment = before
 
 
 def experiment_of(mode: str, batch: int) -> Experiment:
@@ -238,7 +230,7 @@ def parts_of(run: Run, device: str) -> str:
     parts.watch(model.decoder, "forward", "detection decoder")
     if hasattr(model, "representation"):
         parts.watch(model.representation, "forward", "representation decoder")
-    parts.watch(base, "augment", "augmentation")
+    parts.watch(stages, "augment", "augmentation")
     parts.watch(Matching, "result", "matching")
     parts.watch(run, "backward", "backward")
     parts.watch(run, "update", "optimiser")
