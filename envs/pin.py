@@ -28,14 +28,14 @@ ENVIRONMENTS = {
         "Finding nuclei on slides with a trained model; on Linux, pip's own torch is the CUDA build.",
         [
             *SHARED,
-            *("geopandas", "imagecodecs", "kornia", "lightning", "openslide-bin", "openslide-python"),
+            *("geopandas", "imagecodecs", "kornia", "openslide-bin", "openslide-python"),
             *("shapely", "tifffile", "torch", "tqdm"),
         ],
     ),
     "report": ("Scores, tables, figures.", [*SHARED, "jinja2"]),
     "training": (
         "Training and predicting; on Linux, pip's own torch is the CUDA build.",
-        [*SHARED, "kornia", "lightning", "scikit-learn", "tensorboard", "torch", "tqdm"],
+        [*SHARED, "kornia", "scikit-learn", "tensorboard", "torch", "tqdm"],
     ),
 }
 

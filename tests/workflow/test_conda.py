@@ -17,7 +17,7 @@ NOT_IN_THE_EXAMPLE = {"download_imagenet"}  # the example starts from random wei
 ABSENT = {
     "data": ("torch", "tacco", "anndata", "hypothesis"),
     "report": ("torch", "tacco", "anndata"),
-    "spatial": ("torch", "lightning", "kornia"),
+    "spatial": ("torch", "kornia"),
     "training": ("tacco", "anndata", "spatialdata"),
     "cells": ("tacco", "anndata", "spatialdata"),
 }

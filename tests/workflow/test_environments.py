@@ -66,7 +66,7 @@ def test_environment_holds_what_the_rule_imports(rule):
 
 @pytest.mark.parametrize("environment", ["data", "report", "spatial"])
 def test_no_torch_where_nothing_needs_it(environment):
-    assert not {"torch", "lightning", "kornia"} & set(pins(environment))
+    assert not {"torch", "kornia"} & set(pins(environment))
 
 
 @pytest.mark.parametrize("environment", ["training", "cells"])

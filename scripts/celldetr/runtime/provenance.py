@@ -18,7 +18,7 @@ from typing import Any
 import celldetr
 from celldetr.runtime.files import atomic
 
-PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "lightning", "kornia", "snakemake")
+PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "kornia", "snakemake")
 _MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "example"}
 """Rooms that make data and models."""
 _STARTED = time.time()
