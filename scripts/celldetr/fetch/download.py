@@ -35,9 +35,9 @@ def fetch(
 ) -> Path:
     """Get a file from the first source that has it, complete and verified.
 
-    What has arrived is kept in ``.{name}.part`` beside the destination, and the next call continues it. With a checksum
-    it is continued from any mirror; without one only from the same URL and only if the server confirms by ETag or date
-    that the file has not changed.
+    Received data is kept in ``.{name}.part`` beside the destination, and the next call continues it. With a checksum it
+    is continued from any mirror; without one only from the same URL and only if the server confirms by ETag or date that
+    the file has not changed.
 
     Parameters
     ----------
@@ -80,14 +80,14 @@ def fetch(
                 raise
             raise InputError(
                 f"{final}: the disk is full ({final.parent}); free {_mib(size) if size else 'space'} and start again: "
-                "what has arrived is kept and continued"
+                "the data received so far is kept and continued"
             ) from error
         _forget(part)
         log.info("%s: %s, %s", final.name, _mib(final.stat().st_size), "verified" if size or sha256 else "complete")
         return final
     raise InputError(
         f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
-        "Start again later (what has arrived is kept), or get the file by other means and give its path as a source."
+        "Start again later (the data received so far is kept), or get the file by other means and give its path as a source."
     )
 
 
@@ -119,7 +119,7 @@ def check(path: Path, size: int | None, sha256: str | None, *, again: bool = Fal
 
 
 def _download(url: str, part: Path, headers: Mapping[str, str], size: int | None, sha256: str | None) -> None:
-    """Receive what is missing of a file and verify it; a wrong file is removed, so that the next try starts afresh."""
+    """Receive the missing rest of a file and verify the file; a wrong one is removed, so that the next try starts anew."""
     continued = part.exists()
     _transfer(url, part, headers, size, checked=sha256 is not None)
     try:
@@ -134,7 +134,7 @@ def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None
     known = _read_state(part)
     validator = known.get("validator") if known.get("url") == url else None
     if (validator is None and not checked) or (size is not None and start > size):
-        start = 0  # without a checksum nothing would notice a mix of two files
+        start = 0  # without a checksum a mix of two files would go unnoticed
     if size is not None and start == size:
         return
     headers = dict(headers)
@@ -162,10 +162,10 @@ def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None
 
 
 def _check_end(response: requests.Response, part: Path, start: int) -> None:
-    """Check that nothing is left to send because all has arrived; otherwise the part is of another file and goes."""
+    """Check that the server has nothing left to send because the part is complete; else remove the part."""
     if response.headers.get("Content-Range") != f"bytes */{start}":
         _forget(part)
-        raise TransferError("what has arrived belongs to another version of the file", again=True)
+        raise TransferError("the data received so far belongs to another version of the file", again=True)
 
 
 def _validator(response: requests.Response) -> str | None:
@@ -192,7 +192,7 @@ def _receive(response: requests.Response, part: Path, start: int, total: int | N
     arrived, reported = start, time.monotonic()
     with part.open("r+b" if start else "wb") as handle:
         handle.seek(start)
-        # read1 returns data as it arrives: nothing is lost in a buffer when the connection breaks
+        # read1 returns data as it arrives: if the connection breaks, none is lost in a buffer
         while piece := response.raw.read1(BLOCK):
             handle.write(piece)
             arrived += len(piece)

@@ -1,4 +1,4 @@
-"""Get a few members of a large zip archive: over HTTP only their bytes travel, not the whole archive."""
+"""Get a few members of a large zip archive: over HTTP only their bytes are transferred, not the archive."""
 
 import functools
 import logging
@@ -42,8 +42,8 @@ def fetch_members(
 ) -> Path:
     """Get members of an archive as a folder, complete and verified, from the first source that has them.
 
-    A local archive is verified by `size` and `sha256`. From a server only the members travel: the archive is verified
-    by its size, each member by its checksum (CRC) in the archive. Members that have arrived are kept in
+    A local archive is verified by `size` and `sha256`. From a server only the members are transferred: the archive
+    is verified by its size, each member by its checksum (CRC) in the archive. Members received so far are kept in
     ``.{name}.part`` beside the destination and not requested again. A server that does not send parts of files sends
     the archive. A local folder is linked or copied.
 
@@ -90,7 +90,8 @@ def fetch_members(
         return final
     raise InputError(
         f"{final}: no source delivered the files:\n" + "\n".join(failures) + "\n"
-        "Start again later (what has arrived is kept), or get the archive by other means and give its path as a source."
+        "Start again later (the members received so far are kept), or get the archive by other means and give its path as a "
+        "source."
     )
 
 
@@ -116,7 +117,7 @@ def _from_server(url: str, staging: Path, choose: Choose, marker: str, size: int
 
 
 def _extract(file: IO[bytes], staging: Path, choose: Choose, marker: str) -> None:
-    """Write the wanted members below `staging`; those that are there, complete, are left as they are."""
+    """Write the wanted members below `staging`, except members that are already there and complete."""
     with zipfile.ZipFile(file) as archive:
         names = {name.replace("\\", "/"): name for name in archive.namelist() if not name.endswith("/")}
         tops = [PurePosixPath(name).parent for name in names if PurePosixPath(name).name == marker]

@@ -88,7 +88,7 @@ class NpyMember:
         return np.frombuffer(data, dtype=self.dtype).reshape(count, *self.shape[1:])
 
     def finish(self) -> None:
-        """Check that the last item was read and nothing follows; at the end the checksum of the member is checked too.
+        """Check that no data follows the last item; reading to the end also makes zipfile check the checksum.
 
         Raises
         ------

@@ -37,7 +37,7 @@ ODDITIES = {
     "empty images": "images without a nucleus (kept)",
     "one-pixel nuclei": "nuclei of a single pixel (kept)",
     "split nuclei": "ids in several pieces, 8-connected (kept as one nucleus each)",
-    "overlap pixels": "pixels that two or more classes claim (all nuclei kept whole)",
+    "overlap pixels": "pixels that two or more classes claim (each nucleus keeps all its pixels)",
     "void pixels": "pixels that are neither nucleus nor background (kept)",
     "background over nuclei": "pixels that are nucleus and background (nucleus kept)",
 }

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 from celldetr.runtime.errors import CellDETRError, InputError
 
 AHEAD_SECONDS = 600.0
-"""How far in the future the time of an input may be; a job that takes longer than this is not worth losing."""
+"""How far in the future the time of an input may be: about the longest job whose loss does not matter much."""
 LOG_VARIABLE = "CELLDETR_LOG"
 """Environment variable that tells further processes of a rule where its log is."""
 _STAMP = ".snakemake_timestamp"  # holds the time of the folder it lies in
