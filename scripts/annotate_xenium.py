@@ -5,13 +5,12 @@ Input: ``outs`` (output folder of the run), ``reference`` (.h5ad of the prepare_
 Params: settings (cell types), seed.
 """
 
-import json
 from pathlib import Path
 
 from celldetr.config.xenium import CellTypeSettings
 from celldetr.report.cell_types import cell_types_figure
 from celldetr.report.style import save
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_json
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.xenium.celltypes.annotate import annotate, versions
@@ -29,8 +28,7 @@ def main(snakemake):
     annotation = annotate(counts, reference, settings, params.seed)
     figures = quality(counts, reference, annotation, settings, params.seed)
     save(cell_types_figure(figures, f"Cell types of {snakemake.wildcards.sample}"), output.qc_png, dpi=110)
-    with atomic(output.qc_json) as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(output.qc_json, figures)
     metadata = {
         "settings": settings.to_dict(),
         "seed": params.seed,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from celldetr.inference.attention import choose_nuclei, measure_attention, write_drawn, write_share
+from celldetr.inference.attention import choose_nuclei, measure_attention, write_drawn
 from celldetr.inference.predict import attend_patches
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
+from celldetr.runtime.files import write_json
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
@@ -43,7 +44,7 @@ def main(snakemake):
         "nucleus_threshold": params.nucleus_threshold,
         "radius": params.radius,
     }
-    write_share(snakemake.output.share, {**share, **origin})
+    write_json(snakemake.output.share, {**share, **origin})
     log.info("share of attention inside the true box: %s over %d nuclei", share["share_true_box"], share["nuclei"])
 
 

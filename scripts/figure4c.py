@@ -4,7 +4,10 @@ Input: ``matrices`` and ``retrieval`` (of the similarity rule), ``log`` (log.jso
 Output: ``png``, ``svg``. Params: title.
 """
 
-from celldetr.evaluation.similarity import read_retrieval, read_similarities
+import json
+from pathlib import Path
+
+from celldetr.evaluation.similarity import read_similarities
 from celldetr.report.curves import read_log
 from celldetr.report.figure4 import figure4c
 from celldetr.report.style import save
@@ -13,9 +16,8 @@ from celldetr.runtime.rule import run_rule
 
 def main(snakemake):
     given = snakemake.input
-    figure = figure4c(
-        read_similarities(given.matrices), read_retrieval(given.retrieval), read_log(given.log), snakemake.params.title
-    )
+    measured = json.loads(Path(given.retrieval).read_text(encoding="utf-8"))
+    figure = figure4c(read_similarities(given.matrices), measured, read_log(given.log), snakemake.params.title)
     save(figure, snakemake.output.png, snakemake.output.svg)
 
 

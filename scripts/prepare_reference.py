@@ -4,9 +4,7 @@ Input: ``h5ad`` (raw counts, labels), ``mapping`` (TSV: label, type). Output: ``
 type, label, held_out), ``summary`` (JSON). Params: label_column, cells_per_type (cells), seed.
 """
 
-import json
-
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_json
 from celldetr.runtime.rule import run_rule
 from celldetr.xenium.celltypes.reference import prepare_reference, read_mapping, write_reference
 
@@ -21,8 +19,7 @@ def main(snakemake):
         seed=params.seed,
     )
     write_reference(output.reference, reference)
-    with atomic(output.summary) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(output.summary, summary)
 
 
 if "snakemake" in globals():

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from celldetr.config.experiment import NoiseSettings
-from celldetr.evaluation.similarity import choose_readable, write_retrieval, write_similarities
+from celldetr.evaluation.similarity import choose_readable
 from celldetr.inference.similarity import measure_similarity
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
+from celldetr.runtime.files import write_json, write_npz
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
@@ -36,9 +37,9 @@ def main(snakemake):
         device=device,
         progress=True,
     )
-    write_similarities(snakemake.output.matrices, drawn)
+    write_npz(snakemake.output.matrices, drawn)
     origin = {"store": Path(snakemake.input.store).stem, "seed": params.seed, "noise": params.noise}
-    write_retrieval(snakemake.output.retrieval, {**measured, **origin})
+    write_json(snakemake.output.retrieval, {**measured, **origin})
     log.info("%s of %d anchors find their own nucleus", measured["retrieval"], measured["anchors"])
 
 

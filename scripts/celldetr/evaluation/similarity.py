@@ -1,17 +1,12 @@
-"""Files of the similarity rule: heat maps of a few patches, and the retrieval accuracy over all of them."""
+"""Similarity of the nuclei of a few patches, as figure 4c draws it, and which patches these are."""
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic, read_npz, write_npz
+from celldetr.runtime.files import read_npz
 
 READABLE = (6, 40)
 """Nuclei of a patch that make a readable heat map."""
@@ -62,32 +57,6 @@ def choose_readable(box_ptr: NDArray[np.int64], count: int, seed: int) -> NDArra
     return np.asarray(np.sort(order[np.argsort(~readable, kind="stable")][:count]), dtype=np.int64)
 
 
-def write_similarities(path: str | os.PathLike[str], drawn: DrawnSimilarities) -> None:
-    """Write the heat maps as an NPZ file."""
-    write_npz(path, drawn)
-
-
 def read_similarities(path: str | os.PathLike[str]) -> DrawnSimilarities:
-    """Read the file of `write_similarities`."""
+    """Read the file that `celldetr.runtime.files.write_npz` made of `DrawnSimilarities`."""
     return DrawnSimilarities(**read_npz(path, DrawnSimilarities, "similarity"))
-
-
-def write_retrieval(path: str | os.PathLike[str], measured: Mapping[str, Any]) -> None:
-    """Write the measures over all patches as JSON."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-
-
-def read_retrieval(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the file of `write_retrieval`.
-
-    Raises
-    ------
-    InputError
-        Not JSON.
-    """
-    try:
-        measured: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: got {error}, expected JSON of the similarity rule; run that rule again") from error
-    return measured

@@ -36,8 +36,8 @@ def fetch(
     """Get a file from the first source that has it, complete and verified.
 
     Received data is kept in ``.{name}.part`` beside the destination, and the next call continues it. With a checksum it
-    is continued from any mirror; without one only from the same URL and only if the server confirms by ETag or date that
-    the file has not changed.
+    is continued from any mirror; without one only from the same URL, and only if the server confirms by ETag or date
+    that the file has not changed.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def fetch(
         return final
     raise InputError(
         f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
-        "Start again later (the data received so far is kept), or get the file by other means and give its path as a source."
+        "Start again later (data received so far is kept), or get the file by other means and give its path as a source."
     )
 
 
@@ -119,7 +119,7 @@ def check(path: Path, size: int | None, sha256: str | None, *, again: bool = Fal
 
 
 def _download(url: str, part: Path, headers: Mapping[str, str], size: int | None, sha256: str | None) -> None:
-    """Receive the missing rest of a file and verify the file; a wrong one is removed, so that the next try starts anew."""
+    """Receive the missing rest of a file and verify it all; a wrong file is removed, so that the next try starts anew."""
     continued = part.exists()
     _transfer(url, part, headers, size, checked=sha256 is not None)
     try:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.runtime.files import atomic, read_npz, write_npz
+from celldetr.runtime.files import read_npz, write_npz
 from celldetr.store import PatchStore
 
 MARGIN = 0.125  # of the patch: nuclei to draw are at least this far from its edge, if there are enough of them
@@ -289,12 +289,6 @@ def read_drawn(path: str | os.PathLike[str]) -> DrawnNuclei:
     arrays = read_npz(path, DrawnNuclei, "attention")
     plain = {"classes": tuple(map(str, arrays["classes"])), "mpp": float(arrays["mpp"])}
     return DrawnNuclei(**{**arrays, **plain})
-
-
-def write_share(path: str | os.PathLike[str], share: Mapping[str, Any]) -> None:
-    """Write the shares of a fold as JSON."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(share, indent=2) + "\n", encoding="utf-8")
 
 
 def read_share(path: str | os.PathLike[str]) -> tuple[float, int]:

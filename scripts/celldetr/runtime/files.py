@@ -1,8 +1,9 @@
-"""Files of results: they appear under their name only when complete; data classes of arrays as NPZ files."""
+"""Files of results: they appear under their name only when complete; JSON, and data classes of arrays as NPZ files."""
 
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import zipfile
@@ -74,6 +75,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON values."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_npz(path: str | os.PathLike[str], content: Any) -> None:

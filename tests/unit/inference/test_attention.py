@@ -12,8 +12,8 @@ from celldetr.inference.attention import (
     measure_attention,
     read_share,
     share_inside,
-    write_share,
 )
+from celldetr.runtime.files import write_json
 
 SIZE = 64
 
@@ -74,9 +74,9 @@ def test_share_is_the_weight_of_the_points_inside():
 
 def test_shares_come_back_as_written(tmp_path):
     path = tmp_path / "share.json"
-    write_share(path, {"share_true_box": 0.25, "nuclei": 4})
+    write_json(path, {"share_true_box": 0.25, "nuclei": 4})
     assert read_share(path) == (0.25, 4)
-    write_share(path, {"share_true_box": None, "nuclei": 0})
+    write_json(path, {"share_true_box": None, "nuclei": 0})
     assert np.isnan(read_share(path)[0])
 
 

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from celldetr.config.base import Settings
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_json
 from celldetr.xenium.registration.affine import as_matrix, decompose, inverse, scaling
 
 Origin = Literal["file", "file, refined", "estimated"]
@@ -143,8 +143,7 @@ class Registration(Settings):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write registration.json."""
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 def read_registration(path: str | os.PathLike[str]) -> Registration:
