@@ -87,7 +87,7 @@ def fetch(
         return final
     raise InputError(
         f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
-        "Start again later (data received so far is kept), or get the file by other means and give its path as a source."
+        "Start again later (received data is kept), or get the file by other means and give its path as a source."
     )
 
 
@@ -119,7 +119,7 @@ def check(path: Path, size: int | None, sha256: str | None, *, again: bool = Fal
 
 
 def _download(url: str, part: Path, headers: Mapping[str, str], size: int | None, sha256: str | None) -> None:
-    """Receive the missing rest of a file and verify it all; a wrong file is removed, so that the next try starts anew."""
+    """Receive the missing rest of a file and verify it all; a wrong file is removed: the next try starts anew."""
     continued = part.exists()
     _transfer(url, part, headers, size, checked=sha256 is not None)
     try:

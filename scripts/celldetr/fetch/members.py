@@ -90,7 +90,7 @@ def fetch_members(
         return final
     raise InputError(
         f"{final}: no source delivered the files:\n" + "\n".join(failures) + "\n"
-        "Start again later (received members are kept), or get the archive by other means and give its path as a source."
+        "Start again (received members are kept), or get the archive by other means and give its path as a source."
     )
 
 

@@ -226,9 +226,7 @@ def test_prediction_in_inference_mode_leaves_the_model_trainable():
 
 
 def test_extra_levels_halve_the_last_map():
-    backbone = BackboneSettings(
-        block="basic", layers=(1, 1, 1, 1), width=8, stages=(2, 3), norm="group", extra_levels=2
-    )
+    backbone = small_settings("sequential").backbone.model_copy(update={"extra_levels": 2})
     model = build("sequential", backbone=backbone)
     features = model.encode(images(1, size=96))
     assert features.shapes == ((12, 12), (6, 6), (3, 3), (2, 2))
