@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from celldetr.config.experiment import Kernel
+from celldetr.config.experiment import Kernel, ModelSettings
 from celldetr.model.device import cached_tensor, full_precision
 from celldetr.model.sampling import Compile, Shapes, choose_sampler
 
@@ -34,38 +34,27 @@ class DeformableAttention(nn.Module):
 
     Parameters
     ----------
-    d_model
-        Channels C.
-    heads, levels, points
-        Heads H, feature levels L, points P per head and level.
+    settings
+        Channels C, heads H, points P per head and level, and the kernel: the form of the sampling, see
+        `celldetr.model.sampling.choose_sampler`. With ``auto`` it is that of the CPU until `use_sampling` is called.
+    levels
+        Feature levels L.
     constrained
         Keep every point inside the query's box (eq. 4). Otherwise a box reference only scales the offsets (eq. 3).
     offset_init
         Initial distances of the points of constrained attention: ``authors`` 1 to P (through tanh nearly all on the
         border of the box), ``spread`` 1/(2P), 3/(2P), ... of the half box.
-    kernel
-        Form of the sampling, see `celldetr.model.sampling.choose_sampler`. With ``auto`` it is that of the CPU until
-        `use_sampling` is told the device.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        heads: int,
-        levels: int,
-        points: int,
-        *,
-        constrained: bool = False,
-        offset_init: OffsetInit = "authors",
-        kernel: Kernel = "auto",
+        self, settings: ModelSettings, levels: int, *, constrained: bool = False, offset_init: OffsetInit = "authors"
     ) -> None:
         super().__init__()
-        if d_model % heads:
-            raise ValueError(f"d_model: got {d_model}, expected a multiple of heads ({heads})")
+        d_model, heads, points = settings.d_model, settings.heads, settings.points
         self.heads, self.levels, self.points = heads, levels, points
         self.constrained = constrained
-        self.kernel: Kernel = kernel
-        self.sample = choose_sampler("cpu", kernel=kernel, compiled=False).function
+        self.kernel: Kernel = settings.kernel
+        self.sample = choose_sampler("cpu", kernel=self.kernel, compiled=False).function
         self.sampling_offsets = nn.Linear(d_model, heads * levels * points * 2)
         self.attention_weights = nn.Linear(d_model, heads * levels * points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -97,9 +86,7 @@ class DeformableAttention(nn.Module):
         reference: Tensor,
         memory: Tensor,
         shapes: Shapes,
-        *,
-        return_points: bool = False,
-    ) -> Tensor | tuple[Tensor, SamplingPoints]:
+    ) -> tuple[Tensor, SamplingPoints]:
         """Attend.
 
         Parameters
@@ -112,13 +99,11 @@ class DeformableAttention(nn.Module):
             Tokens (B, T, C) of all levels.
         shapes
             Height and width of each level.
-        return_points
-            Return the sampling points as well.
 
         Returns
         -------
-        Tensor or tuple
-            (B, Q, C), and the sampling points with `return_points`.
+        Tensor, SamplingPoints
+            (B, Q, C), and the points that were sampled.
 
         Raises
         ------
@@ -132,7 +117,7 @@ class DeformableAttention(nn.Module):
         weights = logits.view(*grid[:3], -1).softmax(dim=-1).view(grid)
         locations = self._locations(reference.to(offsets.dtype), offsets.view(*grid, 2), shapes)
         result: Tensor = self.output_proj(self.sample(value, shapes, locations, weights))
-        return (result, SamplingPoints(locations, weights)) if return_points else result
+        return result, SamplingPoints(locations, weights)
 
     def _offsets_and_logits(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Both projections in one product, never in half precision: its 8 bits would blur the locations."""

@@ -22,13 +22,6 @@ class RepresentationDecoder(CheckpointedLayers):
     """Turn given boxes into embeddings.
 
     Without self-attention, global tokens cannot reach a nucleus and are left out.
-
-    Parameters
-    ----------
-    settings
-        Sizes of the model and options of this decoder.
-    levels
-        Feature levels.
     """
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
@@ -58,7 +51,7 @@ class RepresentationDecoder(CheckpointedLayers):
         Parameters
         ----------
         memory, shapes
-            Encoded tokens (B, T, C), and height and width of the levels.
+            Encoded tokens (B, T, C) and the levels.
         boxes
             Boxes (B, R, 4), cxcywh in [0, 1]; R = 0 is legal. No gradient flows into them.
         valid

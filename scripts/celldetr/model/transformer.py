@@ -80,21 +80,6 @@ def inverse_sigmoid(x: Tensor) -> Tensor:
     return torch.log(x.clamp(min=_LOGIT_EPS) / (1 - x).clamp(min=_LOGIT_EPS))
 
 
-def deformable_attention(
-    settings: ModelSettings, levels: int, *, constrained: bool = False, offset_init: OffsetInit = "authors"
-) -> DeformableAttention:
-    """Deformable attention with the sizes of a model."""
-    return DeformableAttention(
-        settings.d_model,
-        settings.heads,
-        levels,
-        settings.points,
-        constrained=constrained,
-        offset_init=offset_init,
-        kernel=settings.kernel,
-    )
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention among queries; positions are added to queries and keys, not to values."""
 
@@ -180,14 +165,14 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
         super().__init__()
-        self.attention = deformable_attention(settings, levels)
+        self.attention = DeformableAttention(settings, levels)
         self.norm = nn.LayerNorm(settings.d_model)
         self.dropout = nn.Dropout(settings.dropout)
         self.ffn = FeedForward(settings.d_model, settings.ffn, settings.dropout)
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
         """Transform tokens (B, T, C) with position (T, C) and centres (B, T, 2)."""
-        attended = self.attention(tokens + position, reference, tokens, shapes)
+        attended, _ = self.attention(tokens + position, reference, tokens, shapes)
         out: Tensor = self.ffn(self.norm(tokens + self.dropout(attended)))
         return out
 
@@ -211,18 +196,7 @@ class Encoder(CheckpointedLayers):
 class DecoderLayer(nn.Module):
     """Self-attention (optional), deformable attention to the memory, feed-forward layer.
 
-    Parameters
-    ----------
-    settings
-        Sizes of the model.
-    levels
-        Feature levels.
-    self_attention
-        Whether queries attend to each other.
-    constrained
-        Whether sampling points stay inside the query's box (paper, eq. 4).
-    offset_init
-        Initial sampling offsets, see `DeformableAttention`.
+    For `constrained` (paper, eq. 4) and `offset_init` see `DeformableAttention`.
     """
 
     def __init__(
@@ -239,7 +213,7 @@ class DecoderLayer(nn.Module):
             self.self_attention = SelfAttention(settings.d_model, settings.heads, settings.dropout)
             self.norm_self = nn.LayerNorm(settings.d_model)
         self.has_self_attention = self_attention
-        self.cross_attention = deformable_attention(settings, levels, constrained=constrained, offset_init=offset_init)
+        self.cross_attention = DeformableAttention(settings, levels, constrained=constrained, offset_init=offset_init)
         self.norm_cross = nn.LayerNorm(settings.d_model)
         self.dropout = nn.Dropout(settings.dropout)
         self.ffn = FeedForward(settings.d_model, settings.ffn, settings.dropout)
@@ -277,8 +251,7 @@ class DecoderLayer(nn.Module):
         """
         if self.has_self_attention:
             x = self.norm_self(x + self.dropout(self.self_attention(x, self_position, mask)))
-        attended, points = self.cross_attention(x + cross_position, reference, memory, shapes, return_points=True)
-        assert points is not None
+        attended, points = self.cross_attention(x + cross_position, reference, memory, shapes)
         x = self.norm_cross(x + self.dropout(attended))
         return self.ffn(x), points
 
@@ -306,14 +279,7 @@ class BoxHead(nn.Module):
 class DetectionDecoder(CheckpointedLayers):
     """Learned queries that become boxes: each layer refines the detached box of the layer before it.
 
-    Parameters
-    ----------
-    settings
-        Sizes of the model.
-    levels
-        Feature levels.
-    classes
-        Logits of a query: 1 ("nucleus"), or the classes of the baseline.
+    `classes` is the number of logits of a query: 1 (nucleus score), or the classes of the baseline.
     """
 
     def __init__(self, settings: ModelSettings, levels: int, classes: int) -> None:
@@ -328,12 +294,7 @@ class DetectionDecoder(CheckpointedLayers):
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, memory: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor, SamplingPoints]:
-        """Detect.
-
-        Parameters
-        ----------
-        memory, shapes
-            Encoded tokens (B, T, C), and height and width of the levels.
+        """Detect nuclei in encoded tokens (B, T, C).
 
         Returns
         -------
