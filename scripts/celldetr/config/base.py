@@ -1,4 +1,4 @@
-"""Blocks of settings: frozen and typed; wrong values are refused with an error that names the key."""
+"""Blocks of settings: frozen, typed, and refused with an error that names the key if a value is wrong."""
 
 import difflib
 import json
@@ -13,13 +13,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Precision = Annotated[
-    Literal["auto", "bf16", "tf32", "fp32"],
-    Field(description="auto: bf16 on GPUs that have it, tf32 on other GPUs, fp32 on a CPU; fp32 never rounds to TF32"),
-]
-Range = Annotated[tuple[NotNegative, NotNegative], Field(description="smallest and largest value")]
+Precision = Literal["auto", "bf16", "tf32", "fp32"]
+PRECISION = "auto: bf16 on GPUs that have it, tf32 on other GPUs, fp32 on a CPU; fp32 never rounds to TF32"
+Range = tuple[NotNegative, NotNegative]
 
-_VALUES = "expected numbers, texts, lists and mappings with texts as keys, none of which holds itself"
+_VALUES = "expected numbers, text, lists and mappings with text keys, without cycles"
 
 
 class Settings(BaseModel):
@@ -34,19 +32,21 @@ class Settings(BaseModel):
         Parameters
         ----------
         values
-            What the YAML or JSON file holds.
+            Content of a YAML or JSON file.
         where
-            Dotted path of this block in its file, for messages.
+            Dotted path of this block in its file, for error messages.
 
         Raises
         ------
         ConfigError
-            Unknown keys, missing keys, wrong types and values out of range; all of them, a line each.
+            Unknown or missing keys, wrong types, values out of range; a line for each.
         """
         try:
             text = json.dumps(values, default=_not_json)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{where or 'config'}: got values that are no settings ({error}); {_VALUES}") from error
+            raise ConfigError(
+                f"{where or 'config'}: got values that settings cannot hold ({error}); {_VALUES}"
+            ) from error
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
@@ -59,7 +59,7 @@ class Settings(BaseModel):
 
 
 def _not_json(value: object) -> str:
-    raise ConfigError(f"config: got {value!r}, which is no number, text, list or mapping; quote it")
+    raise ConfigError(f"config: got {value!r}, expected a number, text, list or mapping; put it in quotes")
 
 
 def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
@@ -70,7 +70,7 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
         near = difflib.get_close_matches(path[-1], sorted(_keys(cls)), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "json_invalid":
-        return f"{key}: got values that are no settings ({problem['ctx']['error']}); {_VALUES}"
+        return f"{key}: got values that settings cannot hold ({problem['ctx']['error']}); {_VALUES}"
     if kind == "missing":
         return f"{key}: missing; every configuration needs it"
     if kind == "value_error":
@@ -83,7 +83,7 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
 
 
 def _keys(cls: type[BaseModel], seen: set[type] | None = None) -> set[str]:
-    """All keys of a block and of the blocks inside it."""
+    """Return all keys of a block and of the blocks inside it."""
     seen = seen or set()
     found = set(cls.model_fields)
     for item in cls.model_fields.values():
@@ -95,7 +95,7 @@ def _keys(cls: type[BaseModel], seen: set[type] | None = None) -> set[str]:
 
 
 def partial(cls: type[Settings]) -> type[Settings]:
-    """Derive the block in which every key may be left out, for settings that differ from the shared ones."""
+    """Derive a block in which every key is optional, for settings that override shared ones."""
     fields: dict[str, Any] = {}
     for name, item in cls.model_fields.items():
         kind: Any = item.annotation
@@ -108,7 +108,7 @@ def partial(cls: type[Settings]) -> type[Settings]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay settings over others, block by block; lists and values are replaced."""
+    """Lay settings over others: mappings are merged key by key, lists and values replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

@@ -4,28 +4,32 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from celldetr.config.base import Count, Positive, Precision, Settings, Share
+from celldetr.config.base import PRECISION, Count, Positive, Precision, Settings, Share
 
 
 class InferenceSettings(Settings):
     """How a trained model predicts."""
 
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
-    batch_size: Count = Field(16, description="patches at once")
-    precision: Precision = "auto"
+    batch_size: Count = Field(16, description="patches per batch")
+    precision: Precision = Field("auto", description=PRECISION)
 
 
 class EvaluationSettings(Settings):
     """How predictions are scored."""
 
     metric: Literal["strict", "hovernet_compat"] = Field(
-        "strict", description="metric of the tables; both are in *_splits.tsv"
+        "strict", description="metric of the tables; the files *_splits.tsv hold both"
     )
-    score: Literal["both_thresholds", "class", "product"] = "both_thresholds"
-    class_threshold: Share = 0.4
-    radius: Positive = Field(12.0, description="largest distance of a pair of centres, px")
-    centres: Literal["box", "mask"] = Field("box", description="centres of the truth")
-    resamples: NonNegativeInt = Field(1000, description="bootstrap resamples of the intervals")
+    score: Literal["both_thresholds", "class", "product"] = Field(
+        "both_thresholds",
+        description="which detections count; both_thresholds: nucleus and class score reach their thresholds; class: "
+        "the class score does; product: the product of both scores reaches class_threshold",
+    )
+    class_threshold: Share = Field(0.4, description="smallest class score of a classified detection")
+    radius: Positive = Field(12.0, description="largest distance between the centres of a matched pair, px")
+    centres: Literal["box", "mask"] = Field("box", description="centres of the true nuclei: of the box, or of the mask")
+    resamples: NonNegativeInt = Field(1000, description="bootstrap resamples of the confidence intervals")
 
 
 class FrozenFeatureSettings(Settings):

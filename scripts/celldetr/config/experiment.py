@@ -1,33 +1,29 @@
-"""What one training run is told: model, recipe and seed, with types, ranges, units and the defaults of the paper."""
+"""Settings of one training run: model, recipe and seed, with ranges, units and the defaults of the paper."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
-from celldetr.config.base import Count, NotNegative, Positive, Precision, Range, Settings, Share
+from celldetr.config.base import PRECISION, Count, NotNegative, Positive, Precision, Range, Settings, Share
 from celldetr.runtime.errors import ConfigError
 
 Kernel = Literal["auto", "reference"]
 
 
 class BackboneSettings(Settings):
-    """Residual network that turns a patch into feature maps (paper default: ResNet-50)."""
+    """Residual network that turns a patch into feature maps (paper: ResNet-50)."""
 
     block: Literal["bottleneck", "basic"] = Field("bottleneck", description="kind of residual block")
     layers: tuple[Count, Count, Count, Count] = Field((3, 4, 6, 3), description="blocks in stages 1 to 4")
     width: Count = Field(64, description="channels of the first stage; doubled by each further stage")
     stages: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
-        (1, 2, 3, 4),
-        min_length=1,
-        description="stages whose features are used; stage s has stride 2^(s+1) px",
+        (1, 2, 3, 4), min_length=1, description="stages whose features are used; stage s has stride 2^(s+1) px"
     )
     extra_levels: Annotated[int, Field(ge=0, le=2)] = Field(
-        0,
-        description="levels by further 3x3 convolutions of stride 2 (COCO Deformable DETR: 1)",
+        0, description="coarser levels from 3x3 convolutions of stride 2 (COCO Deformable DETR: 1)"
     )
     norm: Literal["frozen_batch", "group"] = Field(
-        "frozen_batch",
-        description="frozen batch norm for pretrained weights, group norm to train from scratch",
+        "frozen_batch", description="frozen_batch: for pretrained weights; group: to train from scratch"
     )
 
     @model_validator(mode="after")
@@ -40,17 +36,17 @@ class BackboneSettings(Settings):
 class RepresentationSettings(Settings):
     """Representation decoder (paper, 3.2)."""
 
-    layers: Count = Field(3, description="layers; the first has no self-attention")
+    layers: Count = Field(3, description="number of layers; the first has no self-attention")
     self_attention: Literal["after_first", "none"] = Field(
         "after_first",
-        description="after_first: from layer 2 on; none: an embedding depends on its box and image alone",
+        description="after_first: from layer 2 on (published numbers); none: each embedding depends on its box and "
+        "image alone (text of the paper)",
     )
     offset_init: Literal["authors", "spread"] = Field(
-        "authors", description="authors: saturated through tanh; spread: points at 1/8 to 7/8 of the half box"
+        "authors",
+        description="start of the sampling points; authors: saturated tanh; spread: over 1/8 to 7/8 of the half box",
     )
-    global_tokens: Annotated[int, Field(ge=0)] = Field(
-        0, description="full-image boxes appended as context tokens (parallel mode)"
-    )
+    global_tokens: NonNegativeInt = Field(0, description="context tokens: boxes of the whole image (mode parallel)")
 
 
 class SharedModelSettings(Settings):
@@ -61,22 +57,24 @@ class SharedModelSettings(Settings):
     points: Count = Field(4, description="sampling points per head and level")
     ffn: Count = Field(1024, description="hidden channels of the feed-forward layers")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout in the transformer")
-    encoder_layers: Count = 6
+    encoder_layers: Count = Field(6, description="layers of the encoder")
     decoder_layers: Count = Field(3, description="layers of the detection decoder")
-    queries: Annotated[int, Field(ge=1, le=32767)] = Field(900, description="most nuclei found in one patch")
+    queries: Annotated[int, Field(ge=1, le=32767)] = Field(
+        900, description="queries of the detection decoder: most nuclei found in a patch"
+    )
     position_offset: Share = Field(
-        0.0, description="o in the position code: 0 (CellDETR) or 0.5 (COCO Deformable DETR checkpoints)"
+        0.0, description="offset in the position code; 0.5 for COCO Deformable DETR checkpoints"
     )
     kernel: Kernel = Field(
         "auto",
-        description="form of the deformable sampling; auto: the fastest of the device, and channels-last convolutions; "
-        "reference: plain grid_sample, the same result, slowly",
+        description="deformable sampling; auto: the fastest form for the device, with channels-last convolutions; "
+        "reference: plain grid_sample, same result, slower",
     )
-    projection: Annotated[int, Field(ge=0)] = Field(
-        0, description="outputs of the projection head of contrastive pretraining (stage ssl; paper: 128); 0: no head"
+    projection: NonNegativeInt = Field(
+        0, description="outputs of the projection head (stage ssl; paper: 128); 0: no head"
     )
-    backbone: BackboneSettings = BackboneSettings()
-    representation: RepresentationSettings = RepresentationSettings()
+    backbone: BackboneSettings = Field(BackboneSettings(), description="residual network")
+    representation: RepresentationSettings = Field(RepresentationSettings(), description="representation decoder")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -110,11 +108,11 @@ class NoiseSettings(Settings):
     """Noise on boxes (paper, A.2)."""
 
     share: Share = Field(
-        0.0, description="share of the boxes that get noise; the anchors of contrastive pretraining all do"
+        0.0, description="share of boxes with noise (mode parallel); in contrastive pretraining all anchors have noise"
     )
-    low: Share = Field(0.1, description="smallest relative change")
-    high: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="largest relative change")
-    enlarge: Share = Field(0.5, description="rho: probability that a size grows")
+    low: Share = Field(0.1, description="smallest relative change of a box")
+    high: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="largest relative change of a box")
+    enlarge: Share = Field(0.5, description="probability that a side grows rather than shrinks (rho)")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -146,19 +144,19 @@ class LossSettings(Settings):
 class AugmentationSettings(Settings):
     """Augmentation of training patches: probabilities and ranges."""
 
-    elastic: Share = 0.2
-    flip: Share = Field(0.5, description="of each of the horizontal and the vertical flip")
-    blur: Share = 0.2
-    blur_kernel: Annotated[int, Field(ge=3, multiple_of=1)] = Field(9, description="px, odd")
-    blur_sigma: Range = (0.2, 1.0)
-    jitter: Share = Field(0.2, description="of the colour jitter")
-    brightness: Share = 0.25
-    contrast: Share = 0.1
-    saturation: Share = 0.25
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    hed: Share = Field(0.0, description="of the stain jitter in hematoxylin-eosin space")
-    hed_alpha: Share = Field(0.05, description="stains are multiplied by 1 +- this")
-    hed_beta: Share = Field(0.05, description="and shifted by +- this")
+    elastic: Share = Field(0.2, description="probability of an elastic deformation")
+    flip: Share = Field(0.5, description="probability of a horizontal and of a vertical flip, each")
+    blur: Share = Field(0.2, description="probability of a Gaussian blur")
+    blur_kernel: Annotated[int, Field(ge=3)] = Field(9, description="side of the blur kernel, px, odd")
+    blur_sigma: Range = Field((0.2, 1.0), description="smallest and largest sigma of the blur, px")
+    jitter: Share = Field(0.2, description="probability of a colour jitter")
+    brightness: Share = Field(0.25, description="largest relative change of brightness")
+    contrast: Share = Field(0.1, description="largest relative change of contrast")
+    saturation: Share = Field(0.25, description="largest relative change of saturation")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="largest change of hue, turns")
+    hed: Share = Field(0.0, description="probability of a stain jitter in hematoxylin-eosin-DAB space")
+    hed_alpha: Share = Field(0.05, description="stains are multiplied by 1 +- hed_alpha")
+    hed_beta: Share = Field(0.05, description="stains are shifted by +- hed_beta")
 
     @model_validator(mode="after")
     def _odd(self) -> Self:
@@ -172,50 +170,49 @@ class ContrastiveSettings(Settings):
 
     temperature: Positive = Field(0.1, description="divides the cosine similarities")
     negatives: Literal["image", "batch"] = Field(
-        "image",
-        description="nuclei that an anchor is told from: of its image, or of all images that a device has in a step",
+        "image", description="negatives of an anchor: nuclei of its image (paper), or of all images of a step"
     )
-    weight: NotNegative = 1.0
+    weight: NotNegative = Field(1.0, description="weight of the contrastive loss")
 
 
 class SharedTrainingSettings(Settings):
     """Recipe of a training run."""
 
-    epochs: Count = 100
-    batch_size: Count = Field(16, description="patches per step over all devices")
-    lr: Positive = 8e-5
-    backbone_lr: NotNegative = 8e-6
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(600, description="linear from warmup_from to 1, then cosine to 0")
-    warmup_from: Share = 0.1
-    weight_decay: NotNegative = 1e-4
-    gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0 = no limit")
-    select: Literal["best_val", "last"] = Field("best_val", description="which epoch's weights become the model")
-    precision: Precision = "auto"
+    epochs: Count = Field(100, description="epochs")
+    batch_size: Count = Field(16, description="patches per step, over all GPUs")
+    lr: Positive = Field(8e-5, description="learning rate")
+    backbone_lr: NotNegative = Field(8e-6, description="learning rate of the backbone")
+    warmup_steps: NonNegativeInt = Field(600, description="steps of linear warm-up; then cosine to 0")
+    warmup_from: Share = Field(0.1, description="share of the learning rate at the first step")
+    weight_decay: NotNegative = Field(1e-4, description="weight decay of AdamW")
+    gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0: no limit")
+    select: Literal["best_val", "last"] = Field(
+        "best_val", description="epoch whose weights become the model: best validation score, or last"
+    )
+    precision: Precision = Field("auto", description=PRECISION)
     cache: Literal["gpu", "ram", "none"] = Field(
         "gpu",
-        description="where the patches are kept; gpu falls back to ram when they do not fit, none streams",
+        description="where the patches are kept; gpu: or ram if they do not fit; none: read from disk in each epoch",
     )
-    workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes when cache is none")
-    gpus: Count = Field(1, description="devices that share a batch")
+    workers: NonNegativeInt = Field(4, description="loader processes with cache: none")
+    gpus: Count = Field(1, description="GPUs of one training run, which share a batch")
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="torch.compile the deformable sampling; auto: on GPUs, where there is a C compiler and no package "
-        "deformops",
+        description="torch.compile of the deformable sampling; auto: on GPUs with a C compiler and without deformops",
     )
     activation_checkpointing: bool = Field(
-        False,
-        description="compute layers again in the backward pass: a fifth of the memory, more time, the same result",
+        False, description="compute layers again in the backward pass: a fifth of the memory, slower, same result"
     )
     probe: Literal["none", "head", "representation"] = Field(
         "none",
-        description="what trains: none: everything; head: the class head alone (linear probe); representation: it and "
-        "the representation decoder",
+        description="what trains; none: everything; head: the class head (linear probe); representation: the class "
+        "head and the representation decoder",
     )
-    matching: MatchingSettings = MatchingSettings()
-    losses: LossSettings = LossSettings()
-    augmentation: AugmentationSettings = AugmentationSettings()
-    noise: NoiseSettings = NoiseSettings()
-    contrastive: ContrastiveSettings = ContrastiveSettings()
+    matching: MatchingSettings = Field(MatchingSettings(), description="costs of the matching")
+    losses: LossSettings = Field(LossSettings(), description="weights of the losses")
+    augmentation: AugmentationSettings = Field(AugmentationSettings(), description="augmentation of patches")
+    noise: NoiseSettings = Field(NoiseSettings(), description="noise on boxes")
+    contrastive: ContrastiveSettings = Field(ContrastiveSettings(), description="contrastive loss (stage ssl)")
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -227,14 +224,14 @@ class SharedTrainingSettings(Settings):
 class TrainingSettings(SharedTrainingSettings):
     """Recipe of one run with its seed."""
 
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: NonNegativeInt = 42
 
 
 TrainedStage = Literal["supervised", "st", "ssl"]
 
 
 class Experiment(Settings):
-    """What one training run is told."""
+    """Everything that defines one training run."""
 
     name: str
     stage: TrainedStage = "supervised"
@@ -243,7 +240,7 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _stage_fits(self) -> Self:
-        """Refuse parts of a model that the stage would never train, and stages that need others."""
+        """Refuse parts of a model that the stage would never train, or lacks."""
         model, probe, where = self.model, self.training.probe, f"experiments.{self.name}"
         if self.stage == "ssl":
             wrong = {

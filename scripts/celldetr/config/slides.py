@@ -7,52 +7,47 @@ from pydantic import Field, NonNegativeInt
 from celldetr.config.base import Count, NotNegative, Settings, Share
 
 
-class PatchSettings(Settings):
-    """Which patches of a slide are taken."""
-
-    stride: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="distance between patches, as a share of their side; 1: side by side, 0.5: half overlapping"
-    )
-    min_tissue: Share = Field(0.25, description="smallest share of a patch that is tissue")
-    min_nuclei: NonNegativeInt = Field(1, description="fewest nuclei in a patch")
-    min_labelled: NonNegativeInt = Field(5, description="fewest nuclei with a label in a patch")
-    max_patches: Count | None = Field(None, description="most patches of a slide, drawn with the seed; null: all")
-
-
 class SlidePatchSettings(Settings):
     """Which patches of a slide are taken."""
 
     stride: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="distance between patches, as a share of their side; 1: side by side, 0.5: half overlapping"
+        1.0, description="distance between patches as a share of their side; 1: side by side, 0.5: half overlapping"
     )
     min_tissue: Share = Field(0.25, description="smallest share of a patch that is tissue")
     min_nuclei: NonNegativeInt = Field(1, description="fewest nuclei in a patch (contrastive learning needs two)")
     max_patches: Count | None = Field(None, description="most patches of a slide, drawn with the seed; null: all")
 
-    def rules(self) -> PatchSettings:
-        """Give them as rules of a plan; nuclei of slides have no labels."""
+    def rules(self) -> "PatchSettings":
+        """Return them for the grid of patches; nuclei of slides have no labels."""
         return PatchSettings(**self.model_dump(), min_labelled=0)
+
+
+class PatchSettings(SlidePatchSettings):
+    """Which patches of a sample with cell types are taken."""
+
+    min_labelled: NonNegativeInt = Field(5, description="fewest nuclei with a cell type in a patch")
 
 
 class DetectionSettings(Settings):
     """How nuclei are found on slides that come without outlines."""
 
-    model: str = Field("celldetr_p", description="experiment, or model file (.pt), that finds them")
-    margin_um: NotNegative = Field(
-        8.0, description="strip around the middle of a tile in which the detector's findings do not count, um"
-    )
-    batch_size: Count = Field(16, description="tiles at once")
+    model: str = Field("celldetr_p", description="experiment or model file (.pt) that detects the nuclei")
+    margin_um: NotNegative = Field(8.0, description="border of a tile in which detections are discarded, um")
+    batch_size: Count = Field(16, description="tiles per batch")
 
 
 class SlideSettings(Settings):
     """Whole slides without cell types: patches for self-supervised pretraining."""
 
-    sheet: str = Field("config/slides.tsv", description="sheet of the slides, from the root of the workflow")
+    sheet: str = Field("config/slides.tsv", description="sheet of the slides")
     on_damage: Literal["stop", "skip"] = Field(
         "stop",
-        description="where a slide cannot be decoded: stop with an error, or leave the patches out and count them",
+        description="if part of a slide cannot be decoded; stop: with an error; skip: leave out its patches and count "
+        "them",
     )
-    patches: SlidePatchSettings = SlidePatchSettings()
-    detection: DetectionSettings = DetectionSettings()
-    total: Annotated[int, Field(ge=2)] = Field(64_000, description="patches of all slides together (paper: 64,000)")
-    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of them that validates")
+    patches: SlidePatchSettings = Field(SlidePatchSettings(), description="which patches are taken")
+    detection: DetectionSettings = Field(DetectionSettings(), description="nuclei of slides without outlines")
+    total: Annotated[int, Field(ge=2)] = Field(
+        64_000, description="patches of all slides together, with equal shares of the tissues"
+    )
+    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of these patches that validates")

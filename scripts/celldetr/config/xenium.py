@@ -9,35 +9,33 @@ from celldetr.config.slides import PatchSettings
 
 
 class RegistrationSettings(Settings):
-    """How a matrix is judged, refined and found."""
+    """Registration of the H&E image to the Xenium output, and the gate that it must pass."""
 
     refine: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Refine a matrix that passes: auto keeps the refined one when it is clearly better (min_gain), "
-        "always when it passes too, never does not try",
+        description="refinement of a matrix that passes; auto: kept if it is better by min_gain; always: kept if it "
+        "passes too; never: not tried",
     )
-    min_gain: float = Field(0.2, ge=0, description="Fall of the median distance that refining must bring in auto, um")
+    min_gain: float = Field(0.2, ge=0, description="fall of the median distance that refine: auto asks for, um")
     scale_tolerance: float = Field(
-        0.05, gt=0, lt=0.5, description="Relative difference allowed between the scale and the ratio of pixel sizes"
+        0.05, gt=0, lt=0.5, description="largest relative difference between the scale and the ratio of pixel sizes"
     )
     scale_range: tuple[float, float] = Field(
-        (1.0, 1.8), description="Xenium px per H&E px, searched when the size of an H&E pixel is unknown"
+        (1.0, 1.8), description="Xenium px per H&E px, searched if the size of an H&E pixel is unknown"
     )
-    angle_step: float = Field(5.0, gt=0, le=15, description="Step of the search over the full circle, degrees")
+    angle_step: float = Field(5.0, gt=0, le=15, description="step of the search over the full circle, degrees")
     max_distance: float = Field(
-        3.0, gt=0, description="Gate: median distance from an H&E nucleus to the nearest DAPI nucleus, um"
+        3.0, gt=0, description="gate: largest median distance from an H&E nucleus to the nearest DAPI nucleus, um"
     )
-    max_chance: float = Field(
-        0.7, gt=0, le=1, description="Gate: that median over the one at shifted positions (what chance gives)"
-    )
+    max_chance: float = Field(0.7, gt=0, le=1, description="gate: largest ratio of that median to that after a shift")
     min_contrast: float = Field(
-        0.15, ge=0, description="Gate: hematoxylin inside nuclei minus that at shifted positions, in its deviations"
+        0.15, ge=0, description="gate: hematoxylin inside nuclei minus that after a shift, in standard deviations"
     )
-    min_inside: float = Field(0.5, ge=0, le=1, description="Gate: share of the nuclei that lie inside the H&E image")
-    min_regions: float = Field(0.6, ge=0, le=1, description="Gate: share of the regions that pass on their own")
-    control_shift: float = Field(20.0, gt=0, description="Length of the shift to control positions, um")
-    regions: int = Field(5, ge=1, le=20, description="Regions of the sample along its longer side")
-    window: float = Field(200.0, ge=50, le=1000, description="Side of the window that is looked at in a region, um")
+    min_inside: float = Field(0.5, ge=0, le=1, description="gate: share of the nuclei that lie inside the H&E image")
+    min_regions: float = Field(0.6, ge=0, le=1, description="gate: share of the regions that pass on their own")
+    control_shift: float = Field(20.0, gt=0, description="length of the shift that gives the control positions, um")
+    regions: int = Field(5, ge=1, le=20, description="regions along the longer side of the sample")
+    window: float = Field(200.0, ge=50, le=1000, description="side of the window that is examined in a region, um")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -48,27 +46,21 @@ class RegistrationSettings(Settings):
 
 
 class CellTypeSettings(Settings):
-    """How cells get a type, and when they stay without one."""
+    """Cell types from gene expression; a cell below one of the limits stays without a type."""
 
     min_shared_genes: Annotated[int, Field(ge=2)] = Field(
-        50, description="genes that panel and reference must have in common"
+        50, description="fewest genes that the panel and the reference must share"
     )
     prior: Literal["sample", "reference"] = Field(
         "sample",
-        description="composition that optimal transport starts from: that of the sample as the correlation annotator "
-        "sees it, or that of the whole reference",
+        description="cell type composition that optimal transport starts from: of the sample (by correlation), or of "
+        "the reference",
     )
-    lamb: Positive = Field(
-        0.1, description="how strongly optimal transport holds on to that composition (TACCO's lamb)"
-    )
-    min_fraction: Share = Field(0.5, description="fraction that a label's type must have")
-    min_margin: Share = Field(0.2, description="distance that a label's fraction must have to the second largest")
-    min_transcripts: NonNegativeInt = Field(
-        10, description="transcripts of the shared genes that a labelled cell must have"
-    )
-    require_agreement: bool = Field(
-        True, description="a cell on whose type the two annotators disagree stays without a label"
-    )
+    lamb: Positive = Field(0.1, description="strength of that prior (lamb of TACCO)")
+    min_fraction: Share = Field(0.5, description="smallest fraction of the type of a labelled cell")
+    min_margin: Share = Field(0.2, description="smallest distance between the largest and the second fraction")
+    min_transcripts: NonNegativeInt = Field(10, description="fewest transcripts of the shared genes in a labelled cell")
+    require_agreement: bool = Field(True, description="true: label a cell only if both annotators agree on its type")
 
 
 class XeniumSplitSettings(Settings):
@@ -76,15 +68,15 @@ class XeniumSplitSettings(Settings):
 
     by: Literal["auto", "slide", "block", "random"] = Field(
         "auto",
-        description="slide: whole groups of the sheet; block: squares of tissue; auto: slide when there are enough "
-        "groups, else block; random: patches (the paper)",
+        description="slide: whole groups of the sheet; block: squares of tissue; auto: slide if there are enough "
+        "groups, else block; random: single patches (paper)",
     )
-    train: Share = Field(0.8, description="share of the patches")
-    val: Share = 0.1
-    test: Share = 0.1
-    block_um: Positive = Field(1000.0, description="side of a block")
+    train: Share = Field(0.8, description="share of the patches that trains")
+    val: Share = Field(0.1, description="share of the patches that validates")
+    test: Share = Field(0.1, description="share of the patches that tests")
+    block_um: Positive = Field(1000.0, description="side of a block, um")
     margin_um: NotNegative = Field(
-        0.0, description="strip between blocks of different parts whose patches are left out"
+        0.0, description="width of the strip between blocks of different parts whose patches are left out, um"
     )
 
     @model_validator(mode="after")
@@ -98,12 +90,12 @@ class XeniumSplitSettings(Settings):
 
 
 class XeniumSettings(Settings):
-    """Xenium samples with their H&E images: cell types by expression, patches, and how these are split."""
+    """Xenium samples with their H&E images."""
 
-    samples: str = Field("config/xenium.tsv", description="sheet of the samples, from the root of the workflow")
-    references: str = Field("config/references.tsv", description="sheet of the scRNA-seq references, likewise")
+    samples: str = Field("config/xenium.tsv", description="sheet of the samples")
+    references: str = Field("config/references.tsv", description="sheet of the scRNA-seq references")
     cells_per_type: Count = Field(2000, description="cells of each type that are taken from a reference")
-    registration: RegistrationSettings = RegistrationSettings()
-    cell_types: CellTypeSettings = CellTypeSettings()
-    patches: PatchSettings = PatchSettings()
-    split: XeniumSplitSettings = XeniumSplitSettings()
+    registration: RegistrationSettings = Field(RegistrationSettings(), description="registration of the H&E image")
+    cell_types: CellTypeSettings = Field(CellTypeSettings(), description="cell types from expression")
+    patches: PatchSettings = Field(PatchSettings(), description="which patches are taken")
+    split: XeniumSplitSettings = Field(XeniumSplitSettings(), description="which patches train, validate and test")
