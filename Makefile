@@ -61,8 +61,9 @@ lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)
 	codespell
 	snakemake --lint
 
-format: $(STAMP) ## bring Python and Snakemake files into form, write the schemas of configuration and sheets
+format: $(STAMP) ## format Python and Snakemake files, write the schemas and the tables of config/README.md
 	python -m celldetr.config.workflow $(SCHEMAS)
+	PYTHONPATH=scripts python tests/helpers/settings_tables.py
 	ruff check --fix .
 	ruff format .
 	snakefmt $(SNAKE_FILES)
