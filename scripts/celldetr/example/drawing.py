@@ -1,22 +1,19 @@
-"""Drawing a scene: stained with hematoxylin and eosin, as a DAPI image, and as label images; pyramids of images.
+"""Drawing a scene: stained with hematoxylin and eosin, or as a DAPI image.
 
 Light falls off with the optical density of the two stains (Beer-Lambert). An image is drawn in one piece: the H&E takes
 about 80 bytes of memory per pixel, the DAPI image about 25.
 """
 
-import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from celldetr.example.styles import REGIONS, Array, style_values
+from celldetr.example.images import label_image
+from celldetr.example.styles import Array, style_values
 from celldetr.example.tissue import Scene, SceneNuclei
 
 Floats = NDArray[np.float32]
@@ -62,45 +59,10 @@ def draw_stain(rng: np.random.Generator) -> Stain:
     return Stain(hematoxylin, eosin, light)
 
 
-def label_image(polygons: Sequence[Array] | Array, shape: tuple[int, int]) -> NDArray[np.int32]:
-    """Draw polygons (V, 2) x, y px into a label image: 1 + index of the last one over a pixel's centre, 0 for none."""
-    labels = np.zeros(shape, dtype=np.int32)
-    if not len(polygons):
-        return labels
-    start = np.concatenate([*polygons]) - 0.5
-    end = np.concatenate([np.roll(polygon, -1, axis=0) for polygon in polygons]) - 0.5
-    owner = np.repeat(np.arange(len(polygons)), [len(polygon) for polygon in polygons])
-    low, high = (np.ceil(bound(start[:, 1], end[:, 1])).clip(0, shape[0]) for bound in (np.minimum, np.maximum))
-    count = (high - low).astype(int)  # rows that an edge crosses
-    edge = np.repeat(np.arange(len(start)), count)
-    row = low[edge] + np.arange(len(edge)) - (np.cumsum(count) - count)[edge]
-    slope = (end[edge, 0] - start[edge, 0]) / (end[edge, 1] - start[edge, 1])
-    crossing = start[edge, 0] + (row - start[edge, 1]) * slope
-    order = np.lexsort((crossing, row, owner[edge]))
-    left, right = np.ceil(crossing[order]).clip(0, shape[1]).astype(int).reshape(-1, 2).T.tolist()
-    rows, numbers = row[order][::2].astype(int).tolist(), (owner[edge][order][::2] + 1).tolist()
-    for index, first, last, number in zip(rows, left, right, numbers, strict=True):
-        labels[index, first:last] = number
-    return labels
-
-
 def draw_he(
     rng: np.random.Generator, scene: Scene, mpp: float, *, stain: Stain, rim: int = 0
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Draw a scene as an H&E image.
-
-    Parameters
-    ----------
-    rng
-        Source of all textures and noise.
-    scene
-        What to draw.
-    mpp
-        Pixel size in um.
-    stain
-        See `draw_stain`.
-    rim
-        Pixels of empty glass around the scene.
+    """Draw a scene as an H&E image with `rim` px of empty glass around it.
 
     Returns
     -------
@@ -126,7 +88,7 @@ def draw_he(
 def draw_dapi(
     rng: np.random.Generator, nuclei: SceneNuclei, labels: NDArray[np.int32], border: Array, mpp: float
 ) -> NDArray[np.uint16]:
-    """Draw the DAPI image of a scene.
+    """Draw a DAPI image (H, W) uint16 of nuclei.
 
     Parameters
     ----------
@@ -137,14 +99,9 @@ def draw_dapi(
     labels
         (H, W) where they are: 1 + index of a nucleus, 0 for none.
     border
-        (V, 2) outline of the tissue in px of this image.
+        (V, 2) outline of the tissue in px.
     mpp
         Pixel size in um.
-
-    Returns
-    -------
-    NDArray
-        (H, W) uint16.
     """
     signal = np.zeros(labels.shape, dtype=np.float32)
     signal[label_image([border], labels.shape) > 0] = _DAPI_TISSUE
@@ -156,58 +113,6 @@ def draw_dapi(
     signal = ndimage.gaussian_filter(signal, _DAPI_BLUR / mpp, truncate=3.0) + np.float32(_DAPI_GLASS)
     signal += (4.0 + 1.2 * np.sqrt(signal)) * rng.standard_normal(labels.shape, dtype=np.float32)
     return np.clip(signal + 0.5, 0, 65535).astype(np.uint16)
-
-
-def write_pyramid(
-    path: Path, image: NDArray[Any], *, mpp: float, step: int, tile: int, ome: dict[str, Any] | None = None
-) -> None:
-    """Write a tiled pyramid; each level is `step` times as coarse as the one before.
-
-    Parameters
-    ----------
-    path
-        File to write.
-    image
-        (H, W, 3) uint8, compressed as JPEG; or (H, W) uint16, compressed without loss.
-    mpp
-        Pixel size in um.
-    step, tile
-        Factor between the levels; rows and columns of a tile. The last level fits into a tile.
-    ome
-        Further metadata of an OME-TIFF, whose levels are sub-images; if None, levels are pages, as OpenSlide expects.
-    """
-    if ome is not None:
-        sizes = {f"PhysicalSize{axis}{part}": value for axis in "XY" for part, value in (("", mpp), ("Unit", "µm"))}
-        ome = {"UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, path.name)), **sizes, **ome}  # the same in each run
-    colour = image.ndim == 3
-    levels = [image]
-    while max(levels[-1].shape[:2]) > tile:
-        levels.append(_coarser(levels[-1], step))
-    with tifffile.TiffWriter(path, ome=ome is not None) as writer:
-        for index, level in enumerate(levels):
-            per_cm = 1e4 / (mpp * step**index)
-            writer.write(
-                level,
-                photometric="rgb" if colour else "minisblack",
-                tile=(tile, tile),
-                compression="jpeg" if colour else "zlib",
-                subsampling=(1, 1) if colour else None,  # halved, colour would spread over the glass in coarse levels
-                compressionargs={"level": 90 if colour else 6},
-                predictor=None if colour else True,
-                maxworkers=1,
-                resolution=(per_cm, per_cm),
-                resolutionunit="CENTIMETER",
-                subifds=len(levels) - 1 if ome is not None and index == 0 else None,
-                subfiletype=1 if index else 0,
-                metadata=ome if index == 0 else None,
-            )
-
-
-def _coarser(image: NDArray[Any], step: int) -> NDArray[Any]:
-    """Average step x step px; what is left over at the right and the bottom is left out."""
-    height, width = image.shape[0] // step, image.shape[1] // step
-    blocks = image[: height * step, : width * step].reshape(height, step, width, step, *image.shape[2:])
-    return (blocks.mean(axis=(1, 3), dtype=np.float32) + np.float32(0.5)).astype(image.dtype)
 
 
 def _widen(outlines: Array, distance: Array | float) -> Array:
@@ -270,9 +175,9 @@ def _draw_ground(rng: np.random.Generator, scene: Scene, canvas: _Canvas) -> tup
     y, x = (np.arange(int(count * canvas.mpp / _GROUND) + 4) * _GROUND for count in inner)
     points = np.stack(np.meshgrid(x, y), axis=-1)
     names = ("eosin", "basophilia", "fibre", "granule", "cleft", "membranes")
-    table = np.array([[getattr(REGIONS[region], name) for name in names] for region in scene.regions])
-    eosin, basophilia, fibre, granule, cleft, membranes = np.moveaxis(table[scene.region(points)], -1, 0)
-    along, across = scene.flow.coordinates(points[..., 0], points[..., 1])
+    here = scene.map.values(names)[scene.map.index(points)]
+    eosin, basophilia, fibre, granule, cleft, membranes = np.moveaxis(here, -1, 0)
+    along, across = scene.map.flow.coordinates(points[..., 0], points[..., 1])
     clouds = _noise(rng, (17.0, 17.0), points[..., 0], points[..., 1])
     grains = _granules(rng, points[..., 0], points[..., 1])
     strands = _noise(rng, (22.0, 1.7), along, across)
@@ -303,13 +208,13 @@ def _draw_glands(
 ) -> None:
     """Stain the walls, cells and lumens of glands."""
     walls = np.array([gland.outline for gland in scene.glands]).reshape(-1, 36, 2)
-    style = np.array([(gland.style.eosin, gland.style.basophilia) for gland in scene.glands])
+    style = np.array([(gland.style.eosin, gland.style.basophilia) for gland in scene.glands]).reshape(-1, 2)
     wall = label_image(canvas.px(walls), canvas.shape) > 0
     eosin[wall], membranes[wall] = 0.62, 0.0
     cells = label_image(canvas.px(_widen(walls, -0.9)), canvas.shape)
     at = np.nonzero(cells)
     texture = 1 + 0.14 * _granules(rng, *canvas.um(at))
-    eosin[at], hematoxylin[at] = style[cells[at] - 1].T * texture if len(style) else (0.0, 0.0)
+    eosin[at], hematoxylin[at] = style[cells[at] - 1].T * texture
     membranes[at] = 0.45
     at = np.nonzero(
         label_image([canvas.px(gland.lumen) for gland in scene.glands if gland.lumen is not None], canvas.shape)

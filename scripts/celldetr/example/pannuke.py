@@ -17,26 +17,10 @@ from celldetr.runtime.files import atomic
 
 Masks = NDArray[np.uint16]
 TISSUES: Mapping[str, int] = {
-    "Breast": 2351,
-    "Colon": 1440,
-    "Bile-duct": 420,
-    "Esophagus": 424,
-    "Uterus": 186,
-    "Lung": 184,
-    "Cervix": 293,
-    "HeadNeck": 384,
-    "Skin": 187,
-    "Adrenal_gland": 437,
-    "Kidney": 134,
-    "Stomach": 146,
-    "Prostate": 182,
-    "Testis": 196,
-    "Liver": 224,
-    "Thyroid": 226,
-    "Pancreatic": 195,
-    "Ovarian": 146,
-    "Bladder": 146,
-}
+    "Breast": 2351, "Colon": 1440, "Bile-duct": 420, "Esophagus": 424, "Uterus": 186, "Lung": 184, "Cervix": 293,
+    "HeadNeck": 384, "Skin": 187, "Adrenal_gland": 437, "Kidney": 134, "Stomach": 146, "Prostate": 182, "Testis": 196,
+    "Liver": 224, "Thyroid": 226, "Pancreatic": 195, "Ovarian": 146, "Bladder": 146,
+}  # fmt: skip
 """The 19 tissues of PanNuke and about how many images each has."""
 _SIDE = 2  # images are cut from a scene in a square of 2 x 2
 _MARGIN = 8.0  # um of tissue around them, so that their borders cut nuclei as in real images

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.drawing import draw_he, draw_stain, write_pyramid
+from celldetr.example.drawing import draw_he, draw_stain
+from celldetr.example.images import write_pyramid
 from celldetr.example.styles import Array
 from celldetr.example.tissue import grow_scene
 from celldetr.runtime.files import atomic

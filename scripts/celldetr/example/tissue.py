@@ -3,7 +3,7 @@
 Lengths in um, y downwards, from the upper left corner of the tissue.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,23 +99,48 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class RegionMap:
+    """Which tissue is where: a point belongs to the nearest site, borders are warped by the flow.
+
+    Attributes
+    ----------
+    sites, regions
+        (R, 2) x, y; their R keys of `REGIONS`.
+    flow
+        Direction of the fibres.
+    """
+
+    sites: Array
+    regions: tuple[str, ...]
+    flow: Flow
+
+    def index(self, points: Array) -> NDArray[np.intp]:
+        """Index into `regions` at points (..., 2)."""
+        along, across = self.flow.coordinates(points[..., 0], points[..., 1])
+        bump = np.stack([5.0 * np.sin(along / 9.0), 5.0 * np.sin(across / 7.0)], axis=-1)
+        return np.asarray(cKDTree(self.sites).query(points + bump)[1], dtype=np.intp)
+
+    def values(self, names: Sequence[str]) -> Array:
+        """(R, names) attributes of `Region`."""
+        return np.array([[getattr(REGIONS[region], name) for name in names] for region in self.regions], dtype=float)
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A piece of tissue of (width, height) um.
+    """A piece of tissue.
 
     Attributes
     ----------
     size
-        Width and height.
+        Width and height in um.
     border
         (V, 2) outline of the tissue.
     nuclei
         In the order of drawing: a later one lies above an earlier one. Their centres lie in the tissue.
     glands, vacuoles
         Glands; (K, V, 2) outlines of fat vacuoles.
-    sites, regions
-        (R, 2) x, y and their tissue (keys of `REGIONS`): a point belongs to the nearest site, borders are warped.
-    flow
-        Direction of the fibres.
+    map
+        The tissue between them.
     """
 
     size: tuple[float, float]
@@ -123,15 +148,7 @@ class Scene:
     nuclei: SceneNuclei
     glands: tuple[Gland, ...]
     vacuoles: Array
-    sites: Array
-    regions: tuple[str, ...]
-    flow: Flow
-
-    def region(self, points: Array) -> NDArray[np.intp]:
-        """Index into `regions` at points (..., 2)."""
-        along, across = self.flow.coordinates(points[..., 0], points[..., 1])
-        bump = np.stack([5.0 * np.sin(along / 9.0), 5.0 * np.sin(across / 7.0)], axis=-1)
-        return np.asarray(cKDTree(self.sites).query(points + bump)[1], dtype=np.intp)
+    map: RegionMap
 
 
 def grow_scene(
@@ -160,15 +177,14 @@ def grow_scene(
     count = max(1, round(float(np.prod(extent + _REGION)) / _REGION**2))
     sites = rng.uniform(-_REGION / 2, extent + _REGION / 2, (count, 2))
     names, shares = list(MIXTURES[mixture]), np.array(list(MIXTURES[mixture].values()))
-    regions = tuple(names[k] for k in rng.choice(len(names), size=count, p=shares / shares.sum()))
-    nothing = SceneNuclei(np.zeros(0, np.intp), *(np.zeros(shape) for shape in ((0, 2), (0, 2), 0, (0, _VERTICES, 2))))
-    scene = Scene(size, border, nothing, (), np.zeros((0, _VERTICES, 2)), sites, regions, _draw_flow(rng))
-    glands = _place_glands(rng, scene)
-    vacuoles, circles = _place_vacuoles(rng, scene, glands)
-    nuclei = _place_nuclei(rng, scene, glands, circles)
+    kinds = rng.choice(len(names), size=count, p=shares / shares.sum())
+    tissue = RegionMap(sites, tuple(names[k] for k in kinds), _draw_flow(rng))
+    glands = _place_glands(rng, tissue, extent)
+    vacuoles, circles = _place_vacuoles(rng, tissue, extent, glands)
+    nuclei = _place_nuclei(rng, tissue, border, glands, circles)
     if not len(nuclei):
         raise ConfigError(f"example: got no nucleus on tissue of {size[0]} um x {size[1]} um, expected a larger size")
-    return Scene(size, border, nuclei, glands, vacuoles, sites, regions, scene.flow)
+    return Scene(size, border, nuclei, glands, vacuoles, tissue)
 
 
 def draw_outlines(
@@ -181,25 +197,11 @@ def draw_outlines(
     bend: Array | float = 0.0,
     taper: Array | float = 0.0,
 ) -> Array:
-    """Draw N closed outlines: ellipses with random bumps, bent and tapered along their long axis.
+    """Draw N closed outlines (N, V, 2): ellipses with random bumps, bent and tapered along their long axis.
 
-    Parameters
-    ----------
-    rng
-        Source of the bumps.
-    centres, half, angles
-        See `SceneNuclei`.
-    irregular
-        (N,) relative size of the bumps.
-    bend
-        (N,) sagitta of the long axis relative to its half length.
-    taper
-        (N,) 0 for an ellipse, towards 1 for pointed ends.
-
-    Returns
-    -------
-    Array
-        (N, V, 2) x, y in um.
+    See `SceneNuclei` for `centres`, `half` and `angles`. `irregular` is the relative size of the bumps, `bend` the
+    sagitta of the long axis relative to its half length, `taper` 0 for an ellipse and towards 1 for pointed ends; each
+    a number or (N,).
     """
     count = len(centres)
     irregular, bend, taper = (np.broadcast_to(value, count)[:, None] for value in (irregular, bend, taper))
@@ -241,21 +243,9 @@ def _draw_flow(rng: np.random.Generator) -> Flow:
 def _keep_apart(
     centres: Array, reach: float, needed: Callable[[NDArray[np.intp], NDArray[np.intp]], Array]
 ) -> NDArray[np.bool_]:
-    """Keep each of (N, 2) shapes unless it is too near to an earlier one that is kept.
+    """Keep (N,) shapes at centres (N, 2) unless they are too near to an earlier one that is kept.
 
-    Parameters
-    ----------
-    centres
-        (N, 2) x, y.
-    reach
-        Largest distance that is ever needed.
-    needed
-        Distance that the centres of shapes i and j (index arrays, i < j) need.
-
-    Returns
-    -------
-    NDArray
-        (N,) bool.
+    `needed` gives the distance that the centres of shapes i and j (index arrays, i < j) need, at most `reach`.
     """
     pairs = cKDTree(centres).query_pairs(reach, output_type="ndarray")
     distance = np.hypot(*(centres[pairs[:, 0]] - centres[pairs[:, 1]]).T)
@@ -266,27 +256,28 @@ def _keep_apart(
     return kept
 
 
-def _throw(rng: np.random.Generator, scene: Scene, spacing: float, margin: float) -> tuple[Array, list[Region]]:
-    """Throw many points onto the scene and a margin around it: (N, 2) points and the regions they hit."""
-    extent = np.asarray(scene.size)
+def _throw(
+    rng: np.random.Generator, tissue: RegionMap, extent: Array, spacing: float, margin: float
+) -> tuple[Array, list[Region]]:
+    """Throw many points onto the tissue and a margin around it: (N, 2) points and the regions they hit."""
     count = int(np.ceil(6 * np.prod(extent + 2 * margin) / spacing**2))
     points = rng.uniform(-margin, extent + margin, (count, 2))
-    return points, [REGIONS[scene.regions[k]] for k in scene.region(points)]
+    return points, [REGIONS[tissue.regions[k]] for k in tissue.index(points)]
 
 
-def _place_glands(rng: np.random.Generator, scene: Scene) -> tuple[Gland, ...]:
+def _place_glands(rng: np.random.Generator, tissue: RegionMap, extent: Array) -> tuple[Gland, ...]:
     """Fill the glandular regions with glands that do not overlap."""
-    points, regions = _throw(rng, scene, 60.0, 40.0)
-    hit = np.flatnonzero([region.glands is not None for region in regions])
-    styles = [style for k in hit if (style := regions[k].glands)]
-    radius = np.array([rng.uniform(*style.radius) for style in styles])
-    kept = _keep_apart(points[hit].reshape(-1, 2), 100.0, lambda i, j: radius[i] + radius[j] + 3.0)
+    points, regions = _throw(rng, tissue, extent, 60.0, 40.0)
+    points = points[[region.glands is not None for region in regions]]
+    styles = [region.glands for region in regions if region.glands]
+    radii = [float(rng.uniform(*style.radius)) for style in styles]
+    kept = _keep_apart(points, 100.0, lambda i, j: np.take(radii, i) + np.take(radii, j) + 3.0)
     glands = []
-    for k in np.flatnonzero(kept):
-        centre, r = points[hit[k]], float(radius[k])
-        outer, free = _ring(rng, centre, (r, 0.93 * r), 0.04), r - styles[k].cell_height
-        lumen = _ring(rng, centre, (free, 0.9 * free), 0.12) if free > 2.0 else None
-        glands.append(Gland(styles[k], centre, r, outer, lumen))
+    for centre, style, radius, keep in zip(points, styles, radii, kept, strict=True):
+        if keep:
+            outer, free = _ring(rng, centre, (radius, 0.93 * radius), 0.04), radius - style.cell_height
+            lumen = _ring(rng, centre, (free, 0.9 * free), 0.12) if free > 2.0 else None
+            glands.append(Gland(style, centre, radius, outer, lumen))
     return tuple(glands)
 
 
@@ -295,9 +286,11 @@ def _ring(rng: np.random.Generator, centre: Array, half: tuple[float, float], ir
     return draw_outlines(rng, centre[None], np.array([half]), np.zeros(1), irregular=irregular)[0]
 
 
-def _place_vacuoles(rng: np.random.Generator, scene: Scene, glands: tuple[Gland, ...]) -> tuple[Array, Array]:
+def _place_vacuoles(
+    rng: np.random.Generator, tissue: RegionMap, extent: Array, glands: tuple[Gland, ...]
+) -> tuple[Array, Array]:
     """Pack fat vacuoles into the fatty regions: outlines (K, V, 2), and (L, 3) x, y, radius of them and of glands."""
-    points, regions = _throw(rng, scene, 16.0, 25.0)
+    points, regions = _throw(rng, tissue, extent, 16.0, 25.0)
     hit = np.array([region.vacuole is not None for region in regions])
     largest = np.array([region.vacuole[1] for region in regions if region.vacuole])
     radius = largest * rng.uniform(0.12, 1.0, len(largest)) ** 1.5
@@ -311,46 +304,55 @@ def _place_vacuoles(rng: np.random.Generator, scene: Scene, glands: tuple[Gland,
     return shapes, circles[kept]
 
 
-def _place_nuclei(rng: np.random.Generator, scene: Scene, glands: tuple[Gland, ...], circles: Array) -> SceneNuclei:
+def _place_nuclei(
+    rng: np.random.Generator, tissue: RegionMap, border: Array, glands: tuple[Gland, ...], circles: Array
+) -> SceneNuclei:
     """Line the glands with nuclei and scatter others between the `circles` (L, 3) of glands and vacuoles."""
-    extent = np.asarray(scene.size)
-    classes, centres, angles = _line_glands(rng, glands)
-    lined = len(classes)
-    scattered = _scatter(rng, scene)
-    classes, centres, angles = (
-        np.concatenate(pair) for pair in zip((classes, centres, angles), scattered, strict=True)
-    )
+    parts = [_line_glands(rng, glands), _scatter(rng, tissue, border.max(axis=0))]
+    classes, centres, angles = (np.concatenate(part) for part in zip(*parts, strict=True))
+    scattered = np.arange(len(classes)) >= len(parts[0][0])
     half = _draw_half_axes(rng, classes)
-    regions = scene.region(centres)
-    of_region = np.array([(REGIONS[name].separation, REGIONS[name].clumping) for name in scene.regions])[regions]
-    clumped = np.flatnonzero((rng.random(len(classes)) < of_region[:, 1]) & (np.arange(len(classes)) >= lined))
-    single = np.setdiff1d(np.arange(lined, len(classes)), clumped)
+    separation, clumping = tissue.values(("separation", "clumping"))[tissue.index(centres)].T
+    separation = np.where(scattered, separation, 0.8)
+    clumped = scattered & (rng.random(len(classes)) < clumping)
+    _move_beside(rng, centres, half, angles, np.flatnonzero(clumped), np.flatnonzero(scattered & ~clumped))
+    free = np.asarray(((centres >= 0) & (centres < border.max(axis=0))).all(axis=1))
+    tips = half[:, :1] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    for x, y, radius in circles:
+        for shift in (-1, 0, 1):
+            free &= ~scattered | (np.hypot(*(centres + shift * tips - (x, y)).T) > radius)
+    if len(border) > 4:
+        free &= shapely.contains_xy(shapely.buffer(shapely.Polygon(border), -_EDGE), *centres.T)
+    index = np.flatnonzero(free)
+
+    def needed(i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
+        i, j = index[i], index[j]
+        direction = np.arctan2(*(centres[j] - centres[i]).T[::-1])
+        total: Array = separation[j] * (_reach(half, angles, i, direction) + _reach(half, angles, j, direction))
+        return total
+
+    index = index[_keep_apart(centres[index], _LONGEST, needed)]
+    classes, centres, angles, half = classes[index], centres[index], angles[index], half[index]
+    bend = style_values("bend", classes) * rng.standard_normal(len(classes))
+    irregular, taper = style_values("irregular", classes), style_values("taper", classes)
+    outlines = draw_outlines(rng, centres, half, angles, irregular=irregular, bend=bend, taper=taper)
+    return SceneNuclei(classes, centres, half, angles, outlines)
+
+
+def _move_beside(
+    rng: np.random.Generator,
+    centres: Array,
+    half: Array,
+    angles: Array,
+    clumped: NDArray[np.intp],
+    single: NDArray[np.intp],
+) -> None:
+    """Move nuclei `clumped` so that they touch the nearest of the nuclei `single`."""
     if len(clumped) and len(single):
         beside = single[cKDTree(centres[single]).query(centres[clumped])[1]]
         direction = rng.uniform(0, 2 * np.pi, len(clumped))
         touching = _reach(half, angles, beside, direction) + _reach(half, angles, clumped, direction)
         centres[clumped] = centres[beside] + touching[:, None] * np.stack([np.cos(direction), np.sin(direction)], 1)
-    free = np.asarray(((centres >= 0) & (centres < extent)).all(axis=1))
-    tips = half[:, :1] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    for x, y, radius in circles:
-        for shift in (-1, 0, 1):
-            free[lined:] &= np.hypot(*(centres[lined:] + shift * tips[lined:] - (x, y)).T) > radius
-    if len(scene.border) > 4:
-        free &= shapely.contains_xy(shapely.buffer(shapely.Polygon(scene.border), -_EDGE), *centres.T)
-    separation = np.where(np.arange(len(classes)) < lined, 0.8, of_region[:, 0])[free]
-    classes, centres, angles, half = classes[free], centres[free], angles[free], half[free]
-
-    def needed(i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
-        direction = np.arctan2(*(centres[j] - centres[i]).T[::-1])
-        total: Array = separation[j] * (_reach(half, angles, i, direction) + _reach(half, angles, j, direction))
-        return total
-
-    kept = _keep_apart(centres, _LONGEST, needed)
-    classes, centres, angles, half = classes[kept], centres[kept], angles[kept], half[kept]
-    bend = style_values("bend", classes) * rng.standard_normal(len(classes))
-    irregular, taper = style_values("irregular", classes), style_values("taper", classes)
-    outlines = draw_outlines(rng, centres, half, angles, irregular=irregular, bend=bend, taper=taper)
-    return SceneNuclei(classes, centres, half, angles, outlines)
 
 
 def _line_glands(rng: np.random.Generator, glands: tuple[Gland, ...]) -> tuple[NDArray[np.intp], Array, Array]:
@@ -374,19 +376,19 @@ def _line_glands(rng: np.random.Generator, glands: tuple[Gland, ...]) -> tuple[N
     return np.concatenate(classes), np.concatenate(centres), np.concatenate(angles)
 
 
-def _scatter(rng: np.random.Generator, scene: Scene) -> tuple[NDArray[np.intp], Array, Array]:
+def _scatter(rng: np.random.Generator, tissue: RegionMap, extent: Array) -> tuple[NDArray[np.intp], Array, Array]:
     """Class, centre and angle of nuclei thrown at the density of their region."""
-    regions = [REGIONS[name] for name in scene.regions]
+    regions = [REGIONS[name] for name in tissue.regions]
     density = np.array([region.density for region in regions])
     composition = np.array([[region.composition.get(name, 0.0) for name in PANNUKE_CLASSES] for region in regions])
-    count = rng.poisson(_CROWDING * density.max() * np.prod(scene.size) / _FIELD_AREA)
-    centres = rng.uniform(0.0, scene.size, (count, 2))
-    here = scene.region(centres)
+    count = rng.poisson(_CROWDING * density.max() * np.prod(extent) / _FIELD_AREA)
+    centres = rng.uniform(0.0, extent, (count, 2))
+    here = tissue.index(centres)
     hit = rng.random(count) < density[here] / density.max()
     centres, here = centres[hit], here[hit]
     limits = np.cumsum(composition, axis=1)[here] / composition.sum(axis=1)[here, None]
     classes = (rng.random(len(here))[:, None] >= limits[:, :-1]).sum(axis=1)
-    along = scene.flow.angles(centres) + 0.15 * rng.standard_normal(len(here))
+    along = tissue.flow.angles(centres) + 0.15 * rng.standard_normal(len(here))
     spindle = classes == PANNUKE_CLASSES.index("connective")
     return classes, centres, np.where(spindle, along, rng.uniform(0, np.pi, len(here)))
 

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 import make_example
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.drawing import draw_he, draw_stain, label_image
+from celldetr.example.drawing import draw_he, draw_stain
+from celldetr.example.images import label_image
 from celldetr.example.pannuke import TISSUES, Defects, write_fold
 from celldetr.example.styles import STYLES
 from celldetr.example.tissue import grow_scene

@@ -19,19 +19,18 @@ import zarr
 from numpy.typing import NDArray
 from scipy import sparse
 
-from celldetr.example.drawing import label_image, write_pyramid
+from celldetr.example.images import label_image, write_pyramid
 from celldetr.example.styles import Array
 from celldetr.example.xenium.expression import PANEL, gene_id
 from celldetr.runtime.errors import ConfigError
 
 PIXEL_SIZE = 0.2125  # um
 _DATE = (1980, 1, 1, 0, 0, 0)  # of members of archives, so that the same arguments give the same bytes
+_GENE = "Gene Expression"
 _CONTROLS = {  # kind of feature -> number of them, column of cells.parquet
     "Negative Control Probe": (6, "control_probe_counts"),
     "Negative Control Codeword": (5, "control_codeword_counts"),
     "Unassigned Codeword": (4, "unassigned_codeword_counts"),
-    "Blank Codeword": (4, None),
-    "Deprecated Codeword": (2, "deprecated_codeword_counts"),
 }
 
 
@@ -59,14 +58,9 @@ class Layout:
     label_ids: bool
     images: tuple[str, ...]
 
-    @property
-    def controls(self) -> list[str]:
-        """Kind of each feature that is no gene."""
-        left_out = {
-            "Unassigned Codeword" if self.version.startswith("1.0") else "Blank Codeword",
-            "" if self.polygon_sets else "Deprecated Codeword",
-        }
-        return [kind for kind, (count, _) in _CONTROLS.items() for _ in range(count) if kind not in left_out]
+
+CONTROLS = tuple(kind for kind, (count, _) in _CONTROLS.items() for _ in range(count))
+"""Kind of each feature that is no gene."""
 
 
 def layout_of(version: str, *, label_ids: bool = True) -> Layout:
@@ -139,9 +133,8 @@ def write_outs(
 ) -> None:
     """Write all files of an output folder."""
     folder.mkdir(parents=True)
-    controls = layout.controls
-    features = np.array([*PANEL, *(f"{kind.replace(' ', '')}_{number:04d}" for number, kind in enumerate(controls))])
-    kinds = np.array(["Gene Expression"] * len(PANEL) + controls)
+    features = np.array([*PANEL, *(f"{kind.replace(' ', '')}_{number:04d}" for number, kind in enumerate(CONTROLS))])
+    kinds = np.array([_GENE] * len(PANEL) + [*CONTROLS])
     specs = {
         "analysis_sw_version": f"xenium-{layout.version}",
         "num_cells": len(cells.names),
@@ -200,10 +193,8 @@ def _cell_table(layout: Layout, cells: XeniumCells, kinds: NDArray[np.str_]) -> 
     area = np.bincount(cells.nucleus_cell, shapely.area(shapely.polygons(cells.nuclei)), minlength=len(cells.names))
     table = pd.DataFrame({"cell_id": cells.ids(layout)})
     table["x_centroid"], table["y_centroid"] = cells.centres.T
-    columns = {"Gene Expression": "transcript_counts"} | {kind: name for kind, (_, name) in _CONTROLS.items() if name}
-    for kind, name in columns.items():
-        if (kinds == kind).any():
-            table[name] = np.asarray(cells.counts[:, kinds == kind].sum(axis=1)).ravel()
+    for kind, name in {_GENE: "transcript_counts", **{kind: name for kind, (_, name) in _CONTROLS.items()}}.items():
+        table[name] = np.asarray(cells.counts[:, kinds == kind].sum(axis=1)).ravel()
     table["total_counts"] = np.asarray(cells.counts.sum(axis=1)).ravel()
     table["cell_area"] = shapely.area(cells.outlines)
     table["nucleus_area"] = np.where(number > 0, area, np.nan)

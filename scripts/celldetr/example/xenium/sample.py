@@ -11,11 +11,13 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.drawing import draw_dapi, draw_he, draw_stain, label_image, write_pyramid
+from celldetr.example.drawing import draw_dapi, draw_he, draw_stain
+from celldetr.example.images import label_image, write_pyramid
 from celldetr.example.styles import Array
 from celldetr.example.tissue import Scene, SceneNuclei, grow_scene
 from celldetr.example.xenium.expression import PANEL, draw_counts, draw_types
 from celldetr.example.xenium.files import (
+    CONTROLS,
     PIXEL_SIZE,
     Layout,
     XeniumCells,
@@ -80,9 +82,8 @@ class XeniumTruth:
         Width and height in px.
     tissue
         (T, 2) outline of the tissue, H&E px.
-    cell_ids, classes, types, subtypes
-        (N,) str: names of the cells; PanNuke class; one of the ten types and a label of the reference, both "-" for
-        necrotic cells.
+    cell_ids, classes, types
+        (N,) str: names of the cells; PanNuke class; one of the ten types, "-" for necrotic cells.
     counts
         (N, G) int32, of the genes alone.
     genes
@@ -103,13 +104,12 @@ class XeniumTruth:
     written_matrix: Array
     pixel_size: float
     he_mpp: float
-    he_size: tuple[int, int]
+    he_size: tuple[int, ...]
     xenium_size: tuple[int, int]
     tissue: Array
     cell_ids: NDArray[np.str_]
     classes: NDArray[np.str_]
     types: NDArray[np.str_]
-    subtypes: NDArray[np.str_]
     counts: sparse.csr_matrix
     genes: tuple[str, ...]
     nuclei_he: Array
@@ -171,62 +171,40 @@ def write_xenium(
     rng = np.random.default_rng([seed, 3])
     scene = grow_scene(rng, size_um, irregular=rim_um > 0)
     to_um, xenium_size = _place_frame(scene.border, affine)
-    scene, nucleus_cell, classes, centres, bodies = _segment(rng, scene, to_um, xenium_size, layout)
-    moved = _apply(to_um, scene.nuclei.outlines)
+    scene, nucleus_cell, classes, centres, outlines = _segment(rng, scene, to_um, xenium_size, layout)
     types, subtypes = draw_types(rng, classes)
-    prefixes, names = name_cells(rng, len(classes), layout)
     genes = draw_counts(rng, subtypes, centres)
-    controls = rng.poisson(0.01, (len(names), len(layout.controls))).astype(np.int32)
+    controls = sparse.csr_matrix(rng.poisson(0.01, (len(classes), len(CONTROLS))).astype(np.int32))
+    prefixes, names = name_cells(rng, len(classes), layout)
     segmented = nucleus_cell >= 0
-    cells = XeniumCells(
-        *(prefixes, names, centres, bodies, moved[segmented], nucleus_cell[segmented]),
-        counts=sparse.csr_matrix(sparse.hstack([genes, sparse.csr_matrix(controls)])),
-    )
-    target = Path(folder)
+    nuclei_um = _apply(to_um, scene.nuclei.outlines[segmented])
+    counts = sparse.csr_matrix(sparse.hstack([genes, controls]))
+    cells = XeniumCells(prefixes, names, centres, outlines, nuclei_um, nucleus_cell[segmented], counts)
+
+    target, rim = Path(folder), int(np.ceil(rim_um / he_mpp))
     outs, he_image = target / "outs", target / f"{name}_he_image.ome.tif"
-    labels = label_image(moved / PIXEL_SIZE, xenium_size[::-1])
-    dapi = draw_dapi(rng, scene.nuclei, labels, _apply(to_um, scene.border) / PIXEL_SIZE, PIXEL_SIZE)
+    table, packed = target / f"{name}_he_imagealignment.csv", target / f"{name}_outs.zip"
+    labels = label_image(_apply(_TO_PX @ to_um, scene.nuclei.outlines), xenium_size[::-1])
+    dapi = draw_dapi(rng, scene.nuclei, labels, _apply(_TO_PX @ to_um, scene.border), PIXEL_SIZE)
     with atomic(outs) as temporary:
         write_outs(temporary, layout, cells, dapi, rng)
-    del dapi, labels
-    rim = int(np.ceil(rim_um / he_mpp))
+    del labels, dapi
     image, _ = draw_he(rng, scene, he_mpp, stain=draw_stain(rng), rim=rim)
     with atomic(he_image) as temporary:
         write_pyramid(temporary, image, mpp=he_mpp, step=2, tile=256, ome={"axes": "YXS"})
-    he_size = image.shape[1], image.shape[0]
     from_he = np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
-    matrix = _TO_PX @ to_um @ from_he
     written = _TO_PX @ file_error.matrix(_apply(to_um, scene.border).mean(axis=0)) @ to_um @ from_he
-    table = target / f"{name}_he_imagealignment.csv"
     if alignment is not None:
-        _write_alignment(rng, table, written, he_size, keypoints=alignment == "keypoints")
-    packed = target / f"{name}_outs.zip"
+        _write_alignment(rng, table, written, image.shape[1::-1], keypoints=alignment == "keypoints")
     if archive:
         with atomic(packed) as temporary:
             write_archive(temporary, outs)
     drawn = scene.nuclei.outlines / he_mpp + rim
     return XeniumTruth(
-        outs=outs,
-        he_image=he_image,
-        alignment=table if alignment is not None else None,
-        archive=packed if archive else None,
-        matrix=matrix,
-        written_matrix=written,
-        pixel_size=PIXEL_SIZE,
-        he_mpp=he_mpp,
-        he_size=he_size,
-        xenium_size=xenium_size,
-        tissue=scene.border / he_mpp + rim,
-        cell_ids=names,
-        classes=classes,
-        types=types,
-        subtypes=subtypes,
-        counts=genes,
-        genes=PANEL,
-        nuclei_he=drawn[segmented],
-        nuclei_um=cells.nuclei,
-        nucleus_cell=cells.nucleus_cell,
-        drawn_he=drawn,
+        *(outs, he_image, table if alignment is not None else None, packed if archive else None),
+        *(_TO_PX @ to_um @ from_he, written, PIXEL_SIZE, he_mpp, image.shape[1::-1], xenium_size),
+        *(scene.border / he_mpp + rim, names, classes, types, genes, PANEL),
+        *(drawn[segmented], nuclei_um, cells.nucleus_cell, drawn),
     )
 
 
@@ -318,7 +296,7 @@ def _outline_cells(hulls: NDArray[np.object_], centres: Array, size: Array) -> N
 
 
 def _write_alignment(
-    rng: np.random.Generator, path: Path, matrix: Array, he_size: tuple[int, int], *, keypoints: bool
+    rng: np.random.Generator, path: Path, matrix: Array, he_size: tuple[int, ...], *, keypoints: bool
 ) -> None:
     """Write a matrix H&E px -> Xenium px as 3 x 3 numbers, or as a table of noisy points."""
     with atomic(path) as temporary:
