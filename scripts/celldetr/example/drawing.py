@@ -75,9 +75,6 @@ def draw_he(
     canvas = _Canvas((height, width), mpp, rim)
     eosin, hematoxylin, membranes, between = _draw_ground(rng, scene, canvas)
     _draw_glands(rng, scene, canvas, eosin, hematoxylin, membranes)
-    for grow, stained in ((0.7, 0.55), (0.0, 0.02)):  # a thin septum around the fat
-        at = label_image(canvas.px(_widen(scene.vacuoles, grow)), canvas.shape) > 0
-        eosin[at], hematoxylin[at], membranes[at] = stained, 0.0, 0.0
     eosin *= 1 + membranes * (0.9 * np.exp(-((between / 1.1) ** 2)) - 0.15)
     del membranes, between
     nuclei = label_image(canvas.px(scene.nuclei.outlines), canvas.shape)

@@ -113,22 +113,14 @@ def write_fold(
 ) -> FoldTruth:
     """Write ``Fold N/images/foldN/{images,types}.npy`` and ``Fold N/masks/foldN/masks.npy`` into a zip.
 
-    The same arguments give the same bytes.
+    The same arguments give the same bytes; folds (1, 2 or 3 in PanNuke) of one seed show different tissue.
 
     Parameters
     ----------
-    path
-        Zip file to write.
-    fold
-        Number of the fold: 1, 2 or 3 in PanNuke. Folds of one seed show different tissue.
-    n_images
-        Number of images.
-    patch_size
-        Rows and columns of an image.
-    seed
-        Seed of everything random.
-    mpp
-        Pixel size in um: 0.25 in PanNuke.
+    path, fold, n_images
+        Zip file to write, number of the fold, number of images.
+    patch_size, mpp
+        Rows and columns of an image; pixel size in um.
     mixture
         Key of `celldetr.example.styles.MIXTURES`.
     defects

@@ -32,18 +32,12 @@ class SlideTruth:
     ----------
     image, polygons
         The files.
-    mpp
-        Um per px of level 0.
-    size
-        Width and height of level 0.
-    tissue
-        (V, 2) outline of the tissue.
-    pen, pen_width
-        (K, 2) middle of the stroke of a marker pen; its width.
-    nuclei
-        (N, V, 2) outlines as drawn.
-    classes
-        (N,) str: their PanNuke classes.
+    mpp, size
+        Um per px; width and height.
+    tissue, pen, pen_width
+        (V, 2) outline of the tissue; (K, 2) middle and width of the stroke of a marker pen.
+    nuclei, classes
+        (N, V, 2) outlines as drawn; (N,) str PanNuke classes.
     invalid
         Kind -> outlines in the file that are not valid: ``crossed`` (the first nuclei, two of their corners swapped),
         ``empty`` and ``flat`` (no nuclei at all).
@@ -76,19 +70,13 @@ def write_slide(
 
     Parameters
     ----------
-    path
-        TIFF to write.
-    polygons
-        GeoParquet file to write: outlines in level-0 px, each with a class, which pretraining must not read; a few are
-        not valid.
-    seed
-        Seed of everything random.
-    size_um
-        Width and height of the tissue.
+    path, polygons
+        TIFF and GeoParquet file to write. The outlines are in level-0 px and have a class, which pretraining must not
+        read; a few are not valid.
+    size_um, rim_um
+        Width and height of the tissue; empty glass around it.
     mpp
         Um per px of level 0.
-    rim_um
-        Empty glass around the tissue.
 
     Raises
     ------

@@ -144,8 +144,8 @@ class Region:
         Share of the ground that is white gaps between the fibres.
     membranes
         Contrast of the borders between neighbouring cells.
-    glands, vacuole
-        Glands that fill the region; smallest and largest radius of fat vacuoles that fill it.
+    glands
+        Glands that fill the region.
     """
 
     density: float
@@ -159,7 +159,6 @@ class Region:
     cleft: float
     membranes: float = 0.0
     glands: GlandStyle | None = None
-    vacuole: tuple[float, float] | None = None
 
 
 _TUMOUR_GLANDS = GlandStyle(
@@ -197,21 +196,15 @@ REGIONS: Mapping[str, Region] = {
         density=20, composition={"necrotic": 0.80, "inflammatory": 0.14, "neoplastic": 0.06},
         separation=1.0, clumping=0.15, eosin=0.62, basophilia=0.05, fibre=0.06, granule=0.34, cleft=0.05,
     ),
-    "fat": Region(
-        density=5, composition={"connective": 0.85, "inflammatory": 0.15},
-        separation=1.0, clumping=0.0, eosin=0.45, basophilia=0.02, fibre=0.20, granule=0.04, cleft=0.10,
-        vacuole=(14.0, 30.0),
-    ),
 }  # fmt: skip
 
 _PANNUKE: Mapping[str, float] = {
     "tumour nest": 0.33,
     "tumour glands": 0.17,
     "benign glands": 0.15,
-    "fibrous stroma": 0.22,
+    "fibrous stroma": 0.27,
     "inflamed stroma": 0.055,
     "necrosis": 0.020,
-    "fat": 0.055,
 }
 _BALANCED: Mapping[str, float] = {
     "tumour nest": 0.12,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.styles import MIXTURES, REGIONS, STYLES, Array, GlandStyle, Region, style_values
+from celldetr.example.styles import MIXTURES, REGIONS, STYLES, Array, GlandStyle, style_values
 from celldetr.runtime.errors import ConfigError
 
 _FIELD_AREA = 64.0**2  # um^2 of a PanNuke image: densities refer to it
@@ -31,12 +31,9 @@ class SceneNuclei:
     ----------
     classes
         (N,) index into `PANNUKE_CLASSES`.
-    centres
-        (N, 2) x, y.
-    half
-        (N, 2) half of the length and of the width of the ellipses they were drawn from.
-    angles
-        (N,) direction of the long axes, radians from x towards y.
+    centres, half, angles
+        The ellipses they were drawn from: (N, 2) x, y; (N, 2) half of the length and of the width; (N,) direction of
+        the long axis, radians from x towards y.
     outlines
         (N, V, 2) x, y.
     """
@@ -137,35 +134,23 @@ class Scene:
         (V, 2) outline of the tissue.
     nuclei
         In the order of drawing: a later one lies above an earlier one. Their centres lie in the tissue.
-    glands, vacuoles
-        Glands; (K, V, 2) outlines of fat vacuoles.
-    map
-        The tissue between them.
+    glands, map
+        Glands; the tissue between them.
     """
 
     size: tuple[float, float]
     border: Array
     nuclei: SceneNuclei
     glands: tuple[Gland, ...]
-    vacuoles: Array
     map: RegionMap
 
 
 def grow_scene(
     rng: np.random.Generator, size: tuple[float, float], mixture: str = "example", *, irregular: bool = False
 ) -> Scene:
-    """Grow a piece of tissue.
+    """Grow a piece of tissue of a width and height in um and a `mixture` of regions (key of `MIXTURES`).
 
-    Parameters
-    ----------
-    rng
-        Source of all randomness.
-    size
-        Width and height in um.
-    mixture
-        Key of `MIXTURES`.
-    irregular
-        Whether the tissue has an irregular border; otherwise it fills the rectangle.
+    If `irregular` it has an irregular border, otherwise it fills the rectangle.
 
     Raises
     ------
@@ -180,11 +165,10 @@ def grow_scene(
     kinds = rng.choice(len(names), size=count, p=shares / shares.sum())
     tissue = RegionMap(sites, tuple(names[k] for k in kinds), _draw_flow(rng))
     glands = _place_glands(rng, tissue, extent)
-    vacuoles, circles = _place_vacuoles(rng, tissue, extent, glands)
-    nuclei = _place_nuclei(rng, tissue, border, glands, circles)
+    nuclei = _place_nuclei(rng, tissue, border, glands)
     if not len(nuclei):
         raise ConfigError(f"example: got no nucleus on tissue of {size[0]} um x {size[1]} um, expected a larger size")
-    return Scene(size, border, nuclei, glands, vacuoles, tissue)
+    return Scene(size, border, nuclei, glands, tissue)
 
 
 def draw_outlines(
@@ -256,28 +240,20 @@ def _keep_apart(
     return kept
 
 
-def _throw(
-    rng: np.random.Generator, tissue: RegionMap, extent: Array, spacing: float, margin: float
-) -> tuple[Array, list[Region]]:
-    """Throw many points onto the tissue and a margin around it: (N, 2) points and the regions they hit."""
-    count = int(np.ceil(6 * np.prod(extent + 2 * margin) / spacing**2))
-    points = rng.uniform(-margin, extent + margin, (count, 2))
-    return points, [REGIONS[tissue.regions[k]] for k in tissue.index(points)]
-
-
 def _place_glands(rng: np.random.Generator, tissue: RegionMap, extent: Array) -> tuple[Gland, ...]:
-    """Fill the glandular regions with glands that do not overlap."""
-    points, regions = _throw(rng, tissue, extent, 60.0, 40.0)
-    points = points[[region.glands is not None for region in regions]]
-    styles = [region.glands for region in regions if region.glands]
-    radii = [float(rng.uniform(*style.radius)) for style in styles]
-    kept = _keep_apart(points, 100.0, lambda i, j: np.take(radii, i) + np.take(radii, j) + 3.0)
+    """Fill the glandular regions, and a margin around the tissue, with glands that do not overlap."""
+    points = rng.uniform(-40.0, extent + 40.0, (int(np.prod(extent + 80.0) / 600.0) + 1, 2))
+    styles = [REGIONS[tissue.regions[k]].glands for k in tissue.index(points)]
+    radii = [float(rng.uniform(*style.radius)) if style else 0.0 for style in styles]
+    hit = np.flatnonzero(radii)
+    apart = _keep_apart(points[hit], 100.0, lambda i, j: np.take(radii, hit[i]) + np.take(radii, hit[j]) + 3.0)
     glands = []
-    for centre, style, radius, keep in zip(points, styles, radii, kept, strict=True):
-        if keep:
-            outer, free = _ring(rng, centre, (radius, 0.93 * radius), 0.04), radius - style.cell_height
-            lumen = _ring(rng, centre, (free, 0.9 * free), 0.12) if free > 2.0 else None
-            glands.append(Gland(style, centre, radius, outer, lumen))
+    for k in hit[apart]:
+        style, centre, radius = styles[k], points[k], radii[k]
+        assert style is not None
+        free = radius - style.cell_height
+        lumen = _ring(rng, centre, (free, 0.9 * free), 0.12) if free > 2.0 else None
+        glands.append(Gland(style, centre, radius, _ring(rng, centre, (radius, 0.93 * radius), 0.04), lumen))
     return tuple(glands)
 
 
@@ -286,28 +262,8 @@ def _ring(rng: np.random.Generator, centre: Array, half: tuple[float, float], ir
     return draw_outlines(rng, centre[None], np.array([half]), np.zeros(1), irregular=irregular)[0]
 
 
-def _place_vacuoles(
-    rng: np.random.Generator, tissue: RegionMap, extent: Array, glands: tuple[Gland, ...]
-) -> tuple[Array, Array]:
-    """Pack fat vacuoles into the fatty regions: outlines (K, V, 2), and (L, 3) x, y, radius of them and of glands."""
-    points, regions = _throw(rng, tissue, extent, 16.0, 25.0)
-    hit = np.array([region.vacuole is not None for region in regions])
-    largest = np.array([region.vacuole[1] for region in regions if region.vacuole])
-    radius = largest * rng.uniform(0.12, 1.0, len(largest)) ** 1.5
-    order = np.argsort(-radius)  # large ones first, small ones into the gaps
-    circles = np.array([[*gland.centre, gland.radius] for gland in glands]).reshape(-1, 3)
-    circles = np.vstack([circles, np.column_stack([points[hit], radius])[order]])
-    kept = _keep_apart(circles[:, :2], 75.0, lambda i, j: circles[i, 2] + circles[j, 2] + 0.9)
-    kept[: len(glands)] = True
-    fat = circles[len(glands) :][kept[len(glands) :]]
-    shapes = draw_outlines(rng, fat[:, :2], fat[:, [2, 2]], np.zeros(len(fat)), irregular=0.02)
-    return shapes, circles[kept]
-
-
-def _place_nuclei(
-    rng: np.random.Generator, tissue: RegionMap, border: Array, glands: tuple[Gland, ...], circles: Array
-) -> SceneNuclei:
-    """Line the glands with nuclei and scatter others between the `circles` (L, 3) of glands and vacuoles."""
+def _place_nuclei(rng: np.random.Generator, tissue: RegionMap, border: Array, glands: tuple[Gland, ...]) -> SceneNuclei:
+    """Line the glands with nuclei and scatter others between them."""
     parts = [_line_glands(rng, glands), _scatter(rng, tissue, border.max(axis=0))]
     classes, centres, angles = (np.concatenate(part) for part in zip(*parts, strict=True))
     scattered = np.arange(len(classes)) >= len(parts[0][0])
@@ -318,9 +274,9 @@ def _place_nuclei(
     _move_beside(rng, centres, half, angles, np.flatnonzero(clumped), np.flatnonzero(scattered & ~clumped))
     free = np.asarray(((centres >= 0) & (centres < border.max(axis=0))).all(axis=1))
     tips = half[:, :1] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    for x, y, radius in circles:
+    for gland in glands:
         for shift in (-1, 0, 1):
-            free &= ~scattered | (np.hypot(*(centres + shift * tips - (x, y)).T) > radius)
+            free &= ~scattered | (np.hypot(*(centres + shift * tips - gland.centre).T) > gland.radius)
     if len(border) > 4:
         free &= shapely.contains_xy(shapely.buffer(shapely.Polygon(border), -_EDGE), *centres.T)
     index = np.flatnonzero(free)

@@ -134,14 +134,9 @@ def gene_id(symbol: str) -> str:
 
 
 def draw_types(rng: np.random.Generator, classes: Iterable[str]) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
-    """Draw the type (one of the ten) and the subtype (key of `SUBTYPES`) of N cells; both "-" for necrotic cells.
+    """Draw the type (one of the ten) and the subtype (key of `SUBTYPES`) of cells of N PanNuke classes.
 
-    Parameters
-    ----------
-    rng
-        Source of all randomness.
-    classes
-        N PanNuke classes.
+    Both are "-" for necrotic cells.
     """
     tissue = {
         kind: {label: subtype.tissue for label, subtype in SUBTYPES.items() if subtype.type == kind}
@@ -155,14 +150,7 @@ def draw_types(rng: np.random.Generator, classes: Iterable[str]) -> tuple[NDArra
 def draw_counts(rng: np.random.Generator, subtypes: NDArray[np.str_], centres: Array) -> sparse.csr_matrix:
     """Draw the transcripts (N, genes of `PANEL`) int32 of cells; neighbours spill into each other.
 
-    Parameters
-    ----------
-    rng
-        Source of all randomness.
-    subtypes
-        (N,) keys of `SUBTYPES`, or "-" for necrotic cells.
-    centres
-        (N, 2) um.
+    `subtypes` are N keys of `SUBTYPES`, or "-" for necrotic cells; `centres` (N, 2) are in um.
     """
     planted = profiles(PANEL)
     planted["-"] = np.mean(list(planted.values()), axis=0)  # what is left of dead cells: a mixture of all
@@ -197,21 +185,8 @@ def write_reference(path: str | os.PathLike[str], *, seed: int, cells: int = 300
     """Write an scRNA-seq reference in the style of CELLxGENE: h5ad with Ensembl identifiers and raw counts in raw.
 
     It has more genes than the panel, lacks a few of it, names some symbols twice, reads each gene with an efficiency
-    of its own, and its cells are ten times as deep and in other proportions than those of the tissue.
-
-    Parameters
-    ----------
-    path
-        File to write.
-    seed
-        Seed of everything random but the profiles.
-    cells
-        Number of cells.
-
-    Returns
-    -------
-    Series
-        Number of cells of each label, by label.
+    of its own, and its cells are ten times as deep and in other proportions than those of the tissue. Returns the
+    number of cells of each label.
 
     Raises
     ------

@@ -92,14 +92,10 @@ class XeniumCells:
     ----------
     prefixes, names
         (N,) uint32 and str, see `name_cells`.
-    centres
-        (N, 2).
-    outlines
-        (N,) polygons.
-    nuclei
-        (M, V, 2) outlines of the segmented nuclei, by cell.
-    nucleus_cell
-        (M,) index of their cells.
+    centres, outlines
+        (N, 2) and (N,) polygons.
+    nuclei, nucleus_cell
+        (M, V, 2) outlines of the segmented nuclei, by cell; (M,) index of their cells.
     counts
         (N, features) int32: the genes of the panel, then the controls.
     """

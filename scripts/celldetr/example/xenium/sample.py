@@ -72,10 +72,8 @@ class XeniumTruth:
         Output folder and H&E.
     alignment, archive
         Alignment file and zip of the output folder; None if not written.
-    matrix
-        (3, 3) H&E px -> Xenium px.
-    written_matrix
-        The same with the error of the alignment file.
+    matrix, written_matrix
+        (3, 3) H&E px -> Xenium px; the same with the error of the alignment file.
     pixel_size, he_mpp
         Um per px of the Xenium images and of the H&E.
     he_size, xenium_size
@@ -84,14 +82,10 @@ class XeniumTruth:
         (T, 2) outline of the tissue, H&E px.
     cell_ids, classes, types
         (N,) str: names of the cells; PanNuke class; one of the ten types, "-" for necrotic cells.
-    counts
-        (N, G) int32, of the genes alone.
-    genes
-        G symbols.
-    nuclei_he, nuclei_um
-        (M, V, 2) outlines of the nuclei that Xenium segments, H&E px and Xenium um.
-    nucleus_cell
-        (M,) index of the cell of each.
+    counts, genes
+        (N, G) int32; G symbols.
+    nuclei_he, nuclei_um, nucleus_cell
+        (M, V, 2) outlines of the nuclei that Xenium segments, H&E px and Xenium um; (M,) index of their cells.
     drawn_he
         (K, V, 2) outlines of all nuclei that the H&E shows, H&E px: also those outside of the Xenium frame.
     """
@@ -102,7 +96,6 @@ class XeniumTruth:
     archive: Path | None
     matrix: Array
     written_matrix: Array
-    pixel_size: float
     he_mpp: float
     he_size: tuple[int, ...]
     xenium_size: tuple[int, int]
@@ -111,11 +104,12 @@ class XeniumTruth:
     classes: NDArray[np.str_]
     types: NDArray[np.str_]
     counts: sparse.csr_matrix
-    genes: tuple[str, ...]
     nuclei_he: Array
     nuclei_um: Array
     nucleus_cell: NDArray[np.intp]
     drawn_he: Array
+    pixel_size: float = PIXEL_SIZE
+    genes: tuple[str, ...] = PANEL
 
 
 def write_xenium(
@@ -139,26 +133,20 @@ def write_xenium(
 
     Parameters
     ----------
-    folder
-        Folder to write into.
-    seed
-        Seed of everything random.
-    size_um
-        Width and height of the tissue.
-    name
-        Start of the names of the files.
+    folder, name
+        Folder to write into; start of the names of the files.
+    size_um, rim_um
+        Width and height of the tissue; empty glass around it, whose border is then irregular. Without a rim the tissue
+        fills the H&E.
     version, label_ids
         See `celldetr.example.xenium.files.layout_of`.
     he_mpp
         Um per H&E px.
-    rim_um
-        Empty glass around the tissue, whose border is then irregular; 0: the tissue fills the H&E.
     affine
         How the Xenium frame lies to the H&E. A shift below 0 cuts off a part of the tissue.
-    alignment
-        "matrix" (3 x 3), "keypoints" (a table of points), or None for no file.
-    file_error
-        How wrong the alignment file is: a motion of the H&E in the Xenium frame about the middle of the tissue.
+    alignment, file_error
+        "matrix" (3 x 3), "keypoints" (a table of points), or None for no file; how wrong it is: a motion of the H&E in
+        the Xenium frame about the middle of the tissue.
     archive
         Whether to write a zip of the output folder, too.
 
@@ -201,10 +189,24 @@ def write_xenium(
             write_archive(temporary, outs)
     drawn = scene.nuclei.outlines / he_mpp + rim
     return XeniumTruth(
-        *(outs, he_image, table if alignment is not None else None, packed if archive else None),
-        *(_TO_PX @ to_um @ from_he, written, PIXEL_SIZE, he_mpp, image.shape[1::-1], xenium_size),
-        *(scene.border / he_mpp + rim, names, classes, types, genes, PANEL),
-        *(drawn[segmented], nuclei_um, cells.nucleus_cell, drawn),
+        outs=outs,
+        he_image=he_image,
+        alignment=table if alignment is not None else None,
+        archive=packed if archive else None,
+        matrix=_TO_PX @ to_um @ from_he,
+        written_matrix=written,
+        he_mpp=he_mpp,
+        he_size=image.shape[1::-1],
+        xenium_size=xenium_size,
+        tissue=scene.border / he_mpp + rim,
+        cell_ids=names,
+        classes=classes,
+        types=types,
+        counts=genes,
+        nuclei_he=drawn[segmented],
+        nuclei_um=nuclei_um,
+        nucleus_cell=cells.nucleus_cell,
+        drawn_he=drawn,
     )
 
 
