@@ -11,13 +11,14 @@ from celldetr.slides.tissue import Raster
 ALL_PATCHES = PatchSettings(min_tissue=0, min_nuclei=0, min_labelled=0)
 
 
-def write_image(path, image, levels=1, tile=64):
+def write_image(path, image, levels=1, tile=64, **options):
     """Write an image as a TIFF pyramid; each level averages 2 x 2 px of the one before and drops an odd last row."""
     photometric = "rgb" if image.ndim == 3 else "minisblack"
     with tifffile.TiffWriter(path) as writer:
         for level in range(levels):
             kind = {"subifds": levels - 1} if level == 0 else {"subfiletype": 1}
-            writer.write(np.rint(image).astype(np.uint8), tile=(tile, tile), photometric=photometric, **kind)
+            pixels = np.rint(image).astype(np.uint8)
+            writer.write(pixels, tile=(tile, tile), photometric=photometric, **kind, **options)
             height, width = (side // 2 * 2 for side in image.shape[:2])
             image = image[:height, :width].astype(float)
             image = image.reshape(height // 2, 2, width // 2, 2, -1).mean(axis=(1, 3)).squeeze()

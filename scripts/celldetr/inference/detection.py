@@ -117,7 +117,7 @@ def detect_slide(
     on_damage: str,
     workers: int,
 ) -> DetectedNuclei:
-    """Find the nuclei in the tissue of a slide.
+    """Find the nuclei in the tissue of a slide; memory holds a few batches and the boxes.
 
     Parameters
     ----------
@@ -131,11 +131,13 @@ def detect_slide(
         Name of the slide, for messages.
     slide_mpp
         Size of a level-0 pixel in um; None: as the file says.
-    batch_size, workers
-        See `detect_tiles`.
+    batch_size
+        Tiles at once.
     on_damage
         ``stop``: raise an error if something cannot be decoded. ``skip``: leave such tiles out; a slide that cannot be
         opened has no nuclei.
+    workers
+        Threads that read tiles ahead.
 
     Raises
     ------
@@ -153,60 +155,8 @@ def detect_slide(
     with image:
         image_mpp, image_size = float(image.mpp or 0), image.size
         grid = tiling.grid(image_size, image_mpp, tissue_mask(image, image_mpp))
-    return detect_tiles(
-        path,
-        grid,
-        tiling,
-        detector,
-        image_size=image_size,
-        batch_size=batch_size,
-        workers=workers,
-        skip=skip,
-        slide=slide,
-    )
-
-
-def detect_tiles(
-    path: str | os.PathLike[str],
-    grid: PatchGrid,
-    tiling: Tiling,
-    detector: Detector,
-    *,
-    image_size: tuple[int, int],
-    batch_size: int,
-    workers: int,
-    skip: bool = False,
-    slide: str = "",
-) -> DetectedNuclei:
-    """Find the nuclei in the tiles of a slide; memory holds a few batches and the boxes.
-
-    Parameters
-    ----------
-    path
-        File of the slide.
-    grid
-        Tiles, see `Tiling.grid`.
-    tiling
-        How the slide is divided.
-    detector
-        Finds nuclei in tiles.
-    image_size
-        Width and height of level 0, px; findings beyond are dropped.
-    batch_size
-        Tiles at once.
-    workers
-        Threads that read tiles ahead.
-    skip
-        Leave out tiles that cannot be decoded instead of raising an error.
-    slide
-        Name of the slide, for messages.
-
-    Raises
-    ------
-    InputError
-        A tile cannot be decoded and `skip` is false.
-    """
-    found = _Findings(tiling, np.asarray(image_size) * grid.image_mpp / grid.mpp)
+    ratio = tiling.mpp / image_mpp
+    found = _Findings(tiling, np.asarray(image_size) / ratio)
     damaged: list[str] = []
     tiles = 0
     for block in read_blocks(path, grid, size=batch_size, workers=workers, skip=skip):
@@ -220,7 +170,7 @@ def detect_tiles(
             log.info("%d of %d tiles", tiles, len(grid))
     log_damage(slide, damaged)
     boxes, scores = found.unique()
-    return DetectedNuclei(boxes * (grid.mpp / grid.image_mpp), scores, len(damaged), tiles)
+    return DetectedNuclei(boxes * ratio, scores, len(damaged), tiles)
 
 
 class _Findings:

@@ -1,14 +1,14 @@
 """Detection over a slide: every nucleus once, whatever the tiles, at its place; and only where there is tissue."""
 
+import geopandas
 import numpy as np
 import pytest
 import shapely
-import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from slide_files import damage_tiles
+from slide_files import damage_tiles, whole_tissue, write_image
 from tiny_training import SIZE, make_experiment
 
 from celldetr.inference.detection import (
@@ -16,14 +16,12 @@ from celldetr.inference.detection import (
     Tiling,
     _Findings,
     detect_slide,
-    detect_tiles,
     model_detector,
     write_nuclei,
 )
 from celldetr.model.celldetr import CellDETR
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.slides.outlines import read_nucleus_file
-from celldetr.slides.tissue import Raster
 
 PINK, WHITE, DARK = (225, 170, 205), (245, 245, 245), (60, 40, 120)
 
@@ -62,21 +60,21 @@ def in_order(boxes):
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
     image, boxes = draw(331, 287)
-    path = tmp_path_factory.mktemp("slide") / "slide.tif"
-    tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64))
-    return path, (331, 287), boxes
+    return write_image(tmp_path_factory.mktemp("slide") / "slide.tif", image), boxes
+
+
+def detect(path, tiling, *, mpp=1.0, find=find_dark, batch_size=4, workers=1, on_damage="stop"):
+    options = {"slide": "s", "slide_mpp": mpp, "batch_size": batch_size, "on_damage": on_damage, "workers": workers}
+    return detect_slide(path, find, tiling, **options)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(40, 200), st.integers(12, 19), st.integers(1, 5), st.integers(1, 2))
 def test_each_nucleus_is_found_once_whatever_the_tiles(slide, size, margin, batch, workers):
-    path, image_size, truth = slide
+    path, truth = slide
     tiling = Tiling(size, 1.0, margin)
-    everywhere = Raster(np.ones((36, 42), bool), 8, 8.0)
-    grid = tiling.grid(image_size, 1.0, everywhere)
-    found = detect_tiles(path, grid, tiling, find_dark, image_size=image_size, batch_size=batch, workers=workers)
+    found = detect(path, tiling, batch_size=batch, workers=workers)
     np.testing.assert_array_equal(in_order(found.boxes), in_order(truth))
-    assert found.tiles == len(grid)
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,7 +86,7 @@ def test_tiles_that_do_not_agree_on_the_place_count_each_nucleus_once(size, marg
     overlap = truth[:6] + rng.uniform(3, 4, (6, 1))  # nuclei that lie over others
     truth = np.concatenate([truth, overlap])
     findings = _Findings(tiling, np.array([200.0, 180.0]))
-    tiles = tiling.grid((200, 180), 1.0, Raster(np.ones((23, 25), bool), 8, 8.0)).corners
+    tiles = tiling.grid((200, 180), 1.0, whole_tissue(200, 180)).corners
     for tile, corner in enumerate(tiles):
         boxes = truth - np.tile(corner, 2)
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -126,8 +124,7 @@ def test_nuclei_that_lie_over_each_other_at_a_border_stay_two(left):
 def test_glass_is_not_looked_at(tmp_path):
     image, boxes = draw(800, 400)
     image[:, 400:] = WHITE
-    path = tmp_path / "slide.tif"
-    tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64))
+    path = write_image(tmp_path / "slide.tif", image)
     seen = []
 
     def find(images):
@@ -135,25 +132,20 @@ def test_glass_is_not_looked_at(tmp_path):
         return find_dark(images)
 
     tiling = Tiling.of(64, 2.0, 28.0)
-    options = {"slide": "s", "batch_size": 4, "workers": 1}
-    found = detect_slide(path, find, tiling, slide_mpp=2.0, on_damage="stop", **options)
+    found = detect(path, tiling, mpp=2.0, find=find)
     left = boxes[boxes[:, 2] <= 400]
     np.testing.assert_array_equal(in_order(found.boxes[found.boxes[:, 2] < 395]), in_order(left[left[:, 2] < 395]))
     assert not any((tile == WHITE).all() for tile in seen)
     with pytest.raises(InputError, match="column mpp"):
-        detect_slide(path, find, tiling, slide_mpp=None, on_damage="stop", **options)
+        detect(path, tiling, mpp=None)
     with pytest.raises(ConfigError, match="margin_um"):
         Tiling.of(64, 2.0, 64.0)
 
 
 def test_boxes_are_px_of_level_0(tmp_path):
     image, boxes = draw(200, 200)
-    double = image.repeat(2, axis=0).repeat(2, axis=1)
-    path = tmp_path / "slide.tif"
-    tifffile.imwrite(path, double, photometric="rgb", tile=(64, 64))
-    tiling = Tiling(64, 1.0, 16)
-    grid = tiling.grid((400, 400), 0.5, Raster(np.ones((25, 25), bool), 16, 8.0))
-    found = detect_tiles(path, grid, tiling, find_dark, image_size=(400, 400), batch_size=4, workers=1)
+    path = write_image(tmp_path / "slide.tif", image.repeat(2, axis=0).repeat(2, axis=1))
+    found = detect(path, Tiling(64, 1.0, 16), mpp=0.5)
     assert np.abs(in_order(found.boxes) - in_order(boxes * 2)).max() <= 2  # a px of the tiles
 
 
@@ -163,7 +155,6 @@ def test_what_was_found_is_read_again(tmp_path):
     write_nuclei(tmp_path / "n.parquet", DetectedNuclei(boxes, scores, 0, 1))
     found = read_nucleus_file(tmp_path / "n.parquet", image_mpp=0.5, mpp=0.5)
     np.testing.assert_allclose(found.nuclei.boxes, boxes)
-    geopandas = pytest.importorskip("geopandas")
     frame = geopandas.read_parquet(tmp_path / "n.parquet")
     np.testing.assert_allclose(frame["score"], scores, rtol=1e-6)
     assert shapely.area(frame.geometry.to_numpy()).min() > 0
@@ -173,16 +164,14 @@ def test_what_was_found_is_read_again(tmp_path):
 
 def test_damaged_tiles_are_left_out_and_counted(tmp_path):
     image, truth = draw(512, 256)
-    path = tmp_path / "slide.tif"
-    tifffile.imwrite(path, image, photometric="rgb", tile=(64, 64), compression="deflate")
+    path = write_image(tmp_path / "slide.tif", image, levels=4, compression="deflate")
     damage_tiles(path, [(0, 0)])
     tiling = Tiling(64, 1.0, 14)
-    grid = tiling.grid((512, 256), 1.0, Raster(np.ones((32, 64), bool), 8, 8.0))
-    options = {"image_size": (512, 256), "batch_size": 3, "workers": 2}
     with pytest.raises(InputError, match=r"slide\.tif.*row 0, column 0"):
-        detect_tiles(path, grid, tiling, find_dark, **options)
-    found = detect_tiles(path, grid, tiling, find_dark, skip=True, **options)
-    assert found.damaged == len(grid) - found.tiles == 9  # all whose margins reach it
+        detect(path, tiling)
+    found = detect(path, tiling, batch_size=3, workers=2, on_damage="skip")
+    assert found.damaged == 9  # all whose margins reach it
+    assert found.tiles == 15 * 8 - 9
     far = truth[(truth[:, :2] > 108).any(axis=1)]  # outside of the cores of those tiles
     assert {tuple(box) for box in far} <= {tuple(box) for box in found.boxes}
 
