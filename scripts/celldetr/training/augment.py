@@ -1,7 +1,7 @@
 """Augmentation in batches on the device; boxes follow the image.
 
-All random numbers of a step are drawn for the global batch from its own stream, and each process takes its share: any
-number of processes sees the same images. Order: elastic deformation, flips, blur, colour jitter, stain jitter.
+All random numbers of a step are drawn for the global batch, and each process takes those of its images: any number of
+processes sees the same images. Order: elastic deformation, flips, blur, colour jitter, stain jitter.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ from celldetr.training.data import AUGMENTATION, Targets, random_stream
 ELASTIC_NODES = 7
 """Nodes per side of the grid of displacements; those on the border do not move, so that nothing leaves the image."""
 ELASTIC_SHIFT = 0.02
-"""Largest displacement of a node, as a share of the image's side; folds need more than 0.1."""
+"""Largest displacement of a node, as a fraction of the image's side; folds would need more than 0.1."""
 _ELLIPSE_POINTS = 16
 _INVERSE_STEPS = 6
 
@@ -38,7 +38,7 @@ class Draws:
     elastic, flip_x, flip_y, blur, jitter, hed
         Whether the image gets it (B,) bool.
     displacement
-        Displacement of the grid's nodes, x then y, as a share of the side (B, 2, 7, 7).
+        Displacement of the grid's nodes, x then y, as a fraction of the side (B, 2, 7, 7).
     sigma
         Standard deviation of the blur, px (B,).
     colour
@@ -86,7 +86,7 @@ def draw(settings: AugmentationSettings, seed: int, step: int, batch_size: int) 
 
 
 def augment(images: Tensor, targets: Targets, draws: Draws, settings: AugmentationSettings) -> tuple[Tensor, Targets]:
-    """Change images and boxes as drawn.
+    """Augment images and boxes with the random numbers drawn.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def augment(images: Tensor, targets: Targets, draws: Draws, settings: Augmentati
     draws
         Random numbers of these B images.
     settings
-        Of these only the size of the blur's kernel.
+        Only the size of the blur kernel is used.
 
     Returns
     -------
@@ -162,8 +162,8 @@ def _displacement(nodes: Tensor, points: Tensor) -> Tensor:
 def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:
     """Boxes (B, R, 4) in the deformed image.
 
-    A nucleus is taken for the ellipse in its box: the new box holds 16 points of it, each moved by the inverse of the
-    displacement, found by fixed-point iteration. What an image without deformation gives is the box itself.
+    A nucleus is modelled as the ellipse in its box: the new box encloses 16 points of it, each moved by the inverse of
+    the displacement (fixed-point iteration). Without deformation the box stays the same.
     """
     angle = torch.arange(_ELLIPSE_POINTS, device=boxes.device) * (2 * torch.pi / _ELLIPSE_POINTS)
     circle = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -179,7 +179,7 @@ def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    sigma = torch.from_numpy(draws.sigma[index])  # on the CPU, where kornia looks at it
+    sigma = torch.from_numpy(draws.sigma[index])  # on the CPU, where kornia checks it
     kernel = (settings.blur_kernel, settings.blur_kernel)
     blurred: Tensor = filters.gaussian_blur2d(images, kernel, sigma[:, None].expand(-1, 2))
     return blurred

@@ -1,7 +1,7 @@
-"""Contrastive pretraining: two views of each nucleus, who sees whom, and the loss (paper, 3.3 and A.2).
+"""Contrastive pretraining: two views of each nucleus, the attention mask, and the loss (paper, 3.3 and A.2).
 
-The original boxes of an image are its global views. Its anchors, the same boxes with noise, are local views that must
-find their original among all originals.
+The original boxes of an image are its global views. Its anchors, the same boxes with noise, are local views, each of
+which must find its original among all originals of the image.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_str
 
 
 class Views(NamedTuple):
-    """The boxes that the representation decoder gets, in S slots: n originals, anchors, padding.
+    """Boxes for the representation decoder, in S slots: n originals, anchors, padding.
 
     Attributes
     ----------
     boxes
         (B, S, 4), cxcywh in [0, 1]; the whole image at padding.
     nucleus
-        Slot of the original of each slot (B, S); 0 at padding.
+        Slot of each view's original (B, S); 0 at padding.
     valid
         False at padding (B, S).
     anchor
@@ -50,13 +50,13 @@ class Views(NamedTuple):
 
     @property
     def compared(self) -> Tensor:
-        """True at anchors with more than one original to choose from (B, S)."""
+        """True at anchors in images with at least two originals (B, S)."""
         return self.anchor & (self.counts[:, None] >= 2)
 
     def mask(self, tokens: int) -> Tensor:
-        """Who may attend to whom, bool (B, S + tokens, S + tokens).
+        """Self-attention mask (B, S + tokens, S + tokens) bool: row attends to column.
 
-        Everything attends to the originals and to itself: no anchor is seen by another slot, nor is a global token.
+        Every slot attends to the originals and to itself; no other slot attends to an anchor or a global token.
         """
         seen = functional.pad(self.original, (0, tokens))
         itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
@@ -64,9 +64,9 @@ class Views(NamedTuple):
 
 
 def training_uniforms(batch: Batch, seed: int) -> Tensor:
-    """Random numbers (B, S, 9) for the slots of a step's images: a share of those of the global batch.
+    """Random numbers (B, S, 9) for the slots of a step's images, drawn for the global batch.
 
-    S is twice the largest number of nuclei in the global batch, so that all images are filled with anchors.
+    S is twice the largest number of nuclei in the global batch; all slots of an image are filled with anchors.
     """
     slots = 2 * max(1, int(batch.counts_global.max(initial=0)))
     random = random_stream(seed, batch.step, NOISE)
@@ -75,7 +75,7 @@ def training_uniforms(batch: Batch, seed: int) -> Tensor:
 
 
 def validation_uniforms(patches: Sequence[int], targets: Targets, seed: int) -> Tensor:
-    """Random numbers (B, S, 9) that depend on the seed and the patch alone, for one anchor of each nucleus."""
+    """Random numbers (B, S, 9) for one anchor per nucleus; they depend only on the seed and the patch."""
     slots = targets.labels.shape[1]
     uniforms = np.zeros((len(patches), 2 * slots, box_ops.NOISE_DRAWS), dtype=np.float32)
     for row, (patch, count) in enumerate(zip(patches, targets.counts.tolist(), strict=True)):
@@ -85,7 +85,7 @@ def validation_uniforms(patches: Sequence[int], targets: Targets, seed: int) -> 
 
 
 def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once: bool) -> Views:
-    """Lay out the views of B images in the S slots that `uniforms` has numbers for.
+    """Lay out the views of B images in S slots.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once
     noise
         Range of the noise; every anchor gets it.
     once
-        One anchor for each nucleus, and padding; else the nuclei take turns until all slots are filled.
+        True: one anchor per nucleus, then padding. False: anchors of all nuclei in turn until all slots are filled.
     """
     device, slots = targets.boxes.device, uniforms.shape[1]
     counts = targets.counts.to(device, non_blocking=True)
@@ -114,13 +114,13 @@ def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once
 
 
 def project_views(model: CellDETR, features: Features, views: Views) -> Tensor:
-    """Projected embeddings (B, S, P) of the views; self-attention among them knows no locations."""
+    """Projected embeddings (B, S, P) of the views, without positions in self-attention."""
     mask = views.mask(model.representation.global_tokens)
     return model.project(model.represent(features, views.boxes, views.valid, mask=mask, positions=False))
 
 
 def similarities(projected: Tensor, views: Views) -> Tensor:
-    """Cosine similarity (B, S, R) of every slot to the R slots of originals of its image; -2 where none is."""
+    """Cosine similarity (B, S, R) of every slot to the R slots of originals of its image; -2 at other slots."""
     unit = functional.normalize(projected.float(), dim=-1)
     largest = projected.shape[1] // 2
     return (unit @ unit[:, :largest].mT).masked_fill(~views.original[:, None, :largest], -2.0)
@@ -157,12 +157,12 @@ def contrastive_loss(projected: Tensor, views: Views, temperature: float, negati
 
 
 def found_own(similarity: Tensor, views: Views) -> Tensor:
-    """Whether the most similar original of an anchor is its own (B, S); False at other slots and single nuclei."""
+    """Return (B, S) bool: anchors whose most similar original is their own; False at single nuclei."""
     return (similarity.argmax(dim=-1) == views.nucleus) & views.compared
 
 
 def similarity_sums(similarity: Tensor, views: Views) -> Tensor:
-    """Sum over the compared anchors the similarity to the own original, and the mean one to the others: (2,)."""
+    """Sum over the compared anchors the similarity to their original, and the mean one to the others: (2,)."""
     own = similarity.gather(-1, views.nucleus[..., None]).squeeze(-1)
     real = views.original[:, None, : similarity.shape[-1]]
     others = (similarity.masked_fill(~real, 0).sum(dim=-1) - own) / (views.counts[:, None] - 1).clamp(min=1)
@@ -170,9 +170,9 @@ def similarity_sums(similarity: Tensor, views: Views) -> Tensor:
 
 
 def spread(count: float, total: Tensor, squares: Tensor) -> float:
-    """How far unit vectors are spread: the standard deviation of a coordinate, relative to that of random directions.
+    """Spread of unit vectors: mean standard deviation of a coordinate, relative to that of random directions.
 
-    1 for vectors in all directions alike, 0 where all are the same: a collapsed representation.
+    1 for vectors in uniformly random directions, 0 if all are the same (a collapsed representation).
 
     Parameters
     ----------

@@ -1,14 +1,14 @@
-"""Patches for training and validation: which ones make a batch, and their nuclei as padded tensors.
+"""Patches of a run: which of them make a batch, and their nuclei as padded tensors.
 
-The order of an epoch depends on the seed and the epoch alone, and a batch on its step alone, so that a run can go on
-at any step and on any number of processes. Every epoch has ceil(N / batch size) full batches: the last one is filled
-up with the first patches of the epoch's order.
+The order of an epoch depends on the seed and the epoch only, and a batch on its step only, so that a run can continue
+at any step and with any number of processes. Every epoch has ceil(N / batch size) full batches: the last one is filled
+with the first patches of the epoch's order.
 """
 
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +16,18 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from celldetr.config.experiment import TrainingSettings
 from celldetr.model.boxes import NOISE_DRAWS, xyxy_to_cxcywh
-from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.errors import ConfigError, InputError, ProcessFailed
 from celldetr.store import PatchStore
 
 ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
-"""Purposes of random numbers: each has its own stream for a seed and a step."""
+"""Uses of random numbers; each has its own stream for a seed and a step."""
 
 SLOTS = 16
-"""Nuclei of a batch are padded to a multiple of this: what is compiled for a size serves many batches."""
+"""Nuclei of a batch are padded to a multiple of this, so that code compiled for a size serves many batches."""
 
 UNLABELLED = -1
 """Label of a nucleus without a label, and of padding."""
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def random_stream(seed: int, step: int, purpose: int) -> np.random.Generator:
-    """Random numbers that depend on the seed, the step (or epoch, or patch) and the purpose alone."""
+    """Random numbers that depend only on the seed, the step (or epoch, or patch) and the purpose."""
     return np.random.default_rng([seed, step, purpose])
 
 
@@ -67,7 +68,7 @@ class Targets:
 
 
 class Batch:
-    """One process' share of a batch.
+    """One process' images of a batch.
 
     Attributes
     ----------
@@ -76,9 +77,9 @@ class Batch:
     targets
         Their nuclei.
     patches
-        Index of each image in the data (B,).
+        Index of each image in its `PatchData` (B,).
     step
-        Step of the run, or -1 in validation.
+        Step of the run; -1 in validation.
     rows
         Which images of the global batch these are.
     counts_global
@@ -104,12 +105,12 @@ class Batch:
 
     @property
     def training(self) -> bool:
-        """Whether this is a batch of a step, else of validation."""
+        """True in a training step, False in validation."""
         return self.step >= 0
 
     @property
     def boxes_before(self) -> int:
-        """Nuclei in the images of the global batch before these."""
+        """Nuclei in the images of the global batch that come before these."""
         return int(self.counts_global[: self.rows.start].sum())
 
     @property
@@ -129,9 +130,9 @@ class Batch:
 
 
 def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
-    """Random numbers (B, R, 9) for `celldetr.model.boxes.noise`, the same for a nucleus on any number of devices.
+    """Random numbers (B, R, 9) for `celldetr.model.boxes.noise`, the same for a nucleus with any number of processes.
 
-    They are 1 at padding, which no share of the boxes reaches.
+    They are 1 at padding, which therefore never gets noise.
     """
     drawn = random_stream(seed, batch.step, NOISE).random((batch.boxes_global, NOISE_DRAWS), dtype=np.float32)
     mine = drawn[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
@@ -142,7 +143,7 @@ def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
 
 
 class PatchData:
-    """The patches of one part of a split, from all stores.
+    """Patches of one part of a split, from all stores.
 
     Parameters
     ----------
@@ -153,14 +154,14 @@ class PatchData:
     part
         ``train`` or ``val``.
     cache
-        ``gpu`` and ``ram`` read all images once, ``none`` reads them batch by batch.
+        ``gpu`` and ``ram`` read all images at once, ``none`` reads them batch by batch.
     device
-        Where images are kept with ``gpu``; when they would fill more than half of its free memory they stay in RAM.
+        Where images are kept with ``gpu``; they stay in RAM if they would fill more than half of its free memory.
 
     Raises
     ------
     InputError
-        The split names a store or a patch that there is none of, or patches have different sizes.
+        The split names a store or patch that does not exist, or stores have different patch sizes.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ class PatchData:
         return images
 
     def targets(self, patches: NDArray[np.int64]) -> Targets:
-        """Nuclei of patches (B,); at least one slot each, so that no tensor is empty, and few different sizes."""
+        """Nuclei of patches (B,), padded to at least one slot, so that no tensor is empty."""
         counts = self.ptr[patches + 1] - self.ptr[patches]
         slots = SLOTS * max(1, math.ceil(counts.max(initial=0) / SLOTS))
         boxes = np.tile(np.array([0, 0, self.patch_size, self.patch_size], np.float32), (len(patches), slots, 1))
@@ -244,11 +245,11 @@ class PatchData:
         )
 
     def name(self, patch: int) -> str:
-        """Store and index of a patch, for messages."""
+        """Store and index of a patch, for errors."""
         return f"{self.names[self.store_of[patch]]}:{self.patch_of[patch]}"
 
     def fingerprint(self) -> str:
-        """Hash of which patches these are and of their nuclei."""
+        """Hash of the selection of patches and of their nuclei."""
         digest = hashlib.sha256("\n".join(self.names).encode())
         for values in (self.store_of, self.patch_of, self.ptr, self.boxes, self.labels):
             digest.update(np.ascontiguousarray(values).tobytes())
@@ -256,7 +257,7 @@ class PatchData:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batches of a run by their step, as seen by one process.
+    """Batches of a run by step, as one process gets them.
 
     Parameters
     ----------
@@ -267,12 +268,12 @@ class TrainingBatches(Dataset[Batch]):
     seed
         Seed of the order.
     rank, world
-        This process and the number of processes.
+        Rank of this process, and number of processes.
 
     Raises
     ------
     ConfigError
-        The batch cannot be shared equally.
+        The processes cannot share a batch equally.
     InputError
         There are no patches.
     """
@@ -291,7 +292,7 @@ class TrainingBatches(Dataset[Batch]):
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """Patches of an epoch in their order, filled up to full batches."""
+        """Order of the patches in an epoch, filled up to full batches."""
         if self._order is None or self._order[0] != epoch:
             order = random_stream(self.seed, epoch, ORDER).permutation(len(self.data))
             self._order = epoch, np.resize(order, self.steps_per_epoch * self.batch_size)
@@ -313,7 +314,7 @@ class TrainingBatches(Dataset[Batch]):
 
 
 class ValidationBatches(Dataset[Batch]):
-    """All patches in order, in batches; of several processes each takes every world-th patch."""
+    """All patches in order, in batches; each of several processes takes every world-th patch."""
 
     def __init__(self, data: PatchData, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.data = data
@@ -331,6 +332,26 @@ class ValidationBatches(Dataset[Batch]):
             patches,
             step=-1,
             rows=slice(0, len(patches)),
-            # not the memory of a tensor, which is moved when a loader process sends it
+            # no view of a tensor: a loader process moves the memory of tensors when it sends them
             counts_global=self.data.ptr[patches + 1] - self.data.ptr[patches],
         )
+
+
+def load_batches(
+    batches: TrainingBatches | ValidationBatches, order: range, settings: TrainingSettings
+) -> Iterator[Batch]:
+    """Yield batches in the given order; with ``cache: none`` loader processes read them ahead."""
+    if settings.cache != "none" or not settings.workers:
+        yield from (batches[index] for index in order)
+        return
+    try:
+        yield from DataLoader(
+            batches, batch_size=None, sampler=order, num_workers=settings.workers, collate_fn=lambda batch: batch
+        )
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ProcessFailed(
+            f"a process that loads patches was killed ({str(error).splitlines()[0]}), most likely out of memory; give "
+            "the rule more mem_mb (--set-resources) or set fewer training.workers, then start again to continue"
+        ) from error

@@ -9,7 +9,7 @@ a run that continues from its state ends with the same weights, on a CPU to the 
 import logging
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,25 @@ import pandas as pd
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from celldetr.config.experiment import Experiment, TrainingSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import allow_tf32, resolve_precision
-from celldetr.model.sampling import choose_sampler
 from celldetr.model.weights import load_exactly, read_checkpoint, save_model
-from celldetr.runtime.errors import ConfigError, InputError, Interrupted, ProcessFailed
+from celldetr.runtime.errors import Interrupted
 from celldetr.runtime.files import naming
 from celldetr.runtime.provenance import write_provenance
 from celldetr.store import PatchStore, open_store
-from celldetr.training.data import DROPOUT, Batch, PatchData, TrainingBatches, ValidationBatches, random_stream
-from celldetr.training.initial import build_model
+from celldetr.training.data import (
+    DROPOUT,
+    Batch,
+    PatchData,
+    TrainingBatches,
+    ValidationBatches,
+    load_batches,
+    random_stream,
+)
+from celldetr.training.initial import build_model, check
 from celldetr.training.processes import Group, StopSignals, launch
 from celldetr.training.run_log import RunLog, write_log
 from celldetr.training.run_state import identity_of, load_optimizer, read_state, run_lock, write_state
@@ -179,7 +185,7 @@ class Training:
                 self.stage.train()
                 epoch = self.step // self.batches.steps_per_epoch
                 rest_of_epoch = range(self.step, (epoch + 1) * self.batches.steps_per_epoch)
-                for batch in load(self.batches, rest_of_epoch, self.settings):
+                for batch in load_batches(self.batches, rest_of_epoch, self.settings):
                     if number := self.group.largest(stop.received):
                         self.save_state()
                         raise Interrupted(
@@ -219,7 +225,7 @@ class Training:
         self.model.eval()
         stage.start_validation()
         with torch.no_grad(), self.autocast:
-            for batch in load(batches, range(len(batches)), self.settings):
+            for batch in load_batches(batches, range(len(batches)), self.settings):
                 stage.validate(batch.to(self.device))
         return stage.validation_summary()
 
@@ -276,24 +282,6 @@ class Training:
         log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])
 
 
-def load(batches: TrainingBatches | ValidationBatches, order: range, settings: TrainingSettings) -> Iterator[Batch]:
-    """Yield batches in the given order; with ``cache: none`` loader processes read them ahead."""
-    if settings.cache != "none" or not settings.workers:
-        yield from (batches[index] for index in order)
-        return
-    try:
-        yield from DataLoader(
-            batches, batch_size=None, sampler=order, num_workers=settings.workers, collate_fn=lambda batch: batch
-        )
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise ProcessFailed(
-            f"a process that loads patches was killed ({str(error).splitlines()[0]}), most likely out of memory; give "
-            "the rule more mem_mb (--set-resources) or set fewer training.workers, then start again to continue"
-        ) from error
-
-
 def make_optimizer(model: CellDETR, settings: TrainingSettings) -> Optimizer:
     """AdamW over the parameters that train; the backbone has its own learning rate."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -322,25 +310,3 @@ def learning_rate_factor(step: int, total: int, settings: TrainingSettings) -> f
     if step < warmup:
         return settings.warmup_from + (1 - settings.warmup_from) * step / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-def check(experiment: Experiment, stores: Sequence[PatchStore], split: pd.DataFrame, accelerator: str) -> None:
-    """Refuse what cannot be trained, before anything is written; see `train`."""
-    settings, classes = experiment.training, experiment.model.classes
-    for store in stores:
-        if experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
-            raise InputError(
-                f"{store.path}: got classes {list(store.classes)}, expected those of experiment {experiment.name}, in "
-                f"their order: {list(classes)}"
-            )
-    if accelerator == "cuda" and torch.cuda.device_count() < settings.gpus:
-        raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
-    if accelerator == "cpu" and settings.gpus > 1:
-        log.warning("training.gpus: %d, but there is no GPU: as many processes share the CPU", settings.gpus)
-    choose_sampler(accelerator, kernel=experiment.model.kernel, compiled=settings.compile)
-    for part, needed in (("train", True), ("val", settings.select == "best_val")):
-        if needed and not (split["part"] == part).any():
-            raise InputError(
-                f"split: got no patches of part {part!r}; add some"
-                + (", or set training.select: last" if part == "val" else "")
-            )

@@ -18,14 +18,14 @@ from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
 
 
 def focal(logits: Tensor, positive: Tensor) -> Tensor:
-    """Sigmoid focal loss of each logit (...), without reduction.
+    """Sigmoid focal loss of each logit, (...), without reduction.
 
     Parameters
     ----------
     logits
         Logits (...).
     positive
-        1 where the answer is yes, else 0 (...).
+        Targets (...): 1 or 0.
     """
     logits = logits.float()
     probability = logits.sigmoid()
@@ -47,8 +47,8 @@ def detection_losses(
     Parameters
     ----------
     logits
-        (L, B, Q, C); C = 1 is the nucleus logit, else one logit per class. A query that is matched to a nucleus
-        without a label is left out of the focal loss when there are classes.
+        (L, B, Q, C); C = 1 is the nucleus logit, else one logit per class. With classes, a query that is matched to an
+        unlabelled nucleus is left out of the focal loss.
     boxes
         (L, B, Q, 4), cxcywh in [0, 1].
     targets, matches
@@ -88,10 +88,9 @@ def detection_losses(
 
 
 def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tuple[float, ...]:
-    """Weights (K,) of the classes in the class loss: inverse frequency to a power; their mean over the nuclei is 1.
+    """Weights (K,) of the classes in the class loss: inverse frequency to a power, with mean 1 over the nuclei.
 
-    Beyond the paper: weights by frequency of the class-balanced loss (Cui et al., CVPR 2019), here by its power, of
-    which the square root is common (Mahajan et al., ECCV 2018).
+    Not in the paper: class-balanced loss (Cui et al., CVPR 2019); a common exponent is 0.5 (Mahajan et al., ECCV 2018).
 
     Parameters
     ----------
@@ -100,7 +99,7 @@ def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tu
     classes
         Number of classes K.
     exponent
-        0 weighs all alike, 1 gives each class the same sum.
+        0: all nuclei weigh the same; 1: all classes have the same sum.
     """
     counts = np.bincount(labels[labels >= 0], minlength=classes)
     if not exponent or not counts.sum():
@@ -122,7 +121,7 @@ def class_loss(logits: Tensor, labels: Tensor, n_boxes: float, weights: Tensor |
     n_boxes
         Divisor.
     weights
-        Weight of a nucleus by its class (K,); none: 1.
+        Weight of each class (K,); None: 1.
     """
     known = labels >= 0
     positive = functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()

@@ -2,8 +2,8 @@
 
 The cost of a query for a nucleus is a weighted sum of the focal classification cost, the L1 distance of the
 normalised boxes and the negated generalised IoU. Costs are computed for an image's own nuclei only, for all images and
-layers at once, in float32, and cross to the CPU in one transfer: the only thing that a training step waits for. The
-device goes on with what does not need the matches, and the assignments share CPU threads.
+layers at once, in float32, and cross to the CPU in one transfer, the only one that a training step waits for. Meanwhile
+the device computes what needs no matches; the assignments run in CPU threads.
 """
 
 import functools
@@ -35,7 +35,7 @@ class Matches(NamedTuple):
     box: Tensor
 
     def last(self, pairs: int) -> "Matches":
-        """Pairs of the last layer: the last ones."""
+        """Return the last pairs: those of the last layer."""
         return Matches(*(column[len(column) - pairs :] for column in self))
 
 
@@ -49,14 +49,14 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSet
     boxes
         Predicted boxes (L, B, Q, 4), cxcywh in [0, 1].
     targets
-        Nuclei of the B images, padded to R slots. With C > 1 a nucleus without a label costs its cheapest class.
+        Nuclei of the B images, padded to R slots. With C > 1 an unlabelled nucleus costs its cheapest class.
     settings
         Weights of the three terms.
 
     Returns
     -------
     Tensor
-        Costs (L, B, R, Q) float32; slots of padding hold numbers without a meaning.
+        Costs (L, B, R, Q) float32; at padding they have no meaning.
     """
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         focal = _focal_cost(logits.float())
@@ -74,7 +74,7 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSet
 
 
 def _focal_cost(logits: Tensor) -> Tensor:
-    """Cost, in focal loss, of calling a query positive instead of negative."""
+    """Focal loss of a positive query minus that of a negative one."""
     probability = logits.sigmoid()
     positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -torch.nn.functional.logsigmoid(logits)
     negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -torch.nn.functional.logsigmoid(-logits)
@@ -102,8 +102,8 @@ def assign(cost: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.i
     Returns
     -------
     NDArray
-        Rows (4, n) of layer, image, query and nucleus. An image with more nuclei than queries leaves the most
-        expensive nuclei without a query.
+        Rows (4, n): layer, image, query, nucleus. If an image has more nuclei than queries, the most expensive nuclei
+        get no query.
     """
 
     def solve(at: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -124,7 +124,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 class Matching:
-    """Matches that are on their way: the costs are computed and cross to the CPU while the caller goes on.
+    """Matches in progress: costs are computed and cross to the CPU while the caller continues.
 
     Parameters
     ----------

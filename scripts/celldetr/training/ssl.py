@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 class SslStage(Stage):
     """Contrastive pretraining; see `celldetr.training.stage.Stage`.
 
-    In validation every nucleus has one anchor whose noise depends on the seed and the patch alone: epochs are compared
-    on the same anchors, and losses and retrieval do not depend on how patches share batches (the contrastive loss does
-    with ``negatives: batch``).
+    In validation every nucleus has one anchor whose noise depends only on the seed and the patch: all epochs see the
+    same anchors, and losses and retrieval do not depend on how patches are put into batches (except for the contrastive
+    loss with ``negatives: batch``).
     """
 
     validates_start = True
@@ -48,7 +48,7 @@ class SslStage(Stage):
         self._originals = 0
 
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Losses of detection, and the contrastive loss of the views of each nucleus."""
+        """Compute the detection losses, and the contrastive loss between the views of each nucleus."""
         views, settings = self.views(targets, batch), self.settings.contrastive
         features = self.model.encode(images)
         detections, matching = self.detect(features, targets)
@@ -63,11 +63,11 @@ class SslStage(Stage):
         return Outputs(losses, features, detections, projected)
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Weighted sum of the losses of detection and the contrastive one."""
+        """Weighted sum of the detection losses and the contrastive loss."""
         return super().total(losses) + self.settings.contrastive.weight * losses["contrastive"]
 
     def views(self, targets: Targets, batch: Batch) -> Views:
-        """Originals and anchors of a batch."""
+        """Originals and anchors of the nuclei of a batch."""
         seed = self.settings.seed
         if batch.training:
             uniforms = training_uniforms(batch, seed)
@@ -76,7 +76,7 @@ class SslStage(Stage):
         return make_views(targets, uniforms, self.settings.noise, once=not batch.training)
 
     def measure(self, batch: Batch, outputs: Outputs) -> None:
-        """Count the anchors that find their original, the spread of the originals, and the detections."""
+        """Count detections and anchors that find their original, and sum up the spread of the originals."""
         views, projected = self.views(batch.targets, batch), outputs.nuclei
         assert projected is not None
         with torch.autocast(projected.device.type, enabled=False):
@@ -95,9 +95,9 @@ class SslStage(Stage):
     def validation_summary(self) -> dict[str, Any]:
         """Losses (detection per nucleus, contrastive per image), retrieval, spread, and P, R, F of detection.
 
-        ``retrieval`` is the share of the anchors whose most similar original of the image is their own, and as
-        ``score`` it chooses the checkpoint; ``own`` and ``others`` are their mean similarities to their original and to
-        the others. All are none without images of two nuclei. ``spread``: see `celldetr.training.contrastive.spread`.
+        ``retrieval`` is the fraction of anchors whose most similar original in the image is their own; as ``score`` it
+        chooses the epoch. ``own`` and ``others`` are the mean similarities of anchors to their original and to the
+        others. All are None without an image of two nuclei. ``spread``: see `celldetr.training.contrastive.spread`.
         """
         sums = self.summed("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
         boxes, images = max(1.0, sums["boxes"]), max(1.0, sums["images"])
@@ -109,7 +109,7 @@ class SslStage(Stage):
         far = spread(originals, *moments) if originals > 1 else None
         if far is not None and far < COLLAPSED and self.group.rank == 0:
             log.warning(
-                "the embeddings have a spread of %.3f, below %g: they are nearly all the same. If it does not rise, "
+                "the embeddings have a spread of %.3f, below %g: they are nearly identical. If it does not rise, "
                 "lower training.lr, or raise training.contrastive.temperature or training.batch_size",
                 far,
                 COLLAPSED,

@@ -20,16 +20,17 @@ LOSSES = {
     "sequential": ("loss", "nucleus", "l1", "giou", "classes"),
     "parallel": ("loss", "nucleus", "l1", "giou", "classes"),
 }
-"""Losses that are logged in each mode: the weighted sum, and the last layer's parts without weights."""
+"""Losses that are logged in each mode: the weighted sum of all layers, and the last layer's parts without weights."""
 
 
 class SupervisedStage(Stage):
     """Training on nuclei with classes; see `celldetr.training.stage.Stage`."""
 
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Losses of detection, and of the class head on given boxes or on those of all queries.
+        """Compute the detection losses and the class loss.
 
-        In mode ``parallel`` the given boxes are those of `targets`, in training with noise.
+        The class head gets the embeddings of the matched queries' boxes (mode ``sequential``) or of the true boxes,
+        with noise in training (mode ``parallel``).
         """
         n_boxes = max(1.0, batch.boxes_global) if batch.training else 1.0  # in validation losses are summed
         features = self.model.encode(images)
@@ -53,12 +54,12 @@ class SupervisedStage(Stage):
         return Outputs(losses, features, detections, embeddings)
 
     def measure(self, batch: Batch, outputs: Outputs) -> None:
-        """Count the detections and their classes."""
+        """Count detections and their classes."""
         self.count(batch.targets, batch.targets.labels, *self._found(outputs))
 
     @functools.cached_property
     def _weights(self) -> tuple[float, ...]:
-        """Weights of the classes, by their frequency among the training nuclei."""
+        """Weights of the classes by their frequency among the training nuclei."""
         return class_weights(self.train_data.labels, len(self.classes), self.settings.losses.class_balance)
 
     def _noised(self, targets: Targets, batch: Batch) -> Tensor:
@@ -76,7 +77,7 @@ class SupervisedStage(Stage):
         )
 
     def _found(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, centre (px) and class of the detections: nucleus score >= threshold, class = the best."""
+        """Image, centre (px) and best class of the detections with a nucleus score >= threshold."""
         image, query, centres = self.kept(outputs.detections)
         logits, boxes = (values[-1] for values in outputs.detections)
         if self.mode == "baseline":
@@ -95,10 +96,9 @@ class SupervisedStage(Stage):
         return image, centres, self.model.classify(chosen).argmax(dim=-1)
 
     def validation_summary(self) -> dict[str, Any]:
-        """Losses per nucleus, and P, R, F of detection and F of the classes, over all validation patches.
+        """Losses per nucleus, P, R, F of detection, and F of the classes, over all validation patches.
 
-        ``score``, the mean of the detection's F and the mean F of the classes, chooses the checkpoint; it is none
-        without true nuclei.
+        ``score``, the mean of the detection F and the mean class F, chooses the epoch; it is None without true nuclei.
         """
         sums = self.summed(*LOSSES[self.mode], "boxes")
         boxes = max(1.0, sums.pop("boxes"))

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from types import TracebackType
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -33,5 +34,12 @@ def main(path: str) -> None:
         raise CellDETRError(message) from error
 
 
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an unexpected error; the launcher raises the others again."""
+    if not isinstance(error, CellDETRError):
+        sys.__excepthook__(kind, error, trace)
+
+
 if __name__ == "__main__":
+    sys.excepthook = _report
     main(sys.argv[1])

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,11 @@ def store(tmp_path_factory):
 def start(code):
     """Run Python in a process of its own until it says something."""
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=HELPERS
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=HELPERS,
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -77,9 +82,9 @@ def test_no_locks_are_no_reason_to_stop(tmp_path, other, monkeypatch, caplog):
         assert "no file locks here" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
-def test_the_processes_of_a_killed_job_end_too(store, tmp_path):
+@pytest.fixture
+def shared(store, tmp_path):
+    """Start a run that two processes share, in a job of its own; wait for its first state."""
     job = start(f"""
         import sys
         from pathlib import Path
@@ -91,19 +96,39 @@ def test_the_processes_of_a_killed_job_end_too(store, tmp_path):
         train(make_experiment(gpus=2, epochs=5000), [store], make_split(store, 8, 4),
               Path({str(tmp_path / "run")!r}), accelerator="cpu")
     """)
-    checkpoint, until = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 120
-    try:
-        while not checkpoint.exists() and job.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        processes = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        assert len(processes) == 2
-    finally:
-        job.send_signal(signal.SIGKILL)
-        job.wait()
+    state, until = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 120
+    while not state.exists() and job.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    yield job, state
+    job.kill()
+    job.wait()
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_of_a_run(shared):
+    job, state = shared
+    before = state.stat().st_mtime_ns
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert re.search(r"Interrupted: stopped by SIGUSR1[^\n]*\n$", errors), errors[-2000:]
+    assert errors.count("Traceback") <= 2, "only of the job itself: an error and its cause"
+    assert state.stat().st_mtime_ns > before
+    assert not (state.parents[1] / "model.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
+def test_the_processes_of_a_killed_job_end_too(shared):
+    job, state = shared
+    processes = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(processes) == 2
+    job.send_signal(signal.SIGKILL)
+    job.wait()
     until = time.monotonic() + 30
     while (left := [one for one in processes if Path(f"/proc/{one}").exists()]) and time.monotonic() < until:
         time.sleep(0.1)
     for process in left:
         os.kill(int(process), signal.SIGKILL)
     assert left == [], "they outlived their job"
-    assert read_checkpoint(checkpoint)["step"] > 0
+    assert read_checkpoint(state)["step"] > 0
