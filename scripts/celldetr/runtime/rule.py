@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import faulthandler
+import io
 import logging
 import os
 import sys
@@ -37,7 +38,7 @@ _MORE_GPU_MEMORY = (
 )
 
 
-class _Tee:
+class _Tee(io.TextIOBase):
     """A text stream that writes to the terminal and to the log; a log on a full disk does not stop the rule."""
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
@@ -50,12 +51,6 @@ class _Tee:
             self.log.write(text)
             self.log.flush()
         return len(text)
-
-    def flush(self) -> None:
-        self.terminal.flush()
-
-    def isatty(self) -> bool:
-        return False
 
     def fileno(self) -> int:
         return self.terminal.fileno()
