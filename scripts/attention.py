@@ -34,7 +34,7 @@ def main(snakemake):
         precision=params.precision,
         progress=True,
     )
-    nuclei = choose_nuclei(store, store.patch_size, params.nuclei, params.seed)
+    nuclei = choose_nuclei(store, params.nuclei, params.seed)
     drawn, share = measure_attention(patches, store, nuclei=nuclei, radius=params.radius)
     write_drawn(snakemake.output.points, drawn)
     origin = {

@@ -97,7 +97,7 @@ class DrawnNuclei:
         return len(self.patch)
 
 
-def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> NDArray[np.int64]:
+def choose_nuclei(store: PatchStore, count: int, seed: int) -> NDArray[np.int64]:
     """Choose nuclei to draw from the truth alone, so that every model shows the same ones.
 
     Classes take turns. Within a class, a random nucleus is taken of those well inside their patch and of usual size,
@@ -107,10 +107,8 @@ def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> 
     ----------
     store
         Patch store of the test fold.
-    patch_size
-        Side S of a patch, px.
     count
-        NucleusCentres to choose; fewer are returned if the store has fewer.
+        Nuclei to choose; fewer are returned if the store has fewer.
     seed
         Seed of the draw.
 
@@ -123,11 +121,11 @@ def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> 
     boxes, labels = np.asarray(store.boxes, dtype=np.float64), np.asarray(store.labels)
     patch = np.repeat(np.arange(store.n_patches), np.diff(store.box_ptr))
     waiting = {
-        label: _candidates(boxes, np.flatnonzero(labels == label), patch_size, rng)
+        label: _candidates(boxes, np.flatnonzero(labels == label), store.patch_size, rng)
         for label in np.unique(labels[labels >= 0]).tolist()
     }
     if not waiting:
-        waiting = {-1: _candidates(boxes, np.arange(len(boxes)), patch_size, rng)}
+        waiting = {-1: _candidates(boxes, np.arange(len(boxes)), store.patch_size, rng)}
     chosen: list[int] = []
     while len(chosen) < count and any(waiting.values()):
         for candidates in waiting.values():
@@ -143,15 +141,15 @@ def choose_nuclei(store: PatchStore, patch_size: int, count: int, seed: int) -> 
 def _candidates(
     boxes: NDArray[np.float64], nuclei: NDArray[np.int64], patch_size: int, rng: np.random.Generator
 ) -> list[int]:
-    """NucleusCentres of a class in random order, those well inside their patch and of usual size first."""
+    """Nuclei of a class in random order, those well inside their patch and of usual size first."""
     size = boxes[nuclei, 2:] - boxes[nuclei, :2]
     area = size.prod(axis=1)
     low, high = np.percentile(area, SIZES) if len(area) else (0.0, 0.0)
     edge = MARGIN * patch_size
     inside = (boxes[nuclei, :2] >= edge).all(axis=1) & (boxes[nuclei, 2:] <= patch_size - edge).all(axis=1)
-    hard = ~(inside & (area >= low) & (area <= high))
+    last = ~(inside & (area >= low) & (area <= high))
     order = rng.permutation(len(nuclei))
-    found: list[int] = nuclei[order[np.argsort(hard[order], kind="stable")]].tolist()
+    found: list[int] = nuclei[order[np.argsort(last[order], kind="stable")]].tolist()
     return found
 
 

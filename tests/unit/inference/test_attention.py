@@ -23,6 +23,7 @@ class Store:
     box_ptr: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
+    patch_size: int = SIZE
 
     @property
     def n_patches(self):
@@ -40,27 +41,27 @@ def make_store(n_patches=60):
 
 def test_nuclei_are_of_different_classes_and_patches_and_well_inside_and_follow_the_seed():
     store = make_store()
-    drawn = [choose_nuclei(store, SIZE, 4, seed) for seed in range(10)]
+    drawn = [choose_nuclei(store, 4, seed) for seed in range(10)]
     for chosen in drawn:
         assert store.labels[chosen].tolist() == [0, 1, 2, 4]
         assert len(set(np.searchsorted(store.box_ptr, chosen, side="right"))) == 4
         edge = attention.MARGIN * SIZE
         assert (store.boxes[chosen, :2] >= edge).all()
         assert (store.boxes[chosen, 2:] <= SIZE - edge).all()
-    assert np.array_equal(choose_nuclei(store, SIZE, 4, 1), drawn[1])
+    assert np.array_equal(choose_nuclei(store, 4, 1), drawn[1])
     assert len({tuple(chosen) for chosen in drawn}) > 5
-    twelve = choose_nuclei(store, SIZE, 12, 0)
+    twelve = choose_nuclei(store, 12, 0)
     assert len(set(twelve.tolist())) == 12
     assert np.bincount(store.labels[twelve]).tolist() == [3, 3, 3, 0, 3]
 
 
 def test_fewer_nuclei_than_asked_for_are_all_drawn():
     few = Store(np.array([0, 2, 2]), np.array([[0, 0, 1, 1], [60, 60, 64, 64]], np.float32), np.array([0, -1], np.int8))
-    assert choose_nuclei(few, SIZE, 4, 0).tolist() == [0]
+    assert choose_nuclei(few, 4, 0).tolist() == [0]
     unlabelled = replace(few, labels=np.array([-1, -1], np.int8))
-    assert choose_nuclei(unlabelled, SIZE, 4, 0).tolist() == [0, 1]
+    assert choose_nuclei(unlabelled, 4, 0).tolist() == [0, 1]
     none = Store(np.array([0, 0]), np.empty((0, 4), np.float32), np.empty(0, np.int8))
-    assert choose_nuclei(none, SIZE, 4, 0).tolist() == []
+    assert choose_nuclei(none, 4, 0).tolist() == []
 
 
 def test_share_is_the_weight_of_the_points_inside():
@@ -93,7 +94,7 @@ def planted(store, *, shift=0.0, spread=0.0):
 
 
 def measure(store, radius=12.0, **options):
-    chosen = choose_nuclei(store, store.patch_size, 3, 0)
+    chosen = choose_nuclei(store, 3, 0)
     return chosen, *measure_attention(planted(store, **options), store, nuclei=chosen, radius=radius)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,12 +55,22 @@ def test_pairs_are_all_single_comparisons():
     assert boxes.pairwise_giou(first, second[:0]).shape == (5, 0)
 
 
-def test_overlap_is_symmetric_and_bounded():
-    first, second = (boxes.cxcywh_to_xyxy(draw(500, seed)) for seed in (1, 2))
-    value = boxes.giou(first, second)
-    assert ((value >= -1) & (value <= 1)).all()
-    torch.testing.assert_close(value, boxes.giou(second, first))
-    torch.testing.assert_close(boxes.giou(first, first), torch.ones(500))
+CORNERS = st.lists(st.integers(0, 8), min_size=4, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(first=CORNERS, second=CORNERS)
+def test_overlap_is_that_of_counted_pixels(first, second):
+    drawn = [[min(x, z), min(y, t), max(x, z), max(y, t)] for x, y, z, t in (first, second)]
+    pixels = np.zeros((3, 8, 8), bool)
+    for grid, (x, y, z, t) in zip(pixels, drawn, strict=False):
+        grid[y:t, x:z] = True
+    low, high = np.minimum(*drawn)[:2], np.maximum(*drawn)[2:]
+    pixels[2, low[1] : high[1], low[0] : high[0]] = True
+    both, union, hull = (pixels[0] & pixels[1]).sum(), (pixels[0] | pixels[1]).sum(), pixels[2].sum()
+    expected = both / max(union, 1) - (hull - union) / max(hull, 1)
+    a, b = torch.tensor(drawn, dtype=torch.float32)
+    assert float(boxes.giou(a, b)) == float(boxes.giou(b, a)) == pytest.approx(expected, abs=1e-6)
 
 
 POINT, OTHER, LINE, SQUARE = [0.5] * 4, [0.7] * 4, [0.2, 0.5, 0.8, 0.5], [0.4, 0.4, 0.6, 0.6]
