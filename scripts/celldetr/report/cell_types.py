@@ -5,20 +5,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from celldetr.config.classes import ST_TYPES
-from celldetr.report.style import styled
-
-_BLUE, _ORANGE, _GREY = "#0072B2", "#E69F00", "#999999"
+from celldetr.report.style import MUTED_COLOUR, REFERENCE_COLOUR, SAMPLE_COLOUR, styled
 
 
 @styled
 def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
     """Draw the figures of `celldetr.xenium.celltypes.qc.quality`."""
     figure = Figure(figsize=(13, 12.5), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"{title}: {figures['labelled_share']:.1%} of {figures['cells']:,} cells labelled, "
         f"{figures['shared_genes']} genes shared with the reference",
@@ -38,7 +34,7 @@ def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
 
 
 def _labels(axes: Axes, numbers: Mapping[str, int]) -> None:
-    axes.bar(range(len(numbers)), list(numbers.values()), color=_BLUE)
+    axes.bar(range(len(numbers)), list(numbers.values()), color=SAMPLE_COLOUR)
     for place, number in enumerate(numbers.values()):
         axes.text(place, max(number, 0.8), f"{number:,}", ha="center", va="bottom", fontsize=7)
     axes.set_yscale("log")
@@ -52,7 +48,7 @@ def _reasons(axes: Axes, reasons: Mapping[str, int]) -> None:
     total = max(1, sum(reasons.values()))
     places = range(len(reasons))
     shares = [number / total for number in reasons.values()]
-    axes.barh(places, shares, color=[_BLUE, *[_GREY] * (len(reasons) - 1)])
+    axes.barh(places, shares, color=[SAMPLE_COLOUR, *[MUTED_COLOUR] * (len(reasons) - 1)])
     for place, share in zip(places, shares, strict=True):
         axes.text(share + 0.01, place, f"{share:.1%}", va="center")
     axes.set_yticks(places, list(reasons))
@@ -63,7 +59,9 @@ def _reasons(axes: Axes, reasons: Mapping[str, int]) -> None:
 
 
 def _composition(axes: Axes, composition: Mapping[str, Mapping[str, float]]) -> None:
-    for shift, (name, colour) in zip((-0.2, 0.2), (("sample", _BLUE), ("reference", _ORANGE)), strict=True):
+    for shift, (name, colour) in zip(
+        (-0.2, 0.2), (("sample", SAMPLE_COLOUR), ("reference", REFERENCE_COLOUR)), strict=True
+    ):
         shares = [composition[name][kind] for kind in ST_TYPES]
         axes.bar(np.arange(len(ST_TYPES)) + shift, shares, 0.4, color=colour, label=name)
     axes.set_ylabel("share of labelled cells")
@@ -81,7 +79,7 @@ def _markers(figure: Figure, axes: Axes, markers: Mapping[str, Any]) -> None:
         return
     row, column = np.indices(share.shape)
     points = axes.scatter(
-        column, row, s=130 * share, c=mean, cmap="Blues", vmin=0, vmax=1, edgecolors=_GREY, linewidths=0.4
+        column, row, s=130 * share, c=mean, cmap="Blues", vmin=0, vmax=1, edgecolors=MUTED_COLOUR, linewidths=0.4
     )
     axes.set_xticks(range(len(markers["genes"])), markers["genes"], rotation=90)
     axes.set_yticks(range(len(markers["types"])), markers["types"])
@@ -89,7 +87,7 @@ def _markers(figure: Figure, axes: Axes, markers: Mapping[str, Any]) -> None:
     axes.set_xlim(-0.7, len(markers["genes"]) - 0.3)
     for kind in dict.fromkeys(markers["of"]):
         places = [place for place, name in enumerate(markers["of"]) if name == kind]
-        axes.axvline(places[-1] + 0.5, color=_GREY, linewidth=0.5)
+        axes.axvline(places[-1] + 0.5, color=MUTED_COLOUR, linewidth=0.5)
         axes.text(float(np.mean(places)), 1.01, kind, ha="center", fontsize=8, transform=axes.get_xaxis_transform())
     figure.colorbar(points, ax=axes, label="mean, relative to the largest", fraction=0.02, pad=0.01)
 
@@ -113,10 +111,10 @@ def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
 
 def _agreement(axes: Axes, agreement: Mapping[str, Any]) -> None:
     shares = [agreement["by_type"][kind] or 0 for kind in ST_TYPES]
-    axes.bar(range(len(ST_TYPES)), shares, color=_BLUE)
+    axes.bar(range(len(ST_TYPES)), shares, color=SAMPLE_COLOUR)
     for place, kind in enumerate(ST_TYPES):
         if agreement["by_type"][kind] is None:
-            axes.text(place, 0.02, "no cells", rotation=90, ha="center", va="bottom", fontsize=7, color=_GREY)
+            axes.text(place, 0.02, "no cells", rotation=90, ha="center", va="bottom", fontsize=7, color=MUTED_COLOUR)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of cells")
     overall = "–" if agreement["overall"] is None else f"{agreement['overall']:.0%}"

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from celldetr.report.style import CASING
 from celldetr.runtime.files import atomic
 
 SIDE = 256
 """Side of a picture on the page, px; it is drawn at twice that size."""
-_CASING = "#1a1a1a"
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -60,7 +60,7 @@ def patch_picture(
     draw = ImageDraw.Draw(picture)
     for box, label in zip(boxes * scale, labels, strict=True):
         low, high = box[:2], np.maximum(box[2:] - 1, box[:2])
-        draw.rectangle([*(low - 1), *(high + 1)], outline=_CASING, width=4)  # so that pale colours stand out on tissue
+        draw.rectangle([*(low - 1), *(high + 1)], outline=CASING, width=4)  # so that pale colours stand out on tissue
         draw.rectangle([*low, *high], outline=colours[label], width=2)
     return embed(picture)
 

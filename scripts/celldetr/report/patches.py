@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from celldetr.report.pages import SIDE, embed, patch_picture, write_page
-from celldetr.report.style import class_colours
+from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR, class_colours
 from celldetr.runtime.files import atomic
 from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid
@@ -19,7 +19,6 @@ from celldetr.store import PatchStore
 
 _SHOWN = 12  # patches on the page
 _OVERVIEW = 1400  # px; longest side of the picture of the slide
-_TISSUE, _PATCH = (0, 158, 115), (0, 80, 200)
 
 _BODY = """
 <p>{{ patches }} patches of {{ size }} px at {{ mpp }} um per px, from {{ source }}.</p>
@@ -115,12 +114,12 @@ def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
         np.clip((np.arange(count) + 0.5) * scale / tissue.cell, 0, limit - 1).astype(int)
         for count, limit in zip(size[::-1], tissue.inside.shape, strict=True)
     )
-    pixels[_rim(tissue.inside[np.ix_(rows, columns)])] = _TISSUE
+    pixels[_rim(tissue.inside[np.ix_(rows, columns)])] = ImageColor.getrgb(TISSUE_COLOUR)
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     ratio = grid.mpp / grid.image_mpp / scale
     for x, y in grid.corners * ratio:
-        draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=_PATCH)
+        draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=PATCH_COLOUR)
     return picture
 
 

@@ -38,7 +38,9 @@ TRAIN_COLOUR, VAL_COLOUR = "#8A8A8A", "#0057C2"
 SIMILARITY_COLOURS = ("#1A1A1A", "#B2182B", "#2166AC", TRAIN_COLOUR)  # retrieval, own, others, spread: figure 4c
 SERIES_COLOURS = ("#0057C2", "#D55E00", "#009E73", "#CC79A7", "#999933")  # lines that are not classes, on white
 CASING = "#1A1A1A"  # of lines in class colours, which are too pale for tissue and for white paper
-LINE_COLOUR = "#444444"
+LINE_COLOUR, MUTED_COLOUR = "#444444", "#999999"
+SAMPLE_COLOUR, REFERENCE_COLOUR = "#0072B2", "#E69F00"  # cell types: a Xenium sample, and its reference
+TISSUE_COLOUR, PATCH_COLOUR = "#009E73", "#0050C8"  # on the overview of a slide
 ATTENTION_COLOURS = ("#1B2A6B", "#2A7FB8", "#7FD3C4", "#FFF59A")  # from low to high weight
 STYLE: Any = {  # rc parameters
     "font.family": "sans-serif",
