@@ -10,7 +10,7 @@ if CONFIG.example is not None:
         benchmark:
             "results/benchmarks/make_example.tsv"
         conda:
-            "../../envs/data.yaml"
+            "../../envs/spatial.yaml"
         threads: 2
         resources:
             mem_mb=2000,
