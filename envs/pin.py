@@ -20,8 +20,8 @@ ENVIRONMENTS = {
         [
             *SHARED,
             *("anndata", "dask", "fsspec", "geopandas", "h5py", "imagecodecs", "jinja2", "openslide-bin"),
-            *("openslide-python", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io", "tacco"),
-            *("tifffile", "tqdm"),
+            *("openslide-python", "pyogrio", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io"),
+            *("tacco", "tifffile", "tqdm"),
         ],
     ),
     "cells": (

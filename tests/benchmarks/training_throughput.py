@@ -23,14 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
-from celldetr.model.celldetr import CellDETR
+from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.training import stage as stages
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
 from celldetr.training.loop import STAGES, make_optimizer
 from celldetr.training.matching import Matches, Matching
-from celldetr.training.stage import Losses, Stage, pixels
+from celldetr.training.stage import Losses, Stage
 
 BATCHES = 8
 
@@ -72,7 +72,7 @@ class AugmentedImages(Dataset):
         patch = torch.tensor([index]).numpy()
         draws = draw(self.settings.augmentation, 0, index, 1)
         image, targets = augment(
-            pixels(self.data.read(patch)), self.data.targets(patch), draws, self.settings.augmentation
+            float_images(self.data.read(patch)), self.data.targets(patch), draws, self.settings.augmentation
         )
         return (image.permute(0, 2, 3, 1) * 255).round().byte(), targets
 

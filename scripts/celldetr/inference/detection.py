@@ -18,7 +18,7 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
-from celldetr.model.celldetr import CellDETR
+from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in
 from celldetr.runtime.errors import ConfigError
 from celldetr.runtime.files import atomic
@@ -238,7 +238,7 @@ def model_detector(model: CellDETR, nucleus_threshold: float, device: str, preci
     """Make a detector from a trained model on `device`; for precision see `celldetr.model.device.computing_in`."""
 
     def find(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+        pixels = float_images(torch.from_numpy(images).to(device))
         with computing_in(precision, device):
             found = model.predict(pixels, nucleus_threshold)
         return [(one.boxes.double().cpu().numpy(), one.nucleus_score.double().cpu().numpy()) for one in found]

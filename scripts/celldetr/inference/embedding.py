@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from celldetr.model.boxes import xyxy_to_cxcywh
-from celldetr.model.celldetr import CellDETR
+from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import evaluating
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
@@ -113,7 +113,7 @@ def embed_boxes(
     padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(of_image) for of_image in boxes], batch_first=True)
     given = (xyxy_to_cxcywh(padded) / images.shape[1]).to(device)
     valid = (torch.arange(given.shape[1]) < counts[:, None]).to(device)
-    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+    pixels = float_images(torch.from_numpy(images).to(device))
     contrastive = model.settings.projection > 0
     mask = _originals(valid, model.representation.global_tokens) if contrastive else None
     with evaluating(model):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from celldetr.evaluation.predictions import PredictionsWriter
 from celldetr.inference.attention import PatchAttention
-from celldetr.model.celldetr import CellDETR
+from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
@@ -179,7 +179,7 @@ def _batches(store: PatchStore, batch_size: int, device: str, progress: bool) ->
             assert ahead is not None
             pixels = torch.from_numpy(ahead.result())
             ahead = reader.submit(store.images, spans[number + 1]) if number + 1 < len(spans) else None
-            yield int(span[0]), pixels.to(device).permute(0, 3, 1, 2).float() / 255
+            yield int(span[0]), float_images(pixels.to(device))
             bar.update(len(span))
 
 

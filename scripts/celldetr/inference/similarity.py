@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from celldetr.config.experiment import NoiseSettings
 from celldetr.evaluation.similarity import DrawnSimilarities
-from celldetr.model.celldetr import CellDETR
+from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in, evaluating
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
@@ -105,7 +105,7 @@ def _similarity_of_patches(
         uniforms = validation_uniforms(batch.patches.tolist(), batch.targets, seed)
         views = make_views(batch.targets, uniforms, noise, once=True)
         with evaluating(model), computing_in("fp32", device):
-            features = model.encode(batch.images.permute(0, 3, 1, 2).float() / 255)
+            features = model.encode(float_images(batch.images))
             similarity = similarities(project_views(model, features, views), views)
         found = found_own(similarity, views).sum(dim=1).tolist()
         for row, (patch, n) in enumerate(zip(batch.patches.tolist(), batch.targets.counts.tolist(), strict=True)):

@@ -19,6 +19,11 @@ IMAGE_MEAN = (0.70478431, 0.57330757, 0.74134993)
 IMAGE_STD = (0.1786614, 0.22592805, 0.19027899)
 
 
+def float_images(images: Tensor) -> Tensor:
+    """Turn images (B, S, S, 3) uint8 into (B, 3, S, S) float32 in [0, 1], as the model takes them."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
 class Features(NamedTuple):
     """Encoded tokens of a batch of images.
 

@@ -14,7 +14,7 @@ from celldetr.config.experiment import Experiment
 from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, count_images, scores
 from celldetr.model.boxes import cxcywh_to_xyxy
-from celldetr.model.celldetr import CellDETR, Detections, Features
+from celldetr.model.celldetr import CellDETR, Detections, Features, float_images
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import Batch, PatchData, Targets
@@ -138,7 +138,7 @@ class Stage(ABC):
         settings = self.settings
         with torch.autocast(batch.images.device.type, enabled=False):
             draws = draw(settings.augmentation, settings.seed, batch.step, settings.batch_size).of(batch.rows)
-            images, targets = augment(pixels(batch.images), batch.targets, draws, settings.augmentation)
+            images, targets = augment(float_images(batch.images), batch.targets, draws, settings.augmentation)
         with self.naming(batch):
             losses = self.compute(images, targets, batch).losses
         return losses, self.total(losses)
@@ -157,7 +157,7 @@ class Stage(ABC):
             A loss or matching cost is NaN or infinite; names the patches.
         """
         with self.naming(batch):
-            outputs = self.compute(pixels(batch.images), batch.targets, batch)
+            outputs = self.compute(float_images(batch.images), batch.targets, batch)
             values = Losses(outputs.losses, self.total(outputs.losses)).values()
         for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -273,11 +273,6 @@ class Losses:
         if broken:
             raise NonFinite(f"losses {', '.join(broken)}")
         return found
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Turn images (B, S, S, 3) uint8 into (B, 3, S, S) float32 in [0, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 255
 
 
 def finite(value: float) -> float | None:
