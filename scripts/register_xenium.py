@@ -2,7 +2,7 @@
 
 Inputs: ``outs`` (output folder), ``he`` (image), ``alignment`` (file of 10x: H&E px -> Xenium px; optional).
 Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, figures of the gate), ``picture`` (PNG), ``provenance``.
-Params: settings, he_mpp (um per H&E px, or None: what the file says), sample (name), seed.
+Params: settings, he_mpp (um per H&E px, or None: as in the file), sample (name), seed.
 """
 
 from celldetr.config.xenium import RegistrationSettings

@@ -42,10 +42,10 @@ class _Scene:
 
 @styled
 def registration_figure(
-    registration: Registration, he: Pyramid, nuclei_um: object, settings: RegistrationSettings, *, name: str
+    registration: Registration, he: Pyramid, outlines: NDArray[np.object_], settings: RegistrationSettings, *, name: str
 ) -> Figure:
     """Draw the H&E in the Xenium frame with the nuclei of sample `name` (as given to `register`) over it."""
-    nuclei = DapiNuclei(nuclei_um)  # type: ignore[arg-type]
+    nuclei = DapiNuclei(outlines)
     scene = _Scene(registration, he, nuclei, nuclei.regions(settings), settings)
     figure = Figure(figsize=(15, 9.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -135,7 +135,7 @@ def _density(
 
 def _draw_detail(axes: Axes, scene: _Scene, region: Region, number: int) -> None:
     _show(axes, scene, window(region.centre, _DETAIL, 0.25))
-    rings = [np.asarray(part.exterior.coords)[:, :2] for part in shapely.get_parts(region.outlines)]
+    rings = [np.asarray(part.exterior.coords)[:, :2] for part in region.outlines]
     axes.add_collection(LineCollection(rings, colors=_OUTLINE, linewidths=1.0))
     axes.set_title(f"{number}: outlines of the DAPI nuclei on the H&E (um)", fontsize=9)
 

@@ -1,6 +1,5 @@
 """Registration: planted affines come back, wrong files are caught and named, nothing passes by chance."""
 
-import importlib.util
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+import register_xenium
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.report.registration import registration_figure
@@ -31,7 +31,7 @@ from celldetr.xenium.registration.affine import (
     rotation,
     scaling,
 )
-from celldetr.xenium.registration.alignment import check_plausible, read_alignment
+from celldetr.xenium.registration.alignment import Alignment, check_plausible, read_alignment
 from celldetr.xenium.registration.estimate import make_maps
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import Grid, colour, match_blocks, sample
@@ -121,8 +121,14 @@ def scene(tmp_path_factory):
 
 
 def run(scene, alignment, **settings):
-    chosen = RegistrationSettings(regions=3, window=120, **settings)
-    return register(scene.he, scene.dapi, scene.nuclei, PIXEL, alignment, chosen, name="lung")
+    chosen = RegistrationSettings(regions=3, window=120, angle_step=10, **settings)
+    return register_scene(scene, alignment, chosen)
+
+
+def register_scene(scene, matrix, settings, nuclei=None):
+    nuclei = scene.nuclei if nuclei is None else nuclei
+    alignment = None if matrix is None else Alignment(matrix, np.empty(0))
+    return register(scene.he, scene.dapi, nuclei, PIXEL, alignment, settings, name="lung", seed=0)
 
 
 def median_error(matrix, scene):
@@ -309,13 +315,9 @@ def test_a_gigapixel_image_is_never_held():
     plain = Formula((100_000, 100_000), (1,), 200)
     sample(plain, Grid(0, 0, 20.0, 30, 30), scaling(4), hematoxylin)
     assert plain.largest < 4000**2
-
-
-def test_outside_of_an_image_is_background():
-    he = Formula((100, 100), (1,), 10)
-    values = sample(he, Grid(-1000, -1000, 1.0, 4, 4), scaling(1), colour)
-    assert values.shape == (4, 4, 3)
-    assert (values == 255).all()
+    assert (
+        sample(plain, Grid(-1000, -1000, 1.0, 4, 4), scaling(1), colour) == np.full((4, 4, 3), 255)
+    ).all()  # outside
 
 
 def test_spots_are_found_where_they_are():
@@ -372,7 +374,7 @@ def test_a_shifted_matrix_fails(scene, shift):
 def test_crowded_nuclei_do_not_pass_by_chance(scene):
     """With nuclei so dense that any place is near one, a wrong matrix has a short distance and fails nevertheless."""
     rng = np.random.default_rng(0)
-    crowd = rng.random((14_000, 2)) * EXTENT
+    crowd = shapely.buffer(shapely.points(rng.random((14_000, 2)) * EXTENT), 3, quad_segs=4)
     quality = judge(scene, moved(scene, (30, 0), 0), nuclei=crowd)
     assert quality.distance < SETTINGS.max_distance
     assert not quality.passed
@@ -404,9 +406,9 @@ def test_regions_beside_the_image_do_not_count_as_wrong(scene):
 
 def test_a_section_without_nuclei_is_refused(scene):
     with pytest.raises(InputError, match="lung: got 3 nuclei"):
-        register(scene.he, scene.dapi, scene.nuclei[:3], PIXEL, None, SETTINGS, name="lung")
+        register_scene(scene, None, SETTINGS, scene.nuclei[:3])
     with pytest.raises(InputError, match="of the nuclei inside the DAPI image"):
-        register(scene.he, scene.dapi, shapely.transform(scene.nuclei, lambda p: p + 1000), PIXEL, None, SETTINGS)
+        register_scene(scene, None, SETTINGS, shapely.transform(scene.nuclei, lambda p: p + 1000))
 
 
 PLANTS = {
@@ -426,19 +428,19 @@ def test_a_planted_affine_is_found_without_a_file(tmp_path, name):
     assert found.he_mpp == pytest.approx(decompose(scene.matrix).scale * PIXEL, rel=2e-3)
 
 
-@pytest.mark.parametrize(("shift", "degrees"), [((25, -20), 1.0), ((-40, 30), -2.0), ((2, -2.5), 0.3)])
+@pytest.mark.parametrize(("shift", "degrees"), [((-40, 30), -2.0), ((2, -2.5), 0.3)])
 def test_a_slightly_wrong_file_is_refined(scene, shift, degrees):
     found = run(scene, moved(scene, shift, degrees))
+    assert np.array_equal(found.matrix, run(scene, moved(scene, shift, degrees)).matrix)  # same seed
     assert found.origin == "file, refined"
     assert not found.quality_before.passed
     assert found.quality.passed
     assert median_error(found.matrix, scene) < 0.5
 
 
-@pytest.mark.parametrize("shift", [(500, -300), (-90, 120)])
-def test_a_file_that_is_far_off_does_no_harm(scene, shift):
-    found = run(scene, moved(scene, shift, 3.0))
-    assert found.quality_before is None or not found.quality_before.passed
+def test_a_file_that_is_far_off_does_no_harm(scene):
+    found = run(scene, moved(scene, (-90, 120), 3.0))
+    assert not found.quality_before.passed
     assert median_error(found.matrix, scene) < 0.5
 
 
@@ -450,7 +452,6 @@ def test_a_right_file_is_kept_and_refining_is_a_setting(scene):
     assert refined.origin == "file, refined"
     assert median_error(refined.matrix, scene) < 0.3
     assert run(scene, off, min_gain=50).origin == "file"
-    assert run(scene, off, min_gain=50, refine="always").origin == "file, refined"
 
 
 @pytest.mark.parametrize(
@@ -482,7 +483,7 @@ def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
     stranger = ellipses(np.random.default_rng(99))
     settings = RegistrationSettings(regions=2, window=120, angle_step=15, scale_range=(1.25, 1.35))
     with pytest.raises(InputError) as error:
-        register(scene.he, scene.dapi, stranger, PIXEL, scene.matrix, settings, name="lung")
+        register_scene(scene, scene.matrix, settings, stranger)
     message = str(error.value)
     for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
         assert part in message
@@ -493,11 +494,6 @@ def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
     found = run(scene._replace(he=he), scene.matrix)
     assert found.origin == "file"
     assert any("got 0.5 um per px, but the matrix means 0.2737" in warning for warning in found.warnings)
-
-
-def test_the_same_seed_gives_the_same_matrix(scene):
-    off = moved(scene, (25, -20), 1.0)
-    assert np.array_equal(run(scene, off).matrix, run(scene, off).matrix)
 
 
 @pytest.fixture(scope="module")
@@ -548,16 +544,12 @@ def test_the_script_registers_a_xenium_folder(tmp_path):
         alignment="keypoints",
         file_error=error,
     )
-    path = Path(__file__).parents[3] / "scripts" / "register_xenium.py"
-    spec = importlib.util.spec_from_file_location("register_xenium", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment]}
     source = SimpleNamespace(**files, get=files.get)
     params = SimpleNamespace(settings={"regions": 3, "window": 120}, he_mpp=None, sample="lung", seed=1)
     names = {"json": "r.json", "picture": "r.png", "provenance": "p.json"}
     output = SimpleNamespace(**{key: tmp_path / name for key, name in names.items()})
-    script.main(SimpleNamespace(input=source, params=params, output=output))
+    register_xenium.main(SimpleNamespace(input=source, params=params, output=output))
     found = read_registration(output.json)
     points = np.concatenate(truth.nuclei_he)
     off = apply(found.he_to_um(), points) - apply(scaling(PIXEL) @ truth.matrix, points)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import shapely
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial import cKDTree
@@ -21,14 +21,12 @@ _SIGMAS = (2.3, 3.3)  # um; strongest response to discs of radius 3.3 and 4.7 um
 _RADIUS = 1.2  # sigmas around a blob without another one
 _APART = 2.5  # um between the centres of two blobs at least
 _MIN_NUCLEI = 8  # in a region
-_POINT_RADIUS = 3.0  # um, of nuclei given as points
 
 
 @dataclass(frozen=True)
 class Region:
-    """A window of the sample: index, centre (2,) um, and the outlines of its DAPI nuclei."""
+    """A window of the sample: centre (2,) um, and the outlines of its DAPI nuclei."""
 
-    index: int
     centre: NDArray[np.float64]
     outlines: NDArray[np.object_]
 
@@ -38,25 +36,19 @@ class DapiNuclei:
 
     Parameters
     ----------
-    geometry
-        Polygons (n,) of shapely or centroids (n, 2), um.
+    outlines
+        Polygons (n,) of shapely, um.
 
     Attributes
     ----------
-    outlines
-        Polygons (n,), um.
     centroids
         (n, 2) um.
     tree
         Search tree of the centroids.
     """
 
-    def __init__(self, geometry: ArrayLike) -> None:
-        values = np.asarray(geometry)
-        if values.ndim == 2 and values.shape[1] == 2 and values.dtype.kind in "fiu":
-            self.outlines = shapely.buffer(shapely.points(values.astype(np.float64)), _POINT_RADIUS, quad_segs=4)
-        else:
-            self.outlines = values.astype(object)
+    def __init__(self, outlines: NDArray[np.object_]) -> None:
+        self.outlines = outlines
         self.centroids = shapely.get_coordinates(shapely.centroid(self.outlines))
         if len(self.centroids) < _MIN_NUCLEI or not np.isfinite(self.centroids).all():
             raise InputError(
@@ -77,7 +69,7 @@ class DapiNuclei:
             centre = densest(self.centroids[key == index], settings.window)
             near = np.abs(self.centroids - centre).max(axis=1) < settings.window / 2
             if near.sum() >= _MIN_NUCLEI:
-                found.append(Region(int(index), centre, self.outlines[near]))
+                found.append(Region(centre, self.outlines[near]))
         if not found:
             raise InputError(
                 f"got no window of {settings.window:g} um with {_MIN_NUCLEI} nuclei; expected denser tissue: raise "
@@ -107,8 +99,7 @@ def draw_labels(outlines: NDArray[np.object_], grid: Grid) -> NDArray[np.int32]:
     picture = Image.new("I", (grid.width, grid.height))
     pen = ImageDraw.Draw(picture)
     for number, outline in enumerate(outlines, 1):
-        part = outline if outline.geom_type == "Polygon" else max(outline.geoms, key=lambda piece: piece.area)
-        corners = (np.asarray(part.exterior.coords)[:, :2] - (grid.x, grid.y)) / grid.spacing - 0.5
+        corners = (np.asarray(outline.exterior.coords)[:, :2] - (grid.x, grid.y)) / grid.spacing - 0.5
         pen.polygon([tuple(corner) for corner in corners], fill=number)
     return np.asarray(picture, dtype=np.int32)
 

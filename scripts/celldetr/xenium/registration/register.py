@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.affine import as_matrix, decompose, scaling
+from celldetr.xenium.registration.affine import decompose, scaling
 from celldetr.xenium.registration.alignment import Alignment, Plausibility, check_plausible
 from celldetr.xenium.registration.estimate import MapPair, estimate, estimate_nearby, make_maps, scale_steps
 from celldetr.xenium.registration.gate import check
@@ -30,13 +29,13 @@ _MIN_IN_DAPI = 0.9  # share of the nuclei inside their own image
 def register(
     he: Pyramid,
     dapi: Pyramid,
-    nuclei_um: Any,
+    outlines: NDArray[np.object_],
     pixel_size: float,
-    alignment: Alignment | NDArray[np.float64] | None,
-    settings: RegistrationSettings | None = None,
+    alignment: Alignment | None,
+    settings: RegistrationSettings,
     *,
-    name: str = "sample",
-    seed: int = 0,
+    name: str,
+    seed: int,
 ) -> Registration:
     """Find a matrix from the H&E to the Xenium image that passes the gate.
 
@@ -46,14 +45,14 @@ def register(
         H&E image; its `mpp` may be None.
     dapi
         DAPI image of the sample.
-    nuclei_um
-        Polygons (n,) of shapely or centroids (n, 2), um of the Xenium frame.
+    outlines
+        DAPI nuclei (n,), polygons of shapely, um of the Xenium frame.
     pixel_size
         um per Xenium px.
     alignment
-        Result of `read_alignment`, or a matrix (3, 3) H&E level-0 px -> Xenium px; None without a file.
+        Content of the alignment file; None without a file.
     settings
-        Limits of the gate and settings of the search; None for the defaults.
+        Limits of the gate and settings of the search.
     name
         Name of the sample, for messages.
     seed
@@ -65,7 +64,7 @@ def register(
         No matrix passes (the message holds the figures of every attempt), or the nuclei are not those of the image.
     """
     try:
-        nuclei = DapiNuclei(nuclei_um)
+        nuclei = DapiNuclei(outlines)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     share = inside(dapi, scaling(1 / pixel_size), nuclei.centroids).mean()
@@ -74,11 +73,8 @@ def register(
             f"{name}: got {share:.0%} of the nuclei inside the DAPI image {dapi.path}, expected {_MIN_IN_DAPI:.0%} or "
             "more; are image, nuclei and pixel size of the same run?"
         )
-    run = _Run(he, dapi, nuclei, pixel_size, settings or RegistrationSettings(), seed)
-    found = None
-    if alignment is not None:
-        file = alignment if isinstance(alignment, Alignment) else Alignment(np.asarray(alignment), np.empty(0))
-        found = run.from_file(as_matrix(file.matrix, f"{name}: alignment"), file.residuals)
+    run = _Run(he, dapi, nuclei, pixel_size, settings, seed)
+    found = run.from_file(alignment) if alignment else None
     found = found or run.from_images()
     if found is None:
         raise InputError(f"{name}: no registration passes. Tried:\n{run.report()}")
@@ -132,10 +128,10 @@ class _Run:
             to_um = refine_nuclei(to_um, self.he, self.nuclei, self.regions, self.settings)
         return to_um
 
-    def from_file(self, matrix: NDArray[np.float64], residuals: NDArray[np.float64]) -> Registration | None:
+    def from_file(self, alignment: Alignment) -> Registration | None:
         """Registration by the file's matrix or one near it; None if none passes."""
-        self._judge_keypoints(residuals)
-        to_um = self.to_um(matrix)
+        self._judge_keypoints(alignment.residuals)
+        matrix, to_um = alignment.matrix, self.to_um(alignment.matrix)
         plausible = check_plausible(matrix, self.he.mpp, self.pixel_size, self.settings, self.he.size, self.dapi.size)
         self.warnings += [f"alignment file: {text}" for text in (*plausible.notes, *plausible.problems)]
         low, high = _SANE_SCALES
