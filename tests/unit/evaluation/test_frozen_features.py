@@ -143,12 +143,12 @@ def test_the_draw_is_stratified_and_follows_the_seed():
     assert all(np.array_equal(everything[name], available[name]) for name in labels)
 
 
-@pytest.mark.parametrize("limit", [4, 5, 7, 50])
-def test_a_small_draw_has_every_class(limit):
+def test_a_small_draw_has_every_class():
     labels = {"a": np.repeat([0, 1, 2, 3], [200, 3, 1, 1]).astype(np.int8)}
-    drawn = draw_nuclei({"a": np.arange(205)}, labels, limit, seed=0)["a"]
-    assert len(drawn) == len(set(drawn.tolist())) == limit
-    assert set(labels["a"][drawn]) == {0, 1, 2, 3}
+    for limit in (4, 5, 50):
+        drawn = draw_nuclei({"a": np.arange(205)}, labels, limit, seed=0)["a"]
+        assert len(drawn) == len(set(drawn.tolist())) == limit
+        assert set(labels["a"][drawn]) == {0, 1, 2, 3}
     with pytest.raises(ConfigError, match="max_nuclei: got 3, expected at least 4"):
         draw_nuclei({"a": np.arange(205)}, labels, 3, seed=0)
 
