@@ -2,7 +2,8 @@
 
 Input: ``model`` (weights of the experiment), ``store`` (patch store of the test fold).
 Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label.
-Params: class_map (class of the model -> class of the store) for zero-shot transfer, else None.
+Params: nucleus_threshold, batch_size, precision, class_map (class of the model -> class of the store; for zero-shot
+transfer, else None).
 """
 
 import logging
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from celldetr.inference.predict import predict_fold
-from celldetr.model.device import best_device
+from celldetr.model.device import best_device, resolve_precision
 from celldetr.model.weights import load_model
 from celldetr.runtime.provenance import git_revision, sha256, versions
 from celldetr.runtime.rule import run_rule
@@ -32,7 +33,7 @@ def main(snakemake):
         "git_revision": git_revision(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "precision": snakemake.params.precision,
+        "precision": resolve_precision(snakemake.params.precision, device),
     }
     count = predict_fold(
         load_model(snakemake.input.model, device),

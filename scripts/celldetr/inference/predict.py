@@ -70,7 +70,7 @@ def predict_fold(
     Raises
     ------
     InputError
-        The model was trained for other classes than those of the store, and the map does not fit them.
+        The classes of the model are neither those of the store nor mapped to them by `class_map`.
     ConfigError
         Unknown precision.
     """
@@ -122,7 +122,7 @@ def attend_patches(
     Raises
     ------
     InputError
-        The model was trained for other classes than those of the store.
+        The classes of the model are not those of the store.
     """
     _check_classes(model, store)
     for _, images in _batches(store, batch_size, device, progress):
@@ -147,7 +147,7 @@ def _check_classes(model: CellDETR, store: PatchStore) -> None:
 
 
 def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, str] | None) -> list[list[int]]:
-    """For each class of the store, the classes of the model whose scores it gets."""
+    """List for each class of the store the model's classes that map to it."""
     names = tuple(model.settings.classes)
     if class_map is None or names == tuple(store.classes):
         _check_classes(model, store)

@@ -15,7 +15,7 @@ OffsetInit = Literal["authors", "spread"]
 
 
 class SamplingPoints(NamedTuple):
-    """Where each query looked and how much.
+    """Sampling points of each query and their attention weights.
 
     Attributes
     ----------

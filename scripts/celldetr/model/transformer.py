@@ -29,7 +29,7 @@ _FIRST_SIZE = -2.0
 def sine_code(shape: tuple[int, int], channels: int, offset: float, device: torch.device) -> Tensor:
     """Two-dimensional sine code (h * w, channels) float32 of the positions of a feature map, rows first.
 
-    Row i of n has the coordinate 2 pi (i + 1 - offset) / (n + 1e-6), columns alike. The first half of the channels
+    Row i of n has the coordinate 2 pi (i + 1 - offset) / (n + 1e-6), columns likewise. The first half of the channels
     codes the row, the second the column; sine and cosine alternate, with wavelengths from 2 pi to 10,000 * 2 pi.
     The code is shared: never change it in place.
 

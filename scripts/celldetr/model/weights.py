@@ -131,7 +131,7 @@ def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     try:
         return ModelSettings.from_dict(settings, "settings")
     except ConfigError as error:
-        raise InputError(f"{path}: its settings are not those of this version of celldetr; {error}") from error
+        raise InputError(f"{path}: its settings do not fit this version of celldetr; {error}") from error
 
 
 def _model_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -221,9 +221,9 @@ def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathL
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise InputError(
-            f"{path}: does not fit the model, {len(problems)} of its names differ:\n  "
+            f"{path}: does not fit the model, {len(problems)} tensors differ:\n  "
             + "\n  ".join(problems[:8])
-            + f"{more}\nUse the settings that the file was trained with, or name the parts that start afresh"
+            + f"{more}\nUse the settings of the training of this file, or name the parts that start from random values"
         )
     model.load_state_dict(dict(state), strict=True)
 
