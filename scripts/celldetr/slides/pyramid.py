@@ -7,6 +7,7 @@ Pixel (x, y) of a level covers [x, x + 1) x [y, y + 1) of that level; level coor
 coordinates. Only the tiles that a region touches are decoded. Threads may read from one image at the same time.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -178,19 +179,16 @@ class _Tiff(Pyramid):
 
     def __init__(self, path: Path, mpp: float | None, plane: int | None) -> None:
         self.path = path
-        try:
-            # ignore OME metadata: it may name other files (channels of a morphology image) that are not here
-            self._file = tifffile.TiffFile(path, is_ome=False)
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        try:
-            self._read_structure(mpp, plane)
-        except (InputError, MemoryError):
-            self._file.close()
-            raise
-        except Exception as error:
-            self._file.close()
-            raise _unreadable(path, error) from error
+        with contextlib.ExitStack() as opened:
+            try:
+                # ignore OME metadata: it may name other files (channels of a morphology image) that are not here
+                self._file = opened.enter_context(tifffile.TiffFile(path, is_ome=False))
+                self._read_structure(mpp, plane)
+            except (InputError, MemoryError):
+                raise
+            except Exception as error:  # tifffile raises many kinds for a damaged structure
+                raise InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?") from error
+            opened.pop_all()
 
     def _read_structure(self, mpp: float | None, plane: int | None) -> None:
         series = self._file.series[0]
@@ -233,11 +231,6 @@ class _Tiff(Pyramid):
         for reader in (reader for readers in self._planes for reader in readers):
             reader.tile.cache_clear()
         self._file.close()
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    """Error for a file with a damaged structure, for which tifffile raises many kinds of exceptions."""
-    return InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?")
 
 
 def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
