@@ -14,7 +14,7 @@ from celldetr.slides.boxes import SlideBoxes
 from celldetr.slides.cutting import cut_patches
 from celldetr.slides.damage import DamagedSlide, log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, patch_grid
-from celldetr.slides.outlines import read_nucleus_file
+from celldetr.slides.outlines import NucleusFile, read_nucleus_file
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tissue import Raster, tissue_mask
 from celldetr.store import PatchStore, StoreWriter
@@ -106,26 +106,9 @@ def extract_slide(
         with StoreWriter(out, patch_size=size, classes=(), mpp=mpp, attrs={"damage": damage}):
             return None
     with image:
-        image_mpp = float(image.mpp or 0)
-        if image_mpp > _COARSE * mpp:
-            log.warning(
-                "%s: pixels of %.3g um are too coarse: patches of %.3g um are blurred", slide.name, image_mpp, mpp
-            )
-        found = read_nucleus_file(slide.nuclei, image_mpp=image_mpp, mpp=mpp, unit=slide.unit)
-        tissue = tissue_mask(image, image_mpp)
-        nuclei = _on_slide(slide, found.nuclei, image, image_mpp / mpp)
-        grid = patch_grid(
-            image.size, image_mpp, nuclei, size=size, mpp=mpp, tissue=tissue, settings=settings.rules(), seed=seed
-        )
+        found, tissue, nuclei, grid = _lay_grid(slide, image, size, mpp, settings, seed)
         lost = image.damage()
-        where = {"file": slide.file.name, "size": list(image.size), "mpp": image_mpp}
-    grid = replace(grid, passed_over={name: count for name, count in grid.passed_over.items() if "label" not in name})
-    if not len(grid):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
-        raise InputError(
-            f"{slide.name}: got no patch; the grid has {reasons}; {len(nuclei)} nuclei lie on the slide: look at the "
-            "slide and its outlines, lower slides.patches.min_tissue or min_nuclei, or set column use to no"
-        )
+        where = {"file": slide.file.name, "size": list(image.size), "mpp": grid.image_mpp}
     dropped = {
         **found.dropped,
         "nuclei outside of the slide": len(found.nuclei) - len(nuclei),
@@ -153,6 +136,29 @@ def extract_slide(
         *(("not taken", f"patches {name}", count) for name, count in written.passed_over.items()),
     ]
     return SlideExtraction(written, tissue, nuclei, counts)
+
+
+def _lay_grid(
+    slide: Slide, image: Pyramid, size: int, mpp: float, settings: SlidePatchSettings, seed: int
+) -> tuple[NucleusFile, Raster, SlideBoxes, PatchGrid]:
+    """Read the outlines, find the tissue, and choose patches: the file's nuclei, tissue, nuclei on the slide, grid."""
+    image_mpp = float(image.mpp or 0)
+    if image_mpp > _COARSE * mpp:
+        log.warning("%s: pixels of %.3g um are too coarse: patches of %.3g um are blurred", slide.name, image_mpp, mpp)
+    found = read_nucleus_file(slide.nuclei, image_mpp=image_mpp, mpp=mpp, unit=slide.unit)
+    tissue = tissue_mask(image, image_mpp)
+    nuclei = _on_slide(slide, found.nuclei, image, image_mpp / mpp)
+    grid = patch_grid(
+        image.size, image_mpp, nuclei, size=size, mpp=mpp, tissue=tissue, settings=settings.rules(), seed=seed
+    )
+    grid = replace(grid, passed_over={name: count for name, count in grid.passed_over.items() if "label" not in name})
+    if not len(grid):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
+        raise InputError(
+            f"{slide.name}: got no patch; the grid has {reasons}; {len(nuclei)} nuclei lie on the slide: look at the "
+            "slide and its outlines, lower slides.patches.min_tissue or min_nuclei, or set column use to no"
+        )
+    return found, tissue, nuclei, grid
 
 
 def _on_slide(slide: Slide, nuclei: SlideBoxes, image: Pyramid, scale: float) -> SlideBoxes:
