@@ -14,7 +14,6 @@ from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.example.drawing import draw_he, draw_stain
 from celldetr.example.images import label_image
 from celldetr.example.pannuke import TISSUES, Defects, write_fold
-from celldetr.example.styles import STYLES
 from celldetr.example.tissue import grow_scene
 
 PANNUKE = {"neoplastic": 77403, "inflammatory": 32276, "connective": 50585, "necrotic": 2908, "epithelial": 26572}
@@ -190,10 +189,9 @@ def test_classes_are_as_frequent_as_in_pannuke():
     assert 19 < nuclei * 64**2 / 140**2 < 29  # 24 in a PanNuke image
 
 
-@pytest.mark.parametrize("mixture", ["balanced", "example"])
-def test_every_class_can_be_made_frequent(mixture):
-    assert min(composition(mixture, 30)[0].values()) > 0.08
-    assert set(STYLES) == set(PANNUKE_CLASSES)
+def test_every_class_can_be_made_frequent():
+    assert min(composition("balanced", 30)[0].values()) > 0.08
+    assert min(composition("example", 30)[0].values()) > 0.08
 
 
 def test_the_rule_makes_one_archive_per_fold(tmp_path):

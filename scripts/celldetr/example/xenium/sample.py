@@ -32,6 +32,7 @@ _FRAME = 20.0  # um of empty glass around the tissue in the Xenium images
 _CYTOPLASM = 4.0  # um by which cells are larger than their nuclei
 _WITHOUT_NUCLEUS, _TWO_NUCLEI = 0.02, 0.015  # shares of the cells, where a version can say so
 _PAIR = 12.0  # um; largest distance of the nuclei of one cell
+_TO_PX = np.diag([1 / PIXEL_SIZE, 1 / PIXEL_SIZE, 1.0])  # Xenium um -> Xenium px
 _KEYPOINTS, _KEYPOINT_NOISE = 12, 0.5  # points of an alignment table; their noise in um
 
 
@@ -163,10 +164,10 @@ def write_xenium(
     types, subtypes = draw_types(rng, classes)
     genes = draw_counts(rng, subtypes, centres)
     controls = sparse.csr_matrix(rng.poisson(0.01, (len(classes), len(CONTROLS))).astype(np.int32))
+    counts = sparse.csr_matrix(sparse.hstack([genes, controls]))
     prefixes, names = name_cells(rng, len(classes), layout)
     segmented = nucleus_cell >= 0
     nuclei_um = _apply(to_um, scene.nuclei.outlines[segmented])
-    counts = sparse.csr_matrix(sparse.hstack([genes, controls]))
     cells = XeniumCells(prefixes, names, centres, outlines, nuclei_um, nucleus_cell[segmented], counts)
 
     target, rim = Path(folder), int(np.ceil(rim_um / he_mpp))
@@ -180,8 +181,8 @@ def write_xenium(
     image, _ = draw_he(rng, scene, he_mpp, stain=draw_stain(rng), rim=rim)
     with atomic(he_image) as temporary:
         write_pyramid(temporary, image, mpp=he_mpp, step=2, tile=256, ome={"axes": "YXS"})
-    from_he = np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
-    written = _TO_PX @ file_error.matrix(_apply(to_um, scene.border).mean(axis=0)) @ to_um @ from_he
+    matrix, error = _he_to_xenium(to_um, he_mpp, rim), file_error.matrix(_apply(to_um, scene.border).mean(axis=0))
+    written = _TO_PX @ error @ np.linalg.inv(_TO_PX) @ matrix
     if alignment is not None:
         _write_alignment(rng, table, written, image.shape[1::-1], keypoints=alignment == "keypoints")
     if archive:
@@ -193,7 +194,7 @@ def write_xenium(
         he_image=he_image,
         alignment=table if alignment is not None else None,
         archive=packed if archive else None,
-        matrix=_TO_PX @ to_um @ from_he,
+        matrix=matrix,
         written_matrix=written,
         he_mpp=he_mpp,
         he_size=image.shape[1::-1],
@@ -210,13 +211,16 @@ def write_xenium(
     )
 
 
-_TO_PX = np.diag([1 / PIXEL_SIZE, 1 / PIXEL_SIZE, 1.0])  # Xenium um -> Xenium px
-
-
 def _apply(matrix: Array, points: Array) -> Array:
     """Move points (..., 2) by a (3, 3) matrix."""
     moved: Array = points @ matrix[:2, :2].T + matrix[:2, 2]
     return moved
+
+
+def _he_to_xenium(to_um: Array, he_mpp: float, rim: int) -> Array:
+    """(3, 3) matrix H&E px -> Xenium px of a matrix scene um -> Xenium um."""
+    matrix: Array = _TO_PX @ to_um @ np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
+    return matrix
 
 
 def _place_frame(border: Array, affine: AffinePlan) -> tuple[Array, tuple[int, int]]:
