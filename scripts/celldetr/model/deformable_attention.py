@@ -81,11 +81,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        shapes: Shapes,
+        self, query: Tensor, reference: Tensor, memory: Tensor, shapes: Shapes
     ) -> tuple[Tensor, SamplingPoints]:
         """Attend.
 
