@@ -174,7 +174,10 @@ def _error(rank: int, failure: ProcessFailure) -> CellDETRError:
 
 def join_group(device: str) -> Group:
     """Join the processes that `launch` started: on GPUs gradients travel by NCCL, everything else by gloo."""
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
     return Group(distributed.get_rank(), distributed.get_world_size())
 
