@@ -16,7 +16,7 @@ import pandas as pd
 from celldetr.evaluation.scoring import MISSING, VALUES
 from celldetr.runtime.errors import InputError
 
-PAPER, OTHER, MEASURED, OURS, FROZEN = "paper", "other", "measured", "ours", "readout"
+PAPER, OTHER, MEASURED, OURS, FROZEN = "paper", "other", "measured", "ours", "frozen_features"
 """Values of the column ``source``."""
 CLASSIFIER_TITLES = {"knn": "Nearest neighbours", "linear": "Logistic regression"}
 FROZEN_NOTE = "classes of true boxes from frozen embeddings: not to be compared with rows that detect"
@@ -56,9 +56,9 @@ class Table:
     name
         Name of the table, e.g. ``table1``.
     rows
-        Text of the table, a row per system: ``source`` (paper, other, measured, ours, readout), ``group``, ``system``,
-        ``experiment``, ``{Class}_{P,R,F}`` with NA for missing values, ``splits`` (number of averaged splits),
-        ``citation``, ``note``.
+        Text of the table, a row per system: ``source`` (paper, other, measured, ours, frozen_features), ``group``,
+        ``system``, ``experiment``, ``{Class}_{P,R,F}`` with NA for missing values, ``splits`` (number of averaged
+        splits), ``citation``, ``note``.
     splits
         All measured splits, metrics and classes with intervals and counts, a row each.
     classes

@@ -309,7 +309,7 @@ def test_frozen_features_are_rows_of_their_own_without_detection_and_never_the_b
         paths.append(tmp_path / f"frozen_{split}.tsv")
         write_tsv(paths[-1], pd.DataFrame(rows))
     table = make_table(make_scores(tmp_path), name="table2", frozen_features=read_frozen_features(paths))
-    rows = table.rows[table.rows["source"] == "readout"]
+    rows = table.rows[table.rows["source"] == "frozen_features"]
     assert rows["system"].tolist() == ["Nearest neighbours", "Logistic regression"]
     assert (rows["Connective_F"] == "0.8500").all()
     assert (rows["Detection_F"] == "NA").all()
