@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import shapely
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -48,7 +47,6 @@ def registration_figure(
     nuclei = DapiNuclei(outlines)
     scene = _Scene(registration, he, nuclei, nuclei.regions(settings), settings)
     figure = Figure(figsize=(15, 9.6), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, _DETAILS)
     details = _choose_details(scene)
     _draw_section(figure.add_subplot(grid[0, : _DETAILS - 1]), scene, details)

@@ -1,3 +1,5 @@
+"""Cell types: planted types come back from both annotators; labels, thresholds and figures of quality."""
+
 import json
 
 import anndata
@@ -190,7 +192,7 @@ def row(**fractions):
     return [fractions.get(name, 0.0) for name in ST_TYPES]
 
 
-def test_every_reason():
+def test_every_reason_for_no_label():
     rows = [
         row(T=0.7, NK=0.3),
         [np.nan] * 10,
@@ -254,7 +256,7 @@ def test_held_out_cells_annotate_nothing(sample, reference, annotation):
     pd.testing.assert_frame_equal(annotate(sample, poisoned, SETTINGS, seed=0).table, annotation.table)
 
 
-def test_table_survives_the_disk(annotation, tmp_path):
+def test_the_table_comes_back_from_its_file(annotation, tmp_path):
     write_cells(tmp_path / "cells.parquet", annotation.table, {"settings": SETTINGS.to_dict()})
     pd.testing.assert_frame_equal(read_cells(tmp_path / "cells.parquet"), annotation.table)
     kept = json.loads(pq.read_schema(tmp_path / "cells.parquet").metadata[b"celldetr"])
@@ -303,7 +305,7 @@ def test_agreement_counts_cells(annotation):
     assert changed["overall"] == 0
 
 
-def test_markers_are_a_type_s_own():
+def test_markers_are_specific_to_their_type():
     shares = {"T": [0.3, 0.1, 0.0, 0.6], "NK": [0.29, 0.0, 0.11, 0.6], "B": [0.0, 0.0, 0.0, 1.0]}
     counts = np.random.default_rng(0).poisson(np.repeat(list(shares.values()), 50, axis=0) * 200)
     cells = anndata.AnnData(

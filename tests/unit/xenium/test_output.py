@@ -48,7 +48,7 @@ def test_counts_and_nuclei_come_back(truth):
     assert (truth.counts != counts.X).nnz == 0
     assert counts.var["gene_ids"].str.startswith("ENSG").all()
     cells = truth.cell_ids[truth.nucleus_cell]
-    assert sorted(found_nuclei["cell_id"]) == sorted(cells)
+    assert sorted(found_nuclei["cell_id"]) == sorted(cells)  # a cell may have several nuclei or none
     areas = {name: [] for name in truth.cell_ids}
     for name, polygon in zip(cells, truth.nuclei_um, strict=True):
         areas[name].append(polygon.mean(axis=0))
@@ -57,13 +57,6 @@ def test_counts_and_nuclei_come_back(truth):
         planted = np.array(areas[name])
         assert len(found) == len(planted)
         assert np.hypot(*(np.sort(found, axis=0) - np.sort(planted, axis=0)).T).max() < 4
-
-
-def test_a_cell_may_have_several_nuclei_or_none(truth):
-    nuclei = read_nuclei(truth.outs)
-    per_cell = nuclei.groupby("cell_id").size().reindex(truth.cell_ids, fill_value=0)
-    planted = pd.Series(np.bincount(truth.nucleus_cell, minlength=len(truth.cell_ids)), truth.cell_ids)
-    assert per_cell.tolist() == planted.tolist()
 
 
 def test_the_dapi_image_is_found_in_every_layout(truth):

@@ -1,3 +1,5 @@
+"""References: drawn cells and genes are those of the file; values that are no raw counts are refused."""
+
 import json
 
 import anndata
@@ -113,7 +115,7 @@ def test_raw_counts_are_found_beside_normalised_values(tmp_path, place):
         (lambda counts: counts * 0, "all zero"),
     ],
 )
-def test_values_that_are_no_counts_are_refused(tmp_path, change, words):
+def test_values_that_are_not_raw_counts_are_refused(tmp_path, change, words):
     table = data()
     table.X = sparse.csr_matrix(change(table.X.toarray()).astype(np.float32))
     with pytest.raises(InputError, match=words):
@@ -148,7 +150,7 @@ def test_unmapped_labels_are_all_listed_with_cells(tmp_path):
         prepare(tmp_path / "a.h5ad", data(), mapping)
 
 
-def test_labels_that_the_file_lacks_are_a_warning(tmp_path, caplog):
+def test_labels_missing_in_the_file_are_a_warning(tmp_path, caplog):
     _, summary = prepare(tmp_path / "a.h5ad", data(), {**MAPPING, "Schwann": "-"})
     assert summary["unused_labels"] == ["Schwann"]
     assert "Schwann" in caplog.text
@@ -178,7 +180,7 @@ def test_more_labels_than_cells_to_draw(tmp_path):
         prepare(tmp_path / "a.h5ad", data(), cells=1)
 
 
-def test_no_h5ad(tmp_path):
+def test_a_file_that_is_no_h5ad_is_refused(tmp_path):
     (tmp_path / "a.h5ad").write_text("<html>")
     with pytest.raises(InputError, match="expected an .h5ad"):
         prepare_reference(tmp_path / "a.h5ad", MAPPING, label_column="kind", cells_per_type=9, seed=0)
@@ -246,7 +248,7 @@ def test_too_few_shared_genes_show_examples():
     assert "min_shared_genes" in str(error.value)
 
 
-def test_prepared_reference_survives_the_disk(tmp_path):
+def test_a_prepared_reference_comes_back_from_its_file(tmp_path):
     reference, _ = prepare(tmp_path / "a.h5ad", data())
     write_reference(tmp_path / "r.h5ad", reference)
     again = read_reference(tmp_path / "r.h5ad")

@@ -152,7 +152,7 @@ def write(path, text):
 
 @pytest.mark.parametrize("angle", [-179.0, -90.0, 0.0, 33.0, 180.0])
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_matrix_is_taken_apart(angle, flip):
+def test_a_matrix_is_decomposed(angle, flip):
     linear = rotation(angle) @ np.array([[1, 0.07], [0, 1]]) @ np.diag([1.2, 1.3]) @ np.diag([1, -1 if flip else 1])
     parts = decompose(affine(linear, (5, 6)))
     assert np.cos(np.radians(parts.rotation - angle)) == pytest.approx(1)
@@ -169,7 +169,7 @@ def test_a_matrix_file_is_read(tmp_path):
     assert len(found.residuals) == 0
 
 
-def test_keypoints_are_fitted_over_all_rows_and_residuals_are_told(tmp_path):
+def test_keypoints_are_fitted_over_all_rows_with_residuals(tmp_path):
     rng = np.random.default_rng(1)
     matrix = planted(-70, 1.3, shear=0.02)[0]
     he = rng.random((40, 2)) * 5000
@@ -201,7 +201,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_other_files_are_refused(tmp_path, name):
+def test_bad_alignment_files_are_refused(tmp_path, name):
     text, message = BAD_FILES[name]
     with pytest.raises(InputError, match=message):
         read_alignment(write(tmp_path / "a.csv", text))
@@ -240,7 +240,7 @@ def test_likely_mistakes_are_named_and_undone(name):
     assert np.allclose(match[0].corrected, matrix)
 
 
-def test_a_right_matrix_is_plausible_and_reflection_is_told():
+def test_a_right_matrix_is_plausible_and_reflection_is_noted():
     for flip in (False, True):
         matrix, size = planted(20, 1.3, flip=flip)
         judged = check_plausible(matrix, MPP, PIXEL, SETTINGS, size, (2160, 1780))
@@ -257,7 +257,7 @@ def test_a_right_matrix_is_plausible_and_reflection_is_told():
         (scaling(1.08), r"expected 1\.3 \(0\.2762 um per H&E px"),
     ],
 )
-def test_what_cannot_be_is_told(change, message):
+def test_implausible_matrices_are_explained(change, message):
     import re
 
     matrix, size = planted(0, 1.3)
@@ -283,7 +283,7 @@ class Formula(Pyramid):
         pass
 
 
-def test_hematoxylin_is_told_from_eosin_and_filling():
+def test_hematoxylin_excludes_eosin_and_scanner_fill():
     stains = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     amounts = np.array([(0.0, 0.5), (0.3, 0.0), (0.3, 0.5), (0.6, 0.2), (0, 0)])
@@ -292,7 +292,7 @@ def test_hematoxylin_is_told_from_eosin_and_filling():
     assert hematoxylin(np.zeros((1, 1, 3), np.uint8)).item() == 0
 
 
-def test_samples_are_averages_at_the_right_place(tmp_path):
+def test_samples_are_averages_at_the_right_position(tmp_path):
     y, x = np.mgrid[:512, :640]
     ramp = (20 * x + 7 * y).astype(np.uint16)
     image = open_pyramid(write_image(tmp_path / "r.tif", ramp, 0.5))
@@ -320,7 +320,7 @@ def test_a_gigapixel_image_is_never_held():
     ).all()  # outside
 
 
-def test_spots_are_found_where_they_are():
+def test_blobs_are_found_at_the_drawn_nuclei():
     rng = np.random.default_rng(0)
     truth = np.array([(30 + 40 * i + rng.random(), 30 + 40 * j + rng.random()) for i in range(6) for j in range(6)])
     y, x = np.mgrid[:260, :260] + 0.5
@@ -336,7 +336,7 @@ def test_spots_are_found_where_they_are():
 
 
 @pytest.mark.parametrize("shift", [(0.0, 0.0), (3.3, -5.6), (-7.0, 2.5)])
-def test_shifts_of_blocks(shift):
+def test_block_shifts_are_found_to_a_fraction_of_a_sample(shift):
     rng = np.random.default_rng(0)
     noise = ndimage.gaussian_filter(rng.normal(size=(128, 128)), 2).astype(np.float32)
     moving = ndimage.shift(noise, shift[::-1], order=3, mode="wrap")

@@ -104,7 +104,7 @@ def test_slides_stay_whole_and_auto_prefers_them(tmp_path):
     assert any("known slides" in warning for warning in few.warnings)
 
 
-def test_random_is_by_patch_and_says_what_is_wrong_with_it(tmp_path):
+def test_a_random_split_is_by_patch_and_warns(tmp_path):
     store = make_store(tmp_path / "a.zarr", grid(20, 20))
     split = split_of([store], by="random")
     assert split.table["part"].value_counts().to_dict() == {"train": 240, "val": 80, "test": 80}
@@ -113,7 +113,7 @@ def test_random_is_by_patch_and_says_what_is_wrong_with_it(tmp_path):
     assert not split.table.equals(split_of([store], by="random", seed=1).table)
 
 
-def test_what_cannot_be_split_is_refused(tmp_path):
+def test_impossible_splits_are_refused(tmp_path):
     store = make_store(tmp_path / "a.zarr", grid(4, 4))
     with pytest.raises(InputError, match="slide.*got 1.*use block"):
         split_of([store], by="slide")
