@@ -8,7 +8,7 @@ Only geometry is read: classes and other properties are ignored, so that no labe
 self-supervised pretraining. Outlines are read in batches, and only boxes and centroids are kept in memory.
 
 A MultiPolygon as small as a nucleus is one nucleus in pieces. A larger one holds one nucleus in each part: CellViT
-writes all nuclei of a class that way.
+writes all nuclei of a class that way. Such a feature is read as a whole, and its size is limited.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ from celldetr.store import NO_LABEL
 _BATCH = 20_000  # outlines in a batch
 _LARGEST_UM = 60.0  # largest width of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
+_LARGEST_FEATURE = 1500  # MB as GDAL counts them: 260,000 nuclei of 33 corners in one feature, which take 5 GB to read
 _UNREADABLE, _OTHER, _FLAT = "outlines that are empty or unreadable", "no polygons", "outlines without area"
 _BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n"
 _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or zipped GeoJSON"
@@ -181,7 +182,7 @@ def _from_wkb(column: pa.Array) -> NDArray[Any]:
 
 
 def _geojson(path: Path) -> Iterator[NDArray[Any]]:
-    pyogrio.set_gdal_config_options({"OGR_GEOJSON_MAX_OBJ_SIZE": 0})  # all nuclei of a slide may be one feature
+    pyogrio.set_gdal_config_options({"OGR_GEOJSON_MAX_OBJ_SIZE": _LARGEST_FEATURE})
     options = {"columns": ["nucleusGeometry"], "FOREIGN_MEMBERS": "ALL", "batch_size": _BATCH, "use_pyarrow": True}
     read = 0
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -194,10 +195,11 @@ def _geojson(path: Path) -> Iterator[NDArray[Any]]:
                     read += len(batch)
                     yield _nuclei(batch, meta["geometry_name"] or "wkb_geometry")
         except (pyogrio.errors.DataSourceError, pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"{path}: cannot be read as GeoJSON ({error}); expected a FeatureCollection or a list of features; is "
-                "the file complete?"
-            ) from error
+            if "OGR_GEOJSON_MAX_OBJ_SIZE" in str(error):
+                problem = "one feature has too many nuclei; write a feature for each nucleus, or GeoParquet"
+            else:
+                problem = f"{error}; expected a FeatureCollection or a list of features; is the file complete?"
+            raise InputError(f"{path}: cannot be read as GeoJSON: {problem}") from error
     if not read:
         raise InputError(f"{path}: got no features, expected a FeatureCollection or a list of features with polygons")
 

@@ -10,6 +10,7 @@ import pytest
 import shapely
 
 from celldetr.runtime.errors import InputError
+from celldetr.slides import outlines
 from celldetr.slides.outlines import read_nucleus_file
 
 MPP = 0.25
@@ -151,3 +152,10 @@ def test_a_truncated_file_is_refused_whatever_its_kind(tmp_path):
         path.write_bytes(data[: len(data) * 2 // 3])
         with pytest.raises(InputError, match=str(path)):
             read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
+
+
+def test_a_feature_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(outlines, "_LARGEST_FEATURE", 1)  # MB
+    path = write("all in one", tmp_path, shapely.buffer(shapely.points(CENTRES), RADII, quad_segs=100))
+    with pytest.raises(InputError, match="a feature for each nucleus"):
+        read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
