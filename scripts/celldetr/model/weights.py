@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint")
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -185,6 +187,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: got a {type(content).__name__}, expected a mapping with weights")
     return content
+
+
+def _check_sums(path: str | os.PathLike[str]) -> None:
+    """Compare the checksums that PyTorch writes but does not read: a flipped bit would be another weight."""
+    if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are no zip archives and have no checksums
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it has a wrong checksum")
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

@@ -137,7 +137,12 @@ def test_no_file_runs_code(tmp_path, capsys, content):
 
 def test_files_that_are_no_model_files_are_refused(path):
     whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        weights = max(archive.infolist(), key=lambda member: member.file_size)
+        flipped = bytearray(whole)
+        flipped[weights.header_offset + weights.file_size] ^= 1
     for content, message in (
+        (bytes(flipped), "wrong checksum"),
         (whole[:-5000], "cannot be read as a PyTorch file"),
         (b"", "cannot be read as a PyTorch file"),
         (b"no weights", "not a PyTorch file"),
