@@ -1,6 +1,6 @@
-"""Choose the patches of all slides that pretrain and that validate.
+"""Choose patches from all slides for pretraining and its validation.
 
-Inputs: stores of the slides, in the order of the params. Outputs: split (store, patch, part) and summary (counts of
+Inputs: stores of the slides, in the order of the params. Outputs: split (store, patch, part), and summary (counts of
 all, of each tissue and of each slide, beside those of the paper), TSV.
 Params: slides (tissue and group of each), total, val_share, seed.
 """
