@@ -204,7 +204,7 @@ rule attention:
         seed=CONFIG.seed,
         code=code("attention"),
     message:
-        "Measuring where {wildcards.experiment} looks on split {wildcards.split}"
+        "Measuring the attention of {wildcards.experiment} on split {wildcards.split}"
     script:
         "../../scripts/attention.py"
 

@@ -44,7 +44,7 @@ rule download_pannuke:
     params:
         source=lambda wildcards: CONFIG.pannuke.fold(int(wildcards.fold)).to_dict(),
     message:
-        "Getting the archive of PanNuke fold {wildcards.fold}"
+        "Downloading the archive of PanNuke fold {wildcards.fold}"
     script:
         "../../scripts/download.py"
 
@@ -100,6 +100,6 @@ rule split_pannuke:
         seed=CONFIG.seed,
         code=code("split_pannuke"),
     message:
-        "Choosing the patches that train, validate and test in split {wildcards.split}"
+        "Splitting the PanNuke patches into training, validation and test, split {wildcards.split}"
     script:
         "../../scripts/split_pannuke.py"

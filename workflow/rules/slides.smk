@@ -44,7 +44,7 @@ rule download_slide:
     params:
         source=lambda wildcards: slide_source(wildcards),
     message:
-        "Getting the slide {wildcards.slide}"
+        "Downloading the slide {wildcards.slide}"
     script:
         "../../scripts/download_slide.py"
 
@@ -70,7 +70,7 @@ rule download_slide_nuclei:
             "sha256": SLIDES[wildcards.slide].nuclei_sha256,
         },
     message:
-        "Getting the outlines of the nuclei of {wildcards.slide}"
+        "Downloading the outlines of the nuclei of {wildcards.slide}"
     script:
         "../../scripts/download_slide_nuclei.py"
 
@@ -104,7 +104,7 @@ rule detect_slide:
         precision=CONFIG.inference.precision,
         code=code("detect_slide"),
     message:
-        "Finding the nuclei of {wildcards.slide}"
+        "Detecting the nuclei of {wildcards.slide}"
     script:
         "../../scripts/detect_slide.py"
 
@@ -172,7 +172,7 @@ rule choose_slide_patches:
         seed=CONFIG.seed,
         code=code("choose_slide_patches"),
     message:
-        "Choosing the patches that pretrain"
+        "Choosing the patches for pretraining"
     script:
         "../../scripts/choose_slide_patches.py"
 
@@ -204,7 +204,7 @@ if experiment_of("ssl") is not None:
             seed=CONFIG.seed,
             code=code("similarity"),
         message:
-            "Measuring how well nuclei are found again by noised boxes"
+            "Measuring how well noised boxes retrieve their nuclei"
         script:
             "../../scripts/similarity.py"
 

@@ -18,7 +18,7 @@ rule download_imagenet:
     params:
         source=CONFIG.imagenet.to_dict(),
     message:
-        "Getting the ImageNet weights of the backbone"
+        "Downloading the ImageNet weights of the backbone"
     script:
         "../../scripts/download.py"
 

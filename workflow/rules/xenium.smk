@@ -66,7 +66,7 @@ rule download_xenium:
     params:
         source=lambda wildcards: sample_source(wildcards, "outs"),
     message:
-        "Getting the Xenium output of {wildcards.sample}"
+        "Downloading the Xenium output of {wildcards.sample}"
     script:
         "../../scripts/download_xenium.py"
 
@@ -88,7 +88,7 @@ rule download_he:
     params:
         source=lambda wildcards: sample_source(wildcards, "he"),
     message:
-        "Getting the H&E image of {wildcards.sample}"
+        "Downloading the H&E image of {wildcards.sample}"
     script:
         "../../scripts/download.py"
 
@@ -110,7 +110,7 @@ rule download_alignment:
     params:
         source=lambda wildcards: sample_source(wildcards, "alignment"),
     message:
-        "Getting the alignment of {wildcards.sample}"
+        "Downloading the alignment of {wildcards.sample}"
     script:
         "../../scripts/download.py"
 
@@ -132,7 +132,7 @@ rule download_reference:
     params:
         row=lambda wildcards: REFERENCES[wildcards.reference].to_dict(),
     message:
-        "Getting the scRNA-seq reference {wildcards.reference}"
+        "Downloading the scRNA-seq reference {wildcards.reference}"
     script:
         "../../scripts/download_reference.py"
 
@@ -195,7 +195,7 @@ rule prepare_reference:
         seed=CONFIG.seed,
         code=code("prepare_reference"),
     message:
-        "Reading the scRNA-seq reference {wildcards.reference}"
+        "Preparing the scRNA-seq reference {wildcards.reference}"
     script:
         "../../scripts/prepare_reference.py"
 
@@ -229,7 +229,7 @@ rule annotate_xenium:
         seed=CONFIG.seed,
         code=code("annotate_xenium"),
     message:
-        "Giving the cells of {wildcards.sample} their types"
+        "Assigning cell types to the cells of {wildcards.sample}"
     script:
         "../../scripts/annotate_xenium.py"
 
@@ -300,7 +300,7 @@ rule split_xenium:
         seed=CONFIG.seed,
         code=code("split_xenium"),
     message:
-        "Choosing the Xenium patches that train, validate and test"
+        "Splitting the Xenium patches into training, validation and test"
     script:
         "../../scripts/split_xenium.py"
 
@@ -326,7 +326,7 @@ rule save_spatialdata:
     params:
         code=code("save_spatialdata"),
     message:
-        "Writing {wildcards.sample} as one SpatialData Zarr"
+        "Writing {wildcards.sample} as one SpatialData object"
     script:
         "../../scripts/save_spatialdata.py"
 
