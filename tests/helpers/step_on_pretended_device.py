@@ -1,7 +1,8 @@
-"""One training step on the pretended device, in a process of its own: PyTorch counts devices at its first backward.
+"""Training steps on the pretended device, in a process of their own: PyTorch counts devices at its first backward.
 
-Usage: step_on_pretended_device.py MODE STORE. Prints JSON: ``device`` of the loss, ``to_host`` (shapes that the host
-read), ``waited`` (shapes of the copies that it waited for), ``costs`` (shape that the costs should have), ``blurred``.
+Usage: step_on_pretended_device.py STORE MODE... Prints JSON by mode: ``device`` of the loss, ``to_host`` (shapes that
+the host read), ``waited`` (shapes of the copies that it waited for), ``costs`` (shape that the costs should have),
+``blurred`` (images).
 """
 
 import json
@@ -51,7 +52,8 @@ def one_step(stage, optimizer, batch):
     return total
 
 
-def main(mode, path):
+def measure(mode, path):
+    """Take a step of a mode and return what it read."""
     device, fakes = pretended_device()
     Matching.result = any_matches
     stage = make_stage(open_store(path), mode)
@@ -64,8 +66,8 @@ def main(mode, path):
     model = stage.model.settings
     costs = (model.decoder_layers, BATCH, batch.targets.labels.shape[1], model.queries)
     found = {"device": str(loss.device), "to_host": copies.to_host, "waited": copies.waited, "costs": costs}
-    print(json.dumps({**found, "blurred": int(blurred), "nuclei": int(batch.targets.counts.sum())}))  # noqa: T201 - the result
+    return {**found, "blurred": int(blurred), "nuclei": int(batch.targets.counts.sum())}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps({mode: measure(mode, sys.argv[1]) for mode in sys.argv[2:]}))  # noqa: T201 - the result

@@ -145,7 +145,7 @@ def test_processes_see_their_share_of_the_same_images(parts):
     for part in range(parts):
         mine = slice(part * size, (part + 1) * size)
         cut = Targets(targets.boxes[mine], targets.labels[mine], targets.counts[mine])
-        some, moved = augment(images[mine], cut, draws.share(mine), settings)
+        some, moved = augment(images[mine], cut, draws.of(mine), settings)
         assert torch.allclose(some, whole[mine], atol=1e-6)
         assert torch.allclose(moved.boxes, boxes.boxes[mine], atol=1e-6)
 

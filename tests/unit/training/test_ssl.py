@@ -81,17 +81,6 @@ def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
     assert "class_head" not in names
 
 
-def test_bfloat16_trains_with_about_the_same_losses(store, tmp_path):
-    for precision in ("fp32", "bf16"):
-        train(
-            make_ssl_experiment(precision=precision, epochs=1), [store], make_split(store, 4, 4), tmp_path / precision
-        )
-    full, half = (read_log(tmp_path / precision) for precision in ("fp32", "bf16"))
-    for name in ("contrastive", "l1"):
-        assert half[0]["val"][name] == pytest.approx(full[0]["val"][name], rel=0.05)
-    assert half[0]["val"]["contrastive"] != full[0]["val"]["contrastive"]
-
-
 def make_stage(store):
     experiment = make_ssl_experiment()
     data = PatchData([store], make_split(store, 8, 0), "train")
@@ -199,12 +188,11 @@ def test_the_weight_of_the_contrastive_loss_counts(store, tmp_path):
         assert three["loss"] - one["loss"] == pytest.approx(2 * one["contrastive"], rel=1e-4)
 
 
-@pytest.mark.parametrize("at", [1, 3])
-def test_a_stopped_run_goes_on_exactly(store, tmp_path, monkeypatch, at):
+def test_a_stopped_run_goes_on_exactly(store, tmp_path, monkeypatch):
     experiment, split = make_ssl_experiment(epochs=2), make_split(store, 9, 4)
     train(experiment, [store], split, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        stopping(patch, at)
+        stopping(patch, 3)
         with pytest.raises(Interrupted):
             train(experiment, [store], split, tmp_path / "run")
     train(experiment, [store], split, tmp_path / "run")

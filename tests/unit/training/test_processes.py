@@ -1,4 +1,4 @@
-"""One job at a time trains a model, and none of its processes outlives it."""
+"""One job at a time trains a model; several processes share a run and end with it."""
 
 import errno
 import fcntl
@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_training import assert_same_result, make_experiment, make_split, make_store
+from tiny_training import assert_same_result, make_experiment, make_split, make_store, read_log
 
 from celldetr.model.weights import read_checkpoint
-from celldetr.runtime.errors import Occupied
+from celldetr.runtime.errors import NonFinite, Occupied, ProcessFailed
 from celldetr.training import run_state
 from celldetr.training.loop import train
 
@@ -25,7 +25,7 @@ HELPERS = Path(__file__).parents[2] / "helpers"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 12)
+    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
 
 
 def start(code):
@@ -132,3 +132,46 @@ def test_the_processes_of_a_killed_job_end_too(shared):
         os.kill(int(process), signal.SIGKILL)
     assert left == [], "they outlived their job"
     assert read_checkpoint(state)["step"] > 0
+
+
+def kill_a_child():
+    """SIGKILL the second of two processes that this one starts, a moment later."""
+    children, until = [], time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < until:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        time.sleep(0.05)
+    time.sleep(2)
+    os.kill(int(children[1]), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
+def test_one_of_two_processes_killed_ends_the_run_with_its_name(store, tmp_path):
+    experiment = make_experiment(gpus=2, epochs=500)
+    threading.Thread(target=kill_a_child, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(ProcessFailed, match="process [01] of the run was ended by SIGKILL"):
+        train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")
+    assert time.monotonic() - start < 120
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(store, tmp_path):
+    model = {"dropout": 0.0}
+    settings = {"noise": {"share": 0.7}, "cache": "none", "workers": 0}
+    split = make_split(store, 9, 5)
+    train(make_experiment("parallel", model, **settings), [store], split, tmp_path / "one")
+    train(make_experiment("parallel", model, gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        for part in ("train", "val"):
+            for name in ("loss", "nucleus", "l1", "giou", "classes"):
+                assert two[part][name] == pytest.approx(one[part][name], rel=1e-4), (part, name)
+        assert two["val"]["detection"] == pytest.approx(one["val"]["detection"])
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_the_error_of_the_run(store, tmp_path):
+    experiment = make_experiment(gpus=2, lr=1e30, backbone_lr=1e30, warmup_steps=0, gradient_clip=0.0)
+    with pytest.raises(NonFinite, match="fold1:"):
+        train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")

@@ -1,0 +1,61 @@
+"""Batches of patches: order, shares of processes, nuclei as padded tensors."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import make_split, make_store
+from torch.utils.data import DataLoader
+
+from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
+
+
+def test_an_epoch_has_every_patch_and_another_order_than_the_next(store):
+    data = PatchData([store], make_split(store, 9, 0), "train")
+    batches = TrainingBatches(data, 4, seed=3)
+    epochs = [np.concatenate([batches[e * 3 + k].patches for k in range(3)]) for e in range(2)]
+    for order in epochs:
+        assert sorted(order[:9]) == list(range(9))
+        assert np.array_equal(order[9:], order[:3])
+    assert not np.array_equal(*epochs)
+
+
+def test_shares_of_a_batch_are_the_batch(store):
+    data = PatchData([store], make_split(store, 9, 0), "train")
+    whole = TrainingBatches(data, 4, seed=3)[4]
+    first, second = (TrainingBatches(data, 4, seed=3, rank=rank, world=2)[4] for rank in range(2))
+    assert torch.equal(torch.cat([first.images, second.images]), whole.images)
+    assert first.boxes_global == second.boxes_global == whole.boxes_global
+    assert second.boxes_before == int(first.targets.counts.sum())
+
+
+def test_processes_validate_every_patch_once(store):
+    data = PatchData([store], make_split(store, 0, 7), "val")
+    shares = [ValidationBatches(data, 2, rank, 3) for rank in range(3)]
+    found = np.concatenate([share[k].patches for share in shares for k in range(len(share))])
+    assert sorted(found) == list(range(7))
+
+
+def test_targets_are_the_boxes_of_the_store(store):
+    data = PatchData([store], make_split(store, 6, 0), "train")
+    targets = data.targets(np.array([5, 4, 0]))
+    for row, patch in enumerate((5, 4, 0)):
+        boxes, labels = store.boxes_of(patch)
+        assert targets.valid[row].sum() == len(labels) == targets.counts[row]
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 / store.patch_size
+        assert np.allclose(targets.boxes[row, : len(labels), :2], centre, atol=1e-6)
+        assert (targets.labels[row, len(labels) :] == -1).all()
+
+
+@pytest.mark.parametrize("kind", [TrainingBatches, ValidationBatches])
+def test_large_batches_arrive_from_a_loader_process_as_they_were(tmp_path, kind):
+    store = make_store(tmp_path / "fold1.zarr", 320)
+    data = PatchData([store], make_split(store, 0, 320), "val", cache="none")
+    batches = kind(data, 160, 0) if kind is TrainingBatches else kind(data, 160)
+    here = [batches[index].counts_global.tolist() for index in range(2)]
+    loader = DataLoader(batches, batch_size=None, sampler=range(2), num_workers=1, collate_fn=lambda batch: batch)
+    assert [batch.counts_global.tolist() for batch in loader] == here
