@@ -1,13 +1,15 @@
 """What a finished run of the whole workflow holds: tables, samples, slides, provenance, logs, the report."""
 
 import json
+import re
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
-from small_run import SMALL
+from small_run import ROOT, SMALL
 
-from celldetr.config.classes import ST_TYPES
+from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.model.weights import load_model
 from celldetr.store import open_store
 
@@ -117,6 +119,24 @@ def test_every_rule_wrote_its_log_and_benchmark(finished):
         assert len(job.log) == 1
         assert (finished.work / job.log[0]).is_file()
         assert (finished.work / job.log[0].replace("logs/", "benchmarks/").replace(".log", ".tsv")).is_file()
+
+
+def test_results_readme_names_every_file_and_column(results):
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`([^`\n]+)`", text))
+    free = {*PANNUKE_CLASSES, *ST_TYPES, ""}
+    folders = {path.name for path in results.iterdir() if path.is_dir()}
+    assert {name for name in folders if not any(said.startswith(f"{name}/") for said in names)} == set()
+    for path in [*results.rglob("*.tsv"), *results.rglob("*.parquet")]:
+        if {"raw", "benchmarks", "logs"} & set(path.relative_to(results).parts):
+            continue
+        columns = pq.read_schema(path).names if path.suffix == ".parquet" else read_columns(path)
+        plain = {re.sub(r"(_(lo|hi)|^(fraction|score)_\w+|^[A-Z]\w+_[PRF])$", "", column) for column in columns}
+        assert plain - names - free == set(), path
+
+
+def read_columns(path):
+    return path.read_text(encoding="utf-8").splitlines()[0].split("\t")
 
 
 def test_report_is_one_file(finished, tmp_path):
