@@ -41,8 +41,8 @@ def source_hash(script: str | os.PathLike[str]) -> str:
     """Hash of a script and of the library modules that it imports, directly or through others.
 
     Rules carry it as a parameter, so that editing the library reruns the rules whose results it can change, and no
-    others. What cannot change a result does not count: layout, comments, docstrings, and texts of errors and of log
-    messages. Nor do modules of the room `report` for a script that also imports a room of `_MAKERS`: there they draw
+    others. What cannot change a result does not count: layout, comments, docstrings, and texts of errors, of log messages
+    and of descriptions of settings. Nor do modules of the room `report` for a script that also imports a room of `_MAKERS`: there they draw
     pictures and pages beside data or a model, which should not be made again for these.
 
     Parameters
@@ -94,7 +94,7 @@ class _WithoutText(ast.NodeTransformer):
 
 
 class _WithoutWords(ast.NodeTransformer):
-    """Remove docstrings and log messages, and the texts of errors."""
+    """Remove docstrings and log messages, and the texts of errors and of descriptions of settings."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         value = node.value
@@ -103,6 +103,9 @@ class _WithoutWords(ast.NodeTransformer):
         called = value.func.value if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) else None
         is_log = isinstance(called, ast.Name) and called.id in ("log", "logging")
         return None if is_log else self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        return _WithoutText().visit(node) if node.arg == "description" else self.generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         return _WithoutText().visit(node)

@@ -46,7 +46,8 @@ def build_model(experiment: Experiment, backbone: Path | None, initial: Path | N
     if initial is not None:
         _start_from(model, initial)
     use_activation_checkpointing(model, settings.activation_checkpointing)
-    log.info("deformable sampling: %s", use_sampling(model, device, compiled=settings.compile))
+    kernel = use_sampling(model, device, compiled=settings.compile)
+    log.info("deformable sampling: %s", kernel)
     return model.to(device)
 
 

@@ -70,6 +70,7 @@ def test_words_and_layout_do_not_count(copy):
     convert = copy / "celldetr" / "pannuke" / "convert.py"
     edit(convert, '"the conversion is wrong: please report it"', 'f"please report {sha256}"')
     edit(convert, 'log.info("%d of %d images', 'log.warning("image %d of %d')
+    edit(copy / "celldetr" / "config" / "experiment.py", 'description="learning rate"', 'description="the rate"')
     assert changed(copy, before) == set()
     edit(convert, "raise InputError(", "raise ValueError(")
     assert changed(copy, before) == {"convert_pannuke"}
