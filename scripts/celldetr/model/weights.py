@@ -76,7 +76,8 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     content = read_checkpoint(path)
     model = CellDETR(model_settings(content, path))
     load_exactly(model, content["state"], path)
-    log.info("deformable sampling: %s", use_sampling(model, device))
+    kernel = use_sampling(model, device)
+    log.info("deformable sampling: %s", kernel)
     return model.to(device).eval()
 
 

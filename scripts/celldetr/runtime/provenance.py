@@ -41,9 +41,9 @@ def source_hash(script: str | os.PathLike[str]) -> str:
     """Hash of a script and of the library modules that it imports, directly or through others.
 
     Rules carry it as a parameter, so that editing the library reruns the rules whose results it can change, and no
-    others. What cannot change a result does not count: layout, comments, docstrings, and texts of errors, of log messages
-    and of descriptions of settings. Nor do modules of the room `report` for a script that also imports a room of `_MAKERS`: there they draw
-    pictures and pages beside data or a model, which should not be made again for these.
+    others. What cannot change a result does not count: layout, comments, docstrings, and texts of errors, log messages
+    and descriptions of settings. Nor do modules of the room `report` for a script that also imports a room of
+    `_MAKERS`: there they draw pictures and pages beside data or a model, which should not be made again for these.
 
     Parameters
     ----------
