@@ -19,8 +19,8 @@ ENVIRONMENTS = {
         "Xenium samples: registration, cell types, patches.",
         [
             *SHARED,
-            *("anndata", "dask", "fsspec", "geopandas", "h5py", "imagecodecs", "jinja2", "openslide-bin"),
-            *("openslide-python", "pyogrio", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io"),
+            *("anndata", "dask", "fsspec", "geopandas", "h5py", "ijson", "imagecodecs", "jinja2", "openslide-bin"),
+            *("openslide-python", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io"),
             *("tacco", "tifffile", "tqdm"),
         ],
     ),

@@ -1,44 +1,36 @@
 """Outlines of nuclei from files as boxes.
 
-    GeoJSON    a FeatureCollection or a list of features, also zipped. QuPath cells have two outlines; that of the
-               nucleus is read.
+    GeoJSON    a FeatureCollection, a list of features or a feature on each line, also zipped
     Parquet    the primary geometry of GeoParquet; or a column of WKB (``geometry``, or the only binary column)
 
 Only geometry is read: classes and other properties are ignored, so that no labels of another model get into
 self-supervised pretraining. Outlines are read in batches, and only boxes and centroids are kept in memory.
 
 A MultiPolygon as small as a nucleus is one nucleus in pieces. A larger one holds one nucleus in each part: CellViT
-writes all nuclei of a class that way. Such a feature is read as a whole, and its size is limited.
+writes all nuclei of a class that way.
 """
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
-import warnings
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pyogrio
 import shapely
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import BROKEN_ZIP
 from celldetr.slides.boxes import SlideBoxes, boxes_from_polygons
+from celldetr.slides.geojson import read_geojson
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
 _LARGEST_UM = 60.0  # largest width of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
-_LARGEST_FEATURE = 1500  # MB as GDAL counts them: 260,000 nuclei of 33 corners in one feature, which take 5 GB to read
 _UNREADABLE, _OTHER, _FLAT = "outlines that are empty or unreadable", "no polygons", "outlines without area"
 _BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n"
 _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or zipped GeoJSON"
@@ -137,7 +129,7 @@ def _read(path: Path) -> Iterator[NDArray[Any]]:
     if start.startswith(b"PAR1"):
         yield from _parquet(path)
     elif start.startswith(b"PK") or start.removeprefix(_BOM).lstrip(_BLANK)[:1] in (b"{", b"["):
-        yield from _geojson(path)
+        yield from read_geojson(path)
     else:
         raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected outlines of nuclei as {_KINDS}")
 
@@ -179,69 +171,3 @@ def _is_binary(kind: pa.DataType) -> bool:
 def _from_wkb(column: pa.Array) -> NDArray[Any]:
     shapes: NDArray[Any] = shapely.from_wkb(np.array(column.to_pylist(), dtype=object), on_invalid="ignore")
     return shapes
-
-
-def _geojson(path: Path) -> Iterator[NDArray[Any]]:
-    pyogrio.set_gdal_config_options({"OGR_GEOJSON_MAX_OBJ_SIZE": _LARGEST_FEATURE})
-    options = {"columns": ["nucleusGeometry"], "FOREIGN_MEMBERS": "ALL", "batch_size": _BATCH, "use_pyarrow": True}
-    read = 0
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # about single features; these are counted as unreadable
-        file = _feature_collection(path, Path(folder))
-        try:
-            # the driver is named: that of lines of GeoJSON would pass over a feature that is cut off
-            with pyogrio.open_arrow(f"GeoJSON:{file}", **options) as (meta, batches):
-                for batch in batches:
-                    read += len(batch)
-                    yield _nuclei(batch, meta["geometry_name"] or "wkb_geometry")
-        except (pyogrio.errors.DataSourceError, pa.ArrowException, OSError) as error:
-            if "OGR_GEOJSON_MAX_OBJ_SIZE" in str(error):
-                problem = "one feature has too many nuclei; write a feature for each nucleus, or GeoParquet"
-            else:
-                problem = f"{error}; expected a FeatureCollection or a list of features; is the file complete?"
-            raise InputError(f"{path}: cannot be read as GeoJSON: {problem}") from error
-    if not read:
-        raise InputError(f"{path}: got no features, expected a FeatureCollection or a list of features with polygons")
-
-
-def _nuclei(batch: pa.RecordBatch, geometry: str) -> NDArray[Any]:
-    """Geometries of features; of a QuPath cell, that of its nucleus."""
-    shapes = _from_wkb(batch.column(geometry))
-    if "nucleusGeometry" in batch.schema.names:
-        texts = np.array(batch.column("nucleusGeometry").to_pylist(), dtype=object)
-        nuclei = shapely.from_geojson(texts, on_invalid="ignore")
-        shapes = np.where([text is None for text in texts], shapes, nuclei)
-    return shapes
-
-
-def _feature_collection(path: Path, folder: Path) -> Path:
-    """Return a file that GDAL reads: the file itself, or a copy, unzipped and with a list of features wrapped."""
-    with contextlib.ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(path.open("rb"))
-        zipped = file.read(2) == b"PK"
-        try:
-            if zipped:
-                file = stack.enter_context(_member(path, stack.enter_context(zipfile.ZipFile(path))))
-            file.seek(0)
-            start = file.read(64)
-            skipped = len(start) - len(start.removeprefix(_BOM).lstrip(_BLANK))
-            is_list = start[skipped : skipped + 1] == b"["
-            if not zipped and not is_list:
-                return path
-            copy = folder / "outlines.geojson"
-            with copy.open("wb") as out:
-                out.write(b'{"type": "FeatureCollection", "features": ' if is_list else b"")
-                file.seek(skipped)
-                shutil.copyfileobj(file, out, 1 << 20)
-                out.write(b"}" if is_list else b"")
-        except (OSError, RuntimeError, *BROKEN_ZIP) as error:
-            raise InputError(f"{path}: cannot be unpacked ({error}); if it is damaged, get it again") from error
-    return copy
-
-
-def _member(path: Path, archive: zipfile.ZipFile) -> IO[bytes]:
-    """Open the only JSON file of a zip archive."""
-    names = [name for name in archive.namelist() if name.endswith("json") and not name.startswith("__MACOSX")]
-    if len(names) != 1:
-        raise InputError(f"{path}: got {len(names)} GeoJSON files in the archive, expected one")
-    return archive.open(names[0])

@@ -1,4 +1,4 @@
-"""Outlines of nuclei: the same boxes from every kind of file, nothing lost uncounted, other files refused."""
+"""Outlines of nuclei: the same boxes from every format, nothing lost without being counted, other files refused."""
 
 import json
 import zipfile
@@ -10,7 +10,7 @@ import pytest
 import shapely
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides import outlines
+from celldetr.slides import geojson
 from celldetr.slides.outlines import read_nucleus_file
 
 MPP = 0.25
@@ -50,13 +50,15 @@ def write(kind, folder, shapes=SHAPES):
         write_json(path, [feature(s.buffer(6), nucleusGeometry=shapely.geometry.mapping(s)) for s in shapes])
     elif kind == "all in one":  # CellViT: a MultiPolygon with all nuclei of a class
         write_json(path, [feature(shapely.MultiPolygon(part)) for part in (list(shapes[::2]), list(shapes[1::2]))])
+    elif kind == "lines":
+        path.write_text("\n".join(map(json.dumps, features)), encoding="utf-8")
     elif kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a_cellvit_seg.geojson", json.dumps(features))
     return path
 
 
-KINDS = ["geoparquet", "wkb", "renamed", "collection", "list", "qupath cells", "all in one", "zip"]
+KINDS = ["geoparquet", "wkb", "renamed", "collection", "list", "qupath cells", "all in one", "lines", "zip"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,14 +121,16 @@ def test_bad_outlines_are_counted_and_the_others_kept(tmp_path):
     [
         (b"hello", "GeoParquet"),
         (b"", "GeoParquet"),
-        (b'{"type": "Feature"}', "no outline.*expected polygons"),
+        (b'{"type": "Feature", "geometry": null}', "no outline.*expected polygons"),
+        (b'{"type": "Feature", "geometry": null}\n{"type": "Fea', "premature EOF.*complete"),
         (b'{"type": "FeatureCollection", "features": []}', "no features"),
-        (b'{"type": "Feature", "geometry": null}\n{"type": "Feature", "geometry": null}', "FeatureCollection"),
-        (b'{"a": 1}', "FeatureCollection"),
+        (b'{"type": "FeatureCollection", "features": null}', "no features"),
+        (b'{"mag": 40, "nuc": {"1": {"bbox": [1, 2]}}}', "keys: mag, nuc.*FeatureCollection"),
+        (b'[{"type": "Feature", "geometry": null}, 3]', "got number, expected a feature"),
         (b'[{"type": "Feature", "geometry"', "complete"),
         (b"PAR1 cut", "complete"),
         (b"PK\x03\x04 cut", "get it again"),
-        (b'[{"a": 1}, nonsense]', "character 20"),
+        (b'[{"type": "Feature", "geometry": null}, nonsense]', "null}, nonsense"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
@@ -154,8 +158,78 @@ def test_a_truncated_file_is_refused_whatever_its_kind(tmp_path):
             read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
 
 
-def test_a_feature_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(outlines, "_LARGEST_FEATURE", 1)  # MB
-    path = write("all in one", tmp_path, shapely.buffer(shapely.points(CENTRES), RADII, quad_segs=100))
-    with pytest.raises(InputError, match="a feature for each nucleus"):
-        read_nucleus_file(path, image_mpp=MPP, mpp=MPP)
+def read(folder, value):
+    return read_nucleus_file(write_json(folder / "n", value), image_mpp=MPP, mpp=MPP)
+
+
+def test_the_order_of_keys_and_heights_do_not_matter(tmp_path):
+    expected = read_nucleus_file(write("collection", tmp_path), image_mpp=MPP, mpp=MPP).nuclei
+    features = []
+    for shape in SHAPES:
+        rings = [[[*corner, 7.5] for corner in shape.exterior.coords]]
+        nucleus = {"coordinates": rings, "type": "Polygon"}
+        cell = shapely.geometry.mapping(shape.buffer(6))
+        features.append({"nucleusGeometry": nucleus, "geometry": cell, "properties": {"geometry": {"a": [1]}}})
+    features[0] = {"nucleusGeometry": None, "geometry": features[0]["nucleusGeometry"]}
+    found = read(tmp_path, {"features": features, "type": "FeatureCollection"}).nuclei
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    np.testing.assert_array_equal(found.centroids, expected.centroids)
+
+
+def test_holes_belong_to_their_polygon(tmp_path):
+    ring = shapely.Polygon(shapely.box(100, 100, 160, 140).exterior, [shapely.box(102, 102, 120, 138).exterior])
+    pair = shapely.MultiPolygon([ring, shapely.affinity.translate(ring, 500, 0)])
+    found = read(tmp_path, [feature(ring), feature(pair)]).nuclei
+    np.testing.assert_allclose(found.boxes, np.array([[100, 100, 160, 140]] * 2 + [[600, 100, 660, 140]]))
+    centroid = np.array([ring.centroid.x, ring.centroid.y])
+    np.testing.assert_allclose(found.centroids, [centroid, centroid, centroid + [500, 0]])
+
+
+@pytest.mark.parametrize("count", [13, 14, 18])
+def test_a_large_multipolygon_is_read_polygon_by_polygon(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(geojson, "_BATCH", 7)
+    monkeypatch.setattr(geojson, "_PIECES", 5)
+    row = shapely.MultiPolygon([shapely.Point(40 * i + 50, 50).buffer(15) for i in range(count)])
+    value = [feature(row), feature(SHAPES[5])]
+    found = read(tmp_path, value)
+    assert len(found.nuclei) == count + 1  # the last two of 14 are no nucleus in pieces
+    assert set(found.dropped.values()) == {0}
+    value = json.loads(json.dumps(value))
+    value[0]["geometry"]["coordinates"][3][0][7] = "x"
+    found = read(tmp_path, value)
+    assert len(found.nuclei) == count
+    assert list(found.dropped.values()) == [1, 0, 0]
+
+
+def test_a_large_file_is_read_while_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(geojson, "_BATCH", 7)
+    monkeypatch.setattr(geojson, "_PIECES", 5)
+    path = write("all in one", tmp_path)
+    path.write_bytes(path.read_bytes()[:-500])
+    batches = geojson.read_geojson(path)
+    assert len(next(batches)) == 7  # before the end of the only feature, which is missing
+    with pytest.raises(InputError, match="premature EOF"):
+        list(batches)
+
+
+@pytest.mark.parametrize(
+    ("kind", "coordinates"),
+    [
+        ("MultiPolygon", [[[0, 0], [40, 0], [40, 40]], [[80, 0], [120, 0], [120, 40]]]),  # of a Polygon
+        ("Polygon", [[[[0, 0], [40, 0], [40, 40]]]]),  # of a MultiPolygon
+        ("Polygon", [[[0, 0], [40, 0], [40]]]),
+        ("Polygon", [[[0, 0], [40, 0], [40, 40], 5]]),
+        ("Polygon", [[[0, 0], [40, 0], [[40, 40]], [0, 40]]]),
+        ("Polygon", [[[0, 0], [40, 0], [40, [40, 0]], [0, 40]]]),
+        ("Polygon", [[[0, 0], [40, 0], [40, None], [0, 40]]]),
+        ("Polygon", [{"0": [[0, 0], [40, 0], [40, 40]]}]),
+        ("Polygon", [[0, 0], [40, 0], [40, 40]]),
+        ("Polygon", [[]]),
+        ("Polygon", []),
+    ],
+)
+def test_coordinates_of_another_form_are_unreadable(tmp_path, kind, coordinates):
+    other = {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}}
+    found = read(tmp_path, [other, feature(SHAPES[0])])
+    assert list(found.dropped.values()) == [1, 0, 0]
+    assert len(found.nuclei) == 1
