@@ -29,7 +29,10 @@ class Raster:
     """A yes-or-no map of an image."""
 
     inside: NDArray[np.bool_]
-    """(H, W). Cell (row, column) covers level-0 px [column, column + 1) x [row, row + 1) times `cell`."""
+    """(H, W). Cell (row, column) covers level-0 px [column, column + 1) x [row, row + 1) times `cell`.
+
+    The last row and column may reach beyond the image.
+    """
     cell: float
     """Side of a cell, level-0 px."""
     mpp: float
@@ -83,11 +86,15 @@ def tissue_mask(image: Pyramid, mpp: float) -> Raster:
         raise InputError(
             f"{image.path}: got {image.size} px of {mpp} um, expected at least {CELL_UM} um in each direction"
         )
+    # what lies beyond the last whole cell has the colour of that cell
+    counts = zip(image.size, colours.shape[1::-1], strict=True)
+    right, below = (max(0, int(np.ceil(side / cell)) - count) for side, count in counts)
+    colours = np.pad(colours, ((0, below), (0, right), (0, 0)), mode="edge")
     return Raster(_find(colours, cell * mpp), cell, cell * mpp)
 
 
 def _cell_means(image: Pyramid, mpp: float) -> tuple[NDArray[np.float32], float]:
-    """Average the image over cells of about `CELL_UM`: means (H, W, channels), and the side of a cell in level-0 px."""
+    """Average over whole cells of about `CELL_UM`: means (H, W, channels), and the side of a cell in level-0 px."""
     level = image.level_for(CELL_UM / mpp)
     grid = image.levels[level]
     factor = max(1, round(CELL_UM / mpp / grid.downsample))

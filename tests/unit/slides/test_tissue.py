@@ -61,6 +61,15 @@ def test_a_slide_of_one_kind_is_all_or_nothing(tmp_path, colour, share):
         assert tissue_mask(slide, 1.0).inside.mean() == share
 
 
+@pytest.mark.parametrize("levels", [1, 4])  # the last pixels of a level are no whole pixel of the next
+def test_a_nucleus_in_the_last_um_of_a_slide_is_in_the_tissue(tmp_path, levels):
+    width, height = 327, 319  # cells of 8 px
+    with open_pyramid(write_image(tmp_path / "he.tif", np.full((height, width, 3), TISSUE), levels)) as slide:
+        found = tissue_mask(slide, 1.0)
+    nuclei = np.array([[width - 6, 100], [100, height - 6], [width - 6, height - 6]])
+    assert found.share(nuclei, 6).tolist() == [1, 1, 1]
+
+
 def test_shares_of_squares_are_exact_to_fractions_of_a_cell():
     raster = Raster(np.zeros((10, 10), bool), 16, 8)
     raster.inside[2:5, 3:7] = True  # level-0 px 48..112 x 32..80
