@@ -113,10 +113,9 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
         cell = table.column("cell_id").combine_chunks()
         ids = cell if pa.types.is_dictionary(cell.type) else cell.dictionary_encode()
         key = ids.indices.to_numpy().astype(np.int64)
-        cells = np.array([_text(value) for value in ids.dictionary.to_pylist()], dtype=object)
-        corners = np.column_stack(
-            [table.column(name).cast(pa.float64()).to_numpy() for name in ("vertex_x", "vertex_y")]
-        )
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in ids.dictionary.to_pylist()]
+        x, y = (table.column(name).cast(pa.float64()).to_numpy() for name in ("vertex_x", "vertex_y"))
+        corners = np.column_stack([x, y])
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); expected cell_id, vertex_x, vertex_y: get it again"
@@ -134,7 +133,7 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
         )
     ring = np.repeat(np.arange(len(starts)), sizes)
     polygons = shapely.polygons(shapely.linearrings(corners, indices=ring))
-    return GeoDataFrame({"cell_id": cells[key[starts]]}, geometry=polygons)
+    return GeoDataFrame({"cell_id": np.array(names, dtype=object)[key[starts]]}, geometry=polygons)
 
 
 def _changes(values: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -196,7 +195,3 @@ def _member(outs: str | os.PathLike[str], name: str) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected it in the output folder of a Xenium run: get it again")
     return path
-
-
-def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -63,18 +63,12 @@ def extract_sample(
 
     Parameters
     ----------
-    files
-        Files to read.
     out
         Store to write; its classes are the ten cell types.
-    sample, group, tissue
-        Name of the sample, its slide or donor, and its organ.
+    group, tissue
+        Slide or donor of the sample, and its organ.
     size, mpp
         Side of a patch in px, and size of its pixels in um.
-    settings
-        Thresholds for a patch, and stride.
-    seed
-        Seed of the draw.
     workers
         Threads.
 
@@ -102,7 +96,7 @@ def extract_sample(
             seed=seed,
             imaged=covered,
         )
-        where = {"file": Path(files.he).name, "size": list(image.size), "mpp": registration.he_mpp}
+        where = {"file": files.he.name, "size": list(image.size), "mpp": registration.he_mpp}
     if not len(grid):
         raise InputError(
             f"{sample}: got no patch; the grid has "
@@ -140,21 +134,8 @@ def place_nuclei(
 ) -> tuple[SlideBoxes, dict[str, int]]:
     """Map nuclei onto the H&E image and label them by their cells.
 
-    Parameters
-    ----------
-    polygons
-        ``cell_id`` and ``geometry`` (um of the Xenium frame), a row per nucleus.
-    cells
-        ``cell_id`` and ``label``, a row per cell.
-    registration
-        Registration of the sample.
-    mpp
-        Size of a pixel of the result, um.
-
-    Returns
-    -------
-    tuple
-        Boxes, px of `mpp` um; and dropped cells and nuclei, reason -> count.
+    `polygons` has ``cell_id`` and ``geometry`` (um of the Xenium frame), `cells` has ``cell_id`` and ``label``. Returns
+    boxes in px of `mpp` um, and dropped cells and nuclei, reason -> count.
 
     Raises
     ------

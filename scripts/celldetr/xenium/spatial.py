@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import spatialdata_io
 from numpy.typing import NDArray
-from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
 
@@ -32,20 +31,8 @@ def write_spatialdata(
     """Write a sample with its H&E image and cell types as a SpatialData Zarr.
 
     Everything is aligned in the coordinate system ``global``, in Xenium pixels: images ``he`` and ``dapi``, labels
-    and outlines of cells and nuclei, transcripts if the folder has them, and the table with the columns of `cells`.
-
-    Parameters
-    ----------
-    path
-        Zarr folder to write.
-    outs
-        Output folder of the Xenium run.
-    he
-        H&E image.
-    matrix
-        (3, 3) H&E level-0 px to Xenium px.
-    cells
-        Columns to add to the table; indexed by the cell id.
+    and outlines of cells and nuclei, transcripts if the folder has them, and the table with the columns of `cells`,
+    which is indexed by the cell id. `matrix` (3, 3) maps H&E level-0 px to Xenium px.
 
     Raises
     ------
@@ -68,7 +55,9 @@ def write_spatialdata(
         if "nucleus_boundaries" not in sample.shapes:  # not read by spatialdata_io for early builds of version 2
             to_pixels = {"global": Scale([1 / pixel_size] * 2, axes=("x", "y"))}
             sample.shapes["nucleus_boundaries"] = ShapesModel.parse(read_nuclei(outs), transformations=to_pixels)
-        _add_cells(sample, cells)
+        table = sample.tables["table"]
+        for name, values in cells.reindex(table.obs["cell_id"].astype(str)).items():
+            table.obs[str(name)] = values.to_numpy()
         with atomic(path) as temporary:
             sample.write(temporary)
 
@@ -98,10 +87,3 @@ def _image(image: Pyramid, channels: list[str], transformation: BaseTransformati
 def _chunks(length: int) -> tuple[int, ...]:
     whole, rest = divmod(length, _CHUNK)
     return (_CHUNK,) * whole + ((rest,) if rest else ())
-
-
-def _add_cells(sample: SpatialData, cells: pd.DataFrame) -> None:
-    table = sample.tables["table"]
-    ids = table.obs["cell_id"].astype(str)
-    for name, values in cells.reindex(ids).items():
-        table.obs[str(name)] = values.to_numpy()

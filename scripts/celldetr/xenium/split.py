@@ -50,16 +50,8 @@ def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, se
     """Split the patches of all samples.
 
     By block, patches of different parts of a sample are at least `margin_um` apart; at 0 they share no pixel. Blocks
-    are whole steps of a sample's grid, so patches that lie side by side never cross a border.
-
-    Parameters
-    ----------
-    stores
-        Patch stores, each in a folder ``{sample}.zarr``.
-    settings
-        ``by`` (auto: slide if there are at least as many groups as parts, else block), shares, block and margin.
-    seed
-        Seed of the draw.
+    are whole steps of a sample's grid, so patches that lie side by side never cross a border. Auto is by slide if there
+    are at least as many groups as parts, else by block. Each store lies in a folder ``{sample}.zarr``.
 
     Raises
     ------
@@ -184,13 +176,12 @@ def _warnings(patches: pd.DataFrame, part: NDArray[np.object_], by: str) -> tupl
     several = ", ".join(shared[shared > 1].index)
     if by == "slide" or not several:
         return ()
+    warning = f"tissue of one slide is in several parts ({several}): the test scores hold for known slides only"
     if by == "random":
         warning = (
             f"patches of the same tissue, even neighbours, are in several parts ({several}): the test scores are too "
             "high for new slides"
         )
-    else:
-        warning = f"tissue of one slide is in several parts ({several}): the test scores hold for known slides only"
     log.warning(warning)
     return (warning,)
 
@@ -209,13 +200,11 @@ def part_counts(stores: Sequence[PatchStore], split: XeniumSplit) -> pd.DataFram
     for part in PARTS:
         chosen = split.table[split.table["part"] == part]
         labels, groups = [np.empty(0, np.int8)], set[str]()
-        for name, rows_of in chosen.groupby("store"):
+        for name, members in chosen.groupby("store")["patch"]:
             store = by_name[str(name)]
-            indices = rows_of["patch"].to_numpy()
-            taken = np.zeros(len(store), dtype=bool)
-            taken[indices] = True
+            taken = np.isin(np.arange(len(store)), members)
             labels.append(store.labels[np.repeat(taken, np.diff(store.box_ptr))])
-            groups |= set(store.patches["group"].iloc[indices])
+            groups |= set(store.patches["group"][taken])
         found = np.concatenate(labels)
         rows.append(
             {

@@ -37,36 +37,20 @@ _MIN_SHARE = 1e-4  # of the composition, for types of the reference that the sam
 
 @dataclass(frozen=True)
 class Annotation:
-    """Cell types of a sample.
-
-    Attributes
-    ----------
-    table
-        Labels and fractions, see `label_cells`.
-    genes
-        Genes shared by panel and reference.
-    prior
-        Composition given to optimal transport: type -> share of the transcripts.
-    """
+    """Cell types of a sample."""
 
     table: DataFrame
+    """Labels and fractions, see `label_cells`."""
     genes: SharedGenes
+    """Genes shared by panel and reference."""
     prior: Series
+    """Composition given to optimal transport: type -> share of the transcripts."""
 
 
 def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, seed: int) -> Annotation:
-    """Annotate the cells of a sample.
+    """Annotate the cells of a sample by the cells of a prepared reference that are not held out.
 
-    Parameters
-    ----------
-    cells
-        Raw counts (csr_matrix) of a Xenium sample.
-    reference
-        Prepared reference; its held-out cells are not used.
-    settings
-        Thresholds and prior.
-    seed
-        Seed of the random chunks of optimal transport.
+    `cells` are raw counts (csr_matrix); `seed` draws the chunks of optimal transport.
 
     Raises
     ------
@@ -111,23 +95,10 @@ def tacco_ot(cells: AnnData, reference: AnnData, prior: Series, *, lamb: float, 
     """Annotate by TACCO's optimal transport between cells and types.
 
     The composition couples all cells, so memory grows with their number. Large samples are split into random chunks of
-    equal size, each annotated with the composition of the whole sample.
+    equal size, drawn by `seed`, each annotated with the composition of the whole sample.
 
-    Parameters
-    ----------
-    cells, reference
-        Raw counts (csr_matrix) of the same genes; reference has obs["type"].
-    prior
-        Type -> share of the transcripts.
-    lamb
-        Weight of the prior on the composition of the result.
-    seed
-        Seed of the chunks.
-
-    Returns
-    -------
-    DataFrame
-        Fractions (cells, ten types).
+    `cells` and `reference`, which has obs["type"], hold raw counts (csr_matrix) of the same genes. `prior` is type ->
+    share of the transcripts, `lamb` its weight on the composition of the result. Returns fractions (cells, ten types).
     """
     kinds = reference.obs["type"].astype(str)
     found = sorted(set(kinds), key=ST_TYPES.index)
@@ -198,8 +169,7 @@ def _correlations(rows: sparse.csr_matrix, profiles: NDArray[np.float64]) -> NDA
     squares = np.asarray(rows.multiply(rows).sum(axis=1), dtype=np.float64).ravel()
     variance = squares - rows.shape[1] * mean**2
     spread = np.sqrt(np.where(variance > _MIN_VARIANCE * squares, variance, np.nan))
-    similar: NDArray[np.float64] = (rows @ profiles.T) / spread[:, None]
-    return similar
+    return np.asarray((rows @ profiles.T) / spread[:, None])
 
 
 def totals(cells: AnnData) -> NDArray[np.float64]:
@@ -240,11 +210,8 @@ def _reference_prior(reference: AnnData, composition: dict[str, int]) -> Series:
 
 def on_genes(cells: AnnData, columns: np.ndarray, names: tuple[str, ...]) -> AnnData:
     """Restrict counts to some genes and rename these; obs is kept."""
-    return AnnData(
-        sparse.csr_matrix(cells.X[:, columns], dtype=np.float32),
-        obs=cells.obs,
-        var=DataFrame(index=pd.Index(names)),
-    )
+    counts = sparse.csr_matrix(cells.X[:, columns], dtype=np.float32)
+    return AnnData(counts, obs=cells.obs, var=DataFrame(index=pd.Index(names)))
 
 
 def known_part(reference: AnnData) -> AnnData:
@@ -258,8 +225,6 @@ def versions() -> dict[str, str]:
 
 
 def _check_counts(cells: AnnData) -> None:
-    if not sparse.issparse(cells.X) or cells.X.format != "csr":
-        raise InputError(f"counts of the sample: got {type(cells.X).__name__}, expected csr_matrix")
     values = cells.X.data
     if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
         raise InputError(

@@ -1,6 +1,5 @@
 """Raw counts in an .h5ad: find the matrix, check that it holds raw counts, read a few rows of it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -20,25 +19,13 @@ _MIN_SIZE = 20  # genes of a cell, and cells, that tell something about normalis
 _BLOCK = 500  # columns, or dense rows, that are read at once
 
 
-@dataclass(frozen=True)
-class RawCounts:
-    """Location of the raw counts (a key of `LOCATIONS`), and the table of their genes."""
+def read_raw_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tuple[str, DataFrame, sparse.csr_matrix]:
+    """Find the matrix with raw counts in an open .h5ad and read increasing rows of it; `where` names the file.
 
-    location: str
-    genes: DataFrame
-
-
-def find_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> RawCounts:
-    """Find the matrix with raw counts.
-
-    Parameters
-    ----------
-    file
-        Open .h5ad.
-    rows
-        Increasing row numbers of the cells that will be used; at most a thousand of them are checked.
-    where
-        Path, for messages.
+    Returns
+    -------
+    tuple
+        Location (key of `LOCATIONS`), table of the genes, counts (rows, genes) as of `read_rows`.
 
     Raises
     ------
@@ -52,7 +39,10 @@ def find_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> RawCou
             continue
         problem = why_not_raw(read_rows(file[location], probe))
         if problem is None:
-            return RawCounts(location, read_elem(file[genes]))
+            matrix = read_rows(file[location], rows)
+            problem = why_not_raw(matrix)
+        if problem is None:
+            return location, read_elem(file[genes]), matrix
         refused.append(f"{location}: {problem}")
     raise InputError(
         f"{where}: got no raw counts ({'; '.join(refused) or 'no matrix at all'}); expected whole numbers as counted, "
@@ -95,19 +85,9 @@ def why_not_raw(matrix: sparse.csr_matrix) -> str | None:
 
 
 def read_rows(element: h5py.Group | h5py.Dataset, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-    """Read rows of a matrix without loading the others.
+    """Read increasing rows (R,) of a matrix of anndata, dense, CSR or CSC, without loading the others.
 
-    Parameters
-    ----------
-    element
-        Dense data set, or sparse group (CSR or CSC) of anndata.
-    rows
-        Increasing row numbers (R,).
-
-    Returns
-    -------
-    csr_matrix
-        (R, genes), float32, without stored zeros.
+    Returns csr_matrix (R, genes), float32, without stored zeros.
     """
     if isinstance(element, h5py.Dataset):
         starts = range(0, len(rows), _BLOCK)

@@ -101,24 +101,18 @@ def sum_duplicates(
     return sparse.csr_matrix(matrix @ into), list(order), [ids[index] for index in first], repeated
 
 
-def _panel(cells: AnnData) -> NDArray[np.int64]:
-    """Columns of the panel's genes (G,), without control probes and codewords."""
-    names = [str(name) for name in cells.var_names]
-    return np.array([place for place, name in enumerate(names) if not _CONTROLS.match(name)], dtype=np.int64)
-
-
 def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGenes:
     """Find the genes shared by a sample's panel and a reference.
 
-    Symbols are compared exactly. If Ensembl ids (var["gene_ids"]) match more genes, they decide: symbols change over
-    the years.
+    Control probes and codewords of the panel do not count. Symbols are compared exactly. If Ensembl ids
+    (var["gene_ids"]) match more genes, they decide: symbols change over the years.
 
     Raises
     ------
     InputError
         Fewer than `minimum` shared genes.
     """
-    places = _panel(cells)
+    places = [place for place, name in enumerate(cells.var_names) if not _CONTROLS.match(str(name))]
     found = {"symbol": _common(cells.var_names.astype(str), reference.var_names.astype(str), places)}
     if "gene_ids" in cells.var and "gene_ids" in reference.var:
         found["gene id"] = _common(cells.var["gene_ids"].astype(str), reference.var["gene_ids"].astype(str), places)
@@ -135,21 +129,20 @@ def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGene
 
 
 def _common(
-    cells: Sequence[str], reference: Sequence[str], places: NDArray[np.int64]
+    cells: Sequence[str], reference: Sequence[str], places: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Columns of the common names in either table; of duplicate names, the first counts."""
     known: dict[str, int] = {}
     for index, name in enumerate(reference):
         known.setdefault(without_version(name), index)
     known.pop("", None)
     names = [without_version(name) for name in cells]
     pairs: dict[str, int] = {}
-    for place in places.tolist():
+    for place in places:
         if names[place] in known:
             pairs.setdefault(names[place], place)
-    return (
-        np.array(list(pairs.values()), dtype=np.int64),
-        np.array([known[name] for name in pairs], dtype=np.int64),
-    )
+    first, second = list(pairs.values()), [known[name] for name in pairs]
+    return np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
 
 
 def _examples(names: Sequence[str]) -> str:

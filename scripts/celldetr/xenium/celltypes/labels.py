@@ -34,16 +34,8 @@ def label_cells(
 ) -> DataFrame:
     """Label the cells whose type is certain.
 
-    Parameters
-    ----------
-    fractions
-        Fractions (cells, ten types) by optimal transport; index = cell ids.
-    second
-        Fractions of the same cells by correlation.
-    transcripts
-        Transcripts of the shared genes in each cell (N,).
-    settings
-        Thresholds.
+    `fractions` (cells, ten types; index = cell ids) are those by optimal transport, `second` those by correlation;
+    `transcripts` (N,) counts the shared genes.
 
     Returns
     -------

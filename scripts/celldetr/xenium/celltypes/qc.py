@@ -182,9 +182,8 @@ def thin(cells: AnnData, transcripts: NDArray[np.float64], generator: np.random.
     wanted = generator.choice(transcripts[transcripts > 0], cells.n_obs)
     keep = np.minimum(1, wanted / np.maximum(totals(cells), 1))
     counts = sparse.csr_matrix(cells.X, copy=True)
-    counts.data = generator.binomial(counts.data.astype(np.int64), np.repeat(keep, np.diff(counts.indptr))).astype(
-        np.float32
-    )
+    kept = generator.binomial(counts.data.astype(np.int64), np.repeat(keep, np.diff(counts.indptr)))
+    counts.data = kept.astype(np.float32)
     counts.eliminate_zeros()
     return AnnData(counts, obs=cells.obs, var=cells.var)
 

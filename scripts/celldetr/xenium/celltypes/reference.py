@@ -21,7 +21,7 @@ from scipy import sparse
 from celldetr.config.classes import ST_TYPES
 from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
 from celldetr.runtime.files import atomic
-from celldetr.xenium.celltypes.counts import RawCounts, find_counts, read_rows, why_not_raw
+from celldetr.xenium.celltypes.counts import read_raw_counts
 from celldetr.xenium.celltypes.genes import sum_duplicates, symbols_and_ids
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,9 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); expected a table (TSV) of labels and types") from error
-    numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and line[0] != "#"]
-    try:
+        numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and line[0] != "#"]
         rows = list(csv.reader([line for _, line in numbered], delimiter="\t", quoting=csv.QUOTE_NONE))
-    except csv.Error as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); expected a table (TSV) of labels and types") from error
     if not rows or rows[0] != ["label", "type"]:
         raise ConfigError(f"{path}: got the columns {rows[0] if rows else []}, expected label and type, tab-separated")
@@ -68,27 +65,13 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def prepare_reference(
-    path: str | os.PathLike[str],
-    mapping: Mapping[str, str],
-    *,
-    label_column: str,
-    cells_per_type: int,
-    seed: int,
+    path: str | os.PathLike[str], mapping: Mapping[str, str], *, label_column: str, cells_per_type: int, seed: int
 ) -> tuple[AnnData, dict[str, Any]]:
     """Draw a balanced reference from an annotated .h5ad; only the drawn cells are loaded.
 
-    Parameters
-    ----------
-    path
-        File with raw counts in raw.X, a layer (counts, raw_counts) or X.
-    mapping
-        Label -> one of the ten types, or "-" to leave its cells out.
-    label_column
-        Column of obs with the labels.
-    cells_per_type
-        Most cells per type; the labels of a type share half of them evenly, half by their numbers of cells.
-    seed
-        Seed of the sampling.
+    The file holds raw counts in raw.X, a layer (counts, raw_counts) or X. `mapping` is that of `read_mapping`,
+    `label_column` the column of obs with the labels. Of each type at most `cells_per_type` cells are drawn; its labels
+    share half of them evenly, half by their numbers of cells.
 
     Returns
     -------
@@ -119,8 +102,8 @@ def prepare_reference(
         numbers = _label_numbers(labels, mapping, where, label_column)
         types = _type_numbers(numbers, mapping, where)
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
-        raw, matrix = _raw_rows(file, rows, where)
-    symbols, ids = symbols_and_ids(raw.genes, f"{where}: genes of {raw.location}")
+        location, genes, matrix = read_raw_counts(file, rows, where)
+    symbols, ids = symbols_and_ids(genes, f"{where}: genes of {location}")
     matrix, symbols, ids, summed = sum_duplicates(matrix, symbols, ids)
     names = labels[rows].astype(str)
     kinds = np.array([mapping[name] for name in names])
@@ -139,7 +122,7 @@ def prepare_reference(
     summary = {
         "file": where.name,
         "label_column": label_column,
-        "counts_from": raw.location,
+        "counts_from": location,
         "cells": len(labels),
         "genes": reference.n_vars,
         "types": types,
@@ -220,16 +203,6 @@ def _label_numbers(labels: NDArray[Any], mapping: Mapping[str, str], where: Path
     return numbers
 
 
-def _raw_rows(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tuple[RawCounts, sparse.csr_matrix]:
-    """Location of the raw counts, and the checked counts of the drawn cells."""
-    raw = find_counts(file, rows, where)
-    matrix = read_rows(file[raw.location], rows)
-    problem = why_not_raw(matrix)
-    if problem:
-        raise InputError(f"{where}: {raw.location}: {problem}; expected raw counts: get the file with raw counts")
-    return raw, matrix
-
-
 def _type_numbers(numbers: Mapping[str, int], mapping: Mapping[str, str], where: Path) -> dict[str, int]:
     """Type -> cells of the file, for all ten types."""
     types = {kind: sum(numbers[name] for name in numbers if mapping[name] == kind) for kind in ST_TYPES}
@@ -243,22 +216,18 @@ def _type_numbers(numbers: Mapping[str, int], mapping: Mapping[str, str], where:
 
 
 def _draw(
-    labels: NDArray[Any],
-    numbers: Mapping[str, int],
-    mapping: Mapping[str, str],
-    cells_per_type: int,
-    generator: np.random.Generator,
+    labels: NDArray[Any], numbers: Mapping[str, int], mapping: Mapping[str, str], most: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Draw cells; returns increasing row numbers."""
     drawn = []
     for kind in ST_TYPES:
         members = sorted(name for name in numbers if mapping[name] == kind)
-        if len(members) > cells_per_type:
+        if len(members) > most:
             raise ConfigError(
-                f"cells_per_type: got {cells_per_type}, expected at least {len(members)}, one for each label of {kind}"
+                f"cells_per_type: got {most}, expected at least {len(members)}, one for each label of {kind}"
             )
-        for name, take in zip(members, _shares([numbers[name] for name in members], cells_per_type), strict=True):
-            drawn.append(generator.choice(np.flatnonzero(labels == name), take, replace=False))
+        for name, take in zip(members, _shares([numbers[name] for name in members], most), strict=True):
+            drawn.append(rng.choice(np.flatnonzero(labels == name), take, replace=False))
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
 

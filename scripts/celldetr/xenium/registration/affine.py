@@ -10,6 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from celldetr.runtime.errors import InputError
 
+Floats = NDArray[np.float64]
+_MAX_CHANGE = 0.15  # largest difference of an entry of the linear part from the identity, in a robust fit
+_TRIPLES = 300  # sampled by a robust fit
+
 
 @dataclass(frozen=True)
 class Decomposition:
@@ -19,8 +23,8 @@ class Decomposition:
     ----------
     scale_x, scale_y
         Length of the mapped unit vector of x; height of the mapped unit vector of y above it.
-    rotation
-        From x to y, degrees in (-180, 180].
+    rotation_degrees
+        From x to y, in (-180, 180].
     shear
         Tangent of the angle by which right angles change.
     reflected
@@ -31,7 +35,7 @@ class Decomposition:
 
     scale_x: float
     scale_y: float
-    rotation: float
+    rotation_degrees: float
     shear: float
     reflected: bool
     determinant: float
@@ -42,7 +46,7 @@ class Decomposition:
         return float(np.sqrt(abs(self.determinant)))
 
 
-def as_matrix(values: ArrayLike, where: str = "matrix") -> NDArray[np.float64]:
+def as_matrix(values: ArrayLike, where: str = "matrix") -> Floats:
     """Check an affine matrix (3, 3).
 
     Raises
@@ -62,37 +66,35 @@ def as_matrix(values: ArrayLike, where: str = "matrix") -> NDArray[np.float64]:
     return matrix
 
 
-def apply(matrix: NDArray[np.float64], points: NDArray[np.floating]) -> NDArray[np.float64]:
+def apply(matrix: Floats, points: NDArray[np.floating]) -> Floats:
     """Map points (n, 2)."""
-    mapped: NDArray[np.float64] = points @ matrix[:2, :2].T + matrix[:2, 2]
-    return mapped
+    return np.asarray(points @ matrix[:2, :2].T + matrix[:2, 2])
 
 
-def inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+def inverse(matrix: Floats) -> Floats:
     """Inverse of a matrix (3, 3)."""
-    back: NDArray[np.float64] = np.asarray(np.linalg.inv(matrix), dtype=np.float64)
-    return back
+    return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
 
 
-def scaling(factor: float) -> NDArray[np.float64]:
+def scaling(factor: float) -> Floats:
     """Matrix (3, 3) that scales x and y."""
     return np.diag([factor, factor, 1.0])
 
 
-def affine(linear: ArrayLike, shift: ArrayLike = (0.0, 0.0)) -> NDArray[np.float64]:
+def affine(linear: ArrayLike, shift: ArrayLike = (0.0, 0.0)) -> Floats:
     """Matrix (3, 3) of a linear part (2, 2) and a shift (2,)."""
     matrix = np.eye(3)
     matrix[:2, :2], matrix[:2, 2] = linear, shift
     return matrix
 
 
-def rotation(degrees: float) -> NDArray[np.float64]:
+def rotation(degrees: float) -> Floats:
     """Linear part (2, 2) of a rotation from x to y."""
     angle = np.radians(degrees)
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-def decompose(matrix: NDArray[np.float64]) -> Decomposition:
+def decompose(matrix: Floats) -> Decomposition:
     """Decompose a matrix into rotation, shear, scales and flip of y."""
     linear = matrix[:2, :2].copy()
     determinant = float(np.linalg.det(linear))
@@ -103,20 +105,14 @@ def decompose(matrix: NDArray[np.float64]) -> Decomposition:
     return Decomposition(
         scale_x=float(np.hypot(*linear[:, 0])),
         scale_y=float(upright[1, 1]),
-        rotation=angle,
+        rotation_degrees=angle,
         shear=float(upright[0, 1] / upright[1, 1]),
         reflected=determinant < 0,
         determinant=determinant,
     )
 
 
-def fit_affine(
-    source: NDArray[np.float64],
-    target: NDArray[np.float64],
-    weights: NDArray[np.float64] | None = None,
-    *,
-    stiffness: float = 0.0,
-) -> NDArray[np.float64]:
+def fit_affine(source: Floats, target: Floats, weights: Floats | None = None, *, stiffness: float = 0.0) -> Floats:
     """Fit the affine (3, 3) from source points (n, 2) to target points (n, 2) by weighted least squares.
 
     `stiffness` pulls the linear part to the identity (ridge penalty): its weight in pairs at the typical distance from
@@ -135,31 +131,12 @@ def fit_affine(
 
 
 def fit_robust(
-    source: NDArray[np.float64],
-    target: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    tolerance: float,
-    *,
-    seed: int,
-    max_change: float = 0.15,
-    trials: int = 300,
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    source: Floats, target: Floats, weights: Floats, tolerance: float, *, seed: int
+) -> tuple[Floats, NDArray[np.bool_]]:
     """Fit an affine close to the identity to point pairs with many outliers, by random sample consensus (RANSAC).
 
-    Parameters
-    ----------
-    source, target
-        Points (n, 2), n >= 1.
-    weights
-        Trust in each pair (n,).
-    tolerance
-        Largest distance of an inlier, in the unit of the points.
-    seed
-        Seed of the sampled triples.
-    max_change
-        Largest difference of an entry of the linear part from the identity.
-    trials
-        Number of triples.
+    `source` and `target` are points (n, 2), n >= 1; `weights` (n,) is the trust in each pair; `tolerance` is the
+    largest distance of an inlier, in the unit of the points.
 
     Returns
     -------
@@ -168,7 +145,7 @@ def fit_robust(
     inliers
         (n,) bool.
     """
-    linears, shifts = _trials(source, target, weights / weights.sum(), trials, max_change, seed)
+    linears, shifts = _candidates(source, target, weights / weights.sum(), seed)
     off = np.einsum("tij,nj->tni", linears, source) + shifts[:, None] - target
     near = (off**2).sum(axis=2) < tolerance**2
     inliers = near[(near * weights).sum(axis=1).argmax()]
@@ -181,26 +158,19 @@ def fit_robust(
     return matrix, inliers
 
 
-def _trials(
-    source: NDArray[np.float64],
-    target: NDArray[np.float64],
-    chance: NDArray[np.float64],
-    trials: int,
-    max_change: float,
-    seed: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _candidates(source: Floats, target: Floats, chance: Floats, seed: int) -> tuple[Floats, Floats]:
     """Candidate linear parts (t, 2, 2) and shifts (t, 2): the shift of each pair, and affines of sampled triples."""
     linears, shifts = np.broadcast_to(np.eye(2), (len(source), 2, 2)), target - source
     if len(source) < 4:
         return linears, shifts
     rng = np.random.default_rng(seed)
-    triples = rng.choice(len(source), size=(trials, 3), p=chance)
+    triples = rng.choice(len(source), size=(_TRIPLES, 3), p=chance)
     edges = [np.swapaxes(points[triples[:, 1:]] - points[triples[:, :1]], 1, 2) for points in (source, target)]
     area = np.abs(np.linalg.det(edges[0]))
     wide = area > 1e-3 * (edges[0] ** 2).sum(axis=(1, 2)) + 1e-9
     found = edges[1][wide] @ np.linalg.inv(edges[0][wide])
     first = triples[wide, 0]
-    near = np.abs(found - np.eye(2)).max(axis=(1, 2)) <= max_change
+    near = np.abs(found - np.eye(2)).max(axis=(1, 2)) <= _MAX_CHANGE
     found, first = found[near], first[near]
     moved = target[first] - np.einsum("tij,tj->ti", found, source[first])
     return np.concatenate([linears, found]), np.concatenate([shifts, moved])

@@ -2,17 +2,16 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.registration.affine import apply, as_matrix, decompose, fit_affine, inverse, scaling
+from celldetr.xenium.registration.affine import Floats, apply, as_matrix, decompose, fit_affine, inverse, scaling
 
 KEYPOINTS = ("fixedX", "fixedY", "alignmentX", "alignmentY")
 _FORMATS = (
@@ -36,8 +35,8 @@ class Alignment:
         (n,) distance of each keypoint to the fit, Xenium px; empty if the file holds a matrix.
     """
 
-    matrix: NDArray[np.float64]
-    residuals: NDArray[np.float64]
+    matrix: Floats
+    residuals: Floats
 
 
 def read_alignment(path: str | os.PathLike[str]) -> Alignment:
@@ -82,7 +81,7 @@ def _fit_keypoints(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) 
     return Alignment(matrix, np.linalg.norm(apply(matrix, moving) - fixed, axis=1))
 
 
-def _numbers(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> NDArray[np.float64]:
+def _numbers(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> Floats:
     try:
         values = np.array([[float(cell) for cell in row] for row in rows])
     except ValueError as error:
@@ -90,14 +89,6 @@ def _numbers(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> NDA
     if not np.isfinite(values).all():
         raise InputError(f"{path}: got values that are not finite; {_FORMATS}")
     return values
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A likely mistake: what the file holds instead of the right matrix, and the corrected matrix (3, 3)."""
-
-    what: str
-    corrected: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -111,36 +102,27 @@ class Plausibility:
     notes
         Unusual properties.
     mistakes
-        Mistakes whose correction gives a plausible matrix; only the images can confirm one.
+        What the file may hold instead of the right matrix -> corrected matrix (3, 3). The corrected matrices are
+        plausible; only the images can confirm one.
     """
 
     problems: tuple[str, ...]
     notes: tuple[str, ...]
-    mistakes: tuple[Mistake, ...]
+    mistakes: Mapping[str, Floats]
 
 
 def check_plausible(
-    matrix: NDArray[np.float64],
+    matrix: Floats,
     he_mpp: float | None,
     pixel_size: float,
     settings: RegistrationSettings,
     he_size: tuple[int, int],
     xenium_size: tuple[int, int],
 ) -> Plausibility:
-    """Judge a matrix by its scale, its shear, and the overlap of the two images.
+    """Judge a matrix (3, 3), H&E level-0 px -> Xenium px, by its scale, its shear, and the overlap of the two images.
 
-    Parameters
-    ----------
-    matrix
-        (3, 3), meant to be H&E level-0 px -> Xenium px.
-    he_mpp
-        um per H&E px; None if unknown.
-    pixel_size
-        um per Xenium px.
-    settings
-        Tolerances.
-    he_size, xenium_size
-        Width and height of the images, px.
+    `he_mpp` (None if unknown) and `pixel_size` are um per px of the H&E and the Xenium image; the sizes are width and
+    height in px.
     """
     problems = list(_problems(matrix, he_mpp, pixel_size, settings))
     overlap = _overlap(matrix, he_size, xenium_size)
@@ -152,18 +134,16 @@ def check_plausible(
         notes.append("the H&E is mirrored against the Xenium image (the section may have been turned over)")
     if abs(parts.shear) > _UNUSUAL_SHEAR:
         notes.append(f"shear of {parts.shear:.3f}")
-    mistakes = [
-        mistake
-        for mistake in _mistakes(matrix, he_mpp, pixel_size)
-        if _overlap(mistake.corrected, he_size, xenium_size) >= _CLEAR_OVERLAP
-        and not any(_problems(mistake.corrected, he_mpp, pixel_size, settings))
-    ]
-    return Plausibility(tuple(problems), tuple(notes), tuple(mistakes))
+    mistakes = {
+        what: corrected
+        for what, corrected in _corrections(matrix, he_mpp, pixel_size).items()
+        if _overlap(corrected, he_size, xenium_size) >= _CLEAR_OVERLAP
+        and not any(_problems(corrected, he_mpp, pixel_size, settings))
+    }
+    return Plausibility(tuple(problems), tuple(notes), mistakes)
 
 
-def _problems(
-    matrix: NDArray[np.float64], he_mpp: float | None, pixel_size: float, settings: RegistrationSettings
-) -> Iterator[str]:
+def _problems(matrix: Floats, he_mpp: float | None, pixel_size: float, settings: RegistrationSettings) -> Iterator[str]:
     parts = decompose(matrix)
     if he_mpp is None:
         low, high = settings.scale_range
@@ -180,21 +160,24 @@ def _problems(
         yield f"scales {parts.scale_x:.4g} in x and {parts.scale_y:.4g} in y, expected about the same"
 
 
-def _mistakes(matrix: NDArray[np.float64], he_mpp: float | None, pixel_size: float) -> Iterator[Mistake]:
+def _corrections(matrix: Floats, he_mpp: float | None, pixel_size: float) -> dict[str, Floats]:
     back = inverse(matrix)
     to_px = scaling(1 / pixel_size)
-    yield Mistake("the inverse (Xenium px -> H&E px)", back)
-    yield Mistake("x and y swapped", _SWAP @ matrix @ _SWAP)
-    yield Mistake("x and y of the H&E swapped", matrix @ _SWAP)
-    yield Mistake("x and y of the Xenium image swapped", _SWAP @ matrix)
-    yield Mistake("um instead of Xenium px (H&E px -> um)", to_px @ matrix)
-    yield Mistake("the inverse, and um instead of Xenium px (um -> H&E px)", to_px @ back)
+    corrections = {
+        "the inverse (Xenium px -> H&E px)": back,
+        "x and y swapped": _SWAP @ matrix @ _SWAP,
+        "x and y of the H&E swapped": matrix @ _SWAP,
+        "x and y of the Xenium image swapped": _SWAP @ matrix,
+        "um instead of Xenium px (H&E px -> um)": to_px @ matrix,
+        "the inverse, and um instead of Xenium px (um -> H&E px)": to_px @ back,
+    }
     if he_mpp is not None:
-        yield Mistake("um instead of H&E px (H&E um -> Xenium px)", matrix @ scaling(he_mpp))
-        yield Mistake("um on both sides (H&E um -> Xenium um)", to_px @ matrix @ scaling(he_mpp))
+        corrections["um instead of H&E px (H&E um -> Xenium px)"] = matrix @ scaling(he_mpp)
+        corrections["um on both sides (H&E um -> Xenium um)"] = to_px @ matrix @ scaling(he_mpp)
+    return corrections
 
 
-def _overlap(matrix: NDArray[np.float64], he_size: tuple[int, int], xenium_size: tuple[int, int]) -> float:
+def _overlap(matrix: Floats, he_size: tuple[int, int], xenium_size: tuple[int, int]) -> float:
     """Area that the two images share, over the smaller area."""
     width, height = he_size
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float64)

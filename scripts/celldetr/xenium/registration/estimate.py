@@ -10,7 +10,7 @@ from scipy import fft, ndimage
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
-from celldetr.xenium.registration.affine import affine, apply, fit_robust, inverse, rotation, scaling
+from celldetr.xenium.registration.affine import Floats, affine, apply, fit_robust, inverse, rotation, scaling
 from celldetr.xenium.registration.maps import Grid, Values, band, intensity, match_blocks, sample
 
 _FINEST = 2.0  # um of a sample
@@ -48,7 +48,7 @@ class MapPair:
 class Candidate:
     """A matrix (3, 3), H&E level-0 px -> um of the Xenium frame, and its score."""
 
-    to_um: NDArray[np.float64]
+    to_um: Floats
     score: float
 
 
@@ -72,50 +72,36 @@ def make_maps(he: Pyramid, dapi: Pyramid, he_mpp: float, pixel_size: float) -> l
 def _halve(values: Values) -> Values:
     """Average 2 x 2 samples; an odd last row or column is doubled."""
     even = np.pad(values, [(0, side % 2) for side in values.shape], mode="edge")
-    halved: Values = even.reshape(even.shape[0] // 2, 2, even.shape[1] // 2, 2).mean(axis=(1, 3))
-    return halved
+    return np.asarray(even.reshape(even.shape[0] // 2, 2, even.shape[1] // 2, 2).mean(axis=(1, 3)))
 
 
 def estimate(
     maps: Sequence[MapPair], scales: Iterable[float], settings: RegistrationSettings, seed: int
-) -> list[NDArray[np.float64]]:
+) -> list[Floats]:
     """Estimate the matrix without a file.
 
-    Parameters
-    ----------
-    maps
-        From coarse to fine.
-    scales
-        Factors on the nominal size of an H&E pixel to try.
-    settings
-        Step of the rotation.
-    seed
-        Seed of the robust fits.
-
-    Returns
-    -------
-    list of NDArray
-        At most 3 matrices (3, 3), H&E level-0 px -> um of the Xenium frame, best first.
+    `maps` are ordered from coarse to fine; `scales` are factors on the nominal size of an H&E pixel to try. Returns at
+    most 3 matrices (3, 3), H&E level-0 px -> um of the Xenium frame, best first.
     """
     angles = np.arange(0, 360, settings.angle_step)
     linears = [scale * rotation(angle) @ np.diag([1, flip]) for scale in scales for flip in (1, -1) for angle in angles]
     return _polish(maps, _distinct(_search(maps[0], linears), maps[0], _CANDIDATES), keep=3, seed=seed)
 
 
-def estimate_nearby(maps: Sequence[MapPair], to_um: NDArray[np.float64], seed: int) -> list[NDArray[np.float64]]:
+def estimate_nearby(maps: Sequence[MapPair], to_um: Floats, seed: int) -> list[Floats]:
     """Estimate as `estimate`, from a matrix that is off by a few degrees and by any shift; returns at most 2."""
     linears = [rotation(angle) @ to_um[:2, :2] / maps[0].he_mpp for angle in _NEARBY]
     found = _distinct(_search(maps[0], linears), maps[0], 4)
     return _polish(maps, [Candidate(to_um, 0.0), *found], keep=2, seed=seed)
 
 
-def scale_steps(low: float, high: float) -> NDArray[np.float64]:
+def scale_steps(low: float, high: float) -> Floats:
     """Scales from low to high in equal ratios."""
     count = max(int(np.ceil(np.log(high / low) / _SCALE_STEP)), 1) + 1
     return np.geomspace(low, high, count)
 
 
-def _search(maps: MapPair, linears: Sequence[NDArray[np.float64]]) -> list[Candidate]:
+def _search(maps: MapPair, linears: Sequence[Floats]) -> list[Candidate]:
     """Find the best shifts of each linear part (2, 2), H&E um -> Xenium um, by correlation of whole maps; best first.
 
     The H&E map is warped into a square canvas that holds it at any rotation; the shifts of the canvas come from FFTs.
@@ -151,7 +137,7 @@ def _distinct(found: Sequence[Candidate], maps: MapPair, count: int) -> list[Can
     """Keep the best candidates that map the corners of the H&E to different places."""
     height, width = maps.he.shape
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) * maps.spacing / maps.he_mpp
-    kept: list[tuple[Candidate, NDArray[np.float64]]] = []
+    kept: list[tuple[Candidate, Floats]] = []
     for candidate in found:
         places = apply(candidate.to_um, corners)
         if all(np.linalg.norm(places - other, axis=1).mean() > 4 * maps.spacing for _, other in kept):
@@ -161,7 +147,7 @@ def _distinct(found: Sequence[Candidate], maps: MapPair, count: int) -> list[Can
     return [candidate for candidate, _ in kept]
 
 
-def _polish(maps: Sequence[MapPair], found: Sequence[Candidate], keep: int, seed: int) -> list[NDArray[np.float64]]:
+def _polish(maps: Sequence[MapPair], found: Sequence[Candidate], keep: int, seed: int) -> list[Floats]:
     """Align candidates on finer and finer maps; fewer are kept each time."""
     current = list(found)
     for depth, pair in enumerate(maps):
@@ -176,7 +162,7 @@ def _polish(maps: Sequence[MapPair], found: Sequence[Candidate], keep: int, seed
     return [candidate.to_um for candidate in _distinct(current, maps[-1], keep)]
 
 
-def _align(maps: MapPair, to_um: NDArray[np.float64], reach: int, seed: int) -> Candidate:
+def _align(maps: MapPair, to_um: Floats, reach: int, seed: int) -> Candidate:
     """Improve a matrix by finding blocks of the DAPI map in the H&E map, up to `reach` samples away.
 
     The score is the sum of the trust in the inlier blocks, per block.
@@ -196,17 +182,16 @@ def _align(maps: MapPair, to_um: NDArray[np.float64], reach: int, seed: int) -> 
     return Candidate(update @ to_um, float(score[inliers].sum() / len(score)))
 
 
-def _warp(maps: MapPair, to_um: NDArray[np.float64], corner: NDArray[np.int64], side: int) -> Values:
+def _warp(maps: MapPair, to_um: Floats, corner: NDArray[np.int64], side: int) -> Values:
     """Square of the H&E map, warped onto the DAPI map."""
     to_map = scaling(maps.he_mpp / maps.spacing) @ inverse(to_um) @ scaling(maps.spacing)
     x = (corner[0] + np.arange(side) + 0.5)[None, :]
     y = (corner[1] + np.arange(side) + 0.5)[:, None]
     positions = [to_map[axis, 0] * x + to_map[axis, 1] * y + to_map[axis, 2] - 0.5 for axis in (1, 0)]
-    found: Values = ndimage.map_coordinates(maps.he, positions, order=1, mode="constant")
-    return found
+    return np.asarray(ndimage.map_coordinates(maps.he, positions, order=1, mode="constant"))
 
 
-def _block_corners(maps: MapPair, to_um: NDArray[np.float64], block: int) -> NDArray[np.int64]:
+def _block_corners(maps: MapPair, to_um: Floats, block: int) -> NDArray[np.int64]:
     """Corners (n, 2), x and y, of the blocks with most signal whose centre is inside the H&E."""
     step = max(block // 2, 1)
     height, width = maps.dapi.shape

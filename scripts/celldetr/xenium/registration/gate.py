@@ -4,12 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.affine import inverse
+from celldetr.xenium.registration.affine import Floats, inverse
 from celldetr.xenium.registration.maps import inside
 from celldetr.xenium.registration.nuclei import (
     SPACING,
@@ -26,34 +25,32 @@ _MARGIN = 8.0  # um; half of a large nucleus
 _MIN_NUCLEI = 8  # H&E nuclei in a region that can be judged
 
 
-def control_shifts(length: float) -> NDArray[np.float64]:
+def control_shifts(length: float) -> Floats:
     """Shifts (8, 2) of a length in 8 directions, um."""
     angle = np.arange(8) * np.pi / 4
     return length * np.column_stack([np.cos(angle), np.sin(angle)])
 
 
 def check(
-    to_um: NDArray[np.float64], he: Pyramid, nuclei: DapiNuclei, regions: list[Region], settings: RegistrationSettings
+    to_um: Floats, he: Pyramid, nuclei: DapiNuclei, regions: list[Region], settings: RegistrationSettings
 ) -> Quality:
     """Judge a matrix (3, 3), H&E level-0 px -> um of the Xenium frame, in the regions of a sample."""
     to_px = inverse(to_um)
     windows = [read_window(he, to_um, region, settings, settings.control_shift + _MARGIN) for region in regions]
     blobs = clear_blobs(windows)
-    distances, chances, contrasts, parts = [], [], [], []
+    measured, parts = [], []
     for region, seen, points in zip(regions, windows, blobs, strict=True):
         distance, chance = _distances(points, nuclei, settings)
         contrast = _contrasts(region, seen, settings)
         share = float(inside(he, to_px, shapely.get_coordinates(shapely.centroid(region.outlines))).mean())
         parts.append(_region_quality(region, share, distance, chance, contrast, settings))
-        distances.append(distance)
-        chances.append(chance)
-        contrasts.append(contrast)
-    contrast = np.concatenate(contrasts)
+        measured.append((distance, chance, contrast))
+    distance, chance, contrast = (np.concatenate(part, axis=-1) for part in zip(*measured, strict=True))
     # regions mostly outside of the H&E count in `inside` alone
     passed = [part.passed for part in parts if part.inside >= 0.5]
     figures = {
-        "distance": _median(np.concatenate(distances)),
-        "chance": _chance(np.concatenate(chances, axis=1)),
+        "distance": _median(distance),
+        "chance": _chance(chance),
         "contrast": _mean(contrast),
         "z": _z(contrast),
         "inside": float(inside(he, to_px, nuclei.centroids).mean()),
@@ -64,9 +61,7 @@ def check(
     return Quality(passed=not failures, failures=failures, regions=tuple(parts), **figures)
 
 
-def _distances(
-    blobs: NDArray[np.float64], nuclei: DapiNuclei, settings: RegistrationSettings
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _distances(blobs: Floats, nuclei: DapiNuclei, settings: RegistrationSettings) -> tuple[Floats, Floats]:
     """Distances of blobs to the nearest nucleus: as they are (n,), and shifted in 8 directions (8, n)."""
     if not len(blobs):
         return np.empty(0), np.empty((8, 0))
@@ -75,7 +70,7 @@ def _distances(
     return distance, np.array(chance)
 
 
-def _contrasts(region: Region, seen: StainWindow, settings: RegistrationSettings) -> NDArray[np.float64]:
+def _contrasts(region: Region, seen: StainWindow, settings: RegistrationSettings) -> Floats:
     """Hematoxylin inside each nucleus minus the mean at its shifted positions, in deviations of the map (n,)."""
     labels = draw_labels(region.outlines, seen.grid)
     numbers = np.unique(labels[labels > 0])
@@ -85,26 +80,16 @@ def _contrasts(region: Region, seen: StainWindow, settings: RegistrationSettings
     steps = np.round(control_shifts(settings.control_shift) / SPACING).astype(int)
     here = ndimage.mean(seen.stain, labels, numbers)
     there = [ndimage.mean(np.roll(seen.stain, (-y, -x), (0, 1)), labels, numbers) for x, y in steps]
-    difference: NDArray[np.float64] = (here - np.mean(there, axis=0)) / deviation
-    return difference
+    return np.asarray((here - np.mean(there, axis=0)) / deviation)
 
 
 def _region_quality(
-    region: Region,
-    share: float,
-    distance: NDArray[np.float64],
-    chance: NDArray[np.float64],
-    contrast: NDArray[np.float64],
-    settings: RegistrationSettings,
+    region: Region, share: float, distance: Floats, chance: Floats, contrast: Floats, settings: RegistrationSettings
 ) -> RegionQuality:
     enough = len(distance) >= _MIN_NUCLEI
     median, expected = (_median(distance), _chance(chance)) if enough else (None, None)
-    passed = (
-        median is not None
-        and expected is not None
-        and median <= settings.max_distance
-        and median <= settings.max_chance * expected
-    )
+    limit = min(settings.max_distance, settings.max_chance * expected) if expected is not None else 0.0
+    passed = median is not None and median <= limit
     return RegionQuality(
         x=float(region.centre[0]),
         y=float(region.centre[1]),
@@ -142,20 +127,20 @@ def _failures(figures: dict[str, float | None], settings: RegistrationSettings) 
             yield f"{what} {share:.0%}, expected {limit:.0%} or more ({key})"
 
 
-def _median(values: NDArray[np.float64]) -> float | None:
+def _median(values: Floats) -> float | None:
     return float(np.median(values)) if len(values) else None
 
 
-def _chance(values: NDArray[np.float64]) -> float | None:
+def _chance(values: Floats) -> float | None:
     """Mean over the 8 shifts of the median distance."""
     return float(np.median(values, axis=1).mean()) if values.size else None
 
 
-def _mean(values: NDArray[np.float64]) -> float | None:
+def _mean(values: Floats) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _z(values: NDArray[np.float64]) -> float | None:
+def _z(values: Floats) -> float | None:
     """Mean over its standard error."""
     if len(values) < 2 or values.std() == 0:
         return None

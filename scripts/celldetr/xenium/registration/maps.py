@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage
 
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.affine import apply
+from celldetr.xenium.registration.affine import Floats, apply
 
 _READ_SIDE = 2048  # px of a region that is read at once
 
@@ -36,14 +36,14 @@ class Grid:
     width: int
     height: int
 
-    def centres(self, rows: slice, columns: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def centres(self, rows: slice, columns: slice) -> tuple[Floats, Floats]:
         """Centres of samples, um: x (1, columns) and y (rows, 1)."""
         x = self.x + (np.arange(columns.start, columns.stop) + 0.5) * self.spacing
         y = self.y + (np.arange(rows.start, rows.stop) + 0.5) * self.spacing
         return x[None, :], y[:, None]
 
 
-def window(centre: NDArray[np.float64], side: float, spacing: float) -> Grid:
+def window(centre: Floats, side: float, spacing: float) -> Grid:
     """Grid of about `side` um around a point (2,), um."""
     count = max(round(side / spacing), 1)
     return Grid(centre[0] - count * spacing / 2, centre[1] - count * spacing / 2, spacing, count, count)
@@ -59,24 +59,11 @@ def colour(pixels: NDArray[np.uint8]) -> Values:
     return pixels.astype(np.float32)
 
 
-def sample(image: Pyramid, grid: Grid, um_to_px: NDArray[np.float64], convert: Callable[[Any], Values]) -> Values:
-    """Average an image over the samples of a grid.
+def sample(image: Pyramid, grid: Grid, um_to_px: Floats, convert: Callable[[Any], Values]) -> Values:
+    """Average an image over the samples of a grid: (height, width), or (height, width, k).
 
-    Parameters
-    ----------
-    image
-        H&E or DAPI.
-    grid
-        Samples, um.
-    um_to_px
-        (3, 3), um of the grid's frame -> level-0 px of the image.
-    convert
-        Pixels -> values (h, w) or (h, w, k): `hematoxylin`, `intensity` or `colour`.
-
-    Returns
-    -------
-    NDArray
-        (height, width) or (height, width, k). Memory does not depend on the size of the image.
+    `um_to_px` (3, 3) maps um of the grid's frame to level-0 px of the image. `convert` turns pixels into values (h, w)
+    or (h, w, k): `hematoxylin`, `intensity` or `colour`. Memory does not depend on the size of the image.
     """
     per_sample = grid.spacing * float(np.sqrt(abs(np.linalg.det(um_to_px[:2, :2]))))
     level = image.level_for(per_sample)
@@ -95,14 +82,7 @@ def sample(image: Pyramid, grid: Grid, um_to_px: NDArray[np.float64], convert: C
     return np.concatenate(rows, axis=0)
 
 
-def _piece(
-    image: Pyramid,
-    level: int,
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    ratio: float,
-    convert: Callable[[Any], Values],
-) -> Values:
+def _piece(image: Pyramid, level: int, x: Floats, y: Floats, ratio: float, convert: Callable[[Any], Values]) -> Values:
     """Values at positions (h, w), px of a level, averaged over `ratio` px."""
     margin = int(np.ceil(ratio)) + 2
     grid = image.levels[level]
@@ -127,11 +107,10 @@ def _piece(
     return np.stack(layers, axis=-1) if values.ndim == 3 else layers[0]
 
 
-def inside(image: Pyramid, um_to_px: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.bool_]:
+def inside(image: Pyramid, um_to_px: Floats, points: Floats) -> NDArray[np.bool_]:
     """Mask (n,) of the points (n, 2), um, that lie inside an image."""
     px = apply(um_to_px, points)
-    within: NDArray[np.bool_] = np.all((px >= 0) & (px < np.array(image.size)), axis=1)
-    return within
+    return np.asarray(np.all((px >= 0) & (px < np.array(image.size)), axis=1))
 
 
 def band(values: Values, fine: float = 1.0, wide: float = 8.0) -> Values:
@@ -140,11 +119,10 @@ def band(values: Values, fine: float = 1.0, wide: float = 8.0) -> Values:
     clipped = np.clip(values, low, high)
     kept = ndimage.gaussian_filter(clipped, fine) - ndimage.gaussian_filter(clipped, wide)
     deviation = kept.std()
-    scaled: Values = kept / deviation if deviation > 0 else kept
-    return scaled
+    return np.asarray(kept / deviation if deviation > 0 else kept)
 
 
-def match_blocks(fixed: Values, moving: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def match_blocks(fixed: Values, moving: Values) -> tuple[Floats, Floats]:
     """Find each block in a larger block around the same place by normalised cross-correlation.
 
     Parameters
@@ -180,16 +158,14 @@ def match_blocks(fixed: Values, moving: Values) -> tuple[NDArray[np.float64], ND
     return shifts, score
 
 
-def _window_sums(values: NDArray[np.floating], side: int) -> NDArray[np.float64]:
+def _window_sums(values: NDArray[np.floating], side: int) -> Floats:
     """Sum over all windows of a side: (n, B, B) -> (n, B - side + 1, B - side + 1)."""
     total = np.pad(values.astype(np.float64).cumsum(axis=1).cumsum(axis=2), ((0, 0), (1, 0), (1, 0)))
-    sums: NDArray[np.float64] = (
-        total[:, side:, side:] - total[:, :-side, side:] - total[:, side:, :-side] + total[:, :-side, :-side]
-    )
-    return sums
+    lower, upper = total[:, side:], total[:, :-side]
+    return np.asarray(lower[:, :, side:] - upper[:, :, side:] - lower[:, :, :-side] + upper[:, :, :-side])
 
 
-def _vertex(surface: NDArray[np.float64], row: int, column: int) -> NDArray[np.float64]:
+def _vertex(surface: Floats, row: int, column: int) -> Floats:
     """Position (x, y) of a peak between samples, by parabolas."""
     position = []
     for index, line in ((column, surface[row]), (row, surface[:, column])):
@@ -202,7 +178,7 @@ def _vertex(surface: NDArray[np.float64], row: int, column: int) -> NDArray[np.f
     return np.array(position)
 
 
-def _clarity(surface: NDArray[np.float64], row: int, column: int) -> float:
+def _clarity(surface: Floats, row: int, column: int) -> float:
     """Share, 0 to 1, by which the peak exceeds all distant values; a peak at the edge of the search counts a tenth."""
     peak = surface[row, column]
     if peak <= 0:

@@ -13,7 +13,7 @@ from celldetr.config.xenium import RegistrationSettings
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
-from celldetr.xenium.registration.affine import inverse
+from celldetr.xenium.registration.affine import Floats, inverse
 from celldetr.xenium.registration.maps import Grid, Values, inside, sample, window
 
 SPACING = 0.5  # um of a sample in which blobs are searched
@@ -27,25 +27,12 @@ _MIN_NUCLEI = 8  # in a region
 class Region:
     """A window of the sample: centre (2,) um, and the outlines of its DAPI nuclei."""
 
-    centre: NDArray[np.float64]
+    centre: Floats
     outlines: NDArray[np.object_]
 
 
 class DapiNuclei:
-    """Nuclei of a Xenium sample.
-
-    Parameters
-    ----------
-    outlines
-        Polygons (n,) of shapely, um.
-
-    Attributes
-    ----------
-    centroids
-        (n, 2) um.
-    tree
-        Search tree of the centroids.
-    """
+    """Nuclei of a Xenium sample: outlines (n,), polygons of shapely, um; centroids (n, 2), um; their search tree."""
 
     def __init__(self, outlines: NDArray[np.object_]) -> None:
         self.outlines = outlines
@@ -78,7 +65,7 @@ class DapiNuclei:
         return found
 
 
-def densest(points: NDArray[np.float64], side: float) -> NDArray[np.float64]:
+def densest(points: Floats, side: float) -> Floats:
     """Centre (2,) of the square with most points, on a grid of half sides."""
     low = points.min(axis=0)
     counts = np.ceil((points.max(axis=0) - low) / (side / 2)).astype(int) + 1
@@ -122,12 +109,12 @@ class StainWindow:
 
     grid: Grid
     stain: Values
-    blobs: NDArray[np.float64]
-    strength: NDArray[np.float64]
+    blobs: Floats
+    strength: Floats
 
 
 def read_window(
-    he: Pyramid, to_um: NDArray[np.float64], region: Region, settings: RegistrationSettings, margin: float
+    he: Pyramid, to_um: Floats, region: Region, settings: RegistrationSettings, margin: float
 ) -> StainWindow:
     """Read the hematoxylin of a region and find nuclei in it.
 
@@ -142,13 +129,8 @@ def read_window(
     return StainWindow(grid, stain, blobs[kept], strength[kept])
 
 
-def find_blobs(stain: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Find dark round blobs of the size of nuclei by the Laplacian of Gaussian at several scales.
-
-    Parameters
-    ----------
-    stain
-        Hematoxylin (h, w), samples of `SPACING` um.
+def find_blobs(stain: Values) -> tuple[Floats, Floats]:
+    """Find dark round blobs of the size of nuclei in hematoxylin (h, w) by the Laplacian of Gaussian at several scales.
 
     Returns
     -------
@@ -176,9 +158,7 @@ def find_blobs(stain: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return positions.astype(np.float64), here.astype(np.float64)
 
 
-def _suppress(
-    positions: NDArray[np.int64], strength: NDArray[np.float32], sigma: NDArray[np.float64]
-) -> NDArray[np.int64]:
+def _suppress(positions: NDArray[np.int64], strength: NDArray[np.float32], sigma: Floats) -> NDArray[np.int64]:
     """Non-maximum suppression: indices of the blobs that are not inside a stronger one."""
     if not len(positions):
         return np.empty(0, np.int64)
@@ -191,7 +171,7 @@ def _suppress(
     return np.flatnonzero(alive)
 
 
-def clear_blobs(windows: list[StainWindow]) -> list[NDArray[np.float64]]:
+def clear_blobs(windows: list[StainWindow]) -> list[Floats]:
     """Blobs (n, 2), um, of each region as strong as nuclei; the limit is common to all regions."""
     strength = np.concatenate([item.strength for item in windows])
     if not len(strength):

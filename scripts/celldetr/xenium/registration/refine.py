@@ -1,14 +1,13 @@
 """Refine a nearly right matrix: shifts of image windows first, then pairs of nuclei."""
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
-from celldetr.xenium.registration.affine import apply, fit_affine, fit_robust, inverse, scaling
-from celldetr.xenium.registration.maps import Values, band, intensity, match_blocks, sample, window
+from celldetr.xenium.registration.affine import Floats, apply, fit_affine, fit_robust, inverse, scaling
+from celldetr.xenium.registration.maps import band, intensity, match_blocks, sample, window
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, read_window
 
 # Spacing of samples, side of a window, and search radius, um; the second step must find what the first one leaves
@@ -19,22 +18,11 @@ _MIN_PAIRS = 20  # of nuclei
 
 
 def refine_windows(
-    to_um: NDArray[np.float64], he: Pyramid, dapi: Pyramid, pixel_size: float, regions: list[Region], seed: int
-) -> NDArray[np.float64]:
-    """Improve a matrix that is off by up to 40 um by matching a window of each region.
+    to_um: Floats, he: Pyramid, dapi: Pyramid, pixel_size: float, regions: list[Region], seed: int
+) -> Floats:
+    """Improve a matrix that is off by up to 40 um by matching a window at the centre of each region.
 
-    Parameters
-    ----------
-    to_um
-        (3, 3), H&E level-0 px -> um of the Xenium frame.
-    he, dapi
-        Images.
-    pixel_size
-        um per Xenium px.
-    regions
-        Centres of the windows.
-    seed
-        Seed of the robust fit.
+    `to_um` (3, 3) maps H&E level-0 px to um of the Xenium frame; `pixel_size` is um per Xenium px.
     """
     centres = np.array([region.centre for region in regions])
     for spacing, side, reach in _STEPS:
@@ -43,8 +31,10 @@ def refine_windows(
         larger_side = (round(side / spacing) + 2 * extra) * spacing
         fixed, moving = [], []
         for centre in centres:
-            fixed.append(_band_um(sample(dapi, window(centre, side, spacing), to_dapi, intensity), spacing))
-            moving.append(_band_um(sample(he, window(centre, larger_side, spacing), to_he, hematoxylin), spacing))
+            dapi_window = sample(dapi, window(centre, side, spacing), to_dapi, intensity)
+            he_window = sample(he, window(centre, larger_side, spacing), to_he, hematoxylin)
+            fixed.append(band(dapi_window, _FINE / spacing, _WIDE / spacing))
+            moving.append(band(he_window, _FINE / spacing, _WIDE / spacing))
         shifts, score = match_blocks(np.stack(fixed), np.stack(moving))
         if not score.any():
             continue
@@ -54,13 +44,9 @@ def refine_windows(
     return to_um
 
 
-def _band_um(values: Values, spacing: float) -> Values:
-    return band(values, _FINE / spacing, _WIDE / spacing)
-
-
 def refine_nuclei(
-    to_um: NDArray[np.float64], he: Pyramid, nuclei: DapiNuclei, regions: list[Region], settings: RegistrationSettings
-) -> NDArray[np.float64]:
+    to_um: Floats, he: Pyramid, nuclei: DapiNuclei, regions: list[Region], settings: RegistrationSettings
+) -> Floats:
     """Improve a matrix that is off by a few um: iterated fit to pairs of mutually nearest H&E and DAPI nuclei.
 
     Returns the given matrix (3, 3) if there are too few pairs.

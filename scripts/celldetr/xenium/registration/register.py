@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,12 +11,12 @@ from numpy.typing import NDArray
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
-from celldetr.xenium.registration.affine import decompose, scaling
+from celldetr.xenium.registration.affine import Floats, decompose, scaling
 from celldetr.xenium.registration.alignment import Alignment, Plausibility, check_plausible
 from celldetr.xenium.registration.estimate import MapPair, estimate, estimate_nearby, make_maps, scale_steps
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import inside
-from celldetr.xenium.registration.nuclei import DapiNuclei
+from celldetr.xenium.registration.nuclei import DapiNuclei, Region
 from celldetr.xenium.registration.refine import refine_nuclei, refine_windows
 from celldetr.xenium.registration.result import Attempt, Keypoints, Origin, Quality, Registration
 
@@ -37,22 +38,16 @@ def register(
     name: str,
     seed: int,
 ) -> Registration:
-    """Find a matrix from the H&E to the Xenium image that passes the gate.
+    """Find a matrix from the H&E (whose `mpp` may be None) to the Xenium image that passes the gate.
 
     Parameters
     ----------
-    he
-        H&E image; its `mpp` may be None.
-    dapi
-        DAPI image of the sample.
     outlines
         DAPI nuclei (n,), polygons of shapely, um of the Xenium frame.
     pixel_size
         um per Xenium px.
     alignment
         Content of the alignment file; None without a file.
-    settings
-        Limits of the gate and settings of the search.
     name
         Name of the sample, for messages.
     seed
@@ -81,25 +76,24 @@ def register(
     return found
 
 
+@dataclass
 class _Run:
     """One registration: images, nuclei, and all attempts so far."""
 
-    def __init__(
-        self,
-        he: Pyramid,
-        dapi: Pyramid,
-        nuclei: DapiNuclei,
-        pixel_size: float,
-        settings: RegistrationSettings,
-        seed: int,
-    ) -> None:
-        self.he, self.dapi, self.nuclei = he, dapi, nuclei
-        self.pixel_size, self.settings, self.seed = pixel_size, settings, seed
-        self.regions = nuclei.regions(settings)
-        self.attempts: list[Attempt] = []
-        self.warnings: list[str] = []
-        self.before: Quality | None = None
-        self.keypoints: Keypoints | None = None
+    he: Pyramid
+    dapi: Pyramid
+    nuclei: DapiNuclei
+    pixel_size: float
+    settings: RegistrationSettings
+    seed: int
+    attempts: list[Attempt] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    before: Quality | None = None
+    keypoints: Keypoints | None = None
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        return self.nuclei.regions(self.settings)
 
     @property
     def nominal(self) -> float:
@@ -110,11 +104,11 @@ class _Run:
     def maps(self) -> list[MapPair]:
         return make_maps(self.he, self.dapi, self.nominal, self.pixel_size)
 
-    def to_um(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    def to_um(self, matrix: Floats) -> Floats:
         """Matrix to um of the Xenium frame instead of Xenium px."""
         return scaling(self.pixel_size) @ matrix
 
-    def check(self, name: str, to_um: NDArray[np.float64]) -> Attempt:
+    def check(self, name: str, to_um: Floats) -> Attempt:
         """Check a matrix and keep it as an attempt."""
         quality = check(to_um, self.he, self.nuclei, self.regions, self.settings)
         attempt = Attempt(name=name, matrix=scaling(1 / self.pixel_size) @ to_um, quality=quality)
@@ -122,7 +116,7 @@ class _Run:
         self.attempts.append(attempt)
         return attempt
 
-    def refine(self, to_um: NDArray[np.float64]) -> NDArray[np.float64]:
+    def refine(self, to_um: Floats) -> Floats:
         to_um = refine_windows(to_um, self.he, self.dapi, self.pixel_size, self.regions, self.seed)
         for _ in range(2):
             to_um = refine_nuclei(to_um, self.he, self.nuclei, self.regions, self.settings)
@@ -154,7 +148,7 @@ class _Run:
                 return self._result("file, refined", attempt)
         return None
 
-    def _judge_keypoints(self, residuals: NDArray[np.float64]) -> None:
+    def _judge_keypoints(self, residuals: Floats) -> None:
         """Keep the fit of the keypoints; residuals (n,) in Xenium px."""
         if not len(residuals):
             return
@@ -180,10 +174,10 @@ class _Run:
 
     def _undo_mistake(self, plausible: Plausibility) -> Registration | None:
         """Registration by the file's matrix with a likely mistake undone; None if none passes."""
-        for mistake in plausible.mistakes:
-            attempt = self.check(f"file, if it holds {mistake.what}", self.to_um(mistake.corrected))
+        for what, corrected in plausible.mistakes.items():
+            attempt = self.check(f"file, if it holds {what}", self.to_um(corrected))
             if attempt.quality.passed:
-                self.warnings.append(f"alignment file: it holds {mistake.what}; that was undone: correct the file")
+                self.warnings.append(f"alignment file: it holds {what}; that was undone: correct the file")
                 refined = self.check(f"{attempt.name}, refined", self.refine(self.to_um(attempt.matrix)))
                 better = (refined.quality.distance or np.inf) < (attempt.quality.distance or np.inf)
                 return self._result("file, refined", refined if refined.quality.passed and better else attempt)

@@ -2,49 +2,45 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from celldetr.config.base import Settings
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import write_json
-from celldetr.xenium.registration.affine import as_matrix, decompose, inverse, scaling
+from celldetr.xenium.registration.affine import Floats, as_matrix, decompose, inverse, scaling
 
 Origin = Literal["file", "file, refined", "estimated"]
 Matrix = Annotated[
-    NDArray[np.float64], BeforeValidator(as_matrix), PlainSerializer(lambda matrix: matrix.tolist(), return_type=list)
+    Floats, BeforeValidator(as_matrix), PlainSerializer(lambda matrix: matrix.tolist(), return_type=list)
 ]
 
 
-class RegionQuality(Settings):
+class _Figures(Settings):
+    passed: bool
+    distance: float | None = Field(description="Median distance from an H&E nucleus to the nearest DAPI nucleus, um")
+    chance: float | None = Field(description="The same for shifted H&E nuclei, um; mean over 8 directions")
+    contrast: float | None = Field(description="Hematoxylin inside nuclei minus that at shifted positions, deviations")
+    inside: float = Field(description="Share of the DAPI nuclei that lie inside the H&E image")
+    he_nuclei: int = Field(description="H&E nuclei found in the window, or in all windows")
+
+
+class RegionQuality(_Figures):
     """Figures of one region."""
 
     x: float = Field(description="Centre in the Xenium frame, um")
     y: float = Field(description="Centre in the Xenium frame, um")
     nuclei: int = Field(description="DAPI nuclei in the window")
-    he_nuclei: int = Field(description="H&E nuclei found in the window")
-    distance: float | None = Field(description="Median distance from an H&E nucleus to the nearest DAPI nucleus, um")
-    chance: float | None = Field(description="The same for shifted H&E nuclei, um; mean over 8 directions")
-    contrast: float | None = Field(description="Hematoxylin inside nuclei minus that at shifted positions, deviations")
-    inside: float = Field(description="Share of the window's DAPI nuclei that lie inside the H&E image")
-    passed: bool
 
 
-class Quality(Settings):
+class Quality(_Figures):
     """Figures of a check over all regions, and its verdict."""
 
-    passed: bool
     failures: tuple[str, ...] = Field(description="Figures that miss their limit, each with the limit")
-    distance: float | None = Field(description="Median distance from an H&E nucleus to the nearest DAPI nucleus, um")
-    chance: float | None = Field(description="The same for shifted H&E nuclei, um; mean over 8 directions")
-    contrast: float | None = Field(description="Hematoxylin inside nuclei minus that at shifted positions, deviations")
     z: float | None = Field(description="Mean contrast over its standard error")
-    inside: float = Field(description="Share of the sample's nuclei that lie inside the H&E image")
-    he_nuclei: int = Field(description="H&E nuclei found in all windows")
     regions_passed: float = Field(description="Share that passes, of the regions inside the H&E image")
     regions: tuple[RegionQuality, ...]
 
@@ -76,69 +72,41 @@ class Keypoints(Settings):
 
 
 class Registration(Settings):
-    """Position of a sample's H&E on its Xenium image.
-
-    Attributes
-    ----------
-    matrix
-        (3, 3), H&E level-0 px (x, y, 1) -> Xenium px.
-    pixel_size
-        um per Xenium px.
-    origin
-        Source of the matrix.
-    quality
-        Figures of the matrix.
-    quality_before
-        Figures of the file's matrix; None without a file.
-    keypoints
-        Fit of the keypoints; None if the file holds a matrix.
-    attempts
-        All matrices that were checked.
-    warnings
-        Messages for the user.
-    """
+    """Position of a sample's H&E on its Xenium image."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
 
-    matrix: Matrix
-    pixel_size: float = Field(gt=0)
-    origin: Origin
+    matrix: Matrix = Field(description="(3, 3), H&E level-0 px (x, y, 1) -> Xenium px")
+    pixel_size: float = Field(gt=0, description="um per Xenium px")
+    origin: Origin = Field(description="Source of the matrix")
     quality: Quality
-    quality_before: Quality | None = None
-    keypoints: Keypoints | None = None
-    attempts: tuple[Attempt, ...] = ()
-    warnings: tuple[str, ...] = ()
+    quality_before: Quality | None = Field(None, description="Quality of the file's matrix; None without a file")
+    keypoints: Keypoints | None = Field(None, description="None if the file holds a matrix")
+    attempts: tuple[Attempt, ...] = Field((), description="All matrices that were checked")
+    warnings: tuple[str, ...] = Field((), description="Messages for the user")
 
     @property
     def he_mpp(self) -> float:
         """Size of an H&E level-0 pixel by the matrix, um."""
         return decompose(self.matrix).scale * self.pixel_size
 
-    def he_to_um(self) -> NDArray[np.float64]:
+    def he_to_um(self) -> Floats:
         """Matrix (3, 3) from H&E level-0 px to um of the Xenium frame."""
         return scaling(self.pixel_size) @ self.matrix
 
-    def um_to_he(self) -> NDArray[np.float64]:
+    def um_to_he(self) -> Floats:
         """Matrix (3, 3) from um of the Xenium frame to H&E level-0 px."""
         return inverse(self.he_to_um())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the meaning and the parts of the matrix for readers of the file."""
-        parts = decompose(self.matrix)
         return {
             "format": "celldetr registration 1",
             "direction": "H&E level-0 pixel (x, y, 1) -> Xenium pixel",
             "units": "px; um = Xenium pixel * pixel_size",
             **super().to_dict(),
             "he_mpp": self.he_mpp,
-            "parts": {
-                "scale_x": parts.scale_x,
-                "scale_y": parts.scale_y,
-                "rotation_degrees": parts.rotation,
-                "shear": parts.shear,
-                "reflected": parts.reflected,
-                "determinant": parts.determinant,
-            },
+            "parts": asdict(decompose(self.matrix)),
         }
 
     def write(self, path: str | os.PathLike[str]) -> None:
