@@ -29,25 +29,13 @@ _DAPI_GLASS, _DAPI_TISSUE = 110.0, 90.0  # grey values of the empty frame, and a
 
 @dataclass(frozen=True)
 class Stain:
-    """How a section was stained and scanned.
+    """How a section was stained and scanned; colours are red, green and blue."""
 
-    Attributes
-    ----------
-    hematoxylin, eosin
-        (3,) optical density (natural logarithm) of a unit of stain in red, green and blue.
-    light
-        (3,) share of light that empty glass lets through.
-    blur
-        Standard deviation of the optics' blur in um.
-    noise
-        Standard deviation of the sensor's noise in grey values.
-    """
-
-    hematoxylin: Array
-    eosin: Array
-    light: Array
-    blur: float = 0.22
-    noise: float = 2.5
+    hematoxylin: Array  # (3,) optical density (natural logarithm) of a unit of stain
+    eosin: Array  # (3,) likewise
+    light: Array  # (3,) share of light that empty glass lets through
+    blur: float = 0.22  # um; standard deviation of the blur by the optics
+    noise: float = 2.5  # grey values; standard deviation of the noise of the sensor
 
 
 def draw_stain(rng: np.random.Generator) -> Stain:

@@ -29,65 +29,34 @@ _AROUND = np.ones((3, 3), dtype=bool)  # pieces of a nucleus hang together over 
 
 @dataclass(frozen=True)
 class Defects:
-    """Share of the images with each defect: by default about that of the real data; above 0, at least one image.
+    """Share of the images with each defect: by default about that of the real data; above 0, at least one image."""
 
-    Attributes
-    ----------
-    empty
-        No nucleus.
-    one_pixel
-        A nucleus of a single pixel where the image shows none.
-    split
-        One id in two pieces.
-    overlap
-        Pixels claimed by two classes.
-    shared
-        Ids that start from 1 in each channel.
-    void
-        Pixels that are neither nucleus nor background.
-    """
-
-    empty: float = 0.043
-    one_pixel: float = 0.05
-    split: float = 0.027
-    overlap: float = 0.073
-    shared: float = 0.1
-    void: float = 0.021
+    empty: float = 0.043  # no nucleus
+    one_pixel: float = 0.05  # a nucleus of a single pixel where the image shows none
+    split: float = 0.027  # one id in two pieces
+    overlap: float = 0.073  # pixels claimed by two classes
+    shared: float = 0.1  # ids that start from 1 in each channel
+    void: float = 0.021  # pixels that are neither nucleus nor background
 
 
 @dataclass(frozen=True)
 class ImageTruth:
-    """The content of one image of an archive: M nuclei, by class and id.
+    """The content of one image of an archive: M nuclei, by class and id."""
 
-    Attributes
-    ----------
-    tissue
-        Its entry in types.npy.
-    boxes
-        (M, 4) int64 xyxy px, half-open.
-    labels, ids, area
-        (M,) int64 class (index of the channel), id in that channel, number of pixels.
-    """
-
-    tissue: str
-    boxes: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    area: NDArray[np.int64]
+    tissue: str  # its entry in types.npy
+    boxes: NDArray[np.int64]  # (M, 4) xyxy px, half-open
+    labels: NDArray[np.int64]  # (M,) class: index of the channel
+    ids: NDArray[np.int64]  # (M,) id in that channel
+    area: NDArray[np.int64]  # (M,) number of pixels
 
 
 @dataclass(frozen=True)
 class FoldTruth:
     """What a conversion of an archive must find.
 
-    Attributes
-    ----------
-    images
-        One entry per image.
-    defects
-        ``empty_images``; ``one_pixel_nuclei``; ``split_nuclei`` (ids in several pieces, 8-connected);
-        ``overlap_pixels`` (claimed by two classes); ``void_pixels`` (neither nucleus nor background); ``shared_ids``
-        (ids used in two channels of an image). Counted in the masks as written.
+    `defects`, counted in the masks as written: ``empty_images``; ``one_pixel_nuclei``; ``split_nuclei`` (ids in several
+    pieces, 8-connected); ``overlap_pixels`` (claimed by two classes); ``void_pixels`` (neither nucleus nor background);
+    ``shared_ids`` (ids used in two channels of an image).
     """
 
     images: list[ImageTruth]

@@ -26,33 +26,18 @@ _CROSSED, _EMPTY = 3, 2  # outlines that cross themselves; empty outlines
 
 @dataclass(frozen=True)
 class SlideTruth:
-    """What was planted; positions are level-0 px.
-
-    Attributes
-    ----------
-    image, polygons
-        The files.
-    mpp, size
-        Um per px; width and height.
-    tissue, pen, pen_width
-        (V, 2) outline of the tissue; (K, 2) middle and width of the stroke of a marker pen.
-    nuclei, classes
-        (N, V, 2) outlines as drawn; (N,) str PanNuke classes.
-    invalid
-        Kind -> outlines in the file that are not valid: ``crossed`` (the first nuclei, two of their corners swapped),
-        ``empty`` and ``flat`` (no nuclei at all).
-    """
+    """What was planted; positions are level-0 px."""
 
     image: Path
     polygons: Path
-    mpp: float
-    size: tuple[int, int]
-    tissue: Array
-    pen: Array
+    mpp: float  # um per px
+    size: tuple[int, int]  # width and height
+    tissue: Array  # (V, 2) outline of the tissue
+    pen: Array  # (K, 2) middle of the stroke of a marker pen
     pen_width: float
-    nuclei: Array
-    classes: NDArray[np.str_]
-    invalid: Mapping[str, int]
+    nuclei: Array  # (N, V, 2) outlines as drawn
+    classes: NDArray[np.str_]  # (N,) PanNuke classes
+    invalid: Mapping[str, int]  # kind -> outlines in the file that are not valid, see `_spoil_outlines`
 
 
 def write_slide(

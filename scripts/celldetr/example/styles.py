@@ -16,47 +16,25 @@ Array = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class NucleusStyle:
-    """Shape and chromatin of the nuclei of one class.
+    """Shape and chromatin of the nuclei of one class."""
 
-    Attributes
-    ----------
-    length, length_sd
-        Longest diameter: median and standard deviation of its logarithm.
-    aspect, aspect_sd
-        Width / length: mean and standard deviation.
-    irregular, bend, taper
-        See `celldetr.example.tissue.draw_outlines`.
-    hematoxylin, hematoxylin_sd
-        Stain of the chromatin: median and standard deviation of its logarithm between nuclei.
-    chromatin, coarse
-        Relative contrast of the chromatin; share of it in coarse clumps (the rest is fine grain).
-    rim, clearing
-        Additional stain of the nuclear membrane; share of the stain missing in the middle (vesicular nuclei).
-    nucleoli
-        Mean number of nucleoli.
-    eosin, cytoplasm
-        Eosin inside the nucleus; eosin added in a thin coat around it (negative: a clear halo).
-    globules
-        Probability that the chromatin has broken up into dense globules (karyorrhexis).
-    """
-
-    length: float
-    length_sd: float
-    aspect: float
+    length: float  # longest diameter: median
+    length_sd: float  # standard deviation of its logarithm
+    aspect: float  # width / length: mean
     aspect_sd: float
-    irregular: float
-    hematoxylin: float
-    hematoxylin_sd: float
-    chromatin: float
-    coarse: float
-    rim: float
+    irregular: float  # as bend and taper: see `celldetr.example.tissue.draw_outlines`
+    hematoxylin: float  # stain of the chromatin: median
+    hematoxylin_sd: float  # standard deviation of its logarithm between nuclei
+    chromatin: float  # relative contrast of the chromatin
+    coarse: float  # share of the chromatin in coarse clumps (the rest is fine grain)
+    rim: float  # additional stain of the nuclear membrane
     bend: float = 0.0
     taper: float = 0.0
-    clearing: float = 0.0
-    nucleoli: float = 0.0
-    eosin: float = 0.15
-    cytoplasm: float = 0.0
-    globules: float = 0.0
+    clearing: float = 0.0  # share of the stain missing in the middle (vesicular nuclei)
+    nucleoli: float = 0.0  # mean number
+    eosin: float = 0.15  # inside the nucleus
+    cytoplasm: float = 0.0  # eosin added in a thin coat around the nucleus (negative: a clear halo)
+    globules: float = 0.0  # probability that the chromatin has broken up into dense globules (karyorrhexis)
 
 
 STYLES: Mapping[str, NucleusStyle] = {
@@ -96,69 +74,33 @@ def style_values(name: str, classes: NDArray[np.integer]) -> Array:
 
 @dataclass(frozen=True)
 class GlandStyle:
-    """Rings of columnar cells around a lumen.
+    """Rings of columnar cells around a lumen."""
 
-    Attributes
-    ----------
-    nucleus
-        Class of the nuclei.
-    radius
-        Smallest and largest outer radius.
-    cell_height
-        Distance from the basement membrane to the lumen.
-    spacing, rows, disorder
-        Distance of neighbouring nuclei along the ring; rows of nuclei; standard deviation of a nucleus' place.
-    eosin, basophilia
-        Stain of the cytoplasm: eosin and hematoxylin.
-    """
-
-    nucleus: str
-    radius: tuple[float, float]
-    cell_height: float
-    spacing: float
-    rows: int
-    disorder: float
-    eosin: float
-    basophilia: float
+    nucleus: str  # class of the nuclei
+    radius: tuple[float, float]  # smallest and largest outer radius
+    cell_height: float  # from the basement membrane to the lumen
+    spacing: float  # distance of neighbouring nuclei along the ring
+    rows: int  # of nuclei
+    disorder: float  # standard deviation of a nucleus' place
+    eosin: float  # stain of the cytoplasm
+    basophilia: float  # hematoxylin of the cytoplasm
 
 
 @dataclass(frozen=True)
 class Region:
-    """One kind of tissue.
+    """One kind of tissue."""
 
-    Attributes
-    ----------
-    density
-        Scattered nuclei per 64 um x 64 um (a PanNuke image); those of glands come on top.
-    composition
-        Class -> share of the scattered nuclei.
-    separation
-        Smallest distance of two nuclei relative to the distance at which they touch (below 1 they overlap).
-    clumping
-        Share of nuclei placed touching another one.
-    eosin, basophilia
-        Stain of the ground: eosin and hematoxylin.
-    fibre, granule
-        Relative contrast of fibres and of granules in the ground.
-    cleft
-        Share of the ground that is white gaps between the fibres.
-    membranes
-        Contrast of the borders between neighbouring cells.
-    glands
-        Glands that fill the region.
-    """
-
-    density: float
-    composition: Mapping[str, float]
-    separation: float
-    clumping: float
-    eosin: float
-    basophilia: float
-    fibre: float
-    granule: float
-    cleft: float
-    membranes: float = 0.0
-    glands: GlandStyle | None = None
+    density: float  # scattered nuclei per 64 um x 64 um (a PanNuke image); those of glands come on top
+    composition: Mapping[str, float]  # class -> share of the scattered nuclei
+    separation: float  # smallest distance of two nuclei relative to that at which they touch (below 1 they overlap)
+    clumping: float  # share of nuclei placed touching another one
+    eosin: float  # stain of the ground
+    basophilia: float  # hematoxylin of the ground
+    fibre: float  # relative contrast of fibres in the ground
+    granule: float  # relative contrast of granules in the ground
+    cleft: float  # share of the ground that is white gaps between the fibres
+    membranes: float = 0.0  # contrast of the borders between neighbouring cells
+    glands: GlandStyle | None = None  # glands that fill the region
 
 
 _TUMOUR_GLANDS = GlandStyle(

@@ -25,24 +25,13 @@ _CROWDING = 1.7  # nuclei thrown per nucleus wanted: many find no room
 
 @dataclass(frozen=True)
 class SceneNuclei:
-    """N nuclei.
+    """N nuclei: ellipses, and the outlines drawn from them."""
 
-    Attributes
-    ----------
-    classes
-        (N,) index into `PANNUKE_CLASSES`.
-    centres, half, angles
-        The ellipses they were drawn from: (N, 2) x, y; (N, 2) half of the length and of the width; (N,) direction of
-        the long axis, radians from x towards y.
-    outlines
-        (N, V, 2) x, y.
-    """
-
-    classes: NDArray[np.intp]
-    centres: Array
-    half: Array
-    angles: Array
-    outlines: Array
+    classes: NDArray[np.intp]  # (N,) index into `PANNUKE_CLASSES`
+    centres: Array  # (N, 2) x, y
+    half: Array  # (N, 2) half of the length and of the width
+    angles: Array  # (N,) direction of the long axis, radians from x towards y
+    outlines: Array  # (N, V, 2) x, y
 
     def __len__(self) -> int:
         """Count the nuclei."""
@@ -70,16 +59,11 @@ class Gland:
 class Flow:
     """The smooth direction field that fibres and spindle nuclei follow, and that warps the borders of regions.
 
-    Attributes
-    ----------
-    direction
-        Mean direction of the fibres in radians.
-    waves
-        (K, 4) amplitude in um, wave vector x and y in 1/um, phase: fibres are the level lines of a plane with waves.
+    Fibres are the level lines of a plane with waves.
     """
 
-    direction: float
-    waves: Array
+    direction: float  # mean direction of the fibres in radians
+    waves: Array  # (K, 4) amplitude in um, wave vector x and y in 1/um, phase
 
     def coordinates(self, x: Array, y: Array) -> tuple[Array, Array]:
         """Position along and across the fibres in um, of any shape."""
@@ -97,18 +81,10 @@ class Flow:
 
 @dataclass(frozen=True)
 class RegionMap:
-    """Which tissue is where: a point belongs to the nearest site, borders are warped by the flow.
+    """Which tissue is where: a point belongs to the nearest site, borders are warped by the flow."""
 
-    Attributes
-    ----------
-    sites, regions
-        (R, 2) x, y; their R keys of `REGIONS`.
-    flow
-        Direction of the fibres.
-    """
-
-    sites: Array
-    regions: tuple[str, ...]
+    sites: Array  # (R, 2) x, y
+    regions: tuple[str, ...]  # R keys of `REGIONS`
     flow: Flow
 
     def index(self, points: Array) -> NDArray[np.intp]:
@@ -124,25 +100,13 @@ class RegionMap:
 
 @dataclass(frozen=True)
 class Scene:
-    """A piece of tissue.
+    """A piece of tissue."""
 
-    Attributes
-    ----------
-    size
-        Width and height in um.
-    border
-        (V, 2) outline of the tissue.
-    nuclei
-        In the order of drawing: a later one lies above an earlier one. Their centres lie in the tissue.
-    glands, map
-        Glands; the tissue between them.
-    """
-
-    size: tuple[float, float]
-    border: Array
-    nuclei: SceneNuclei
+    size: tuple[float, float]  # width and height in um
+    border: Array  # (V, 2) outline of the tissue
+    nuclei: SceneNuclei  # in the order of drawing: a later one lies above an earlier one; centres lie in the tissue
     glands: tuple[Gland, ...]
-    map: RegionMap
+    map: RegionMap  # the tissue between the glands
 
 
 def grow_scene(

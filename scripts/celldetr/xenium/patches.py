@@ -40,10 +40,8 @@ class Extraction:
 
     grid: PatchGrid
     tissue: Raster
-    nuclei: SlideBoxes
-    """Nuclei on the H&E, px of the grid."""
-    dropped: Mapping[str, int]
-    """Reason -> nuclei or cells in no patch."""
+    nuclei: SlideBoxes  # nuclei on the H&E, px of the grid
+    dropped: Mapping[str, int]  # reason -> nuclei or cells in no patch
 
 
 def extract_sample(

@@ -26,24 +26,12 @@ _ADVICE = {"slide": "use block", "block": "lower xenium.split.block_um", "random
 
 @dataclass(frozen=True)
 class XeniumSplit:
-    """A split.
+    """A split."""
 
-    Attributes
-    ----------
-    table
-        ``store``, ``patch`` (index in the store), ``part``; a row per patch that is in a part.
-    by
-        slide, block or random.
-    left_out
-        Store -> patches in no part, because they touch the border between blocks of different parts.
-    warnings
-        Messages for the user.
-    """
-
-    table: pd.DataFrame
-    by: str
-    left_out: Mapping[str, int]
-    warnings: tuple[str, ...]
+    table: pd.DataFrame  # store, patch (index in the store), part; a row per patch that is in a part
+    by: str  # slide, block or random
+    left_out: Mapping[str, int]  # store -> patches in no part: they touch the border of a block of another part
+    warnings: tuple[str, ...]  # for the user
 
 
 def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, seed: int) -> XeniumSplit:

@@ -65,22 +65,12 @@ PANEL: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class Subtype:
-    """One label of the reference.
+    """One label of the reference."""
 
-    Attributes
-    ----------
-    type
-        One of the ten types; "-" if no type stands for it.
-    tissue, reference
-        Share of the type's cells in the tissue; share of the cells of the reference.
-    genes
-        Genes that it expresses above the rest of its type.
-    """
-
-    type: str
-    tissue: float
-    reference: float
-    genes: tuple[str, ...] = ()
+    type: str  # one of the ten types; "-" if no type stands for it
+    tissue: float  # share of the type's cells in the tissue
+    reference: float  # share of the cells of the reference
+    genes: tuple[str, ...] = ()  # genes that it expresses above the rest of its type
 
 
 SUBTYPES: Mapping[str, Subtype] = {

@@ -36,27 +36,13 @@ _CONTROLS = {  # kind of feature -> number of them, column of cells.parquet
 
 @dataclass(frozen=True)
 class Layout:
-    """What differs between versions.
+    """What differs between versions."""
 
-    Attributes
-    ----------
-    version
-        As in experiment.xenium, without "xenium-".
-    text_ids
-        Cells are named (``aaaabkja-1``) instead of numbered from 1.
-    polygon_sets
-        From version 2: a cell may have several nuclei or none, and label images number polygons, not cells.
-    label_ids
-        Boundaries number their polygons; the first builds of version 2 do not.
-    images
-        Where the DAPI image lies.
-    """
-
-    version: str
-    text_ids: bool
-    polygon_sets: bool
-    label_ids: bool
-    images: tuple[str, ...]
+    version: str  # as in experiment.xenium, without "xenium-"
+    text_ids: bool  # cells are named (aaaabkja-1) instead of numbered from 1
+    polygon_sets: bool  # from version 2: a cell may have 0 to n nuclei, and label images number polygons, not cells
+    label_ids: bool  # boundaries number their polygons; the first builds of version 2 do not
+    images: tuple[str, ...]  # where the DAPI image lies
 
 
 CONTROLS = tuple(kind for kind, (count, _) in _CONTROLS.items() for _ in range(count))
@@ -86,27 +72,15 @@ def layout_of(version: str, *, label_ids: bool = True) -> Layout:
 
 @dataclass(frozen=True)
 class XeniumCells:
-    """What an output folder says; positions are Xenium um.
+    """What an output folder says; positions are Xenium um."""
 
-    Attributes
-    ----------
-    prefixes, names
-        (N,) uint32 and str, see `name_cells`.
-    centres, outlines
-        (N, 2) and (N,) polygons.
-    nuclei, nucleus_cell
-        (M, V, 2) outlines of the segmented nuclei, by cell; (M,) index of their cells.
-    counts
-        (N, features) int32: the genes of the panel, then the controls.
-    """
-
-    prefixes: NDArray[np.uint32]
-    names: NDArray[np.str_]
-    centres: Array
-    outlines: NDArray[np.object_]
-    nuclei: Array
-    nucleus_cell: NDArray[np.intp]
-    counts: sparse.csr_matrix
+    prefixes: NDArray[np.uint32]  # (N,) see `name_cells`
+    names: NDArray[np.str_]  # (N,)
+    centres: Array  # (N, 2)
+    outlines: NDArray[np.object_]  # (N,) polygons
+    nuclei: Array  # (M, V, 2) outlines of the segmented nuclei, by cell
+    nucleus_cell: NDArray[np.intp]  # (M,) index of their cells
+    counts: sparse.csr_matrix  # (N, features) int32: the genes of the panel, then the controls
 
     def ids(self, layout: Layout) -> NDArray[Any]:
         """Cell ids as tables hold them."""

@@ -38,21 +38,11 @@ _KEYPOINTS, _KEYPOINT_NOISE = 12, 0.5  # points of an alignment table; their noi
 
 @dataclass(frozen=True)
 class AffinePlan:
-    """A motion in um.
+    """A motion in um."""
 
-    Attributes
-    ----------
-    rotation_deg
-        Turn from x towards y (clockwise on the screen).
-    shift_um
-        Shift along x and y, after the turn.
-    shear
-        Shift along x per um of y, before the turn.
-    """
-
-    rotation_deg: float = 0.0
-    shift_um: tuple[float, float] = (0.0, 0.0)
-    shear: float = 0.0
+    rotation_deg: float = 0.0  # turn from x towards y (clockwise on the screen)
+    shift_um: tuple[float, float] = (0.0, 0.0)  # along x and y, after the turn
+    shear: float = 0.0  # shift along x per um of y, before the turn
 
     def matrix(self, centre: Array) -> Array:
         """(3, 3) matrix of the motion about a centre (2,)."""
@@ -65,51 +55,27 @@ class AffinePlan:
 
 @dataclass(frozen=True)
 class XeniumTruth:
-    """What was planted.
+    """What was planted: N cells, M nuclei that Xenium segments, K nuclei that the H&E shows."""
 
-    Attributes
-    ----------
-    outs, he_image
-        Output folder and H&E.
-    alignment, archive
-        Alignment file and zip of the output folder; None if not written.
-    matrix, written_matrix
-        (3, 3) H&E px -> Xenium px; the same with the error of the alignment file.
-    pixel_size, he_mpp
-        Um per px of the Xenium images and of the H&E.
-    he_size, xenium_size
-        Width and height in px.
-    tissue
-        (T, 2) outline of the tissue, H&E px.
-    cell_ids, classes, types
-        (N,) str: names of the cells; PanNuke class; one of the ten types, "-" for necrotic cells.
-    counts, genes
-        (N, G) int32; G symbols.
-    nuclei_he, nuclei_um, nucleus_cell
-        (M, V, 2) outlines of the nuclei that Xenium segments, H&E px and Xenium um; (M,) index of their cells.
-    drawn_he
-        (K, V, 2) outlines of all nuclei that the H&E shows, H&E px: also those outside of the Xenium frame.
-    """
-
-    outs: Path
+    outs: Path  # output folder
     he_image: Path
-    alignment: Path | None
-    archive: Path | None
-    matrix: Array
-    written_matrix: Array
+    alignment: Path | None  # None if not written
+    archive: Path | None  # zip of the output folder; None if not written
+    matrix: Array  # (3, 3) H&E px -> Xenium px
+    written_matrix: Array  # (3, 3) the same with the error of the alignment file
     he_mpp: float
-    he_size: tuple[int, ...]
+    he_size: tuple[int, int]  # width and height in px
     xenium_size: tuple[int, int]
-    tissue: Array
-    cell_ids: NDArray[np.str_]
-    classes: NDArray[np.str_]
-    types: NDArray[np.str_]
-    counts: sparse.csr_matrix
-    nuclei_he: Array
-    nuclei_um: Array
-    nucleus_cell: NDArray[np.intp]
-    drawn_he: Array
-    pixel_size: float = PIXEL_SIZE
+    tissue: Array  # (T, 2) outline of the tissue, H&E px
+    cell_ids: NDArray[np.str_]  # (N,)
+    classes: NDArray[np.str_]  # (N,) PanNuke class
+    types: NDArray[np.str_]  # (N,) one of the ten types, "-" for necrotic cells
+    counts: sparse.csr_matrix  # (N, genes) int32
+    nuclei_he: Array  # (M, V, 2) outlines, H&E px
+    nuclei_um: Array  # (M, V, 2) outlines, Xenium um
+    nucleus_cell: NDArray[np.intp]  # (M,) index of the nucleus' cell
+    drawn_he: Array  # (K, V, 2) outlines, H&E px: also of nuclei outside of the Xenium frame
+    pixel_size: float = PIXEL_SIZE  # um per px of the Xenium images
     genes: tuple[str, ...] = PANEL
 
 

@@ -39,12 +39,9 @@ _MIN_SHARE = 1e-4  # of the composition, for types of the reference that the sam
 class Annotation:
     """Cell types of a sample."""
 
-    table: DataFrame
-    """Labels and fractions, see `label_cells`."""
+    table: DataFrame  # labels and fractions, see `label_cells`
     genes: SharedGenes
-    """Genes shared by panel and reference."""
-    prior: Series
-    """Composition given to optimal transport: type -> share of the transcripts."""
+    prior: Series  # composition given to optimal transport: type -> share of the transcripts
 
 
 def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, seed: int) -> Annotation:

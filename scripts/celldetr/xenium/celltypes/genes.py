@@ -25,22 +25,12 @@ _SHOWN = 5  # names in messages
 
 @dataclass(frozen=True)
 class SharedGenes:
-    """Genes shared by two tables, in the order of the first.
+    """Genes shared by two tables, in the order of the first."""
 
-    Attributes
-    ----------
-    names
-        Symbols in the first table.
-    first, second
-        Columns (G,) in either table.
-    by
-        ``symbol`` or ``gene id``, whichever was compared.
-    """
-
-    names: tuple[str, ...]
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
-    by: str
+    names: tuple[str, ...]  # symbols in the first table
+    first: NDArray[np.int64]  # columns (G,) in the first table
+    second: NDArray[np.int64]  # columns (G,) in the second table
+    by: str  # "symbol" or "gene id", whichever was compared
 
 
 def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]:

@@ -17,28 +17,14 @@ _TRIPLES = 300  # sampled by a robust fit
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A linear map as rotation @ shear @ scales @ flip.
+    """A linear map as rotation @ shear @ scales @ flip."""
 
-    Attributes
-    ----------
-    scale_x, scale_y
-        Length of the mapped unit vector of x; height of the mapped unit vector of y above it.
-    rotation_degrees
-        From x to y, in (-180, 180].
-    shear
-        Tangent of the angle by which right angles change.
-    reflected
-        True if the map mirrors the picture.
-    determinant
-        Area of the mapped unit square; negative if reflected.
-    """
-
-    scale_x: float
-    scale_y: float
-    rotation_degrees: float
-    shear: float
-    reflected: bool
-    determinant: float
+    scale_x: float  # length of the mapped unit vector of x
+    scale_y: float  # height of the mapped unit vector of y above it
+    rotation_degrees: float  # from x to y, in (-180, 180]
+    shear: float  # tangent of the angle by which right angles change
+    reflected: bool  # the map mirrors the picture
+    determinant: float  # area of the mapped unit square; negative if reflected
 
     @property
     def scale(self) -> float:

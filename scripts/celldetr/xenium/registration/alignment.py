@@ -25,18 +25,10 @@ _MIN_OVERLAP, _CLEAR_OVERLAP = 0.3, 0.5
 
 @dataclass(frozen=True)
 class Alignment:
-    """Content of an alignment file.
+    """Content of an alignment file."""
 
-    Attributes
-    ----------
-    matrix
-        (3, 3), H&E level-0 px -> Xenium px.
-    residuals
-        (n,) distance of each keypoint to the fit, Xenium px; empty if the file holds a matrix.
-    """
-
-    matrix: Floats
-    residuals: Floats
+    matrix: Floats  # (3, 3), H&E level-0 px -> Xenium px
+    residuals: Floats  # (n,) distance of each keypoint to the fit, Xenium px; empty if the file holds a matrix
 
 
 def read_alignment(path: str | os.PathLike[str]) -> Alignment:
@@ -93,22 +85,12 @@ def _numbers(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> Flo
 
 @dataclass(frozen=True)
 class Plausibility:
-    """Judgement of a matrix without the images.
+    """Judgement of a matrix without the images."""
 
-    Attributes
-    ----------
-    problems
-        Reasons why the matrix cannot be right; empty if it can.
-    notes
-        Unusual properties.
-    mistakes
-        What the file may hold instead of the right matrix -> corrected matrix (3, 3). The corrected matrices are
-        plausible; only the images can confirm one.
-    """
-
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    problems: tuple[str, ...]  # reasons why the matrix cannot be right; empty if it can
+    notes: tuple[str, ...]  # unusual properties
     mistakes: Mapping[str, Floats]
+    """What the file may hold instead of the right matrix -> corrected matrix (3, 3); only the images can confirm it."""
 
 
 def check_plausible(

@@ -26,22 +26,12 @@ _NEARBY = (-4.0, -2.0, 0.0, 2.0, 4.0)  # degrees around a given matrix
 
 @dataclass(frozen=True)
 class MapPair:
-    """Band-passed maps of both images with square samples of the same size.
+    """Band-passed maps of both images with square samples of the same size; both begin at the corner of their image."""
 
-    Attributes
-    ----------
-    spacing
-        Side of a sample, um (for the H&E by its nominal pixel size).
-    he, dapi
-        (h, w) each; both begin at the corner of their image.
-    he_mpp
-        Nominal um per H&E px.
-    """
-
-    spacing: float
-    he: Values
-    dapi: Values
-    he_mpp: float
+    spacing: float  # side of a sample, um (for the H&E by its nominal pixel size)
+    he: Values  # (h, w)
+    dapi: Values  # (h, w)
+    he_mpp: float  # nominal um per H&E px
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,12 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Grid:
-    """Square samples in the um frame; sample (row, column) covers `spacing` um.
+    """Square samples in the um frame."""
 
-    Attributes
-    ----------
-    x, y
-        Corner, um.
-    spacing
-        Side of a sample, um.
-    width, height
-        Number of samples.
-    """
-
-    x: float
+    x: float  # corner, um
     y: float
-    spacing: float
-    width: int
+    spacing: float  # side of a sample, um
+    width: int  # samples
     height: int
 
     def centres(self, rows: slice, columns: slice) -> tuple[Floats, Floats]:

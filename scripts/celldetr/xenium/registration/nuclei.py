@@ -93,24 +93,12 @@ def draw_labels(outlines: NDArray[np.object_], grid: Grid) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class StainWindow:
-    """Hematoxylin of a region, read through a matrix, and the H&E nuclei found in it.
+    """Hematoxylin of a region, read through a matrix, and the H&E nuclei found in it."""
 
-    Attributes
-    ----------
-    grid
-        Samples of `stain` in the Xenium frame; exceeds the region's window by a margin.
-    stain
-        Hematoxylin (h, w), optical density.
-    blobs
-        (n, 2) H&E nuclei inside the region's window, um of the Xenium frame.
-    strength
-        (n,) contrast of each blob to its surroundings, optical density.
-    """
-
-    grid: Grid
-    stain: Values
-    blobs: Floats
-    strength: Floats
+    grid: Grid  # samples of `stain` in the Xenium frame; exceeds the region's window by a margin
+    stain: Values  # hematoxylin (h, w), optical density
+    blobs: Floats  # (n, 2) H&E nuclei inside the region's window, um of the Xenium frame
+    strength: Floats  # (n,) contrast of each blob to its surroundings, optical density
 
 
 def read_window(
