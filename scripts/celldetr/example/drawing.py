@@ -75,18 +75,8 @@ def draw_dapi(
 ) -> NDArray[np.uint16]:
     """Draw a DAPI image (H, W) uint16 of nuclei.
 
-    Parameters
-    ----------
-    rng
-        Source of all textures and noise.
-    nuclei
-        What to draw.
-    labels
-        (H, W) where they are: 1 + index of a nucleus, 0 for none.
-    border
-        (V, 2) outline of the tissue in px.
-    mpp
-        Pixel size in um.
+    `labels` (H, W) say where they are: 1 + index of a nucleus, 0 for none; `border` (V, 2) is the outline of the tissue
+    in px, `mpp` the pixel size in um.
     """
     signal = np.zeros(labels.shape, dtype=np.float32)
     signal[label_image([border], labels.shape) > 0] = _DAPI_TISSUE
@@ -128,8 +118,7 @@ def _noise(rng: np.random.Generator, cell: tuple[float, float], first: NDArray[A
     places = [_smooth(first / cell[0]), _smooth(second / cell[1])]
     places = [place - np.floor(place.min(initial=0.0)) for place in places]
     lattice = rng.uniform(-1, 1, [int(place.max(initial=0.0)) + 2 for place in places])
-    noise: Floats = ndimage.map_coordinates(lattice, places, order=1, output=np.float32)
-    return noise
+    return np.asarray(ndimage.map_coordinates(lattice, places, order=1, output=np.float32))
 
 
 def _smooth(places: Array) -> Array:
@@ -258,11 +247,7 @@ def _depth(nuclei: SceneNuclei, own: NDArray[np.integer], u: Array, v: Array) ->
 
 
 def _chromatin(
-    rng: np.random.Generator,
-    nuclei: SceneNuclei,
-    own: NDArray[np.integer],
-    at: Pixels,
-    mpp: float,
+    rng: np.random.Generator, nuclei: SceneNuclei, own: NDArray[np.integer], at: Pixels, mpp: float
 ) -> Array:
     """Relative stain of the chromatin of nuclei `own` at pixels `at`, 1 on average."""
     coarse, contrast = style_values("coarse", nuclei.classes)[own], style_values("chromatin", nuclei.classes)[own]

@@ -39,18 +39,9 @@ def write_pyramid(
 ) -> None:
     """Write an image, (H, W, 3) uint8 or (H, W) uint16, as a tiled pyramid.
 
-    Parameters
-    ----------
-    path
-        File to write.
-    image
-        Colour is compressed as JPEG, grey values without loss.
-    mpp
-        Pixel size in um.
-    step, tile
-        Factor between the levels; rows and columns of a tile. The last level fits into a tile.
-    ome
-        Further metadata of an OME-TIFF, whose levels are sub-images; if None, levels are pages, as OpenSlide expects.
+    Colour is compressed as JPEG, grey values without loss. `step` is the factor between the levels, `tile` the rows and
+    columns of a tile; the last level fits into a tile. `ome` is further metadata of an OME-TIFF, whose levels are
+    sub-images; if None, levels are pages, as OpenSlide expects.
     """
     if ome is not None:
         sizes = {f"PhysicalSize{axis}{part}": value for axis in "XY" for part, value in (("", mpp), ("Unit", "µm"))}

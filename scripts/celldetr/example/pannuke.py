@@ -82,18 +82,8 @@ def write_fold(
 ) -> FoldTruth:
     """Write ``Fold N/images/foldN/{images,types}.npy`` and ``Fold N/masks/foldN/masks.npy`` into a zip.
 
-    The same arguments give the same bytes; folds (1, 2 or 3 in PanNuke) of one seed show different tissue.
-
-    Parameters
-    ----------
-    path, fold, n_images
-        Zip file to write, number of the fold, number of images.
-    patch_size, mpp
-        Rows and columns of an image; pixel size in um.
-    mixture
-        Key of `celldetr.example.styles.MIXTURES`.
-    defects
-        How many images have which defect.
+    The same arguments give the same bytes; folds (1, 2 or 3 in PanNuke) of one seed show different tissue. An image has
+    `patch_size` rows and columns of `mpp` um; `mixture` is a key of `celldetr.example.styles.MIXTURES`.
     """
     rng = np.random.default_rng([seed, fold])
     empty = set(rng.permutation(n_images)[: _number(defects.empty, n_images - 1)].tolist())

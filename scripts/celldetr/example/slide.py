@@ -49,19 +49,11 @@ def write_slide(
     mpp: float,
     rim_um: float = 80.0,
 ) -> SlideTruth:
-    """Write a slide, tiled and compressed as JPEG, each level 4 times as coarse as the one before.
+    """Write a slide, tiled and compressed as JPEG, each level 4 times as coarse as the one before, and its outlines.
 
-    The same arguments give the same bytes.
-
-    Parameters
-    ----------
-    path, polygons
-        TIFF and GeoParquet file to write. The outlines are in level-0 px and have a class, which pretraining must not
-        read; a few are not valid.
-    size_um, rim_um
-        Width and height of the tissue; empty glass around it.
-    mpp
-        Um per px of level 0.
+    The outlines (GeoParquet) are in level-0 px and have a class, which pretraining must not read; a few are not valid.
+    The same arguments give the same bytes. `size_um` is width and height of the tissue, `rim_um` empty glass around it,
+    `mpp` um per px of level 0.
 
     Raises
     ------
@@ -91,8 +83,7 @@ def _draw_stroke(rng: np.random.Generator, border: Array, out: float) -> Array:
     part = np.roll(border, int(rng.integers(len(border))), axis=0)[: len(border) // 4]
     away = part - border.mean(axis=0)
     line = shapely.LineString(part + out * away / np.hypot(*away.T)[:, None])
-    points: Array = shapely.get_coordinates(shapely.segmentize(line, 1.0))
-    return points
+    return np.asarray(shapely.get_coordinates(shapely.segmentize(line, 1.0)))
 
 
 def _draw_pen(image: NDArray[np.uint8], pen: Array, width: float) -> None:
@@ -107,7 +98,10 @@ def _draw_pen(image: NDArray[np.uint8], pen: Array, width: float) -> None:
 
 
 def _spoil_outlines(nuclei: Array) -> tuple[list[shapely.Polygon], dict[str, int]]:
-    """Outlines as polygons: some not valid, and at the end some that are no nuclei."""
+    """Outlines as polygons: some not valid, and at the end some that are no nuclei; kind -> how many.
+
+    ``crossed``: the first nuclei, two of their corners swapped; ``empty`` and ``flat``: no nuclei at all.
+    """
     rings = nuclei.copy()
     rings[:_CROSSED, [0, 9]] = rings[:_CROSSED, [9, 0]]
     x, y = nuclei[0, 0]

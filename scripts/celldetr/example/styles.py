@@ -68,8 +68,7 @@ STYLES: Mapping[str, NucleusStyle] = {
 
 def style_values(name: str, classes: NDArray[np.integer]) -> Array:
     """Look up an attribute of `NucleusStyle` for each of (N,) indices into `PANNUKE_CLASSES`."""
-    values: Array = np.array([getattr(STYLES[nucleus], name) for nucleus in PANNUKE_CLASSES], dtype=float)[classes]
-    return values
+    return np.array([getattr(STYLES[nucleus], name) for nucleus in PANNUKE_CLASSES], dtype=float)[classes]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Lengths in um, y downwards, from the upper left corner of the tissue.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import shapely
@@ -15,6 +15,7 @@ from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.example.styles import MIXTURES, REGIONS, STYLES, Array, GlandStyle, style_values
 from celldetr.runtime.errors import ConfigError
 
+Indices = NDArray[np.intp]
 _FIELD_AREA = 64.0**2  # um^2 of a PanNuke image: densities refer to it
 _REGION = 90.0  # um; typical size of a region
 _LONGEST = 24.0  # um; no two nuclei with centres farther apart than this overlap
@@ -27,7 +28,7 @@ _CROWDING = 1.7  # nuclei thrown per nucleus wanted: many find no room
 class SceneNuclei:
     """N nuclei: ellipses, and the outlines drawn from them."""
 
-    classes: NDArray[np.intp]  # (N,) index into `PANNUKE_CLASSES`
+    classes: Indices  # (N,) index into `PANNUKE_CLASSES`
     centres: Array  # (N, 2) x, y
     half: Array  # (N, 2) half of the length and of the width
     angles: Array  # (N,) direction of the long axis, radians from x towards y
@@ -39,9 +40,7 @@ class SceneNuclei:
 
     def take(self, index: NDArray[np.integer] | NDArray[np.bool_]) -> "SceneNuclei":
         """Select nuclei by index or mask."""
-        return SceneNuclei(
-            self.classes[index], self.centres[index], self.half[index], self.angles[index], self.outlines[index]
-        )
+        return SceneNuclei(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ class Flow:
         """(N,) direction of the fibres through (N, 2) points in radians."""
         x, y = points.T
         across = self.coordinates(x, y)[1]
-        angles: Array = np.arctan2(across - self.coordinates(x + 0.1, y)[1], self.coordinates(x, y + 0.1)[1] - across)
-        return angles
+        right, below = self.coordinates(x + 0.1, y)[1], self.coordinates(x, y + 0.1)[1]
+        return np.asarray(np.arctan2(across - right, below - across))
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class RegionMap:
     regions: tuple[str, ...]  # R keys of `REGIONS`
     flow: Flow
 
-    def index(self, points: Array) -> NDArray[np.intp]:
+    def index(self, points: Array) -> Indices:
         """Index into `regions` at points (..., 2)."""
         along, across = self.flow.coordinates(points[..., 0], points[..., 1])
         bump = np.stack([5.0 * np.sin(along / 9.0), 5.0 * np.sin(across / 7.0)], axis=-1)
@@ -175,8 +174,7 @@ def _irregular_border(rng: np.random.Generator, extent: Array) -> Array:
     radius = 1 + (size[:, None] * np.cos(order[:, None] * t + phase[:, None])).sum(axis=0)
     radius = np.clip(radius, 0.72, 1.3) / (np.abs(np.cos(t)) ** 4 + np.abs(np.sin(t)) ** 4) ** 0.25
     points = radius[:, None] * np.stack([np.cos(t), np.sin(t)], axis=1)
-    border: Array = (points - points.min(axis=0)) / np.ptp(points, axis=0) * extent
-    return border
+    return np.asarray((points - points.min(axis=0)) / np.ptp(points, axis=0) * extent)
 
 
 def _draw_flow(rng: np.random.Generator) -> Flow:
@@ -188,9 +186,7 @@ def _draw_flow(rng: np.random.Generator) -> Flow:
     return Flow(float(rng.uniform(0.0, np.pi)), waves)
 
 
-def _keep_apart(
-    centres: Array, reach: float, needed: Callable[[NDArray[np.intp], NDArray[np.intp]], Array]
-) -> NDArray[np.bool_]:
+def _keep_apart(centres: Array, reach: float, needed: Callable[[Indices, Indices], Array]) -> NDArray[np.bool_]:
     """Keep (N,) shapes at centres (N, 2) unless they are too near to an earlier one that is kept.
 
     `needed` gives the distance that the centres of shapes i and j (index arrays, i < j) need, at most `reach`.
@@ -245,11 +241,10 @@ def _place_nuclei(rng: np.random.Generator, tissue: RegionMap, border: Array, gl
         free &= shapely.contains_xy(shapely.buffer(shapely.Polygon(border), -_EDGE), *centres.T)
     index = np.flatnonzero(free)
 
-    def needed(i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
+    def needed(i: Indices, j: Indices) -> Array:
         i, j = index[i], index[j]
         direction = np.arctan2(*(centres[j] - centres[i]).T[::-1])
-        total: Array = separation[j] * (_reach(half, angles, i, direction) + _reach(half, angles, j, direction))
-        return total
+        return separation[j] * (_reach(half, angles, i, direction) + _reach(half, angles, j, direction))
 
     index = index[_keep_apart(centres[index], _LONGEST, needed)]
     classes, centres, angles, half = classes[index], centres[index], angles[index], half[index]
@@ -260,12 +255,7 @@ def _place_nuclei(rng: np.random.Generator, tissue: RegionMap, border: Array, gl
 
 
 def _move_beside(
-    rng: np.random.Generator,
-    centres: Array,
-    half: Array,
-    angles: Array,
-    clumped: NDArray[np.intp],
-    single: NDArray[np.intp],
+    rng: np.random.Generator, centres: Array, half: Array, angles: Array, clumped: Indices, single: Indices
 ) -> None:
     """Move nuclei `clumped` so that they touch the nearest of the nuclei `single`."""
     if len(clumped) and len(single):
@@ -275,7 +265,7 @@ def _move_beside(
         centres[clumped] = centres[beside] + touching[:, None] * np.stack([np.cos(direction), np.sin(direction)], 1)
 
 
-def _line_glands(rng: np.random.Generator, glands: tuple[Gland, ...]) -> tuple[NDArray[np.intp], Array, Array]:
+def _line_glands(rng: np.random.Generator, glands: tuple[Gland, ...]) -> tuple[Indices, Array, Array]:
     """Class, centre and angle of the rows of nuclei of glands, long axes towards the lumen."""
     classes, centres, angles = [np.zeros(0, np.intp)], [np.zeros((0, 2))], [np.zeros(0)]
     for gland in glands:
@@ -288,15 +278,14 @@ def _line_glands(rng: np.random.Generator, glands: tuple[Gland, ...]) -> tuple[N
             theta = 2 * np.pi * (np.arange(count) + 0.5 * row) / count
             out, along, tilt = style.disorder * rng.standard_normal((3, count))
             c, s = np.cos(theta), np.sin(theta)
-            centres.append(
-                gland.centre + np.stack([(ring + out) * c - along * s, (ring + out) * 0.95 * s + along * c], 1)
-            )
+            x, y = (ring + out) * c - along * s, (ring + out) * 0.95 * s + along * c
+            centres.append(gland.centre + np.stack([x, y], 1))
             angles.append(theta + tilt / 12)
             classes.append(np.full(count, PANNUKE_CLASSES.index(style.nucleus)))
     return np.concatenate(classes), np.concatenate(centres), np.concatenate(angles)
 
 
-def _scatter(rng: np.random.Generator, tissue: RegionMap, extent: Array) -> tuple[NDArray[np.intp], Array, Array]:
+def _scatter(rng: np.random.Generator, tissue: RegionMap, extent: Array) -> tuple[Indices, Array, Array]:
     """Class, centre and angle of nuclei thrown at the density of their region."""
     regions = [REGIONS[name] for name in tissue.regions]
     density = np.array([region.density for region in regions])
@@ -313,7 +302,7 @@ def _scatter(rng: np.random.Generator, tissue: RegionMap, extent: Array) -> tupl
     return classes, centres, np.where(spindle, along, rng.uniform(0, np.pi, len(here)))
 
 
-def _draw_half_axes(rng: np.random.Generator, classes: NDArray[np.intp]) -> Array:
+def _draw_half_axes(rng: np.random.Generator, classes: Indices) -> Array:
     """(N, 2) half of the length and of the width of nuclei of given classes."""
     spread = np.clip(rng.standard_normal((2, len(classes))), -2.2, 2.2)
     length = style_values("length", classes) * np.exp(style_values("length_sd", classes) * spread[0])
@@ -321,7 +310,7 @@ def _draw_half_axes(rng: np.random.Generator, classes: NDArray[np.intp]) -> Arra
     return 0.5 * np.stack([length, length * np.clip(aspect, 0.12, 1.0)], axis=1)
 
 
-def _reach(half: Array, angles: Array, index: NDArray[np.intp], direction: Array) -> Array:
+def _reach(half: Array, angles: Array, index: Indices, direction: Array) -> Array:
     """Distance from the centre of ellipses `index` to their rim in a direction (radians)."""
     turned = direction - angles[index]
     a, b = half[index].T

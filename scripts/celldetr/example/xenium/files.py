@@ -209,12 +209,7 @@ def _transcripts(
 
 
 def _write_cells_zarr(
-    path: Path,
-    layout: Layout,
-    cells: XeniumCells,
-    table: pd.DataFrame,
-    outlines: list[Array],
-    shape: tuple[int, ...],
+    path: Path, layout: Layout, cells: XeniumCells, table: pd.DataFrame, outlines: list[Array], shape: tuple[int, ...]
 ) -> None:
     columns = {
         **{f"{part}_centroid_{axis}": table[f"{axis}_centroid"] for part in ("cell", "nucleus") for axis in "xy"},

@@ -94,14 +94,12 @@ def write_xenium(
     file_error: AffinePlan = AffinePlan(),  # noqa: B008 - frozen
     archive: bool = False,
 ) -> XeniumTruth:
-    """Write ``outs/``, ``{name}_he_image.ome.tif``, and if asked the alignment and ``{name}_outs.zip``.
+    """Write ``outs/``, ``{name}_he_image.ome.tif``, and if asked the alignment and ``{name}_outs.zip``, into a folder.
 
     The same arguments give the same bytes.
 
     Parameters
     ----------
-    folder, name
-        Folder to write into; start of the names of the files.
     size_um, rim_um
         Width and height of the tissue; empty glass around it, whose border is then irregular. Without a rim the tissue
         fills the H&E.
@@ -115,7 +113,7 @@ def write_xenium(
         "matrix" (3 x 3), "keypoints" (a table of points), or None for no file; how wrong it is: a motion of the H&E in
         the Xenium frame about the middle of the tissue.
     archive
-        Whether to write a zip of the output folder, too.
+        Write a zip of the output folder, too.
 
     Raises
     ------
@@ -129,28 +127,22 @@ def write_xenium(
     scene, nucleus_cell, classes, centres, outlines = _segment(rng, scene, to_um, xenium_size, layout)
     types, subtypes = draw_types(rng, classes)
     genes = draw_counts(rng, subtypes, centres)
-    controls = sparse.csr_matrix(rng.poisson(0.01, (len(classes), len(CONTROLS))).astype(np.int32))
-    counts = sparse.csr_matrix(sparse.hstack([genes, controls]))
-    prefixes, names = name_cells(rng, len(classes), layout)
     segmented = nucleus_cell >= 0
     nuclei_um = _apply(to_um, scene.nuclei.outlines[segmented])
-    cells = XeniumCells(prefixes, names, centres, outlines, nuclei_um, nucleus_cell[segmented], counts)
-
+    counts = _add_controls(rng, genes)
+    cells = XeniumCells(
+        *name_cells(rng, len(classes), layout), centres, outlines, nuclei_um, nucleus_cell[segmented], counts
+    )
     target, rim = Path(folder), int(np.ceil(rim_um / he_mpp))
     outs, he_image = target / "outs", target / f"{name}_he_image.ome.tif"
     table, packed = target / f"{name}_he_imagealignment.csv", target / f"{name}_outs.zip"
-    labels = label_image(_apply(_TO_PX @ to_um, scene.nuclei.outlines), xenium_size[::-1])
-    dapi = draw_dapi(rng, scene.nuclei, labels, _apply(_TO_PX @ to_um, scene.border), PIXEL_SIZE)
     with atomic(outs) as temporary:
-        write_outs(temporary, layout, cells, dapi, rng)
-    del labels, dapi
-    image, _ = draw_he(rng, scene, he_mpp, stain=draw_stain(rng), rim=rim)
-    with atomic(he_image) as temporary:
-        write_pyramid(temporary, image, mpp=he_mpp, step=2, tile=256, ome={"axes": "YXS"})
+        write_outs(temporary, layout, cells, _draw_dapi(rng, scene, to_um, xenium_size), rng)
+    he_size = _write_he(rng, he_image, scene, he_mpp, rim)
     matrix, error = _he_to_xenium(to_um, he_mpp, rim), file_error.matrix(_apply(to_um, scene.border).mean(axis=0))
     written = _TO_PX @ error @ np.linalg.inv(_TO_PX) @ matrix
     if alignment is not None:
-        _write_alignment(rng, table, written, image.shape[1::-1], keypoints=alignment == "keypoints")
+        _write_alignment(rng, table, written, he_size, keypoints=alignment == "keypoints")
     if archive:
         with atomic(packed) as temporary:
             write_archive(temporary, outs)
@@ -163,10 +155,10 @@ def write_xenium(
         matrix=matrix,
         written_matrix=written,
         he_mpp=he_mpp,
-        he_size=image.shape[1::-1],
+        he_size=he_size,
         xenium_size=xenium_size,
         tissue=scene.border / he_mpp + rim,
-        cell_ids=names,
+        cell_ids=cells.names,
         classes=classes,
         types=types,
         counts=genes,
@@ -177,16 +169,35 @@ def write_xenium(
     )
 
 
+def _add_controls(rng: np.random.Generator, genes: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Append the rare counts of control features to those of the genes."""
+    controls = sparse.csr_matrix(rng.poisson(0.01, (genes.shape[0], len(CONTROLS))).astype(np.int32))
+    return sparse.csr_matrix(sparse.hstack([genes, controls]))
+
+
+def _draw_dapi(
+    rng: np.random.Generator, scene: Scene, to_um: Array, xenium_size: tuple[int, int]
+) -> NDArray[np.uint16]:
+    labels = label_image(_apply(_TO_PX @ to_um, scene.nuclei.outlines), xenium_size[::-1])
+    return draw_dapi(rng, scene.nuclei, labels, _apply(_TO_PX @ to_um, scene.border), PIXEL_SIZE)
+
+
+def _write_he(rng: np.random.Generator, path: Path, scene: Scene, mpp: float, rim: int) -> tuple[int, int]:
+    """Draw and write the H&E image; returns its width and height."""
+    image, _ = draw_he(rng, scene, mpp, stain=draw_stain(rng), rim=rim)
+    with atomic(path) as temporary:
+        write_pyramid(temporary, image, mpp=mpp, step=2, tile=256, ome={"axes": "YXS"})
+    return image.shape[1], image.shape[0]
+
+
 def _apply(matrix: Array, points: Array) -> Array:
     """Move points (..., 2) by a (3, 3) matrix."""
-    moved: Array = points @ matrix[:2, :2].T + matrix[:2, 2]
-    return moved
+    return np.asarray(points @ matrix[:2, :2].T + matrix[:2, 2])
 
 
 def _he_to_xenium(to_um: Array, he_mpp: float, rim: int) -> Array:
     """(3, 3) matrix H&E px -> Xenium px of a matrix scene um -> Xenium um."""
-    matrix: Array = _TO_PX @ to_um @ np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
-    return matrix
+    return _TO_PX @ to_um @ np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
 
 
 def _place_frame(border: Array, affine: AffinePlan) -> tuple[Array, tuple[int, int]]:
@@ -234,13 +245,8 @@ def _segment(
         hulls[number[owner[k]]] = shapely.convex_hull(shapely.multipoints(np.vstack([moved[k], moved[owner[k]]])))
     centres = moved[kept].mean(axis=1)
     classes = np.array(PANNUKE_CLASSES)[nuclei.classes[kept]]
-    return (
-        replace(scene, nuclei=nuclei.take(drawn)),
-        cell[drawn],
-        classes,
-        centres,
-        _outline_cells(hulls, centres, size),
-    )
+    scene = replace(scene, nuclei=nuclei.take(drawn))
+    return scene, cell[drawn], classes, centres, _outline_cells(hulls, centres, size)
 
 
 def _pairs(rng: np.random.Generator, nuclei: SceneNuclei, inside: NDArray[np.bool_]) -> NDArray[np.intp]:
@@ -263,8 +269,7 @@ def _outline_cells(hulls: NDArray[np.object_], centres: Array, size: Array) -> N
         point, field = shapely.STRtree(fields).query(shapely.points(centres), predicate="intersects")
         own = fields[field[np.unique(point, return_index=True)[1]]]
         wide = shapely.union(shapely.intersection(wide, own), hulls)
-    outlines: NDArray[np.object_] = shapely.simplify(wide, 0.2)
-    return outlines
+    return np.asarray(shapely.simplify(wide, 0.2))
 
 
 def _write_alignment(
