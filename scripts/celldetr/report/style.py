@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Normal, withStroke
 
+from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 
 CLASS_COLOURS = {
@@ -79,8 +80,10 @@ def save(figure: Figure, *paths: str | os.PathLike[str], dpi: int = DPI) -> None
 
     The same figure gives the same bytes: neither the time nor the version of matplotlib is written.
     """
+    unwritten = {"png": "Software", "svg": "Date"}
     for path in paths:
         kind = Path(path).suffix[1:]
-        unwritten = {"svg": "Date", "png": "Software"}[kind]
+        if kind not in unwritten:
+            raise InputError(f"{path}: got the suffix {kind!r}, expected png or svg")
         with atomic(path) as temporary, matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, format=kind, dpi=dpi, metadata={unwritten: None})
+            figure.savefig(temporary, format=kind, dpi=dpi, metadata={unwritten[kind]: None})

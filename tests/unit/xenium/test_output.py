@@ -5,9 +5,10 @@ import shutil
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
+import shapely
 import spatialdata
+from scipy.spatial import cKDTree
 
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
@@ -34,10 +35,9 @@ def truth(request, tmp_path_factory):
 
 
 @pytest.fixture
-def outs(tmp_path, request):
-    """Return a copy of a folder of version 3 that a test may damage."""
-    made = write_xenium(tmp_path / "raw", seed=5, size_um=(60, 60), rim_um=0, he_mpp=0.5, alignment=None)
-    return made.outs
+def outs(tmp_path):
+    """Write a folder of version 3 that a test may damage."""
+    return write_xenium(tmp_path / "raw", seed=5, size_um=(60, 60), rim_um=0, he_mpp=0.5, alignment=None).outs
 
 
 def test_counts_and_nuclei_come_back(truth):
@@ -47,16 +47,10 @@ def test_counts_and_nuclei_come_back(truth):
     assert counts.var_names.tolist() == list(truth.genes)
     assert (truth.counts != counts.X).nnz == 0
     assert counts.var["gene_ids"].str.startswith("ENSG").all()
-    cells = truth.cell_ids[truth.nucleus_cell]
-    assert sorted(found_nuclei["cell_id"]) == sorted(cells)  # a cell may have several nuclei or none
-    areas = {name: [] for name in truth.cell_ids}
-    for name, polygon in zip(cells, truth.nuclei_um, strict=True):
-        areas[name].append(polygon.mean(axis=0))
-    for name, nuclei in found_nuclei.groupby("cell_id"):
-        found = np.array([[p.x, p.y] for p in nuclei.geometry.representative_point()])
-        planted = np.array(areas[name])
-        assert len(found) == len(planted)
-        assert np.hypot(*(np.sort(found, axis=0) - np.sort(planted, axis=0)).T).max() < 4
+    # a cell may have several nuclei or none; the file lists the nuclei by cell
+    assert found_nuclei["cell_id"].tolist() == truth.cell_ids[truth.nucleus_cell].tolist()
+    for polygon, planted in zip(found_nuclei.geometry, truth.nuclei_um, strict=True):
+        assert np.abs(shapely.get_coordinates(polygon)[:-1] - planted).max() < 1e-4  # um
 
 
 def test_the_dapi_image_is_found_in_every_layout(truth):
@@ -67,6 +61,7 @@ def test_the_dapi_image_is_found_in_every_layout(truth):
     assert all((truth.outs / name).is_file() for name in chosen)
 
 
+@pytest.mark.parametrize("truth", ["1.0.1", "2.0.0", "4.0.0"], indirect=True)
 def test_a_saved_sample_is_aligned(truth, tmp_path):
     ids = truth.cell_ids
     write_spatialdata(
@@ -76,15 +71,12 @@ def test_a_saved_sample_is_aligned(truth, tmp_path):
     assert {"he", "dapi"} <= set(sample.images)
     assert sample.tables["table"].obs["type"].tolist() == truth.types.tolist()
     shapes = spatialdata.transform(sample.shapes["nucleus_boundaries"], to_coordinate_system="global")
-    got = np.array([[p.x, p.y] for p in shapes.geometry.centroid]) * truth.pixel_size
+    got = shapely.get_coordinates(shapes.geometry.centroid) * truth.pixel_size
+    nearest, _ = cKDTree(truth.nuclei_um.mean(axis=1)).query(got)
     assert len(got) == len(truth.nuclei_um)
-    want = np.array([polygon.mean(axis=0) for polygon in truth.nuclei_um])
-    nearest = np.hypot(*(got[:, None] - want[None]).transpose(2, 0, 1)).min(axis=1)
     assert np.median(nearest) < 0.5
-    matrix = spatialdata.transformations.get_transformation(sample.images["he"]).to_affine_matrix(
-        ("x", "y"), ("x", "y")
-    )
-    assert np.allclose(matrix, truth.matrix)
+    motion = spatialdata.transformations.get_transformation(sample.images["he"])
+    assert np.allclose(motion.to_affine_matrix(("x", "y"), ("x", "y")), truth.matrix)
 
 
 @pytest.mark.parametrize("name", ["experiment.xenium", "cells.parquet", "cell_feature_matrix.h5", "cells.zarr.zip"])
@@ -103,15 +95,11 @@ def test_a_damaged_table_of_nuclei_is_named(outs):
     table.to_parquet(outs / "nucleus_boundaries.parquet", index=False)
     with pytest.raises(InputError, match="expected finite polygons"):
         read_nuclei(outs)
+    table[:0].to_parquet(outs / "nucleus_boundaries.parquet", index=False)
+    assert len(read_nuclei(outs)) == 0  # a section without nuclei is legal
     table.drop(columns="vertex_y").to_parquet(outs / "nucleus_boundaries.parquet", index=False)
     with pytest.raises(InputError, match=r"nucleus_boundaries\.parquet: cannot be read"):
         read_nuclei(outs)
-
-
-def test_a_section_without_nuclei_is_legal(outs):
-    table = pq.read_table(outs / "nucleus_boundaries.parquet")
-    pq.write_table(table.slice(0, 0), outs / "nucleus_boundaries.parquet")
-    assert len(read_nuclei(outs)) == 0
 
 
 def test_an_implausible_pixel_size_is_refused(outs):
@@ -127,7 +115,3 @@ def test_a_folder_without_dapi_is_refused(outs):
         dapi_path(outs)
     with pytest.raises(InputError, match=r"morphology_focus/ch0000_dapi\.ome\.tif or"):
         choose_members([path.name for path in outs.iterdir()])
-
-
-def test_counts_are_those_of_genes(outs):
-    assert not read_counts(outs).var_names.str.contains("Control|codeword", case=False).any()

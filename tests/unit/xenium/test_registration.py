@@ -1,6 +1,7 @@
 """Registration: planted affines come back, wrong files are caught and named, nothing passes by chance."""
 
 import json
+import re
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,16 +41,16 @@ from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import read_registration
 
 PIXEL = 0.2125  # um per Xenium px
-EXTENT = np.array([460.0, 380.0])  # um of the section
+EXTENT = np.array([380.0, 320.0])  # um of the section
 SETTINGS = RegistrationSettings(regions=3, window=120)
 SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 Scene = namedtuple("Scene", "he dapi nuclei matrix")
 
 
-def ellipses(rng, count=900, extent=EXTENT, apart=6.5):
+def ellipses(rng, count=640, apart=6.5):
     """Nuclei of uneven density: polygons, um."""
-    points = rng.random((4 * count, 2)) * (extent - 30) + 15
-    hills = rng.random((5, 2)) * extent
+    points = rng.random((4 * count, 2)) * (EXTENT - 30) + 15
+    hills = rng.random((5, 2)) * EXTENT
     density = np.exp(-(((points[:, None] - hills) / 70) ** 2).sum(axis=2)).sum(axis=1)
     points = points[rng.random(len(points)) < np.clip(density, 0.08, 1)]
     alive = np.ones(len(points), dtype=bool)
@@ -63,11 +64,11 @@ def ellipses(rng, count=900, extent=EXTENT, apart=6.5):
     return np.array(shapes, dtype=object)
 
 
-def planted(angle=0.0, scale=1.3, shift=(0.0, 0.0), shear=0.0, flip=False, extent=EXTENT):
+def planted(angle=0.0, scale=1.3, shift=(0.0, 0.0), shear=0.0, flip=False):
     """Matrix H&E px -> Xenium px with the section in the middle of the H&E, and the size of the H&E."""
     linear = scale * rotation(angle) @ np.array([[1, shear], [0, 1]]) @ np.diag([1, -1 if flip else 1])
-    side = int((np.hypot(*extent) + 2 * np.abs(shift).max() + 20) / (scale * PIXEL))
-    middle = (extent / 2 + np.array(shift)) / PIXEL
+    side = int((np.hypot(*EXTENT) + 2 * np.abs(shift).max() + 20) / (scale * PIXEL))
+    middle = (EXTENT / 2 + np.array(shift)) / PIXEL
     return affine(linear, middle - linear @ (np.array([side, side]) / 2)), (side, side)
 
 
@@ -82,11 +83,11 @@ def write_image(path, image, mpp=None):
     return path
 
 
-def draw_he(rng, nuclei, to_px, size, extent=EXTENT):
+def draw_he(rng, nuclei, to_px, size):
     """H&E in which 8 % of the nuclei are missing."""
     picture = Image.new("RGB", size, (246, 243, 246))
     pen = ImageDraw.Draw(picture)
-    rim = np.array([(4, 4), (extent[0] - 4, 4), extent - 4, (4, extent[1] - 4)])
+    rim = np.array([(4, 4), (EXTENT[0] - 4, 4), EXTENT - 4, (4, EXTENT[1] - 4)])
     pen.polygon([tuple(corner) for corner in apply(to_px, rim)], fill=(231, 188, 211))
     for shape in nuclei[rng.random(len(nuclei)) > 0.08]:
         paint = tuple((np.array([108, 80, 150]) + rng.integers(-25, 26, 3)).tolist())
@@ -95,8 +96,8 @@ def draw_he(rng, nuclei, to_px, size, extent=EXTENT):
     return np.clip(smooth + rng.normal(0, 5, smooth.shape[:2])[..., None], 0, 255).astype(np.uint8)
 
 
-def draw_dapi(rng, nuclei, extent=EXTENT):
-    picture = Image.new("F", tuple((extent / PIXEL).astype(int).tolist()), 150.0)
+def draw_dapi(rng, nuclei):
+    picture = Image.new("F", tuple((EXTENT / PIXEL).astype(int).tolist()), 150.0)
     pen = ImageDraw.Draw(picture)
     for shape in nuclei:
         corners = np.asarray(shape.exterior.coords) / PIXEL
@@ -105,9 +106,9 @@ def draw_dapi(rng, nuclei, extent=EXTENT):
     return np.clip(smooth + rng.normal(0, 40, smooth.shape), 0, 65535).astype(np.uint16)
 
 
-def make_scene(folder, seed=0, known=True, nuclei=None, **plan):
+def make_scene(folder, seed=0, known=True, **plan):
     rng = np.random.default_rng(seed)
-    nuclei = ellipses(rng) if nuclei is None else nuclei
+    nuclei = ellipses(rng)
     matrix, size = planted(**plan)
     mpp = decompose(matrix).scale * PIXEL
     he = write_image(folder / f"he{seed}.tif", draw_he(rng, nuclei, inverse(scaling(PIXEL) @ matrix), size))
@@ -120,15 +121,10 @@ def scene(tmp_path_factory):
     return make_scene(tmp_path_factory.mktemp("scene"), seed=4, angle=25, scale=1.288, shear=0.01, shift=(20, -15))
 
 
-def run(scene, alignment, **settings):
-    chosen = RegistrationSettings(regions=3, window=120, angle_step=10, **settings)
-    return register_scene(scene, alignment, chosen)
-
-
-def register_scene(scene, matrix, settings, nuclei=None):
-    nuclei = scene.nuclei if nuclei is None else nuclei
+def run(scene, matrix, **settings):
+    chosen = RegistrationSettings(**{"regions": 3, "window": 120, "angle_step": 10, **settings})
     alignment = None if matrix is None else Alignment(matrix, np.empty(0))
-    return register(scene.he, scene.dapi, nuclei, PIXEL, alignment, settings, name="lung", seed=0)
+    return register(scene.he, scene.dapi, scene.nuclei, PIXEL, alignment, chosen, name="lung", seed=0)
 
 
 def median_error(matrix, scene):
@@ -145,17 +141,11 @@ def moved(scene, shift, degrees):
     return scaling(1 / PIXEL) @ affine(turn, middle - turn @ middle + np.array(shift)) @ scaling(PIXEL) @ scene.matrix
 
 
-def write(path, text):
-    path.write_text(text)
-    return path
-
-
-@pytest.mark.parametrize("angle", [-179.0, -90.0, 0.0, 33.0, 180.0])
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("angle", "flip"), [(-179.0, False), (-90.0, True), (33.0, True), (180.0, False)])
 def test_a_matrix_is_decomposed(angle, flip):
     linear = rotation(angle) @ np.array([[1, 0.07], [0, 1]]) @ np.diag([1.2, 1.3]) @ np.diag([1, -1 if flip else 1])
     parts = decompose(affine(linear, (5, 6)))
-    assert np.cos(np.radians(parts.rotation - angle)) == pytest.approx(1)
+    assert np.cos(np.radians(parts.rotation_degrees - angle)) == pytest.approx(1)
     assert (parts.scale_x, parts.scale_y, parts.shear) == pytest.approx((1.2, 1.3, 0.07))
     assert parts.reflected == flip
     assert parts.determinant == pytest.approx((-1 if flip else 1) * 1.2 * 1.3)
@@ -166,7 +156,7 @@ def test_a_matrix_file_is_read(tmp_path):
     np.savetxt(tmp_path / "a.csv", matrix, delimiter=",")
     found = read_alignment(tmp_path / "a.csv")
     assert np.allclose(found.matrix, matrix)
-    assert len(found.residuals) == 0
+    assert not found.residuals.size
 
 
 def test_keypoints_are_fitted_over_all_rows_with_residuals(tmp_path):
@@ -174,8 +164,9 @@ def test_keypoints_are_fitted_over_all_rows_with_residuals(tmp_path):
     matrix = planted(-70, 1.3, shear=0.02)[0]
     he = rng.random((40, 2)) * 5000
     xenium = apply(matrix, he) + rng.normal(0, 3, (40, 2))
-    rows = [f"{i},{h[0]},{x[0]},{h[1]},{x[1]}" for i, (h, x) in enumerate(zip(he, xenium, strict=True))]
-    path = write(tmp_path / "k.csv", "\n".join(["\ufeffid,alignmentX,fixedX,alignmentY,fixedY", *rows, ""]))
+    table = np.column_stack([np.arange(40), he[:, 0], xenium[:, 0], he[:, 1], xenium[:, 1]])
+    path, header = tmp_path / "k.csv", "\ufeffid,alignmentX,fixedX,alignmentY,fixedY"
+    np.savetxt(path, table, delimiter=",", header=header, comments="", encoding="utf-8")
     found = read_alignment(path)
     least = np.linalg.lstsq(np.column_stack([he, np.ones(40)]), xenium, rcond=None)[0].T
     assert np.allclose(found.matrix[:2], least)
@@ -203,8 +194,9 @@ BAD_FILES = {
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_alignment_files_are_refused(tmp_path, name):
     text, message = BAD_FILES[name]
+    (tmp_path / "a.csv").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_alignment(write(tmp_path / "a.csv", text))
+        read_alignment(tmp_path / "a.csv")
 
 
 def test_robust_fit_ignores_wrong_pairs():
@@ -236,16 +228,15 @@ def test_likely_mistakes_are_named_and_undone(name):
     xenium = tuple((EXTENT / PIXEL).astype(int).tolist())
     judged = check_plausible(MISTAKES[name](matrix), MPP, PIXEL, SETTINGS, size, xenium)
     assert any("scale" in problem for problem in judged.problems)
-    match = [mistake for mistake in judged.mistakes if mistake.what == name]
-    assert np.allclose(match[0].corrected, matrix)
+    assert np.allclose(judged.mistakes[name], matrix)
 
 
-def test_a_right_matrix_is_plausible_and_reflection_is_noted():
-    for flip in (False, True):
-        matrix, size = planted(20, 1.3, flip=flip)
-        judged = check_plausible(matrix, MPP, PIXEL, SETTINGS, size, (2160, 1780))
-        assert judged.problems == ()
-        assert any("mirrored" in note for note in judged.notes) == flip
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_right_matrix_is_plausible_and_reflection_is_noted(flip):
+    matrix, size = planted(20, 1.3, flip=flip)
+    judged = check_plausible(matrix, MPP, PIXEL, SETTINGS, size, (2160, 1780))
+    assert judged.problems == ()
+    assert any("mirrored" in note for note in judged.notes) == flip
 
 
 @pytest.mark.parametrize(
@@ -258,8 +249,6 @@ def test_a_right_matrix_is_plausible_and_reflection_is_noted():
     ],
 )
 def test_implausible_matrices_are_explained(change, message):
-    import re
-
     matrix, size = planted(0, 1.3)
     problems = " ".join(check_plausible(change @ matrix, round(MPP, 4), PIXEL, SETTINGS, size, (2160, 1780)).problems)
     assert re.search(message, problems)
@@ -306,8 +295,8 @@ def test_samples_are_averages_at_the_right_position(tmp_path):
 
 
 def test_a_gigapixel_image_is_never_held():
-    he = Formula((100_000, 100_000), (1, 2, 4, 8, 16, 32), 200)
-    dapi = Formula((120_000, 90_000), (1, 2, 4, 8, 16, 32, 64), 300, channels=1)
+    he = Formula((60_000, 50_000), (1, 2, 4, 8, 16, 32), 200)
+    dapi = Formula((70_000, 50_000), (1, 2, 4, 8, 16, 32, 64), 300, channels=1)
     maps = make_maps(he, dapi, 0.25, PIXEL)
     assert max(he.largest, dapi.largest) < 4000**2
     assert max(maps[-1].he.shape) < 4500
@@ -315,9 +304,8 @@ def test_a_gigapixel_image_is_never_held():
     plain = Formula((100_000, 100_000), (1,), 200)
     sample(plain, Grid(0, 0, 20.0, 30, 30), scaling(4), hematoxylin)
     assert plain.largest < 4000**2
-    assert (
-        sample(plain, Grid(-1000, -1000, 1.0, 4, 4), scaling(1), colour) == np.full((4, 4, 3), 255)
-    ).all()  # outside
+    outside = sample(plain, Grid(-1000, -1000, 1.0, 4, 4), scaling(1), colour)
+    assert np.array_equal(outside, np.full((4, 4, 3), 255))
 
 
 def test_blobs_are_found_at_the_drawn_nuclei():
@@ -335,7 +323,7 @@ def test_blobs_are_found_at_the_drawn_nuclei():
     assert distance.max() < 0.5
 
 
-@pytest.mark.parametrize("shift", [(0.0, 0.0), (3.3, -5.6), (-7.0, 2.5)])
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (3.3, -5.6)])
 def test_block_shifts_are_found_to_a_fraction_of_a_sample(shift):
     rng = np.random.default_rng(0)
     noise = ndimage.gaussian_filter(rng.normal(size=(128, 128)), 2).astype(np.float32)
@@ -356,15 +344,14 @@ def judge(scene, matrix, nuclei=None, settings=SETTINGS):
 def test_the_right_matrix_passes_with_all_regions(scene):
     quality = judge(scene, scene.matrix)
     assert quality.passed
-    assert quality.regions_passed == 1
+    assert quality.regions_passed == quality.inside == 1
     assert quality.distance < 1
     assert quality.chance > 4
     assert quality.contrast > 1
     assert quality.z > 20
-    assert quality.inside == 1
 
 
-@pytest.mark.parametrize("shift", [(5, 0), (0, -8), (20, 0), (-14, 14), (60, 30)])
+@pytest.mark.parametrize("shift", [(5, 0), (-14, 14), (60, 30)])
 def test_a_shifted_matrix_fails(scene, shift):
     quality = judge(scene, moved(scene, shift, 0))
     assert not quality.passed
@@ -374,7 +361,7 @@ def test_a_shifted_matrix_fails(scene, shift):
 def test_crowded_nuclei_do_not_pass_by_chance(scene):
     """With nuclei so dense that any place is near one, a wrong matrix has a short distance and fails nevertheless."""
     rng = np.random.default_rng(0)
-    crowd = shapely.buffer(shapely.points(rng.random((14_000, 2)) * EXTENT), 3, quad_segs=4)
+    crowd = shapely.buffer(shapely.points(rng.random((9_700, 2)) * EXTENT), 3, quad_segs=4)
     quality = judge(scene, moved(scene, (30, 0), 0), nuclei=crowd)
     assert quality.distance < SETTINGS.max_distance
     assert not quality.passed
@@ -406,9 +393,9 @@ def test_regions_beside_the_image_do_not_count_as_wrong(scene):
 
 def test_a_section_without_nuclei_is_refused(scene):
     with pytest.raises(InputError, match="lung: got 3 nuclei"):
-        register_scene(scene, None, SETTINGS, scene.nuclei[:3])
+        run(scene._replace(nuclei=scene.nuclei[:3]), None)
     with pytest.raises(InputError, match="of the nuclei inside the DAPI image"):
-        register_scene(scene, None, SETTINGS, shapely.transform(scene.nuclei, lambda p: p + 1000))
+        run(scene._replace(nuclei=shapely.transform(scene.nuclei, lambda p: p + 1000)), None)
 
 
 PLANTS = {
@@ -431,16 +418,9 @@ def test_a_planted_affine_is_found_without_a_file(tmp_path, name):
 @pytest.mark.parametrize(("shift", "degrees"), [((-40, 30), -2.0), ((2, -2.5), 0.3)])
 def test_a_slightly_wrong_file_is_refined(scene, shift, degrees):
     found = run(scene, moved(scene, shift, degrees))
-    assert np.array_equal(found.matrix, run(scene, moved(scene, shift, degrees)).matrix)  # same seed
     assert found.origin == "file, refined"
     assert not found.quality_before.passed
     assert found.quality.passed
-    assert median_error(found.matrix, scene) < 0.5
-
-
-def test_a_file_that_is_far_off_does_no_harm(scene):
-    found = run(scene, moved(scene, (-90, 120), 3.0))
-    assert not found.quality_before.passed
     assert median_error(found.matrix, scene) < 0.5
 
 
@@ -451,7 +431,9 @@ def test_a_right_file_is_kept_and_refining_is_a_setting(scene):
     refined = run(scene, off)
     assert refined.origin == "file, refined"
     assert median_error(refined.matrix, scene) < 0.3
-    assert run(scene, off, min_gain=50).origin == "file"
+    kept = run(scene, off, min_gain=50)
+    assert kept.origin == "file"
+    assert np.array_equal(kept.attempts[-1].matrix, refined.matrix)  # same seed
 
 
 @pytest.mark.parametrize(
@@ -471,19 +453,19 @@ def test_a_wrong_file_is_caught_named_and_undone(scene, change, what):
     assert median_error(found.matrix, scene) < 0.5
 
 
-def test_the_file_of_another_sample_fails_and_the_images_decide(scene):
-    other, _ = planted(-60, 1.288, (-50, 30))
-    found = run(scene, other)
+@pytest.mark.parametrize("case", ["far off", "another sample"])
+def test_the_images_decide_if_the_file_cannot_be_refined(scene, case):
+    found = run(scene, moved(scene, (-90, 120), 3.0) if case == "far off" else planted(-60, 1.288, (-50, 30))[0])
     assert not found.quality_before.passed
-    assert found.origin == "estimated"
+    assert found.origin == "estimated" or case == "far off"
     assert median_error(found.matrix, scene) < 0.5
 
 
 def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
-    stranger = ellipses(np.random.default_rng(99))
-    settings = RegistrationSettings(regions=2, window=120, angle_step=15, scale_range=(1.25, 1.35))
+    stranger = scene._replace(nuclei=ellipses(np.random.default_rng(99)))
+    settings = RegistrationSettings(regions=2, window=120, angle_step=15, scale_range=(1.28, 1.3))
     with pytest.raises(InputError) as error:
-        register_scene(scene, scene.matrix, settings, stranger)
+        run(stranger, scene.matrix, regions=2, angle_step=15, scale_range=(1.28, 1.3))
     message = str(error.value)
     for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
         assert part in message
@@ -510,18 +492,7 @@ def test_a_registration_comes_back_from_its_file(found, tmp_path):
     assert np.allclose(again.he_to_um() @ again.um_to_he(), np.eye(3))
     point = np.array([[1000.0, 500.0]])
     assert np.allclose(apply(again.he_to_um(), point), apply(again.matrix, point) * PIXEL)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("matrix", [[1, 0, 0], [0, 1, 0]]),
-        ("matrix", None),
-        ("pixel_size", -1),
-    ],
-)
-def test_a_changed_file_is_refused(found, tmp_path, key, value):
-    (tmp_path / "r.json").write_text(json.dumps(found.to_dict() | {key: value}))
+    (tmp_path / "r.json").write_text(json.dumps(found.to_dict() | {"matrix": [[1, 0, 0], [0, 1, 0]]}))
     with pytest.raises(InputError, match="run the registration again"):
         read_registration(tmp_path / "r.json")
 
@@ -538,8 +509,8 @@ def test_the_script_registers_a_xenium_folder(tmp_path):
     truth = write_xenium(
         tmp_path,
         seed=3,
-        size_um=(360, 300),
-        rim_um=40,
+        size_um=(300, 260),
+        rim_um=30,
         affine=AffinePlan(12.0),
         alignment="keypoints",
         file_error=error,

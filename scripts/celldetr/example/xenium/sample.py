@@ -96,24 +96,11 @@ def write_xenium(
 ) -> XeniumTruth:
     """Write ``outs/``, ``{name}_he_image.ome.tif``, and if asked the alignment and ``{name}_outs.zip``, into a folder.
 
-    The same arguments give the same bytes.
-
-    Parameters
-    ----------
-    size_um, rim_um
-        Width and height of the tissue; empty glass around it, whose border is then irregular. Without a rim the tissue
-        fills the H&E.
-    version, label_ids
-        See `celldetr.example.xenium.files.layout_of`.
-    he_mpp
-        Um per H&E px.
-    affine
-        How the Xenium frame lies to the H&E. A shift below 0 cuts off a part of the tissue.
-    alignment, file_error
-        "matrix" (3 x 3), "keypoints" (a table of points), or None for no file; how wrong it is: a motion of the H&E in
-        the Xenium frame about the middle of the tissue.
-    archive
-        Write a zip of the output folder, too.
+    The same arguments give the same bytes. `size_um` is width and height of the tissue, `rim_um` the empty glass around
+    it, whose border is then irregular; without a rim the tissue fills the H&E. `affine` says how the Xenium frame lies
+    to the H&E; a shift below 0 cuts off a part of the tissue. `alignment` is "matrix" (3 x 3), "keypoints" (a table of
+    points), or None for no file; `file_error` moves the H&E in the Xenium frame, about the middle of the tissue. For
+    `version` and `label_ids` see `celldetr.example.xenium.files.layout_of`.
 
     Raises
     ------
@@ -124,15 +111,7 @@ def write_xenium(
     rng = np.random.default_rng([seed, 3])
     scene = grow_scene(rng, size_um, irregular=rim_um > 0)
     to_um, xenium_size = _place_frame(scene.border, affine)
-    scene, nucleus_cell, classes, centres, outlines = _segment(rng, scene, to_um, xenium_size, layout)
-    types, subtypes = draw_types(rng, classes)
-    genes = draw_counts(rng, subtypes, centres)
-    segmented = nucleus_cell >= 0
-    nuclei_um = _apply(to_um, scene.nuclei.outlines[segmented])
-    counts = _add_controls(rng, genes)
-    cells = XeniumCells(
-        *name_cells(rng, len(classes), layout), centres, outlines, nuclei_um, nucleus_cell[segmented], counts
-    )
+    scene, segmented, classes, types, cells = _draw_cells(rng, scene, to_um, xenium_size, layout)
     target, rim = Path(folder), int(np.ceil(rim_um / he_mpp))
     outs, he_image = target / "outs", target / f"{name}_he_image.ome.tif"
     table, packed = target / f"{name}_he_imagealignment.csv", target / f"{name}_outs.zip"
@@ -161,18 +140,41 @@ def write_xenium(
         cell_ids=cells.names,
         classes=classes,
         types=types,
-        counts=genes,
+        counts=cells.counts[:, : len(PANEL)],
         nuclei_he=drawn[segmented],
-        nuclei_um=nuclei_um,
+        nuclei_um=cells.nuclei,
         nucleus_cell=cells.nucleus_cell,
         drawn_he=drawn,
     )
 
 
-def _add_controls(rng: np.random.Generator, genes: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Append the rare counts of control features to those of the genes."""
-    controls = sparse.csr_matrix(rng.poisson(0.01, (genes.shape[0], len(CONTROLS))).astype(np.int32))
-    return sparse.csr_matrix(sparse.hstack([genes, controls]))
+def _draw_cells(
+    rng: np.random.Generator, scene: Scene, to_um: Array, xenium_size: tuple[int, int], layout: Layout
+) -> tuple[Scene, NDArray[np.bool_], NDArray[np.str_], NDArray[np.str_], XeniumCells]:
+    """Make N cells of the nuclei of a scene, and draw their types, transcripts and names.
+
+    Returns
+    -------
+    tuple
+        The tissue as both images show it, its K nuclei by cell; mask (K,) of the nuclei that Xenium segments; PanNuke
+        class (N,) and type (N,) of the cells; the cells.
+    """
+    scene, nucleus_cell, classes, centres, outlines = _segment(rng, scene, to_um, xenium_size, layout)
+    types, subtypes = draw_types(rng, classes)
+    genes = draw_counts(rng, subtypes, centres)
+    controls = sparse.csr_matrix(rng.poisson(0.01, (len(classes), len(CONTROLS))).astype(np.int32))
+    prefixes, names = name_cells(rng, len(classes), layout)
+    segmented = nucleus_cell >= 0
+    cells = XeniumCells(
+        prefixes=prefixes,
+        names=names,
+        centres=centres,
+        outlines=outlines,
+        nuclei=_apply(to_um, scene.nuclei.outlines[segmented]),
+        nucleus_cell=nucleus_cell[segmented],
+        counts=sparse.csr_matrix(sparse.hstack([genes, controls])),
+    )
+    return scene, segmented, classes, types, cells
 
 
 def _draw_dapi(
