@@ -463,7 +463,6 @@ def test_the_images_decide_if_the_file_cannot_be_refined(scene, case):
 
 def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
     stranger = scene._replace(nuclei=ellipses(np.random.default_rng(99)))
-    settings = RegistrationSettings(regions=2, window=120, angle_step=15, scale_range=(1.28, 1.3))
     with pytest.raises(InputError) as error:
         run(stranger, scene.matrix, regions=2, angle_step=15, scale_range=(1.28, 1.3))
     message = str(error.value)
