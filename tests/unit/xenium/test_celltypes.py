@@ -254,8 +254,7 @@ def test_the_table_comes_back_from_its_file(annotation, tmp_path):
 def test_thinning_reaches_the_depth_of_the_sample(reference):
     wanted = np.array([0.0, 40, 80, 1e9])
     thinned = thin(reference, wanted, np.random.default_rng(0))
-    totals = thinned.X.sum(axis=1).A1
-    before = reference.X.sum(axis=1).A1
+    totals, before = (cells.X.sum(axis=1).A1 for cells in (thinned, reference))
     assert (totals <= before).all()
     untouched = totals == before  # a third drew more than they have
     assert 0.2 < untouched.mean() < 0.45
@@ -312,13 +311,11 @@ def test_figures_and_picture(annotation, sample, reference, tmp_path):
     json.dumps(figures, allow_nan=False)
     assert sum(figures["reasons"].values()) == sample.n_obs
     assert sum(figures["labels"].values()) == figures["reasons"]["labelled"]
-    markers = figures["markers"]
-    planted = {name: {f"G{i}" for i in range(5 * k, 5 * k + 5)} for k, name in enumerate(TISSUE)}
-    assert all(gene in planted[kind] for gene, kind in zip(markers["genes"], markers["of"], strict=True))
-    # two markers of T are its own, the others are those of NK, too
-    assert {"G8", "G9"} <= {gene for gene, kind in zip(markers["genes"], markers["of"], strict=True) if kind == "T"}
-    for column, kind in enumerate(markers["of"]):  # the type that a gene marks shows it most
-        means = np.array(markers["mean"])[:, column]
-        assert markers["types"][int(means.argmax())] == kind
+    markers, kinds = figures["markers"], list(TISSUE)
+    pairs = list(zip(markers["genes"], markers["of"], strict=True))
+    assert all(kinds[int(gene[1:]) // 5] == kind for gene, kind in pairs)
+    assert {("G8", "T"), ("G9", "T")} <= set(pairs)  # the other markers of T are those of NK, too
+    shown = np.array(markers["mean"]).argmax(axis=0)  # the type that a gene marks shows it most
+    assert [markers["types"][index] for index in shown] == markers["of"]
     save(cell_types_figure(figures, "test"), tmp_path / "qc.png")
     assert (tmp_path / "qc.png").read_bytes().startswith(b"\x89PNG")
