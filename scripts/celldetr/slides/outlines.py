@@ -79,7 +79,7 @@ def read_nucleus_file(path: str | os.PathLike[str], *, image_mpp: float, mpp: fl
         polygons[crossed] = shapely.make_valid(polygons[crossed])
         box, centroid = boxes_from_polygons(polygons, np.diag([scale, scale, 1.0]), image_mpp, mpp)
         good = np.isfinite(box).all(axis=1)
-        repaired += int(crossed.sum())
+        repaired += int((crossed & good).sum())
         dropped[_FLAT] += int((~good).sum())
         boxes.append(box[good])
         centroids.append(centroid[good])
