@@ -45,18 +45,12 @@ def write_slide(path, *, mpp=MPP, levels=2, damage=(), aperio=False):
     image = drawn()
     with tifffile.TiffWriter(path) as writer:
         for level in range(levels):
-            resolution = {} if mpp is None else {"resolution": (1e4 / mpp / 2**level,) * 2}
-            writer.write(
-                np.rint(image).astype(np.uint8),
-                tile=(64, 64),
-                photometric="rgb",
-                compression="jpeg" if aperio else "deflate",
-                description=f"Aperio Image Library v1|AppMag = 20|MPP = {mpp}" if aperio else None,
-                metadata=None,
-                resolutionunit=None if mpp is None else "CENTIMETER",
-                subfiletype=int(level > 0),
-                **resolution,
-            )
+            more = {"compression": "deflate", "subfiletype": int(level > 0)}
+            if aperio:
+                more |= {"compression": "jpeg", "description": f"Aperio Image Library v1|AppMag = 20|MPP = {mpp}"}
+            if mpp is not None:
+                more |= {"resolution": (1e4 / mpp / 2**level,) * 2, "resolutionunit": "CENTIMETER"}
+            writer.write(np.rint(image).astype(np.uint8), tile=(64, 64), photometric="rgb", metadata=None, **more)
             image = image.reshape(len(image) // 2, 2, len(image) // 2, 2, 3).mean(axis=(1, 3))
     return damage_tiles(path, damage)
 
@@ -142,30 +136,33 @@ def test_no_patch_is_an_error_with_the_reasons(tmp_path, cut):
         cut(file, settings={"min_nuclei": 500})
 
 
-def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut):
-    whole = cut(write_slide(tmp_path / "whole"), name="whole")[0]
-    tiles = [(0, 2 * 12 + 2), (0, 5 * 12 + 6)]  # 12 tiles across; patches lie on tiles
-    file = write_slide(tmp_path / "damaged", damage=tiles)
-    with pytest.raises(InputError, match=r"damaged.*row 2, column 2"):
+@pytest.mark.parametrize("aperio", [False, True])  # read by tifffile, and by OpenSlide
+def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut, aperio):
+    whole = cut(write_slide(tmp_path / "whole", aperio=aperio), name="whole")[0]
+    file = write_slide(tmp_path / "damaged", aperio=aperio, damage=[(0, 2 * 12 + 2), (0, 5 * 12 + 6)])
+    with open_slide(file, None, "s1") as image:
+        assert isinstance(image, _Tiff) != aperio
+        assert image.mpp == MPP
+    with pytest.raises(InputError, match="damaged.*(row 2, column 2|128,128 to)"):  # patches lie on tiles
         cut(file)
     assert not (tmp_path / "s1.zarr").exists()
     store, rows = cut(file, on_damage="skip", workers=2)
+    places = {tuple(row) for row in store.patches[["x", "y"]].to_numpy()}
     assert len(store) == 62
-    places = [tuple(row) for row in store.patches[["x", "y"]].to_numpy()]
-    assert (128, 128) not in places
-    assert (384, 320) not in places
+    assert not places & {(128, 128), (384, 320)}
     kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
     np.testing.assert_array_equal(store.images(range(len(store))), whole.images(kept))
     np.testing.assert_array_equal(np.diff(store.box_ptr), np.diff(whole.box_ptr)[kept])
     assert rows["damaged", "patches"] == rows["not taken", "patches damaged"] == 2
     assert store.attrs["patches_passed_over"]["damaged"] == 2
-    assert "row 2, column 2" in store.attrs["damage"]["patches"][0]
+    assert len(store.attrs["damage"]["patches"]) == 2
 
 
-def test_damage_of_the_overview_costs_its_region_alone(tmp_path, cut):
+@pytest.mark.parametrize("aperio", [False, True])
+def test_damage_of_the_overview_costs_its_region_alone(tmp_path, cut, aperio):
     last = 3  # the level that the tissue map is read from
-    file = write_slide(tmp_path / "slide", levels=4, damage=[(last, 0)])  # 2 x 2 tiles of 512 px each
-    with pytest.raises(InputError, match="cannot be decoded"):
+    file = write_slide(tmp_path / "slide", levels=4, aperio=aperio, damage=[(last, 0)])  # 2 x 2 tiles of 512 px each
+    with pytest.raises(InputError, match="slide"):
         cut(file)
     store, rows = cut(file, on_damage="skip")
     assert rows["damaged", "regions of the overview"] == len(store.attrs["damage"]["overview"]) == 1
@@ -184,23 +181,6 @@ def test_a_slide_that_cannot_be_opened_stops_or_gives_an_empty_store(tmp_path, c
     assert (tmp_path / "s1.png").exists()
     with pytest.raises(InputError, match="no such file"):
         cut(tmp_path / "missing", on_damage="skip")
-
-
-def test_slides_that_openslide_reads_go_on_after_damage(tmp_path, cut):
-    whole = cut(write_slide(tmp_path / "whole", aperio=True), name="whole")[0]
-    file = write_slide(tmp_path / "damaged", aperio=True, damage=[(0, 2 * 12 + 2), (1, 2 * 6 + 3)])
-    with open_slide(file, None, "s1") as image:
-        assert not isinstance(image, _Tiff)
-        assert image.mpp == MPP
-    with pytest.raises(InputError, match="damaged"):
-        cut(file)
-    store, rows = cut(file, on_damage="skip", workers=2)
-    assert rows["damaged", "patches"] == 1
-    assert rows["damaged", "regions of the overview"] == 1
-    places = {tuple(row) for row in store.patches[["x", "y"]].to_numpy()}
-    kept = [i for i, row in enumerate(whole.patches[["x", "y"]].to_numpy()) if tuple(row) in places]
-    assert len(kept) == len(store) >= 50
-    np.testing.assert_array_equal(store.images(range(len(store))), whole.images(kept))
 
 
 def test_what_cannot_be_decoded_reads_as_glass_and_the_rest_as_it_is(tmp_path):
