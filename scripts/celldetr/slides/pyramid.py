@@ -4,7 +4,7 @@
     image.read(level, x, y, width, height)     # (height, width, 3) uint8, or (height, width) for a single plane
 
 Pixel (x, y) of a level covers [x, x + 1) x [y, y + 1) of that level; level coordinates times `downsample` are level-0
-coordinates. Only the tiles that a region touches are decoded. Threads may read from one image at the same time.
+coordinates. Only the tiles that a region touches are decoded.
 """
 
 import contextlib

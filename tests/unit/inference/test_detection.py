@@ -99,26 +99,24 @@ def test_tiles_that_do_not_agree_on_the_place_count_each_nucleus_once(size, marg
     assert (nearest.min(axis=0) <= 0.5).all()
 
 
-def test_a_nucleus_on_the_corner_of_four_cores_is_one():
-    tiling = Tiling(48, 1.0, 8)
-    box = np.array([[28, 28, 36, 36.0]])  # its centre is where four cores meet
-    findings = _Findings(tiling, np.array([100.0, 100.0]))
-    corners = np.array([[-8, -8], [24, -8], [-8, 24], [24, 24]])
-    for tile, corner in enumerate(corners):
-        findings.add(tile, corner, box - np.tile(corner, 2), np.ones(1))
-    assert len(findings.unique()[0]) == 1
+FOUR = Tiling(48, 1.0, 8), [[-8, -8], [24, -8], [-8, 24], [24, 24]]  # tiles whose cores meet at 32, 32
+TWO = Tiling(96, 1.0, 24), [[0, -24], [48, -24]]  # tiles whose cores meet at 72
 
 
-@pytest.mark.parametrize("left", [[60, 64], [54, 57]])  # on either side of the border at 72, and on one side of it
-def test_nuclei_that_lie_over_each_other_at_a_border_stay_two(left):
-    tiling = Tiling(96, 1.0, 24)
-    truth = np.array([[x, 30, x + 20, 50.0] for x in left])
+@pytest.mark.parametrize(
+    ("tiling", "corners", "truth"),
+    [
+        (*FOUR, [[28, 28, 36, 36]]),
+        (*TWO, [[60, 30, 80, 50], [64, 30, 84, 50]]),  # over each other, on either side of the border
+        (*TWO, [[54, 30, 74, 50], [57, 30, 77, 50]]),  # and on one side of it
+    ],
+)
+def test_nuclei_at_the_border_of_cores_count_once_each(tiling, corners, truth):
     findings = _Findings(tiling, np.array([200.0, 96.0]))
-    for tile, corner in enumerate(np.array([[0, -24], [48, -24]])):  # cores 24 to 72 and 72 to 120
-        findings.add(tile, corner, truth - np.tile(corner, 2) + 0.1 * tile, np.ones(2))
+    for tile, corner in enumerate(np.array(corners)):
+        findings.add(tile, corner, truth - np.tile(corner, 2) + 0.1 * tile, np.ones(len(truth)))
     found, _ = findings.unique()
-    assert np.abs(in_order(found) - truth).max() < 0.2
-    assert len(found) == 2
+    np.testing.assert_allclose(in_order(found), truth, atol=0.4)
 
 
 def test_glass_is_not_looked_at(tmp_path):
