@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,9 +139,8 @@ def place_nuclei(
     InputError
         No nucleus belongs to any of the cells.
     """
-    boxes, centroids = boxes_from_polygons(
-        polygons["geometry"].to_numpy(), registration.um_to_he(), registration.he_mpp, mpp
-    )
+    outlines = polygons["geometry"].to_numpy()
+    boxes, centroids = boxes_from_polygons(outlines, registration.um_to_he(), registration.he_mpp, mpp)
     label_of = Series(cells["label"].to_numpy(), index=cells["cell_id"].to_numpy().astype(str))
     owners = polygons["cell_id"].to_numpy().astype(str)
     index = label_of.index.get_indexer(Index(owners))
@@ -162,7 +160,7 @@ def place_nuclei(
 
 def summary_rows(found: Extraction, labels: NDArray[np.int8]) -> list[tuple[str, str, int]]:
     """Rows (kind, name, count) of a sample's summary; `labels` are those of the nuclei in the patches."""
-    rows: list[tuple[str, str, Any]] = [
+    return [
         ("total", "patches", len(found.grid)),
         ("total", "nuclei in patches", len(labels)),
         ("total", "labelled nuclei in patches", int((labels != NO_LABEL).sum())),
@@ -171,4 +169,3 @@ def summary_rows(found: Extraction, labels: NDArray[np.int8]) -> list[tuple[str,
         *(("dropped", name, count) for name, count in found.dropped.items()),
         *(("not taken", f"patches {name}", count) for name, count in found.grid.passed_over.items()),
     ]
-    return rows

@@ -58,19 +58,11 @@ def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, se
     by: str = settings.by
     if by == "auto":
         by = "slide" if patches["group"].nunique() >= len(wanted) else "block"
-    left_out = np.zeros(len(patches), dtype=bool)
-    if by == "slide":
-        part = _parts(patches["group"].to_numpy(), shares, seed, by)
-    elif by == "random":
-        part = _parts(np.arange(len(patches)).astype(str), shares, seed, by)
+    if by == "block":
+        part, left_out = _split_blocks(stores, patches["store"].to_numpy(), shares, settings, seed)
     else:
-        boxes = np.concatenate([_boxes(store) for store in stores])
-        side = np.concatenate([np.full(len(store), _block_side(store, settings.block_um)) for store in stores])
-        store_of = patches["store"].to_numpy()
-        blocks = _block_names(store_of, boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None]))
-        part = _parts(blocks, shares, seed, by)
-        margin = math.ceil(settings.margin_um / stores[0].mpp / 2) if stores else 0
-        left_out = _cross_border(store_of, boxes, blocks, part, side, margin)
+        groups = patches["group"].tolist() if by == "slide" else [str(index) for index in range(len(patches))]
+        part, left_out = _parts(groups, shares, seed, by), np.zeros(len(patches), dtype=bool)
     table = patches.loc[~left_out, ["store", "patch"]].assign(part=part[~left_out])[list(COLUMNS)]
     for name in wanted:
         if not (table["part"] == name).any():
@@ -87,16 +79,33 @@ def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, se
     )
 
 
-def _parts(groups: NDArray[np.object_], shares: Mapping[str, float], seed: int, by: str) -> NDArray[np.object_]:
+def _parts(groups: Sequence[str], shares: Mapping[str, float], seed: int, by: str) -> NDArray[np.object_]:
     """Part of each patch (N,)."""
     try:
-        indices = split_groups(groups.tolist(), shares, seed)
+        indices = split_groups(groups, shares, seed)
     except InputError as error:
         raise InputError(f"xenium.split.by: {by}: {error}; {_ADVICE[by]}") from error
     part = np.empty(len(groups), dtype=object)
     for name, members in indices.items():
         part[members] = name
     return part
+
+
+def _split_blocks(
+    stores: Sequence[PatchStore],
+    store_of: NDArray[np.object_],
+    shares: Mapping[str, float],
+    settings: XeniumSplitSettings,
+    seed: int,
+) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
+    """Part of each patch (N,), and mask (N,) of those left out; `store_of` (N,) are the names of their stores."""
+    boxes = np.concatenate([_boxes(store) for store in stores])
+    side = np.concatenate([np.full(len(store), _block_side(store, settings.block_um)) for store in stores])
+    cells = boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None])
+    blocks = [f"{name} {x} {y}" for name, (x, y) in zip(store_of, cells.tolist(), strict=True)]
+    part = _parts(blocks, shares, seed, "block")
+    margin = math.ceil(settings.margin_um / stores[0].mpp / 2)
+    return part, _cross_border(store_of, boxes, blocks, part, side, margin)
 
 
 def _step(store: PatchStore) -> int:
@@ -121,15 +130,10 @@ def _block_side(store: PatchStore, block_um: float) -> int:
     return max(1, round(block_um / store.mpp / step)) * step
 
 
-def _block_names(stores: NDArray[np.object_], cells: NDArray[np.int64]) -> NDArray[np.object_]:
-    """Names (N,) of the blocks at columns and rows (N, 2) of the grids of blocks."""
-    return np.array([f"{name} {x} {y}" for name, (x, y) in zip(stores, cells.tolist(), strict=True)], dtype=object)
-
-
 def _cross_border(
     stores: NDArray[np.object_],
     boxes: NDArray[np.int64],
-    blocks: NDArray[np.object_],
+    blocks: Sequence[str],
     part: NDArray[np.object_],
     side: NDArray[np.int64],
     margin: int,
@@ -145,7 +149,7 @@ def _cross_border(
     for index in np.flatnonzero((first != last).any(axis=1)).tolist():
         (x0, y0), (x1, y1) = first[index].tolist(), last[index].tolist()
         reached[index] = [f"{stores[index]} {x} {y}" for x in range(x0, x1 + 1) for y in range(y0, y1 + 1)]
-    part_of = dict(zip(blocks.tolist(), part.tolist(), strict=True))
+    part_of = dict(zip(blocks, part.tolist(), strict=True))
     # a block without the centre of a patch belongs to the part that reaches into it most
     claims = pd.DataFrame(
         [(name, part[index]) for index, names in reached.items() for name in names if name not in part_of],

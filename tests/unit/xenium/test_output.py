@@ -102,11 +102,10 @@ def test_a_damaged_table_of_nuclei_is_named(outs):
         read_nuclei(outs)
 
 
-def test_an_implausible_pixel_size_is_refused(outs):
-    specs = json.loads((outs / "experiment.xenium").read_text())
-    (outs / "experiment.xenium").write_text(json.dumps({**specs, "pixel_size": 212.5}))
+def test_an_implausible_pixel_size_is_refused(tmp_path):
+    (tmp_path / "experiment.xenium").write_text(json.dumps({"pixel_size": 212.5}))
     with pytest.raises(InputError, match=r"pixel_size: got 212\.5, expected um per pixel"):
-        read_pixel_size(outs)
+        read_pixel_size(tmp_path)
 
 
 def test_a_folder_without_dapi_is_refused(outs):

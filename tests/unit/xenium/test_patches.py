@@ -30,10 +30,8 @@ def sample(tmp_path_factory):
     truth = write_xenium(
         folder, seed=3, size_um=(300, 260), rim_um=30, he_mpp=0.4, affine=AffinePlan(rotation_deg=25, shift_um=(9, -7))
     )
-    quality = Quality(
-        passed=True, failures=(), distance=1.0, chance=5.0, contrast=1.0, z=10.0, inside=1.0, he_nuclei=9,
-        regions_passed=1.0, regions=(),
-    )  # fmt: skip
+    figures = dict.fromkeys(("distance", "chance", "contrast", "z", "inside", "he_nuclei", "regions_passed"), 1)
+    quality = Quality(passed=True, failures=(), regions=(), **figures)
     registration = Registration(matrix=truth.matrix, pixel_size=truth.pixel_size, origin="file", quality=quality)
     registration.write(folder / "registration.json")
     labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
@@ -98,19 +96,16 @@ def test_no_patch_reaches_beyond_the_xenium_image(sample, store):
     truth = sample.truth
     assert store.attrs["patches_passed_over"]["beyond the imaged area"] > 0
     side = SIZE * MPP / truth.he_mpp
-    for x, y in store.patches[["x", "y"]].to_numpy():
-        corners = np.array([[x, y], [x + side, y], [x, y + side], [x + side, y + side]])
-        there = corners @ truth.matrix[:2, :2].T + truth.matrix[:2, 2]
-        slack = 25  # Xenium px: the map's cells are 8 um wide
-        assert (there > -slack).all()
-        assert (there < np.array(truth.xenium_size) + slack).all()
+    corners = store.patches[["x", "y"]].to_numpy()[:, None] + side * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    there = corners @ truth.matrix[:2, :2].T + truth.matrix[:2, 2]
+    slack = 25  # Xenium px: the map's cells are 8 um wide
+    assert ((there > -slack) & (there < np.array(truth.xenium_size) + slack)).all()
 
 
 def test_the_dark_pixels_are_in_the_boxes(store):
     """Nuclei are darker than what surrounds them: the registration was used in the right direction."""
     inside, outside = [], []
-    for index in range(len(store)):
-        patch = store.read(index)
+    for patch in map(store.read, range(len(store))):
         mask = np.zeros((SIZE, SIZE), bool)
         for x0, y0, x1, y1 in np.rint(patch.boxes).astype(int):
             mask[y0:y1, x0:x1] = True
@@ -120,11 +115,10 @@ def test_the_dark_pixels_are_in_the_boxes(store):
 
 
 def test_the_summary_adds_up(store):
-    folder = store.path.parent
-    table = pd.read_csv(folder / "s1.tsv", sep="\t")
+    table = pd.read_csv(store.path.with_suffix(".tsv"), sep="\t")
     counts = table[table["kind"] == "class"].set_index("name")["count"]
     assert counts.to_dict() == store.attrs["counts"]
-    page = (folder / "s1.html").read_text()
+    page = store.path.with_suffix(".html").read_text()
     assert page.count("<img") == 1 + min(12, len(store))
     assert all(name in page for name in ST_TYPES)
 

@@ -17,8 +17,6 @@ from scipy.spatial import cKDTree
 import register_xenium
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
-from celldetr.report.registration import registration_figure
-from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
 from celldetr.slides.stains import hematoxylin
@@ -122,7 +120,7 @@ def scene(tmp_path_factory):
 
 
 def run(scene, matrix, **settings):
-    chosen = RegistrationSettings(**{"regions": 3, "window": 120, "angle_step": 10, **settings})
+    chosen = RegistrationSettings(**{"regions": 3, "window": 120, "angle_step": 15, **settings})
     alignment = None if matrix is None else Alignment(matrix, np.empty(0))
     return register(scene.he, scene.dapi, scene.nuclei, PIXEL, alignment, chosen, name="lung", seed=0)
 
@@ -336,9 +334,9 @@ def test_block_shifts_are_found_to_a_fraction_of_a_sample(shift):
     assert none[0] < score[0] / 2
 
 
-def judge(scene, matrix, nuclei=None, settings=SETTINGS):
-    nuclei = DapiNuclei(scene.nuclei if nuclei is None else nuclei)
-    return check(scaling(PIXEL) @ matrix, scene.he, nuclei, nuclei.regions(settings), settings)
+def judge(scene, matrix):
+    nuclei = DapiNuclei(scene.nuclei)
+    return check(scaling(PIXEL) @ matrix, scene.he, nuclei, nuclei.regions(SETTINGS), SETTINGS)
 
 
 def test_the_right_matrix_passes_with_all_regions(scene):
@@ -362,7 +360,7 @@ def test_crowded_nuclei_do_not_pass_by_chance(scene):
     """With nuclei so dense that any place is near one, a wrong matrix has a short distance and fails nevertheless."""
     rng = np.random.default_rng(0)
     crowd = shapely.buffer(shapely.points(rng.random((9_700, 2)) * EXTENT), 3, quad_segs=4)
-    quality = judge(scene, moved(scene, (30, 0), 0), nuclei=crowd)
+    quality = judge(scene._replace(nuclei=crowd), moved(scene, (30, 0), 0))
     assert quality.distance < SETTINGS.max_distance
     assert not quality.passed
     assert any("max_chance" in failure for failure in quality.failures)
@@ -371,11 +369,8 @@ def test_crowded_nuclei_do_not_pass_by_chance(scene):
 def test_a_local_failure_is_seen(scene):
     centres = shapely.get_coordinates(shapely.centroid(scene.nuclei))
     right = centres[:, 0] > EXTENT[0] / 2 + 20
-    torn = np.array(
-        [shapely.affinity.translate(n, 8, -6) if r else n for n, r in zip(scene.nuclei, right, strict=True)]
-    )
-    quality = judge(scene, scene.matrix, nuclei=torn)
-    for region in quality.regions:
+    torn = np.where(right, shapely.transform(scene.nuclei, lambda points: points + (8, -6)), scene.nuclei)
+    for region in judge(scene._replace(nuclei=torn), scene.matrix).regions:
         if abs(region.x - EXTENT[0] / 2) > 80:
             assert region.passed == (region.x < EXTENT[0] / 2), region
 
@@ -384,8 +379,7 @@ def test_regions_beside_the_image_do_not_count_as_wrong(scene):
     """An H&E that shows a part of the section: the part that it shows is right, and the share inside tells the rest."""
     half = Formula((scene.he.size[0], scene.he.size[1] // 2), (1,), 255)
     half._fill = scene.he._fill
-    nuclei = DapiNuclei(scene.nuclei)
-    quality = check(scaling(PIXEL) @ scene.matrix, half, nuclei, nuclei.regions(SETTINGS), SETTINGS)
+    quality = judge(scene._replace(he=half), scene.matrix)
     assert 0.2 < quality.inside < 0.8
     assert quality.regions_passed == 1
     assert any(not region.passed for region in quality.regions)
@@ -420,7 +414,6 @@ def test_a_slightly_wrong_file_is_refined(scene, shift, degrees):
     found = run(scene, moved(scene, shift, degrees))
     assert found.origin == "file, refined"
     assert not found.quality_before.passed
-    assert found.quality.passed
     assert median_error(found.matrix, scene) < 0.5
 
 
@@ -464,29 +457,23 @@ def test_the_images_decide_if_the_file_cannot_be_refined(scene, case):
 def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
     stranger = scene._replace(nuclei=ellipses(np.random.default_rng(99)))
     with pytest.raises(InputError) as error:
-        run(stranger, scene.matrix, regions=2, angle_step=15, scale_range=(1.28, 1.3))
+        run(stranger, scene.matrix, regions=2, window=80, scale_range=(1.28, 1.3))
     message = str(error.value)
     for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
         assert part in message
 
 
 def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
-    he = open_pyramid(scene.he.path, 0.5)
-    found = run(scene._replace(he=he), scene.matrix)
+    found = run(scene._replace(he=open_pyramid(scene.he.path, 0.5)), scene.matrix, refine="never")
     assert found.origin == "file"
     assert any("got 0.5 um per px, but the matrix means 0.2737" in warning for warning in found.warnings)
 
 
-@pytest.fixture(scope="module")
-def found(scene):
-    return run(scene, scene.matrix)
-
-
-def test_a_registration_comes_back_from_its_file(found, tmp_path):
+def test_a_registration_comes_back_from_its_file(scene, tmp_path):
+    found = run(scene, scene.matrix, refine="never")
     found.write(tmp_path / "r.json")
     again = read_registration(tmp_path / "r.json")
     assert np.array_equal(again.matrix, found.matrix)
-    assert again.quality == found.quality
     assert again.to_dict() == found.to_dict()
     assert np.allclose(again.he_to_um() @ again.um_to_he(), np.eye(3))
     point = np.array([[1000.0, 500.0]])
@@ -496,24 +483,9 @@ def test_a_registration_comes_back_from_its_file(found, tmp_path):
         read_registration(tmp_path / "r.json")
 
 
-def test_the_picture_is_drawn(scene, found, tmp_path):
-    save(registration_figure(found, scene.he, scene.nuclei, SETTINGS, name="lung"), tmp_path / "r.png", dpi=110)
-    picture = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).astype(int)
-    outline = (np.abs(picture - (0, 229, 255)).sum(axis=2) < 60).sum()
-    assert outline > 500
-
-
-def test_the_script_registers_a_xenium_folder(tmp_path):
-    error = AffinePlan(shift_um=(15.0, -12.0), rotation_deg=0.5)
-    truth = write_xenium(
-        tmp_path,
-        seed=3,
-        size_um=(300, 260),
-        rim_um=30,
-        affine=AffinePlan(12.0),
-        alignment="keypoints",
-        file_error=error,
-    )
+def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
+    plan = {"affine": AffinePlan(12.0), "file_error": AffinePlan(0.5, (15.0, -12.0)), "alignment": "keypoints"}
+    truth = write_xenium(tmp_path, seed=3, size_um=(300, 260), rim_um=30, **plan)
     files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment]}
     source = SimpleNamespace(**files, get=files.get)
     params = SimpleNamespace(settings={"regions": 3, "window": 120}, he_mpp=None, sample="lung", seed=1)
@@ -526,4 +498,5 @@ def test_the_script_registers_a_xenium_folder(tmp_path):
     assert np.median(np.linalg.norm(off, axis=1)) < 0.5
     assert found.keypoints.number == 12
     assert json.loads(output.provenance.read_text())["seed"] == 1
-    assert output.picture.stat().st_size > 10_000
+    picture = np.asarray(Image.open(output.picture).convert("RGB")).astype(int)
+    assert (np.abs(picture - (0, 229, 255)).sum(axis=2) < 60).sum() > 500  # px of outlines

@@ -59,7 +59,7 @@ def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, see
     log.info("%d shared genes, by %s", len(genes.names), genes.by)
     here = on_genes(cells, genes.first, genes.names)
     known = on_genes(known_part(reference), genes.second, genes.names)
-    fractions, second, prior = two_passes(here, known, reference.uns["composition"], settings, seed)
+    fractions, second, prior = two_passes(here, known, settings, seed)
     table = label_cells(fractions, second, totals(here).astype(np.int64), settings)
     for reason, number in reason_counts(table).items():
         log.info("%-20s %8d cells (%.1f %%)", reason, number, 100 * number / len(table))
@@ -67,11 +67,12 @@ def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, see
 
 
 def two_passes(
-    cells: AnnData, reference: AnnData, composition: dict[str, int], settings: CellTypeSettings, seed: int
+    cells: AnnData, reference: AnnData, settings: CellTypeSettings, seed: int
 ) -> tuple[DataFrame, DataFrame, Series]:
     """Annotate by correlation, then by optimal transport with the composition as prior.
 
-    `cells` and `reference` hold raw counts of the shared genes; `composition` is type -> cells of the whole reference.
+    `cells` and `reference` hold raw counts of the shared genes; uns["composition"] of the reference is type -> cells of
+    the whole reference, from which it was drawn.
 
     Returns
     -------
@@ -82,7 +83,7 @@ def two_passes(
     if settings.prior == "sample":
         prior = _transcript_shares(best(second).astype(np.int64), totals(cells))
     else:
-        prior = _reference_prior(reference, composition)
+        prior = _reference_prior(reference)
     log.info("composition (%s): %s", settings.prior, ", ".join(f"{name} {share:.3f}" for name, share in prior.items()))
     fractions = tacco_ot(cells, reference, prior, lamb=settings.lamb, seed=seed)
     return fractions, second, prior
@@ -198,17 +199,18 @@ def _transcript_shares(kinds: NDArray[np.int64], transcripts: NDArray[np.float64
     return Series(shares / max(shares.sum(), 1e-12), index=list(ST_TYPES))
 
 
-def _reference_prior(reference: AnnData, composition: dict[str, int]) -> Series:
+def _reference_prior(reference: AnnData) -> Series:
     """Shares of the transcripts in the whole reference: cells per type times mean transcripts per cell."""
     per_cell = Series(totals(reference), index=reference.obs["type"].astype(str)).groupby(level=0).mean()
+    composition = reference.uns["composition"]
     shares = Series({name: float(composition[name]) * per_cell.get(name, 0.0) for name in ST_TYPES})
     return shares / shares.sum()
 
 
 def on_genes(cells: AnnData, columns: np.ndarray, names: tuple[str, ...]) -> AnnData:
-    """Restrict counts to some genes and rename these; obs is kept."""
+    """Restrict counts to some genes and rename these; obs and uns are kept."""
     counts = sparse.csr_matrix(cells.X[:, columns], dtype=np.float32)
-    return AnnData(counts, obs=cells.obs, var=DataFrame(index=pd.Index(names)))
+    return AnnData(counts, obs=cells.obs, var=DataFrame(index=pd.Index(names)), uns=cells.uns)
 
 
 def known_part(reference: AnnData) -> AnnData:

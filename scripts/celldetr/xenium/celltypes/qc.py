@@ -56,7 +56,7 @@ def quality(
         "prior": _by_type(annotation.prior.to_numpy()),
         "agreement": agreement(annotation),
         "markers": marker_figures(here, known_part(known), labels),
-        "reannotation": reannotate(known, totals(here), reference.uns["composition"], settings, seed),
+        "reannotation": reannotate(known, totals(here), settings, seed),
     }
 
 
@@ -127,11 +127,7 @@ def marker_figures(cells: AnnData, reference: AnnData, labels: NDArray[np.int8])
 
 
 def reannotate(
-    reference: AnnData,
-    transcripts: NDArray[np.float64],
-    composition: dict[str, int],
-    settings: CellTypeSettings,
-    seed: int,
+    reference: AnnData, transcripts: NDArray[np.float64], settings: CellTypeSettings, seed: int
 ) -> dict[str, Any]:
     """Annotate the held-out cells of the reference as if they were cells of the sample.
 
@@ -146,7 +142,7 @@ def reannotate(
     """
     held = reference[reference.obs["held_out"].to_numpy(dtype=bool)]
     thinned = thin(held, transcripts, np.random.default_rng(seed))
-    fractions, second, _ = two_passes(thinned, known_part(reference), composition, settings, seed)
+    fractions, second, _ = two_passes(thinned, known_part(reference), settings, seed)
     truth = held.obs["type"].map(ST_TYPES.index).to_numpy(dtype=np.int64)
     found = best(fractions)
     seen = found >= 0

@@ -116,6 +116,11 @@ class _Run:
         self.attempts.append(attempt)
         return attempt
 
+    def accept(self, origin: Origin, name: str, to_um: Floats) -> Registration | None:
+        """Registration by a matrix; None if it does not pass."""
+        attempt = self.check(name, to_um)
+        return self._result(origin, attempt) if attempt.quality.passed else None
+
     def refine(self, to_um: Floats) -> Floats:
         to_um = refine_windows(to_um, self.he, self.dapi, self.pixel_size, self.regions, self.seed)
         for _ in range(2):
@@ -135,17 +140,15 @@ class _Run:
             self.before = first.quality
             if first.quality.passed:
                 return self._refine_passing(first)
-        if not plausible.problems:
-            second = self.check("file, refined", self.refine(to_um))
-            if second.quality.passed:
-                return self._result("file, refined", second)
-        found = self._undo_mistake(plausible)
-        if found or plausible.problems:
+        if plausible.problems:
+            return self._undo_mistake(plausible)
+        found = self.accept("file, refined", "file, refined", self.refine(to_um)) or self._undo_mistake(plausible)
+        if found:
             return found
         for candidate in estimate_nearby(self.maps, to_um, self.seed):
-            attempt = self.check("file, refined on maps", self.refine(candidate))
-            if attempt.quality.passed:
-                return self._result("file, refined", attempt)
+            found = self.accept("file, refined", "file, refined on maps", self.refine(candidate))
+            if found:
+                return found
         return None
 
     def _judge_keypoints(self, residuals: Floats) -> None:
@@ -192,9 +195,9 @@ class _Run:
             tries.insert(0, ("estimated", [1.0]))
         for name, factors in tries:
             for candidate in estimate(self.maps, factors, self.settings, self.seed):
-                attempt = self.check(name, self.refine(candidate))
-                if attempt.quality.passed:
-                    return self._result("estimated", attempt)
+                found = self.accept("estimated", name, self.refine(candidate))
+                if found:
+                    return found
         return None
 
     def _result(self, origin: Origin, attempt: Attempt) -> Registration:
@@ -217,13 +220,11 @@ class _Run:
 
     def report(self) -> str:
         """Figures of all attempts, and advice, for the error."""
-        lines = [
-            f"  {item.name}: {'; '.join(item.quality.failures)} ({item.quality.summary()})" for item in self.attempts
-        ]
-        lines += [f"  {warning}" for warning in self.warnings]
         size = f"{self.he.mpp:g} um per px" if self.he.mpp else "um per px unknown"
-        lines.append(
-            f"  Is {self.he.path} ({size}) the H&E of this very section? Give its um per px, set keypoints by hand "
-            "(alignment file), or leave the sample out."
-        )
-        return "\n".join(lines)
+        lines = [
+            *(f"{item.name}: {'; '.join(item.quality.failures)} ({item.quality.summary()})" for item in self.attempts),
+            *self.warnings,
+            f"Is {self.he.path} ({size}) the H&E of this very section? Give its um per px, set keypoints by hand "
+            "(alignment file), or leave the sample out.",
+        ]
+        return "\n".join(f"  {line}" for line in lines)
