@@ -42,8 +42,8 @@ def patches(config: Config, name: str, xenium: int) -> tuple[float, float]:
         assert config.xenium is not None
         return config.xenium.split.train * xenium, config.xenium.split.val * xenium
     sizes = {f"fold{fold}": OFFICIAL[getattr(config.pannuke, f"fold{fold}").sha256[:32]][0] for fold in FOLDS}
-    told = {"protocol": config.pannuke.protocol, "train_share": config.pannuke.train_share, "seed": config.seed}
-    parts = [pannuke_split(sizes, split, **told)["part"] for split in config.pannuke.splits]
+    args = {"protocol": config.pannuke.protocol, "train_share": config.pannuke.train_share, "seed": config.seed}
+    parts = [pannuke_split(sizes, split, **args)["part"] for split in config.pannuke.splits]
     return float(sum((part == "train").sum() for part in parts)), float(sum((part == "val").sum() for part in parts))
 
 
@@ -59,30 +59,30 @@ def seconds_of(work, device: str, rounds: int) -> float:
     return statistics.median(found[2:])
 
 
-def measure(experiment: Experiment, told: argparse.Namespace) -> tuple[float, float, float]:
+def measure(experiment: Experiment, args: argparse.Namespace) -> tuple[float, float, float]:
     """Seconds of a trained patch and of a validated one, and the peak memory in GB (CUDA)."""
-    on_gpu = told.device.startswith("cuda")
-    given = SimpleNamespace(device=told.device, batch=told.batch)
+    on_gpu = args.device.startswith("cuda")
+    given = SimpleNamespace(device=args.device, batch=args.batch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "drawn.zarr"
-        store = draw_store(path, BATCHES * told.batch, told.size, told.nuclei, experiment.model.classes)
+        store = draw_store(path, BATCHES * args.batch, args.size, args.nuclei, experiment.model.classes)
         how = {"matcher": "own", "loader": False, "fused": True, "bf16": on_gpu and has_bf16()}
         run = Run(given, store, sampling="auto", experiment=experiment, **how)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        train = seconds_of(run.step, told.device, told.rounds)
+        train = seconds_of(run.step, args.device, args.rounds)
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
 
         def validate() -> None:
             run.stage.model.eval()
             batch = run.next_batch()
             batch.step = -1
-            with torch.no_grad(), torch.autocast(told.device.split(":")[0], torch.bfloat16, enabled=how["bf16"]):
+            with torch.no_grad(), torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=how["bf16"]):
                 run.stage.validate(batch)
 
         run.stage.start_validation()
         run.stage.val_data = run.stage.train_data
-        return train / told.batch, seconds_of(validate, told.device, told.rounds) / told.batch, peak
+        return train / args.batch, seconds_of(validate, args.device, args.rounds) / args.batch, peak
 
 
 def main() -> None:
@@ -96,24 +96,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--nuclei", type=int, default=24, help="mean number in a patch (PanNuke: 24)")
     parser.add_argument("--xenium-patches", type=int, default=21000, help="of all samples together")
-    told = parser.parse_args()
-    config = Config.from_dict(yaml.safe_load(told.config.read_text(encoding="utf-8")))
-    on_gpu = told.device.startswith("cuda")
-    told.size = config.patch.size
-    torch.set_num_threads(told.threads)
+    args = parser.parse_args()
+    config = Config.from_dict(yaml.safe_load(args.config.read_text(encoding="utf-8")))
+    on_gpu = args.device.startswith("cuda")
+    args.size = config.patch.size
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    where = torch.cuda.get_device_name() if on_gpu else f"{told.threads} threads of {platform.processor() or 'a CPU'}"
-    print(f"torch {torch.__version__}, {where}, patches of {told.size} px\n")
+    where = torch.cuda.get_device_name() if on_gpu else f"{args.threads} threads of {platform.processor() or 'a CPU'}"
+    print(f"torch {torch.__version__}, {where}, patches of {args.size} px\n")
     print("| experiment | runs | million images trained | trained images/s | validated images/s | hours | peak GB |")
     print("|---|---|---|---|---|---|---|")
-    batch, total = told.batch, 0.0
-    for name in told.experiments or config.experiments:
+    batch, total = args.batch, 0.0
+    for name in args.experiments or config.experiments:
         if config.experiments[name].stage == "zero_shot":
             continue
         experiment = config.experiment(name)
-        told.batch = batch or (experiment.training.batch_size if on_gpu else 2)
-        train, val, peak = measure(experiment, told)
-        n_train, n_val = (experiment.training.epochs * number for number in patches(config, name, told.xenium_patches))
+        args.batch = batch or (experiment.training.batch_size if on_gpu else 2)
+        train, val, peak = measure(experiment, args)
+        n_train, n_val = (experiment.training.epochs * number for number in patches(config, name, args.xenium_patches))
         hours = (n_train * train + n_val * val) / 3600
         total += hours
         memory = f"{peak:.1f}" if on_gpu else "-"

@@ -28,40 +28,40 @@ BATCHES = 4
 class Prediction:
     """One variant of prediction; the weights are the same in all."""
 
-    def __init__(self, told, store, folder, *, sampling, ahead, bf16) -> None:
-        self.told, self.store, self.ahead = told, store, ahead
+    def __init__(self, args, store, folder, *, sampling, ahead, bf16) -> None:
+        self.args, self.store, self.ahead = args, store, ahead
         self.path = folder / "predictions.parquet"
         self.precision = "bf16" if bf16 else "fp32"
         torch.manual_seed(0)
-        settings = experiment_of(told.mode, told.batch).model.model_copy(
+        settings = experiment_of(args.mode, args.batch).model.model_copy(
             update={"kernel": "reference" if sampling == "plain" else "auto"}
         )
-        self.model = CellDETR(settings).to(told.device).eval().requires_grad_(False)
+        self.model = CellDETR(settings).to(args.device).eval().requires_grad_(False)
         for module in self.model.modules():
             if isinstance(module, DeformableAttention):
                 torch.nn.init.normal_(module.sampling_offsets.weight, std=0.03)  # points are spread, as after training
-        use_sampling(self.model, told.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
+        use_sampling(self.model, args.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
         self.threshold = 0.0
 
     def aim(self) -> float:
         """Find the threshold that as many queries pass as a patch has nuclei."""
         found = self.model.predict(self.images(0), 0.0)
         scores = torch.cat([image.nucleus_score for image in found]).sort(descending=True).values
-        return float(scores[self.told.nuclei * self.told.batch])
+        return float(scores[self.args.nuclei * self.args.batch])
 
     def images(self, number: int) -> torch.Tensor:
         """Patches of a batch on the device."""
-        pixels = self.store.images(np.arange(number * self.told.batch, (number + 1) * self.told.batch))
-        return torch.from_numpy(pixels).to(self.told.device).permute(0, 3, 1, 2).float() / 255
+        pixels = self.store.images(np.arange(number * self.args.batch, (number + 1) * self.args.batch))
+        return torch.from_numpy(pixels).to(self.args.device).permute(0, 3, 1, 2).float() / 255
 
     def work(self) -> None:
         """Predict all patches."""
         if self.ahead:
-            given = {"nucleus_threshold": self.threshold, "batch_size": self.told.batch}
-            predict_fold(self.model, self.store, self.path, **given, device=self.told.device, precision=self.precision)
+            given = {"nucleus_threshold": self.threshold, "batch_size": self.args.batch}
+            predict_fold(self.model, self.store, self.path, **given, device=self.args.device, precision=self.precision)
             return
         for number in range(BATCHES):
-            with computing_in(self.precision, self.told.device):
+            with computing_in(self.precision, self.args.device):
                 found = self.model.predict(self.images(number), self.threshold)
             for image in found:
                 for values in image:
@@ -85,9 +85,9 @@ def parts_of(variant: Prediction, device: str) -> str:
 
 def main() -> None:
     """Climb."""
-    told = options(__doc__).parse_args()
-    prepare(told)
-    on_cpu = told.device == "cpu"
+    args = options(__doc__).parse_args()
+    prepare(args)
+    on_cpu = args.device == "cpu"
     rungs = [
         ("as the published code is built", {"sampling": "plain", "ahead": False, "bf16": False}),
         ("+ model.kernel: portable sampling, channels last", {"sampling": "portable"}),
@@ -97,28 +97,28 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        classes = experiment_of(told.mode, told.batch).model.classes
-        store = draw_store(folder / "drawn.zarr", BATCHES * told.batch, told.size, told.nuclei, classes)
+        classes = experiment_of(args.mode, args.batch).model.classes
+        store = draw_store(folder / "drawn.zarr", BATCHES * args.batch, args.size, args.nuclei, classes)
         given, ladder = {}, []
         for rung, change in rungs:
             given = given | change
-            ladder.append((rung, Prediction(told, store, folder, **given)))
+            ladder.append((rung, Prediction(args, store, folder, **given)))
         threshold = ladder[1][1].aim()
         for _, variant in ladder:
             variant.threshold = threshold
-        where = torch.cuda.get_device_name() if told.device.startswith("cuda") else f"{told.threads} CPU threads"
-        print(f"torch {torch.__version__}, {where}, {told.mode}, batches of {told.batch} patches of {told.size} px")
+        where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.threads} CPU threads"
+        print(f"torch {torch.__version__}, {where}, {args.mode}, batches of {args.batch} patches of {args.size} px")
         measured = [Variant(rung, variant.work) for rung, variant in ladder]
-        climb(measured, told.rounds, told.device, store.n_patches)
+        climb(measured, args.rounds, args.device, store.n_patches)
         last = ladder[-1][1]
         counter = FlopCounterMode(display=False)
         with counter:
             last.work()
         seconds = sorted(measured[-1].seconds)[len(measured[-1].seconds) // 2]
-        top, flops = ceiling(told.device, torch.bfloat16), counter.get_total_flops()
+        top, flops = ceiling(args.device, torch.bfloat16), counter.get_total_flops()
         share = 100 * flops / seconds / top
         print(f"{flops / store.n_patches / 1e9:.0f} GFLOP an image; {share:.0f} % of {top / 1e12:.2f} TFLOP/s (bf16)")
-        print(f"last variant: {parts_of(last, told.device)}")
+        print(f"last variant: {parts_of(last, args.device)}")
 
 
 if __name__ == "__main__":

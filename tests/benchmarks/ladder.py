@@ -39,15 +39,15 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(told: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> None:
     """Fill in the sizes that depend on the device."""
-    on_gpu = told.device.startswith("cuda")
-    told.size = told.size or (256 if on_gpu else 128)
-    told.batch = told.batch or (16 if on_gpu else 4)
+    on_gpu = args.device.startswith("cuda")
+    args.size = args.size or (256 if on_gpu else 128)
+    args.batch = args.batch or (16 if on_gpu else 4)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     if not on_gpu:
-        torch.set_num_threads(told.threads)
+        torch.set_num_threads(args.threads)
 
 
 def draw_store(folder: Path, patches: int, size: int, nuclei: int, classes: Sequence[str]) -> PatchStore:

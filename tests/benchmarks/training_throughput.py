@@ -112,7 +112,7 @@ class Run:
 
     def __init__(
         self,
-        told,
+        args,
         store,
         *,
         sampling: str,
@@ -122,18 +122,18 @@ class Run:
         bf16: bool = False,
         experiment: Experiment | None = None,
     ) -> None:
-        self.told, self.matcher, self.bf16 = told, matcher, bf16
-        self.experiment = experiment or experiment_of(told.mode, told.batch)
+        self.args, self.matcher, self.bf16 = args, matcher, bf16
+        self.experiment = experiment or experiment_of(args.mode, args.batch)
         split = pd.DataFrame({"store": "drawn", "patch": range(store.n_patches), "part": "train"})
-        train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=told.device)
+        train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=args.device)
         nothing = PatchData([store], split, "val", cache="none")
         torch.manual_seed(0)
         settings = self.experiment.model.model_copy(update={"kernel": "reference" if sampling == "plain" else "auto"})
-        kind, model = STAGES[self.experiment.stage], CellDETR(settings).to(told.device)
+        kind, model = STAGES[self.experiment.stage], CellDETR(settings).to(args.device)
         limits = {"nucleus_threshold": 0.4, "radius": 12.0}
         self.stage: Stage = kind(self.experiment, model, train_data, nothing, **limits)
         self.stage.train()
-        use_sampling(model, told.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
+        use_sampling(model, args.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
         self.optimizer = make_optimizer(model, self.experiment.training)
         if not fused:
             for group in self.optimizer.param_groups:
@@ -142,20 +142,20 @@ class Run:
         self.loader = loader
         if loader:
             images = AugmentedImages(train_data, self.experiment)
-            told_loader = {"num_workers": 1, "collate_fn": collate, "drop_last": True, "persistent_workers": True}
-            batches = DataLoader(images, told.batch, **told_loader)
+            loader_options = {"num_workers": 1, "collate_fn": collate, "drop_last": True, "persistent_workers": True}
+            batches = DataLoader(images, args.batch, **loader_options)
             self.batches = itertools.chain.from_iterable(itertools.repeat(batches))
         else:
-            ordered = TrainingBatches(train_data, told.batch, 0)
+            ordered = TrainingBatches(train_data, args.batch, 0)
             self.batches = (ordered[step] for step in itertools.cycle(range(BATCHES)))
 
     def next_batch(self) -> Batch:
         """Batch on the device."""
-        return next(self.batches).to(self.told.device)
+        return next(self.batches).to(self.args.device)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Loss of a step."""
-        kind = self.told.device.split(":")[0]
+        kind = self.args.device.split(":")[0]
         with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
             losses, total = self.stage.training_losses(batch)
         Losses(losses, total)
@@ -202,9 +202,9 @@ def experiment_of(mode: str, batch: int) -> Experiment:
     return Experiment.from_dict({"name": mode, "stage": stage, "model": model, "training": training})
 
 
-def variants(told, store) -> list[tuple[str, Run]]:
+def variants(args, store) -> list[tuple[str, Run]]:
     """Build the ladder."""
-    on_cpu = told.device == "cpu"
+    on_cpu = args.device == "cpu"
     rungs = [
         ("as the published code is built", {"sampling": "plain", "matcher": "all", "loader": True, "fused": False}),
         ("+ costs of an image's own nuclei", {"matcher": "own"}),
@@ -217,7 +217,7 @@ def variants(told, store) -> list[tuple[str, Run]]:
     given, built = {}, []
     for name, change in rungs:
         given = given | change
-        built.append((name, Run(told, store, **given)))
+        built.append((name, Run(args, store, **given)))
     return built
 
 
@@ -245,26 +245,26 @@ def parts_of(run: Run, device: str) -> str:
 
 def main() -> None:
     """Climb."""
-    told = options(__doc__).parse_args()
-    prepare(told)
-    classes = {"ssl": (), "st": ST_TYPES}.get(told.mode, PANNUKE_CLASSES)
+    args = options(__doc__).parse_args()
+    prepare(args)
+    classes = {"ssl": (), "st": ST_TYPES}.get(args.mode, PANNUKE_CLASSES)
     with tempfile.TemporaryDirectory() as folder:
-        store = draw_store(Path(folder) / "drawn.zarr", BATCHES * told.batch, told.size, told.nuclei, classes)
-        ladder = variants(told, store)
-        where = torch.cuda.get_device_name() if told.device.startswith("cuda") else f"{told.threads} CPU threads"
-        print(f"torch {torch.__version__}, {where}, {told.mode}, {told.batch} patches of {told.size} px a step")
+        store = draw_store(Path(folder) / "drawn.zarr", BATCHES * args.batch, args.size, args.nuclei, classes)
+        ladder = variants(args, store)
+        where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.threads} CPU threads"
+        print(f"torch {torch.__version__}, {where}, {args.mode}, {args.batch} patches of {args.size} px a step")
         rungs = [Variant(name, run.step) for name, run in ladder]
-        climb(rungs, told.rounds, told.device, told.batch)
+        climb(rungs, args.rounds, args.device, args.batch)
         last = ladder[-1][1]
         counter = FlopCounterMode(display=False)
         with counter:
             last.step()
         seconds = sorted(rungs[-1].seconds)[len(rungs[-1].seconds) // 2]
-        top = ceiling(told.device, torch.bfloat16)
+        top = ceiling(args.device, torch.bfloat16)
         flops = counter.get_total_flops()
         share = 100 * flops / seconds / top
-        print(f"{flops / told.batch / 1e9:.0f} GFLOP an image; {share:.0f} % of {top / 1e12:.2f} TFLOP/s (bf16)")
-        print(f"last variant: {parts_of(last, told.device)}")
+        print(f"{flops / args.batch / 1e9:.0f} GFLOP an image; {share:.0f} % of {top / 1e12:.2f} TFLOP/s (bf16)")
+        print(f"last variant: {parts_of(last, args.device)}")
 
 
 if __name__ == "__main__":
