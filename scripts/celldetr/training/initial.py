@@ -1,4 +1,4 @@
-"""Before the first step: what is refused, and the weights that a run starts from."""
+"""Checks before training, and the initial weights."""
 
 import logging
 from collections.abc import Sequence

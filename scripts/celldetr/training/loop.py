@@ -70,10 +70,9 @@ class Run:
         """State from which the run continues."""
         return self.run_dir / "checkpoints" / "last.ckpt"
 
-    @property
-    def best_file(self) -> Path:
-        """Model of the best epoch so far."""
-        return self.run_dir / "checkpoints" / "best.ckpt"
+    def best_file(self, epoch: int) -> Path:
+        """Model of the best epoch so far. Its name has the epoch, so that it always is the one that the state names."""
+        return self.run_dir / "checkpoints" / f"best{epoch}.ckpt"
 
 
 def train(
@@ -133,9 +132,19 @@ def train(
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     check(experiment, stores, split, accelerator)
-    paths = tuple(Path(store.path).absolute() for store in stores)
-    files = Path(run_dir), initial, backbone
-    run = Run(experiment, paths, split, *files, nucleus_threshold, radius, threads, accelerator, code)
+    run = Run(
+        experiment=experiment,
+        stores=tuple(Path(store.path).absolute() for store in stores),
+        split=split,
+        run_dir=Path(run_dir),
+        initial=initial,
+        backbone=backbone,
+        nucleus_threshold=nucleus_threshold,
+        radius=radius,
+        threads=threads,
+        accelerator=accelerator,
+        code=code,
+    )
     with run_lock(run.run_dir):
         if experiment.training.gpus > 1:
             launch(run, experiment.training.gpus)
@@ -168,19 +177,20 @@ class Training:
         self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, group=group, **limits)
         self.optimizer = make_optimizer(self.model, settings)
         self.step: int = 0
+        self.rate = 0.0  # learning rate of the last step
         self.best: dict[str, Any] | None = None  # epoch and score
         if state:
             load_exactly(self.model, state["model"], run.state_file)
             load_optimizer(self.optimizer, state["optimizer"], run.state_file)
             self.step, self.best = state["step"], state["best"]
-        history, sums = (state["history"], state["sums"]) if state else ([], {})
-        self.log = RunLog(run.run_dir, self.stage, self.batches.steps_per_epoch, self.step, history, sums)
+        epochs = {key: state[key] for key in ("history", "sums", "seconds")} if state else {"history": [], "sums": {}}
+        self.run_log = RunLog(run.run_dir, self.stage, self.batches.steps_per_epoch, self.step, **epochs)
 
     def fit(self) -> None:
         """Train to the end; rank 0 writes the results."""
-        with StopSignals() as stop, self.log, naming(self.run.run_dir):
-            if self.stage.validates_start and not self.log.history:
-                self.log.end_epoch(0, None, self.validate())
+        with StopSignals() as stop, self.run_log, naming(self.run.run_dir):
+            if self.stage.validates_start and not self.run_log.history:
+                self.run_log.end_epoch(0, None, 0.0, self.validate())
             while self.step < self.total_steps:
                 self.stage.train()
                 epoch = self.step // self.batches.steps_per_epoch
@@ -193,8 +203,9 @@ class Training:
                             f"{self.run.state_file} holds the state: start the run again to continue it"
                         )
                     self.take_step(batch.to(self.device))
+                seconds = self.run_log.pause()
                 validation = self.validate() if len(self.stage.val_data) else None
-                self.log.end_epoch(self.step, learning_rate(self.optimizer), validation)
+                self.run_log.end_epoch(self.step, self.rate, seconds, validation)
                 self.keep_best(epoch + 1, validation)
                 self.save_state()
         if self.group.rank == 0:
@@ -203,7 +214,7 @@ class Training:
     def take_step(self, batch: Batch) -> None:
         """Losses, gradients, update."""
         settings, step = self.settings, self.step
-        set_learning_rate(self.optimizer, learning_rate_factor(step, self.total_steps, settings))
+        self.rate = set_learning_rates(self.optimizer, learning_rate_factor(step, self.total_steps, settings))
         torch.manual_seed(int(random_stream(settings.seed, step, DROPOUT).integers(2**62)) + self.group.rank)
         with self.autocast:
             losses, total = self.stage.training_losses(batch)
@@ -215,7 +226,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.log.add_step(batch, losses, total, learning_rate(self.optimizer))
+        self.run_log.add_step(batch, losses, total, self.rate)
 
     def validate(self) -> dict[str, Any]:
         """Validate on all validation patches, shared by the processes."""
@@ -236,12 +247,12 @@ class Training:
             return
         self.best = {"epoch": epoch, "score": score}
         if self.group.rank == 0:
-            save_model(self.run.best_file, self.model, self.run.experiment.model, self.best)
+            save_model(self.run.best_file(epoch), self.model, self.run.experiment.model, self.best)
             log.info("epoch %d is the best so far", epoch)
 
     def save_state(self) -> None:
         """Write the state from which the run continues; all processes take part, rank 0 writes."""
-        sums = self.log.loss_sums()
+        sums = self.run_log.loss_sums()
         if self.group.rank == 0:
             write_state(
                 self.run.state_file,
@@ -251,18 +262,23 @@ class Training:
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 sums=sums,
-                history=self.log.history,
+                seconds=self.run_log.pause(),
+                history=self.run_log.history,
                 best=self.best,
             )
+            for file in self.run.run_dir.glob("checkpoints/best*.ckpt"):
+                if self.best is None or file != self.run.best_file(self.best["epoch"]):
+                    file.unlink()
 
     def write_results(self) -> None:
         """Write model.pt (weights of the chosen epoch), log.jsonl and provenance.json."""
-        run, settings, history = self.run, self.settings, self.log.history
+        run, settings, history = self.run, self.settings, self.run_log.history
         chosen: dict[str, Any] = {"epoch": settings.epochs, "score": None}
         if history[-1]["val"]:
             chosen["score"] = history[-1]["val"]["score"]
         if settings.select == "best_val" and self.best is not None:
-            load_exactly(self.model, read_checkpoint(run.best_file)["state"], run.best_file)
+            best_file = run.best_file(self.best["epoch"])
+            load_exactly(self.model, read_checkpoint(best_file)["state"], best_file)
             chosen = self.best
         extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
         save_model(run.run_dir / "model.pt", self.model, run.experiment.model, extra)
@@ -292,14 +308,10 @@ def make_optimizer(model: CellDETR, settings: TrainingSettings) -> Optimizer:
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
 
 
-def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
-    """Set the learning rates to a multiple of the settings'."""
+def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
+    """Set the learning rates to a multiple of those of the settings; return the one of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-
-
-def learning_rate(optimizer: Optimizer) -> float:
-    """Learning rate of the first group."""
     rate: float = optimizer.param_groups[0]["lr"]
     return rate
 

@@ -1,7 +1,7 @@
 """Several processes that share every batch of a run: one per device, started by `torch.distributed.run`'s launcher.
 
 Each process computes the losses of its images, divided by the nuclei of the whole batch; the gradients are summed. So
-any number of processes takes the same steps as one.
+any number of processes takes the same steps as one, apart from dropout masks and rounding.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from celldetr.runtime import errors
 from celldetr.runtime.errors import CellDETRError, Interrupted, ProcessFailed
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_GRACE_SECONDS = "110"  # for the processes to write the state; the Slurm profile warns 120 s before a time limit
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def _launcher_settings() -> Iterator[None]:
     library = str(Path(celldetr.__file__).parents[1])
     environment = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (library, environment.get("PYTHONPATH"))))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _GRACE_SECONDS)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the launcher warns; every process sets its own threads
     launcher, events = logging.getLogger("torch.distributed.elastic"), logging.getLogger("torchelastic-events-null")
     level, events.disabled = launcher.level, True
@@ -162,8 +164,8 @@ def _launcher_settings() -> Iterator[None]:
 
 
 def _error(rank: int, failure: ProcessFailure) -> CellDETRError:
-    """Error of a process: its own, where it is meant for users."""
-    if isinstance(failure.message, dict):
+    """Return the error of a process if it is a `CellDETRError`, else `ProcessFailed`."""
+    if isinstance(failure.message, dict):  # written by `record` in worker.py; its text is "NameOfTheError: text"
         name, _, text = failure.message["message"].partition(": ")
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, CellDETRError):
@@ -183,7 +185,7 @@ def join_group(device: str) -> Group:
 
 
 def _end_with_launcher(launcher: int) -> None:
-    """End this process when its launcher is gone: a killed job must not train on unseen."""
+    """Exit when the launcher dies, so that no orphan keeps training."""
     while os.getppid() == launcher:
         time.sleep(0.5)
     os._exit(1)

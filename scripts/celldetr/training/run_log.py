@@ -34,8 +34,9 @@ class RunLog:
         Stage of the run.
     steps_per_epoch
         Steps of an epoch.
-    step, history, sums
-        Of a run that continues: steps done, lines of the finished epochs, loss sums of the unfinished epoch.
+    step, history, sums, seconds
+        Of a run that continues: steps done, lines of the finished epochs, and of the unfinished epoch its loss sums and
+        the time it took so far.
     """
 
     def __init__(
@@ -46,14 +47,17 @@ class RunLog:
         step: int,
         history: list[dict[str, Any]],
         sums: Mapping[str, float],
+        seconds: float = 0.0,
     ) -> None:
         self.history, self._stage, self._steps_per_epoch = history, stage, steps_per_epoch
         self._path, self._main = run_dir / "log.jsonl", stage.group.rank == 0
         self._curves = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1) if self._main else None
         self._sums = {name: value if self._main else 0.0 for name, value in sums.items()}  # summed over processes
-        self._losses: dict[str, float] = {}
+        self._losses: dict[str, float] = {}  # of the last step, in this process
+        self._loss = 0.0  # of the last step that the curves show, in all processes
         self._pending: tuple[Batch, Losses] | None = None
-        self._epoch_start = self._progress = (step, time.monotonic())
+        self._seconds, self._since = seconds, time.monotonic()
+        self._progress = (step, self._since)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -79,7 +83,9 @@ class RunLog:
         step = batch.step + 1
         if step % CURVE_STEPS == 0 or step == 1:
             self.flush_losses()
-            self._add_curves({f"train/{name}": value for name, value in self._losses.items()}, step)
+            shown = self._summed(self._losses)
+            self._loss = shown["loss"]
+            self._add_curves({f"train/{name}": value for name, value in shown.items()}, step)
             self._add_curves({"learning_rate": rate}, step)
         if time.monotonic() - self._progress[1] > PROGRESS_SECONDS:
             self._report_progress(step)
@@ -96,7 +102,7 @@ class RunLog:
         if pending is None:
             return
         batch, losses = pending
-        with self._stage.naming(batch):
+        with self._stage.naming_patches(batch):
             self._losses = losses.values()
         for name, value in self._losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -104,31 +110,39 @@ class RunLog:
     def loss_sums(self) -> dict[str, float]:
         """Losses summed over the steps of the epoch so far and over the processes."""
         self.flush_losses()
-        if not self._sums:
-            return {}
-        values = self._stage.group.sum(np.array(list(self._sums.values())))
-        return dict(zip(self._sums, values.tolist(), strict=True))
+        return self._summed(self._sums)
 
-    def end_epoch(self, step: int, rate: float | None, validation: dict[str, Any] | None) -> dict[str, Any]:
-        """Write the line of the epoch that ends with this step, and return it; step 0 is before training."""
-        seconds = time.monotonic() - self._epoch_start[1]
-        images = (step - self._epoch_start[0]) * self._stage.settings.batch_size
+    def _summed(self, losses: Mapping[str, float]) -> dict[str, float]:
+        if not losses:
+            return {}
+        values = self._stage.group.sum(np.array(list(losses.values())))
+        return dict(zip(losses, values.tolist(), strict=True))
+
+    def pause(self) -> float:
+        """Stop the clock of the epoch, e.g. for validation; return the seconds of training so far."""
+        self._seconds += time.monotonic() - self._since
+        self._since = time.monotonic()
+        return self._seconds
+
+    def end_epoch(self, step: int, rate: float | None, seconds: float, validation: dict[str, Any] | None) -> None:
+        """Write the line of the epoch that ends with this step and took so many seconds to train; step 0: untrained."""
+        images = self._steps_per_epoch * self._stage.settings.batch_size
         line: dict[str, Any] = {
             "epoch": step // self._steps_per_epoch,
             "step": step,
             "learning_rate": rate,
             "train": {name: x / self._steps_per_epoch for name, x in self.loss_sums().items()} if step else None,
             "val": validation,
-            "seconds": round(seconds, 2) if step else 0.0,
+            "seconds": round(seconds, 2),
             "images_per_second": round(images / max(seconds, 1e-9), 2) if step else None,
         }
         self.history.append(line)
-        self._sums, self._epoch_start = {}, (step, time.monotonic())
+        self._sums, self._seconds, self._since = {}, 0.0, time.monotonic()
+        self._progress = (step, self._since)
         if self._main:
             write_log(self._path, self.history)
             self._add_curves(_validation_curves(validation or {}), step)
             log.info("%s", describe(line, self._stage.settings.epochs))
-        return line
 
     def _add_curves(self, values: Mapping[str, float], step: int) -> None:
         if self._curves is not None:
@@ -136,7 +150,6 @@ class RunLog:
                 self._curves.add_scalar(name, value, step)
 
     def _report_progress(self, step: int) -> None:
-        self.flush_losses()
         steps, seconds = step - self._progress[0], time.monotonic() - self._progress[1]
         epochs, total = self._stage.settings.epochs, self._stage.settings.epochs * self._steps_per_epoch
         if self._main:
@@ -146,7 +159,7 @@ class RunLog:
                 epochs,
                 step,
                 total,
-                self._losses["loss"],
+                self._loss,
                 steps * self._stage.settings.batch_size / seconds,
                 (total - step) * seconds / steps / 60,
             )

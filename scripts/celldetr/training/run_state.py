@@ -19,7 +19,8 @@ from celldetr.runtime.errors import InputError, Occupied
 
 FORMAT = 4
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
-"""Settings of training that may change while a run is interrupted: they do not change its result."""
+"""Settings of training that may change while a run is interrupted: its result differs by rounding at most, and with
+another number of processes by their dropout masks."""
 WAIT_SECONDS = 120.0
 """How long a job waits for another one to end: Slurm gives a cancelled job 30 s, and its successor may start before."""
 _HELD = (errno.EACCES, errno.EAGAIN)
@@ -37,8 +38,9 @@ def write_state(path: Path, identity: Mapping[str, Any], **state: Any) -> None:
     identity
         What the run is (`identity_of`).
     state
-        ``step``, ``total_steps``, ``model`` and ``optimizer`` (state dicts), ``sums`` (losses of the unfinished
-        epoch), ``history`` (lines of the log), ``best`` (epoch and score of the best epoch, or None).
+        ``step``, ``total_steps``, ``model`` and ``optimizer`` (state dicts), ``sums`` and ``seconds`` (losses and
+        training time of the unfinished epoch), ``history`` (lines of the log), ``best`` (epoch and score of the best
+        epoch, or None).
     """
     write_checkpoint(path, {"training_format": FORMAT, "identity": dict(identity), **state})
 
@@ -54,8 +56,8 @@ def identity_of(experiment: Experiment, data: str, code: str) -> dict[str, Any]:
 def read_state(path: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Read the state that a run left.
 
-    The state of a finished run gives its results again without training, as they may have been lost with the job that
-    asked for them; if the identity differs, it is out of date. An unfinished run continues, also with changed code,
+    From the state of a finished run its results are written again without training, as they may have been lost with an
+    aborted job; if the identity differs, it is out of date. An unfinished run continues, also with changed code,
     but not with other settings or data.
 
     Returns

@@ -1,4 +1,4 @@
-"""What all stages of training share: from a batch to its losses, and what validation counts."""
+"""Base of the training stages: from a batch to its losses, and the counts of validation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -139,7 +139,7 @@ class Stage(ABC):
         with torch.autocast(batch.images.device.type, enabled=False):
             draws = draw(settings.augmentation, settings.seed, batch.step, settings.batch_size).of(batch.rows)
             images, targets = augment(float_images(batch.images), batch.targets, draws, settings.augmentation)
-        with self.naming(batch):
+        with self.naming_patches(batch):
             losses = self.compute(images, targets, batch).losses
         return losses, self.total(losses)
 
@@ -156,7 +156,7 @@ class Stage(ABC):
         NonFinite
             A loss or matching cost is NaN or infinite; names the patches.
         """
-        with self.naming(batch):
+        with self.naming_patches(batch):
             outputs = self.compute(float_images(batch.images), batch.targets, batch)
             values = Losses(outputs.losses, self.total(outputs.losses)).values()
         for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
@@ -168,7 +168,7 @@ class Stage(ABC):
         return weighted(losses, self.settings.losses)
 
     def detect(self, features: Features, targets: Targets) -> tuple[Detections, Matching]:
-        """Find nuclei and start to match them; do what needs no matches before asking for the result."""
+        """Detect nuclei and start matching; do other work before calling ``result()`` of the matching."""
         detections = self.model.detect(features)
         logits, boxes = (values.detach() for values in detections)
         return detections, Matching(logits, boxes, targets, self.settings.matching)
@@ -183,7 +183,7 @@ class Stage(ABC):
         return losses, matches
 
     @contextmanager
-    def naming(self, batch: Batch) -> Iterator[None]:
+    def naming_patches(self, batch: Batch) -> Iterator[None]:
         """Add the patches of the batch to a `NonFinite` error."""
         try:
             yield
@@ -216,7 +216,7 @@ class Stage(ABC):
         true_labels
             Their classes (B, R), -1 if unknown.
         image, centres, labels
-            Image (D,), centre (D, 2) in px, and class (D,) of the detections.
+            Image (D,) in ascending order, centre (D, 2) in px, and class (D,) of the detections.
         """
         size = self.val_data.patch_size
         valid = torch.arange(true_labels.shape[1]) < targets.counts[:, None]
