@@ -43,14 +43,14 @@ $(STAMP): pyproject.toml envs/lock.txt
 	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-example: $(STAMP) ## make the example data, train the three small models, write the tables and a report below example-run/
+example: $(STAMP) ## make the example data, train small models, write the tables and a report below example-run/
 	snakemake --profile example --cores $(CORES) all
 	snakemake --profile example --cores $(CORES) --report report.html
 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope
 
-test-fast: $(STAMP) ## run the unit tests that take less than some seconds
+test-fast: $(STAMP) ## run the fast unit tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) -m 'unit and not slow' tests/unit
 
 lint: $(STAMP) ## run the checks of the code alone (they are part of the tests)

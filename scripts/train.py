@@ -13,7 +13,7 @@ from celldetr.store import open_store
 from celldetr.store.splits import read_split
 from celldetr.training.loop import train
 
-RADIUS_UM = 3.0  # validation pairs centres up to 12 px apart at 0.25 um/px, as the evaluation does
+RADIUS_UM = 3.0  # 12 px at 0.25 um/px, the default of evaluation.radius; it does not follow that setting
 
 
 def main(snakemake):

@@ -10,13 +10,13 @@ from snakemake.exceptions import WorkflowError
 from snakemake.sourcecache import LocalSourceFile
 
 
-def checkout(rules) -> Path:
+def checkout(source) -> Path:
     """Folder of the workflow; one that Snakemake reads from a git host is checked out below .snakemake."""
-    if isinstance(rules, LocalSourceFile):
-        return Path(rules).parents[1]
-    git = ["git", "-C", str(rules.hosted_repo.repo_clone)]
+    if isinstance(source, LocalSourceFile):
+        return Path(source).parents[1]
+    git = ["git", "-C", str(source.hosted_repo.repo_clone)]
     revision = subprocess.check_output(
-        [*git, "rev-parse", f"{rules.ref}^{{commit}}"], text=True
+        [*git, "rev-parse", f"{source.ref}^{{commit}}"], text=True
     ).strip()
     folder = Path(".snakemake", "celldetr", revision).absolute()
     if not folder.exists():
@@ -24,7 +24,11 @@ def checkout(rules) -> Path:
         temporary.mkdir(parents=True)
         archive = subprocess.check_output([*git, "archive", revision])
         subprocess.run(["tar", "-x", "-C", str(temporary)], input=archive, check=True)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process made it first
+            if not folder.exists():
+                raise
     return folder
 
 
@@ -63,7 +67,7 @@ wildcard_constraints:
     fold="|".join(map(str, FOLDS)),
     split="|".join(map(str, sorted({1, *CONFIG.pannuke.splits}))),
     experiment="|".join(CONFIG.experiments),
-    table="|".join(CONFIG.tables) or "table[0-9]+",
+    table="|".join(CONFIG.tables) or "none",
     sample="|".join(map(re.escape, SAMPLES)) or "none",
     slide="|".join(map(re.escape, SLIDES)) or "none",
     reference="|".join(map(re.escape, REFERENCES)) or "none",
@@ -159,6 +163,10 @@ def experiment_of(stage: str) -> str | None:
 
 def train_stores(wildcards) -> list[str]:
     """Stores of the patches that an experiment trains and validates on."""
+    if int(wildcards.split) not in CONFIG.splits(wildcards.experiment):
+        raise WorkflowError(
+            f"{wildcards.experiment} has no split {wildcards.split}, only {CONFIG.splits(wildcards.experiment)}"
+        )
     if stage_of(wildcards.experiment) == "st":
         return [sample_store(sample) for sample in SAMPLES]
     if stage_of(wildcards.experiment) == "ssl":

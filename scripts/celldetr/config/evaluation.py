@@ -12,7 +12,7 @@ class InferenceSettings(Settings):
 
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
     batch_size: Count = Field(16, description="patches per batch")
-    precision: Precision = Field("auto", description=PRECISION)
+    precision: Precision = Field("tf32", description=PRECISION)
 
 
 class EvaluationSettings(Settings):

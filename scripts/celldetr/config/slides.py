@@ -18,7 +18,7 @@ class SlidePatchSettings(Settings):
     max_patches: Count | None = Field(None, description="most patches of a slide, drawn with the seed; null: all")
 
     def rules(self) -> "PatchSettings":
-        """Return them for the grid of patches; nuclei of slides have no labels."""
+        """Return the settings of the grid of patches; nuclei of slides have no labels."""
         return PatchSettings(**self.model_dump(), min_labelled=0)
 
 

@@ -82,7 +82,7 @@ class TableSettings(Settings):
 
     experiments: tuple[str, ...] = Field(min_length=1, description="experiments with a row each")
     ours: tuple[str, ...] = Field((), description="experiments beyond the paper; their rows are marked as ours")
-    published: str = Field(description="file with the published rows, relative to the root of the workflow")
+    published: str = Field(description="file with the published rows")
     frozen_features: tuple[str, ...] = Field(
         (), description="experiments whose frozen embeddings are classified, in extra rows"
     )

@@ -1,1 +1,1 @@
-"""From predictions to tables and figures: matching, metrics, intervals. Never imports torch."""
+"""From predictions to scores: matching, metrics, intervals, frozen features. Imports no torch."""

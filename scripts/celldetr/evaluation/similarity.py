@@ -1,4 +1,4 @@
-"""Similarity of the nuclei of a few patches, as figure 4c draws it, and which patches these are."""
+"""Similarity matrices of figure 4c, and the choice of their patches."""
 
 import os
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class TransferError(Exception):
-    """A source did not deliver; `again` says whether another try may help."""
+    """A source did not deliver; `again`: another try may help."""
 
     def __init__(self, message: str, *, again: bool) -> None:
         super().__init__(message)

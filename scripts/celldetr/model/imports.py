@@ -160,14 +160,14 @@ def _renamed(name: str) -> str:
 
 
 def _unused(name: str, source: Source, mode: Mode) -> str | None:
-    """Why a tensor of a file is not in the model; None if it is."""
+    """Reason why the model does not use a tensor of the file; None if it does."""
     if source == "coco" and mode != "baseline" and name.startswith("class_embed."):
         return "logits of COCO's classes; this mode has one logit, the nucleus score"
     return next((reason for pattern, reason in _UNUSED if re.search(pattern, name)), None)
 
 
 def _fresh(name: str, source: Source, mode: Mode) -> str | None:
-    """Why a tensor of the model does not come from a file; None if it does."""
+    """Reason why a tensor of the model does not come from the file; None if it does."""
     if name in ("image_mean", "image_std"):
         return "constants; the original normalises images outside of its model"
     if source == "coco" and mode != "baseline" and name.startswith(("representation.", "class_head.")):

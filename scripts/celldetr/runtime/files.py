@@ -47,7 +47,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             remove(final)
         os.replace(temporary, final)
     finally:
-        remove(temporary)  # after an error, or if both names link to one file, which a rename leaves as it is
+        remove(temporary)  # after an error, or if both names are hard links to one file, which are not renamed
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from typing import Any, NoReturn, TextIO
 from celldetr.runtime.errors import CellDETRError, InputError
 
 AHEAD_SECONDS = 600.0
-"""How far in the future the time of an input may be: about the longest job whose loss does not matter much."""
+"""How far in the future an input may be dated: Snakemake deletes results that are older than their inputs."""
 LOG_VARIABLE = "CELLDETR_LOG"
 """Environment variable that tells further processes of a rule where its log is."""
-_STAMP = ".snakemake_timestamp"  # holds the time of the folder it lies in
+_STAMP = ".snakemake_timestamp"  # its modification time is that of the store it lies in
 
 _WRITING = {
     errno.ENOSPC: "the disk is full; free some space and start again",
@@ -30,7 +30,7 @@ _WRITING = {
     errno.EACCES: "not permitted; change the permissions of the file and its folder, or run in another folder",
 }
 _LACKING = ("can't start new thread", "can't allocate lock", "can't allocate memory", "out of memory")
-"""How Python, torch and CUDA say that memory is used up."""
+"""Out-of-memory messages of Python, torch and CUDA."""
 _MORE_MEMORY = "give the rule more mem_mb (--set-resources) and start again"
 _MORE_GPU_MEMORY = (
     "set training.activation_checkpointing: true or a smaller inference.batch_size, or take a GPU with more memory, "
@@ -149,9 +149,9 @@ def explain(error: Exception) -> str | None:
 
 
 def _lack_of_memory(error: BaseException | None) -> str | None:
-    """Return the first line of the error of used-up memory that `error` is or was raised from; None if neither.
+    """First line of the out-of-memory error behind `error`, or None.
 
-    Readers take a failed allocation for damage of their file, so the causes of an error count too.
+    Readers report a failed allocation as a damaged file; therefore the causes of an error are searched too.
     """
     while error is not None:
         text = str(error)

@@ -1,4 +1,4 @@
-"""Which patches of all slides are used for pretraining: as many of each tissue, and validation on other slides."""
+"""Choice of the pretraining patches: equal numbers per tissue, validation on separate slides."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class SlidePatches:
 
     @classmethod
     def of(cls, store: PatchStore, group: str, tissue: str) -> "SlidePatches":
-        """Read them from a store; group and tissue are those of the sheet, because an empty store names none."""
+        """Read the patches of a store; group and tissue come from the sheet, since an empty store has none."""
         image = store.attrs.get("image", {})
         side = store.patch_size * store.mpp / float(image.get("mpp", store.mpp))
         x, y = (store.patches[axis].to_numpy(np.int64) for axis in ("x", "y"))

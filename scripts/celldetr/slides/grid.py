@@ -60,7 +60,7 @@ class PatchGrid:
             corners=self.corners[kept],
             nuclei=np.concatenate([np.empty(0, np.int64), *members]),
             ptr=np.cumsum([0, *map(len, members)], dtype=np.int64),
-            passed_over={**self.passed_over, reason: len(patches)},
+            passed_over={**self.passed_over, reason: self.passed_over.get(reason, 0) + len(patches)},
         )
 
 

@@ -149,7 +149,7 @@ def reannotate(
     confusion = np.zeros((len(ST_TYPES), len(ST_TYPES)), dtype=np.int64)
     np.add.at(confusion, (truth[seen], found[seen]), 1)
     present = np.bincount(truth, minlength=len(ST_TYPES)) > 0
-    # a cell without counts is a miss of its type and a hit of none
+    # a cell without counts is a false negative of its type and a false positive of none
     size = np.bincount(truth[seen], minlength=len(ST_TYPES)) + confusion.sum(axis=0)
     f1 = np.where(size > 0, 2 * np.diag(confusion) / np.maximum(size, 1), 0.0)
     try:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 LEFT_OUT = "-"
 """In a mapping, instead of a type: leave the cells of this label out."""
 HELD_OUT_SHARE = 0.2
-"""Share of the sampled cells of each type that do not annotate, but are annotated as a test."""
+"""Share of the sampled cells of each type that are held out and annotated as a test."""
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
