@@ -191,12 +191,8 @@ def test_every_reason_for_no_label():
     assert list(table["second_label"])[1:] == [-1, 0, 0, 0, ST_TYPES.index("Plasma")]
     loose = label_cells(fractions, second, transcripts, CellTypeSettings(require_agreement=False, min_margin=0.05))
     assert list(loose["label"])[4:] == [ST_TYPES.index("T"), ST_TYPES.index("B")]
-
-
-def test_no_labelled_cell_says_why():
-    fractions = table_of([row(T=1.0)] * 3)
-    with pytest.raises(InputError, match=r"no cell of 3 gets a label \(few transcripts: 3\)"):
-        label_cells(fractions, fractions, np.full(3, 2), SETTINGS)
+    with pytest.raises(InputError, match=r"no cell of 6 gets a label \(no counts: 1, few transcripts: 5\)"):
+        label_cells(fractions, second, np.full(6, 2), SETTINGS)
 
 
 def test_labels_of_planted_cells_are_right(annotation, sample):
@@ -310,3 +306,5 @@ def test_figures_and_picture(annotation, sample, reference, tmp_path):
     assert [markers["types"][index] for index in shown] == markers["of"]
     save(cell_types_figure(figures, "test"), tmp_path / "qc.png")
     assert (tmp_path / "qc.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="got the suffix '', expected png or svg"):
+        save(cell_types_figure(figures, "test"), tmp_path / "qc")

@@ -23,6 +23,7 @@ from celldetr.example.images import label_image, write_pyramid
 from celldetr.example.styles import Array
 from celldetr.example.xenium.expression import PANEL, gene_id
 from celldetr.runtime.errors import ConfigError
+from celldetr.runtime.files import atomic
 
 PIXEL_SIZE = 0.2125  # um
 _DATE = (1980, 1, 1, 0, 0, 0)  # of members of archives, so that the same arguments give the same bytes
@@ -133,7 +134,7 @@ def write_outs(
 
 def write_archive(path: Path, folder: Path) -> None:
     """Pack the files of an output folder, as they lie in it, into a zip."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), _DATE)
             with file.open("rb") as source, archive.open(info, "w", force_zip64=True) as member:

@@ -100,12 +100,7 @@ def write_xenium(
     it, whose border is then irregular; without a rim the tissue fills the H&E. `affine` says how the Xenium frame lies
     to the H&E; a shift below 0 cuts off a part of the tissue. `alignment` is "matrix" (3 x 3), "keypoints" (a table of
     points), or None for no file; `file_error` moves the H&E in the Xenium frame, about the middle of the tissue. For
-    `version` and `label_ids` see `celldetr.example.xenium.files.layout_of`.
-
-    Raises
-    ------
-    ConfigError
-        The version is unknown, or no nucleus fits on the tissue.
+    `version` and `label_ids` see `layout_of`. Raises ConfigError if the version is unknown or no nucleus fits.
     """
     layout = layout_of(version, label_ids=label_ids)
     rng = np.random.default_rng([seed, 3])
@@ -114,23 +109,21 @@ def write_xenium(
     scene, segmented, classes, types, cells = _draw_cells(rng, scene, to_um, xenium_size, layout)
     target, rim = Path(folder), int(np.ceil(rim_um / he_mpp))
     outs, he_image = target / "outs", target / f"{name}_he_image.ome.tif"
-    table, packed = target / f"{name}_he_imagealignment.csv", target / f"{name}_outs.zip"
+    packed = target / f"{name}_outs.zip" if archive else None
     with atomic(outs) as temporary:
         write_outs(temporary, layout, cells, _draw_dapi(rng, scene, to_um, xenium_size), rng)
     he_size = _write_he(rng, he_image, scene, he_mpp, rim)
     matrix, error = _he_to_xenium(to_um, he_mpp, rim), file_error.matrix(_apply(to_um, scene.border).mean(axis=0))
     written = _TO_PX @ error @ np.linalg.inv(_TO_PX) @ matrix
-    if alignment is not None:
-        _write_alignment(rng, table, written, he_size, keypoints=alignment == "keypoints")
-    if archive:
-        with atomic(packed) as temporary:
-            write_archive(temporary, outs)
+    table = _write_alignment(rng, target / f"{name}_he_imagealignment.csv", written, he_size, alignment)
+    if packed:
+        write_archive(packed, outs)
     drawn = scene.nuclei.outlines / he_mpp + rim
     return XeniumTruth(
         outs=outs,
         he_image=he_image,
-        alignment=table if alignment is not None else None,
-        archive=packed if archive else None,
+        alignment=table,
+        archive=packed,
         matrix=matrix,
         written_matrix=written,
         he_mpp=he_mpp,
@@ -275,14 +268,17 @@ def _outline_cells(hulls: NDArray[np.object_], centres: Array, size: Array) -> N
 
 
 def _write_alignment(
-    rng: np.random.Generator, path: Path, matrix: Array, he_size: tuple[int, ...], *, keypoints: bool
-) -> None:
-    """Write a matrix H&E px -> Xenium px as 3 x 3 numbers, or as a table of noisy points."""
+    rng: np.random.Generator, path: Path, matrix: Array, he_size: tuple[int, int], kind: str | None
+) -> Path | None:
+    """Write a matrix H&E px -> Xenium px as 3 x 3 numbers, or as a table of noisy points; returns the path, if any."""
+    if kind is None:
+        return None
     with atomic(path) as temporary:
-        if not keypoints:
+        if kind == "matrix":
             np.savetxt(temporary, matrix, delimiter=",", fmt="%.12g")
-            return
+            return path
         points = rng.uniform(0.1, 0.9, (_KEYPOINTS, 2)) * he_size
         fixed = _apply(matrix, points) + _KEYPOINT_NOISE / PIXEL_SIZE * rng.standard_normal(points.shape)
         header = "fixedX,fixedY,alignmentX,alignmentY"
         np.savetxt(temporary, np.hstack([fixed, points]), delimiter=",", fmt="%.6f", header=header, comments="")
+    return path
