@@ -39,7 +39,7 @@ from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import read_registration
 
 PIXEL = 0.2125  # um per Xenium px
-EXTENT = np.array([380.0, 320.0])  # um of the section
+EXTENT = np.array([400.0, 300.0])  # um of the section; from 384 um on the search has a coarser map
 SETTINGS = RegistrationSettings(regions=3, window=120)
 SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 Scene = namedtuple("Scene", "he dapi nuclei matrix")
