@@ -73,7 +73,7 @@ def planted(angle=0.0, scale=1.3, shift=(0.0, 0.0), shear=0.0, flip=False):
 def write_image(path, image, mpp=None):
     photometric = "rgb" if image.ndim == 3 else "minisblack"
     resolution = {"resolution": (1e4 / mpp,) * 2, "resolutionunit": "CENTIMETER"} if mpp else {}
-    options = {"tile": (256, 256), "photometric": photometric, "compression": "zlib", "compressionargs": {"level": 1}}
+    options = {"tile": (256, 256), "photometric": photometric}
     with tifffile.TiffWriter(path) as file:
         file.write(image, subifds=2, **resolution, **options)
         file.write(np.ascontiguousarray(image[::2, ::2]), subfiletype=1, **options)
