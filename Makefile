@@ -48,7 +48,7 @@ example: $(STAMP) ## make the example data, train small models, write the tables
 	snakemake --profile example --cores $(CORES) --report report.html
 
 test: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-fast: $(STAMP) ## run the fast unit tests
 	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) -m 'unit and not slow' tests/unit

@@ -5,6 +5,12 @@ from pathlib import Path
 pytest_plugins = ["small_run"]
 
 
+TIERS = ("slurm", "workflow", "faults", "fuzz", "unit")
+"""In the order in which they run: long ones first, so that no test process is left with them at the end."""
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+    tiers = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    for item, tier in tiers.items():
+        item.add_marker(tier)
+    items.sort(key=lambda item: TIERS.index(tiers[item]))
