@@ -46,7 +46,7 @@ def test_driver_and_training_killed_and_started_again(work):
     done = work.snakemake(MODEL)
     assert done.returncode == 0, done.stdout[-4000:]
     log = (work.work / "results" / "logs" / "train" / "celldetr_p_split1.log").read_text()
-    assert re.search(r"going on from .*last\.ckpt at step [1-9]", log)
+    assert re.search(r"continuing from .*last\.ckpt at step [1-9]", log)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     epochs = [line["epoch"] for line in lines if "epoch" in line]
     assert sorted(set(epochs)) == list(range(min(epochs), min(epochs) + 12))

@@ -153,7 +153,7 @@ def test_training_on_files_of_another_time_is_not_repeated(finished, work):
     done = work.snakemake(model)
     assert done.returncode == 0, done.stdout[-4000:]
     log = (work.work / "results" / "logs" / "train" / "celldetr_p_split1.log").read_text(encoding="utf-8")
-    assert re.search(r"going on from .* at step (\d+)", log)
+    assert re.search(r"continuing from .* at step (\d+)", log)
     assert "epoch 1 of" not in log
     assert checksum(work.work / model) == checksum(finished.work / model)
     assert work.planned(model) == {}

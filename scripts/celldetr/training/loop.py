@@ -134,7 +134,7 @@ def train(
     check(experiment, stores, split, accelerator)
     run = Run(
         experiment=experiment,
-        stores=tuple(Path(store.path).absolute() for store in stores),
+        stores=tuple(Path(store.path) for store in stores),
         split=split,
         run_dir=Path(run_dir),
         initial=initial,
@@ -147,7 +147,7 @@ def train(
     )
     with run_lock(run.run_dir):
         if experiment.training.gpus > 1:
-            launch(run, experiment.training.gpus)
+            launch(run, experiment.training.gpus, run.state_file)
         else:
             Training(run, accelerator, Group()).fit()
     return run.run_dir / "model.pt"

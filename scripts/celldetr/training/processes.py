@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import celldetr
+from celldetr.model.weights import read_checkpoint
 from celldetr.runtime import errors
 from celldetr.runtime.errors import CellDETRError, Interrupted, ProcessFailed
 
@@ -95,7 +96,7 @@ class StopSignals:
         self.received = number
 
 
-def launch(run: Any, processes: int) -> None:
+def launch(run: Any, processes: int, state_file: Path) -> None:
     """Run `celldetr.training.worker` in several processes and wait for them.
 
     A stop signal reaches all processes, which write the state of the run. If one process fails, the others are ended.
@@ -103,9 +104,11 @@ def launch(run: Any, processes: int) -> None:
     Parameters
     ----------
     run
-        What the worker trains, a `celldetr.training.loop.Run`; it is pickled.
+        The run (`celldetr.training.loop.Run`); it is pickled.
     processes
         Their number.
+    state_file
+        State of the run.
 
     Raises
     ------
@@ -134,8 +137,10 @@ def launch(run: Any, processes: int) -> None:
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from error
+            step = read_checkpoint(state_file)["step"] if state_file.exists() else 0
             raise Interrupted(
-                f"stopped by {error.sigval.name}; checkpoints/ holds the state of the run. Start it again to go on"
+                f"stopped by {error.sigval.name} after step {step}; {state_file} holds the state: start the run "
+                "again to continue it"
             ) from error
 
 
@@ -171,7 +176,7 @@ def _error(rank: int, failure: ProcessFailure) -> CellDETRError:
         if isinstance(kind, type) and issubclass(kind, CellDETRError):
             return kind(text)
     how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"failed with status {failure.exitcode}"
-    return ProcessFailed(f"process {rank} of the run {how}; its output is above. Start the run again to go on")
+    return ProcessFailed(f"process {rank} of the run {how}; its output is above. Start the run again to continue it")
 
 
 def join_group(device: str) -> Group:
