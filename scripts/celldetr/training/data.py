@@ -345,9 +345,7 @@ def load_batches(
         yield from (batches[index] for index in order)
         return
     try:
-        yield from DataLoader(
-            batches, batch_size=None, sampler=order, num_workers=settings.workers, collate_fn=lambda batch: batch
-        )
+        yield from DataLoader(batches, batch_size=None, sampler=order, num_workers=settings.workers, collate_fn=_as_is)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -355,3 +353,7 @@ def load_batches(
             f"a process that loads patches was killed ({str(error).splitlines()[0]}), most likely out of memory; give "
             "the rule more mem_mb (--set-resources) or set fewer training.workers, then start again to continue"
         ) from error
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
