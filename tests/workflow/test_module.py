@@ -30,8 +30,8 @@ original = builtins.__import__
 
 
 def guarded(name, globals=None, locals=None, fromlist=(), level=0):
-    # Snakemake and its plugins may import what they like.
-    if name.partition(".")[0] in {names!r} and str((globals or {{}}).get("__file__")).startswith({root!r}):
+    # Snakemake and its plugins may import what they like; the environment may lie in the checkout.
+    if name.partition(".")[0] in {names!r} and str((globals or {{}}).get("__file__")).startswith({own!r}):
         raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
     return original(name, globals, locals, fromlist, level)
 
@@ -106,7 +106,8 @@ def test_a_module_from_github(deployed, tmp_path):
 def without(folder, names):
     """Environment in which some packages cannot be imported."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(BLOCK.format(names=sorted(names), root=str(ROOT)), encoding="utf-8")
+    own = (f"{ROOT}/scripts/", f"{ROOT}/workflow/")
+    (folder / "sitecustomize.py").write_text(BLOCK.format(names=sorted(names), own=own), encoding="utf-8")
     return {"PYTHONPATH": str(folder)}
 
 
