@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -132,7 +133,8 @@ def _download(url: str, part: Path, headers: Mapping[str, str], size: int | None
 def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None, *, checked: bool) -> None:
     start = part.stat().st_size if part.exists() else 0
     known = _read_state(part)
-    validator = known.get("validator") if known.get("url") == url else None
+    source = hashlib.sha256(url.encode()).hexdigest()  # a URL may hold credentials
+    validator = known.get("validator") if known.get("source") == source else None
     if (validator is None and not checked) or (size is not None and start > size):
         start = 0  # without a checksum a mix of two files would go unnoticed
     if size is not None and start == size:
@@ -150,7 +152,7 @@ def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None
         if size is not None and total not in (None, size):
             raise TransferError(f"got {total} bytes, expected {size}: another file or version", again=False)
         _need_space(part, (total or size or start) - start)
-        _state(part).write_text(json.dumps({"url": url, "validator": _validator(response)}), encoding="utf-8")
+        _state(part).write_text(json.dumps({"source": source, "validator": _validator(response)}), encoding="utf-8")
         try:
             _receive(response, part, start, total)
         except urllib3.exceptions.ProtocolError:

@@ -1,5 +1,14 @@
 """Errors for the person who runs the pipeline: each message says what was got, expected, where, and what to do."""
 
+import re
+
+_SECRETS = re.compile(r"""(?<=://)[^\s/?#]*(?=@)|(?<=\?)[^\s'"<>()\[\]{}]*=[^\s'"<>()\[\]{}]*(?<![:;,.])""")
+
+
+def masked(text: str) -> str:
+    """Hide the credentials of the URLs in a text: ``user:password@``, and all that follows ``?``."""
+    return _SECRETS.sub("***", text)
+
 
 class CellDETRError(Exception):
     """An error whose message is all that the user needs; rules print it without a traceback and exit with 1."""

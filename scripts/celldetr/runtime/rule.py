@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from celldetr.runtime.errors import CellDETRError, InputError
+from celldetr.runtime.errors import CellDETRError, InputError, masked
 
 AHEAD_SECONDS = 600.0
 """How far in the future an input may be dated: Snakemake deletes results that are older than their inputs."""
@@ -39,16 +39,20 @@ _MORE_GPU_MEMORY = (
 
 
 class _Tee(io.TextIOBase):
-    """A text stream that writes to the terminal and to the log; a log on a full disk does not stop the rule."""
+    """A text stream that writes to the terminal and to the log, without the credentials of URLs.
+
+    A log on a full disk does not stop the rule.
+    """
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
-        self.terminal.write(text)
+        shown = masked(text)
+        self.terminal.write(shown)
         self.terminal.flush()
         with contextlib.suppress(OSError):
-            self.log.write(text)
+            self.log.write(shown)
             self.log.flush()
         return len(text)
 

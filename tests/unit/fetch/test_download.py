@@ -55,6 +55,15 @@ def test_a_later_call_continues_an_earlier_one(web, url, get):
     assert ranges(web)[-1] == "bytes=500000-"
 
 
+def test_what_is_kept_to_continue_does_not_hold_the_credentials_of_the_url(web, url, get, tmp_path):
+    secret, web.cuts = f"{url.replace('://', '://me:S3cret@')}?sig=S3cret", [500_000]
+    with pytest.raises(InputError):
+        get(secret, tries=1, sha256=None)
+    assert b"S3cret" not in (tmp_path / "raw" / ".fold_1.zip.part.json").read_bytes()
+    only(get(secret, sha256=None))
+    assert ranges(web)[-1] == "bytes=500000-"
+
+
 def test_a_server_without_ranges_sends_all_again(web, url, get):
     web.cuts, web.ranges = [500_000], False
     only(get(url))

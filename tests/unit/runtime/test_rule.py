@@ -1,6 +1,7 @@
 """The frame around the scripts of rules."""
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from celldetr.runtime.errors import InputError
+from celldetr.runtime.errors import InputError, masked
 from celldetr.runtime.rule import AHEAD_SECONDS, run_rule
 
 
@@ -62,6 +63,22 @@ def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, sho
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_credentials_of_urls_are_in_no_log(tmp_path, capsys):
+    url, other = "https://me:p@ss@host/a.svs?sig=S3cret&x=1", "s3://me:S3cret@bucket/b?S3cret=1"
+
+    def main(snakemake):
+        logging.getLogger("x").warning("%s: again", url)
+        raise KeyError(f"{url} and (url: {other})")
+
+    with pytest.raises(SystemExit):
+        run_rule(main, SimpleNamespace(log=[str(tmp_path / "rule.log")]))
+    for text in (*capsys.readouterr(), (tmp_path / "rule.log").read_text()):
+        assert "S3cret" not in text
+        assert "p@ss" not in text
+    assert "https://***@host/a.svs?***: again" in (tmp_path / "rule.log").read_text()
+    assert masked("is it host/a? b=1") == "is it host/a? b=1"
+
+
 def test_a_log_on_a_full_disk_stops_nothing(capsys):
     def main(snakemake):
         sys.stdout.write("said\n")
