@@ -6,7 +6,8 @@
     centroids  float32 (M, 2)        mean x, y of the pixel centres of the nucleus, px; NaN = unknown
     box_ptr    int64   (N + 1,)      nuclei of patch i are box_ptr[i]:box_ptr[i + 1]
     patches/   source, group, tissue (text) and x, y (int64): (N,) each
-    attributes                       format, classes, mpp, counts per class, what was dropped and why, provenance
+    attributes                       format, classes, mpp, counts per class, what was dropped and why, provenance, and
+                                     digest: SHA-256 of the content, the identity of the store
 
 The centre of a pixel is at +0.5, so that the centre of a one-pixel box is its centroid. N = 0 and M = 0 are legal.
 """

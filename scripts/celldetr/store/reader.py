@@ -1,8 +1,10 @@
 """Read and validate patch stores; `celldetr.store` states the format."""
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from celldetr.runtime.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 NO_LABEL = -1
 TEXT_COLUMNS = ("source", "group", "tissue")
 NUMBER_COLUMNS = ("x", "y")
 COLUMNS = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
 ARRAYS = ("images", "boxes", "labels", "centroids", "box_ptr", *(f"patches/{name}" for name in COLUMNS))
+
+_IDENTITY = ("images_digest", "classes", "mpp", "image")  # attributes that the digest covers
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,24 @@ class PatchStore:
         columns = {name: self._load(f"patches/{name}") for name in COLUMNS}
         return pd.DataFrame(columns).astype(dict.fromkeys(TEXT_COLUMNS, object))
 
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the content, see `content_digest`.
+
+        Raises
+        ------
+        InputError
+            Boxes, labels, the table of patches or the pixel size are not those that were written. (Checksums of the
+            chunks protect the images.)
+        """
+        found = content_digest({name: self._load(name) for name in ARRAYS[1:]}, self.attrs)
+        if found != self.attrs.get("digest"):
+            raise InputError(
+                f"{self.path}: digest: got {found} of the content, expected {self.attrs.get('digest')}; nuclei, places "
+                "or attributes were changed after the store was written: delete it and make it again"
+            )
+        return found
+
     def read(self, index: int) -> Patch:
         """Read one patch."""
         boxes, labels = self.boxes_of(index)
@@ -132,6 +154,24 @@ def open_store(path: str | os.PathLike[str], *, validate: bool = True) -> PatchS
     return store
 
 
+def content_digest(arrays: Mapping[str, ArrayLike], attrs: Mapping[str, Any]) -> str:
+    """SHA-256 of what a store holds; it depends neither on compression nor on how the store was written.
+
+    Parameters
+    ----------
+    arrays
+        All arrays but the images, by name.
+    attrs
+        `images_digest` (SHA-256 over the SHA-256 of each image), `classes`, `mpp`, and `image` if there is one.
+    """
+    found = hashlib.sha256(json.dumps([attrs.get(key) for key in _IDENTITY], sort_keys=True).encode())
+    for name in ARRAYS[1:]:
+        array = np.asarray(arrays[name])
+        found.update(f"{name} {array.shape}".encode())
+        found.update(array.tobytes() if array.dtype.kind in "if" else json.dumps(array.tolist()).encode())
+    return found.hexdigest()
+
+
 def class_counts(labels: NDArray[np.integer], classes: Sequence[str]) -> dict[str, int]:
     """Count nuclei per class name; those without a label under ``unlabelled``."""
     counts = {name: int((labels == index).sum()) for index, name in enumerate(classes)}
@@ -179,6 +219,7 @@ def _validate(store: PatchStore) -> None:
             f"{store.path}: box_ptr: got {ptr[0]} to {ptr[-1]}, expected offsets that rise from 0 to {nuclei}"
         )
     _validate_nuclei(store)
+    _ = store.digest  # raises if something was changed
 
 
 def _validate_nuclei(store: PatchStore) -> None:

@@ -1,6 +1,7 @@
 """Write patch stores: patch by patch, or by selecting patches of other stores; `celldetr.store` states the format."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ from zarr.codecs import ZstdCodec
 import celldetr
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
-from celldetr.store.reader import COLUMNS, FORMAT, NO_LABEL, NUMBER_COLUMNS, TEXT_COLUMNS, PatchStore, class_counts
+from celldetr.store.reader import (
+    COLUMNS,
+    FORMAT,
+    NO_LABEL,
+    NUMBER_COLUMNS,
+    TEXT_COLUMNS,
+    PatchStore,
+    class_counts,
+    content_digest,
+)
 
 PATCHES_PER_SHARD = 256
 # A checksum turns a changed bit into an error. All chunks are written, black ones too: a missing file is then an error.
@@ -57,6 +67,7 @@ class StoreWriter:
         self._stack = contextlib.ExitStack()
         self._waiting: list[NDArray[np.uint8]] = []
         self._written = 0
+        self._images_hash = hashlib.sha256()
         self._counts: list[int] = []
         self._boxes: list[NDArray[np.float32]] = []
         self._labels: list[NDArray[np.int8]] = []
@@ -125,7 +136,9 @@ class StoreWriter:
             self._centroids.append(np.asarray(centroid, dtype=np.float32).reshape(len(flat), 2))
         for name, column in self._columns.items():
             column.extend(np.asarray(patches[name]).tolist())
-        self._waiting.extend(np.asarray(image) for image in images)
+        for image in images:
+            self._images_hash.update(hashlib.sha256(image.tobytes()).digest())
+            self._waiting.append(image)
         self.n_patches += count
         while len(self._waiting) >= PATCHES_PER_SHARD:
             self._flush(PATCHES_PER_SHARD)
@@ -160,13 +173,16 @@ class StoreWriter:
         for name in TEXT_COLUMNS:
             text = np.asarray([str(value) for value in self._columns[name]], dtype=np.dtypes.StringDType())
             self._group.create_array(f"patches/{name}", shape=text.shape, dtype="string", **_STORED)[...] = text
+            arrays[f"patches/{name}"] = text
         own: dict[str, Any] = {
             "format": FORMAT,
             "classes": list(self.classes),
             "mpp": self.mpp,
             "counts": class_counts(labels, self.classes),
             "version": celldetr.__version__,
+            "images_digest": self._images_hash.hexdigest(),
         }
+        own["digest"] = content_digest(arrays, {**self.attrs, **own})
         self._group.attrs.update({**self.attrs, **own})
 
 

@@ -131,7 +131,7 @@ WRONG = {
     "no places": (lambda path: shutil.rmtree(path / "patches" / "x" / "c"), "patches/x: got 0 of 1 files"),
     "other format": (
         lambda path: zarr.open_group(path, mode="r+").attrs.update({"format": 99}),
-        "format: got 99, expected 2",
+        "format: got 99, expected 3",
     ),
     "offsets fall": (lambda path: overwrite(path, "box_ptr", 2, 0), "box_ptr"),
     "offsets end early": (lambda path: overwrite(path, "box_ptr", -1, 3), "box_ptr"),
@@ -139,6 +139,12 @@ WRONG = {
     "box outside": (lambda path: overwrite(path, "boxes", (3, 2), 9), "boxes must lie in 0 to 8 px"),
     "empty box": (lambda path: overwrite(path, "boxes", 3, [4, 4, 4, 5]), "boxes must not be empty"),
     "no number": (lambda path: overwrite(path, "boxes", (3, 0), np.nan), "boxes must be finite"),
+    "other mpp": (
+        lambda path: zarr.open_group(path, mode="r+").attrs.update({"mpp": 5.0}),
+        "digest: got .* changed after the store was written",
+    ),
+    "other label": (lambda path: overwrite(path, "labels", slice(None), 1), "digest: got"),
+    "other group": (lambda path: overwrite(path, "patches/group", 0, "g9"), "digest: got"),
     "centroid elsewhere": (lambda path: overwrite(path, "centroids", (0, 0), 99), "centroids must lie in their box"),
 }
 
@@ -181,6 +187,21 @@ def test_a_store_goes_to_other_processes(tmp_path):
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert np.array_equal(pool.apply(store.images, ([5, 1],)), images[[5, 1]])
+
+
+def test_the_digest_is_that_of_the_content(tmp_path):
+    def digest(name, counts=(2, 1, 2), **options):
+        make(tmp_path / name, counts, **options)
+        return open_store(tmp_path / name).digest
+
+    first = digest("a.zarr")
+    assert first == digest("again.zarr", step=1)  # however it is written
+    others = {"b.zarr": {"seed": 1}, "c.zarr": {"mpp": 0.25}, "d.zarr": {"classes": ("b", "a")}, "e.zarr": {"size": 4}}
+    assert len({first, *(digest(name, **options) for name, options in others.items())}) == 1 + len(others)
+    store = open_store(tmp_path / "a.zarr")
+    select([(store, [0, 1, 2])], tmp_path / "copy.zarr", attrs={"why": "test"})
+    select([(store, [0, 2, 1])], tmp_path / "turned.zarr")
+    assert open_store(tmp_path / "copy.zarr").digest == first != open_store(tmp_path / "turned.zarr").digest
 
 
 def test_select_takes_the_chosen_patches_in_order(tmp_path):
