@@ -34,15 +34,16 @@ def main(snakemake):
         precision=params.precision,
         progress=True,
     )
+    radius = params.radius_um / store.mpp
     nuclei = choose_nuclei(store, params.nuclei, params.seed)
-    drawn, share = measure_attention(patches, store, nuclei=nuclei, radius=params.radius)
+    drawn, share = measure_attention(patches, store, nuclei=nuclei, radius=radius)
     write_drawn(snakemake.output.points, drawn)
     origin = {
         "experiment": snakemake.wildcards.experiment,
         "split": int(snakemake.wildcards.split),
         "test_store": Path(snakemake.input.store).stem,
         "nucleus_threshold": params.nucleus_threshold,
-        "radius": params.radius,
+        "radius": radius,
     }
     write_json(snakemake.output.share, {**share, **origin})
     log.info("share of attention inside the true box: %s over %d nuclei", share["share_true_box"], share["nuclei"])

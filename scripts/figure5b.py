@@ -1,7 +1,7 @@
 """Draw figure 5b: which cell types are confused on the Xenium test patches.
 
 Input: ``predictions`` (Parquet of the predict rule), ``store`` (the test patches). Output: ``png``, ``svg``, ``tsv``
-(true nuclei per type and predicted type). Params: nucleus_threshold, radius (px), title.
+(true nuclei per type and predicted type). Params: nucleus_threshold, radius_um, title.
 """
 
 from celldetr.evaluation.predictions import read_predictions
@@ -18,7 +18,7 @@ def main(snakemake):
         read_predictions(snakemake.input.predictions),
         open_store(snakemake.input.store),
         params.nucleus_threshold,
-        params.radius,
+        params.radius_um,
     )
     figure = figure5b(table, params.title)
     save(figure, output.png, output.svg)

@@ -7,7 +7,8 @@ Output: TSV, a row per metric and class: precision, recall, F1 with 95 % interva
 import logging
 from pathlib import Path
 
-from celldetr.evaluation.predictions import ScoreRule, read_predictions
+from celldetr.config.evaluation import ScoringSettings
+from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold, write_scores
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.rule import run_rule
@@ -32,8 +33,7 @@ def main(snakemake):
     scores = score_fold(
         predictions,
         open_store(snakemake.input.store),
-        rule=ScoreRule(params.score, params.nucleus_threshold, params.class_threshold),
-        radius=params.radius,
+        ScoringSettings.from_dict(params.scoring),
         centres=params.centres,
         resamples=params.resamples,
         seed=params.seed,

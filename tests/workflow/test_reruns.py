@@ -49,7 +49,7 @@ def test_nothing_reruns_when_nothing_changed(work):
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
-        ({"evaluation": {"radius": 5.0}}, {"score", "attention", "table", "figure3", "figure5b"}),
+        ({"evaluation": {"radius_um": 5.0}}, {"score", "attention", "table", "figure3", "figure5b"}),
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
         (

@@ -48,10 +48,7 @@ rule score:
         mem_mb=4000,
         runtime=30,
     params:
-        score=CONFIG.evaluation.score,
-        nucleus_threshold=CONFIG.inference.nucleus_threshold,
-        class_threshold=CONFIG.evaluation.class_threshold,
-        radius=CONFIG.evaluation.radius,
+        scoring=CONFIG.scoring.to_dict(),
         centres=CONFIG.evaluation.centres,
         resamples=CONFIG.evaluation.resamples,
         seed=CONFIG.seed,
@@ -200,7 +197,7 @@ rule attention:
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         batch_size=CONFIG.inference.batch_size,
         precision=CONFIG.inference.precision,
-        radius=CONFIG.evaluation.radius,
+        radius_um=CONFIG.evaluation.radius_um,
         seed=CONFIG.seed,
         code=code("attention"),
     message:

@@ -387,7 +387,7 @@ if experiment_of("st") is not None:
             runtime=10,
         params:
             nucleus_threshold=CONFIG.inference.nucleus_threshold,
-            radius=CONFIG.evaluation.radius,
+            radius_um=CONFIG.evaluation.radius_um,
             title=f"{experiment_of('st')} on the Xenium test patches",
             code=code("figure5b"),
         message:

@@ -15,21 +15,37 @@ class InferenceSettings(Settings):
     precision: Precision = Field("tf32", description=PRECISION)
 
 
-class EvaluationSettings(Settings):
-    """How predictions are scored."""
+class _CountingSettings(Settings):
+    """Which detections count, and how far from a true nucleus."""
+
+    score: Literal["both_thresholds", "class", "product"] = Field(
+        "both_thresholds",
+        description="which detections count; both_thresholds: nucleus and class score reach their thresholds; class: "
+        "the class score does; product: the product of both scores reaches class_threshold (mode baseline: the class "
+        "score, which is its nucleus score)",
+    )
+    class_threshold: Share = Field(0.4, description="smallest class score of a classified detection")
+    radius_um: Positive = Field(
+        3.0, description="largest distance between the centres of a matched pair, um (paper: 12 px of 0.25 um)"
+    )
+
+
+class EvaluationSettings(_CountingSettings):
+    """How predictions are scored, in validation and test."""
 
     metric: Literal["strict", "hovernet_compat"] = Field(
         "strict", description="metric of the tables; the files *_splits.tsv hold both"
     )
-    score: Literal["both_thresholds", "class", "product"] = Field(
-        "both_thresholds",
-        description="which detections count; both_thresholds: nucleus and class score reach their thresholds; class: "
-        "the class score does; product: the product of both scores reaches class_threshold",
+    centres: Literal["box", "mask"] = Field(
+        "box", description="centres of the true nuclei in the test: of the box, or of the mask"
     )
-    class_threshold: Share = Field(0.4, description="smallest class score of a classified detection")
-    radius: Positive = Field(12.0, description="largest distance between the centres of a matched pair, px")
-    centres: Literal["box", "mask"] = Field("box", description="centres of the true nuclei: of the box, or of the mask")
     resamples: NonNegativeInt = Field(1000, description="bootstrap resamples of the confidence intervals")
+
+
+class ScoringSettings(_CountingSettings):
+    """What validation and test share: see `celldetr.evaluation.scoring.Evaluator`."""
+
+    nucleus_threshold: Share = 0.4
 
 
 class FrozenFeatureSettings(Settings):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, model_validator
 
 from celldetr.config.base import Count, NotNegative, Positive, Settings, merge, partial
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.config.evaluation import EvaluationSettings, FrozenFeatureSettings, InferenceSettings
+from celldetr.config.evaluation import EvaluationSettings, FrozenFeatureSettings, InferenceSettings, ScoringSettings
 from celldetr.config.experiment import (
     BackboneSettings,
     Experiment,
@@ -217,6 +217,12 @@ class Config(Settings):
                 f"{where}: got {initial!r}, expected none, imagenet, a file name ending in .pt, or one of the "
                 f"experiments {sorted(self.experiments)}"
             )
+
+    @property
+    def scoring(self) -> ScoringSettings:
+        """Which detections count, in validation and test."""
+        threshold = {"nucleus_threshold": self.inference.nucleus_threshold}
+        return ScoringSettings(**self.evaluation.model_dump(exclude={"metric", "centres", "resamples"}), **threshold)
 
     def classes(self, name: str) -> tuple[str, ...]:
         """Classes of an experiment's patches; none for slides."""

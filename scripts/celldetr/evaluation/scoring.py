@@ -1,23 +1,71 @@
-"""Scores of one experiment on one split: predictions and truth in, one long table out."""
+"""The evaluator of validation and test, and the scores of one experiment on one split as one long table."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.evaluation.intervals import intervals
 from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, row_names, scores
-from celldetr.evaluation.predictions import Predictions, ScoreRule
-from celldetr.runtime.errors import InputError
+from celldetr.evaluation.predictions import Predictions
+from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import atomic
 from celldetr.store import PatchStore
 
 MISSING = "NA"
 VALUES = ("precision", "recall", "f1")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Which detections count, and how they pair with the truth: one for validation and test.
+
+    Attributes
+    ----------
+    settings
+        Score rule, thresholds and radius.
+    mpp
+        Resolution of the patches, um per px.
+    mode
+        Mode of the model. In mode ``baseline`` the detection decoder classifies, so that the nucleus score is the
+        largest class score: it does not enter a product again.
+    """
+
+    settings: ScoringSettings
+    mpp: float
+    mode: str
+
+    @property
+    def radius(self) -> float:
+        """Largest distance of a pair, px."""
+        return self.settings.radius_um / self.mpp
+
+    def keep(self, nucleus_score: NDArray[np.floating], class_scores: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Return which detections (D,) count, by nucleus scores (D,) and class scores (D, K).
+
+        Without classes (K = 0) the nucleus score alone decides.
+        """
+        settings = self.settings
+        if not class_scores.shape[1]:
+            return nucleus_score >= settings.nucleus_threshold
+        best = class_scores.max(axis=1)
+        if settings.score == "class" or (settings.score == "product" and self.mode == "baseline"):
+            return best >= settings.class_threshold
+        if settings.score == "product":
+            return nucleus_score * best >= settings.class_threshold
+        return (nucleus_score >= settings.nucleus_threshold) & (best >= settings.class_threshold)
+
+    def count(
+        self, truth: NucleusCentres, predicted: NucleusCentres, n_classes: int, metric: str = "strict"
+    ) -> NDArray[np.int64]:
+        """Pair the nuclei and count them per image (N, 1 + n_classes, len(COUNTS)), see `count_images`."""
+        pairs = pair_nuclei(truth, predicted, self.radius)
+        return count_images(truth, predicted, pairs, n_classes, metric=metric, radius=self.radius)
 
 
 def truth_nuclei(store: PatchStore, centres: str = "box") -> NucleusCentres:
@@ -57,9 +105,8 @@ def predicted_nuclei(predictions: Predictions) -> NucleusCentres:
 def score_fold(
     predictions: Predictions,
     store: PatchStore,
+    settings: ScoringSettings,
     *,
-    rule: ScoreRule | None = None,
-    radius: float = 12.0,
     centres: str = "box",
     resamples: int = 1000,
     seed: int = 0,
@@ -72,10 +119,8 @@ def score_fold(
         All detections of the fold.
     store
         Patch store of the test fold.
-    rule
-        Which detections count.
-    radius
-        Largest distance of a pair, px.
+    settings
+        Which detections count, and the largest distance of a pair.
     centres
         Centres of the true nuclei, see `truth_nuclei`. The centre of a prediction is always that of its box.
     resamples, seed
@@ -92,28 +137,35 @@ def score_fold(
     ------
     InputError
         The predictions were made on another store.
+    ConfigError
+        Detections that would count were not written.
     """
-    rule = rule or ScoreRule()
     predictions.check_store(store.classes, store.n_patches)
-    truth, predicted = truth_nuclei(store, centres), predicted_nuclei(rule.keep(predictions))
-    absent = [name in predictions.metadata.get("absent", []) for name in store.classes]
+    metadata = predictions.metadata
+    if settings.nucleus_threshold < metadata["nucleus_threshold"]:
+        raise ConfigError(
+            f"nucleus_threshold: got {settings.nucleus_threshold}, but the predictions hold only nucleus scores of at "
+            f"least {metadata['nucleus_threshold']}; lower inference.nucleus_threshold and predict again"
+        )
+    evaluator = Evaluator(settings, store.mpp, metadata["mode"])
+    kept = predictions.select(evaluator.keep(predictions.nucleus_score, predictions.class_scores))
+    truth, predicted = truth_nuclei(store, centres), predicted_nuclei(kept)
+    absent = [name in metadata.get("absent", []) for name in store.classes]
     truth = replace(truth, labels=np.where(np.isin(truth.labels, np.flatnonzero(absent)), -1, truth.labels))
-    pairs = pair_nuclei(truth, predicted, radius)
-    settings: dict[str, Any] = {
+    common: dict[str, Any] = {
         "absent": [False, *absent],
         "images": store.n_patches,
-        "score_rule": rule.rule,
-        "nucleus_threshold": rule.nucleus_threshold,
-        "class_threshold": rule.class_threshold,
-        "radius": float(radius),
+        "score_rule": settings.score,
+        "nucleus_threshold": settings.nucleus_threshold,
+        "class_threshold": settings.class_threshold,
+        "radius": evaluator.radius,
         "centres": centres,
         "resamples": resamples,
     }
     frames = []
     for metric in METRICS:
-        counts = count_images(truth, predicted, pairs, len(store.classes), metric=metric, radius=radius)
-        ends = intervals(counts, resamples=resamples, seed=seed)
-        frames.append(_frame(counts.sum(axis=0), ends).assign(**settings))
+        counts = evaluator.count(truth, predicted, len(store.classes), metric)
+        frames.append(_frame(counts, intervals(counts, resamples=resamples, seed=seed)).assign(**common))
         frames[-1].insert(0, "metric", metric)
         frames[-1].insert(1, "class", row_names(store.classes))
     return pd.concat(frames, ignore_index=True)
@@ -121,12 +173,12 @@ def score_fold(
 
 def _frame(counts: NDArray[np.int64], ends: NDArray[np.float64]) -> pd.DataFrame:
     """Scores with their intervals, then the counts; one line per row of `counts`."""
-    values = scores(counts)
+    total = counts.sum(axis=0)
     columns: dict[str, Any] = {}
     for index, name in enumerate(VALUES):
-        columns[name] = values[:, index]
+        columns[name] = scores(total)[:, index]
         columns[f"{name}_lo"], columns[f"{name}_hi"] = ends[:, :, index]
-    return pd.DataFrame(columns | {name: counts[:, index] for index, name in enumerate(COUNTS)})
+    return pd.DataFrame(columns | {name: total[:, index] for index, name in enumerate(COUNTS)})
 
 
 def write_scores(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from celldetr.evaluation.predictions import PredictionsWriter
+from celldetr.evaluation.predictions import Predictions, write_predictions
 from celldetr.inference.attention import PatchAttention
 from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in
@@ -76,25 +76,30 @@ def predict_fold(
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
-    with PredictionsWriter(
-        path,
+    empty = (np.empty(0, int), np.empty(0, int), np.empty((0, 4)), np.empty(0), np.empty((0, len(store.classes))))
+    rows: list[tuple[NDArray[Any], ...]] = [empty]
+    for start, images in _batches(store, batch_size, device, progress):
+        with computing_in(precision, device):
+            batch = model.predict(images, nucleus_threshold)
+        for index, found in enumerate(batch, start):
+            clipped = _numpy(found.boxes).clip(0, store.patch_size)
+            mapped = _mapped(_numpy(found.class_scores), sources)
+            query = _numpy(found.query)
+            rows.append((np.full(len(query), index), query, clipped, _numpy(found.nucleus_score), mapped))
+    own = {"nucleus_threshold": nucleus_threshold, "mode": model.settings.mode}
+    patch, queries, boxes, nucleus, scores = (np.concatenate(column) for column in zip(*rows, strict=True))
+    predictions = Predictions(
+        patch,
+        queries,
+        boxes,
+        nucleus,
+        scores,
         classes=store.classes,
         n_patches=store.n_patches,
-        nucleus_threshold=nucleus_threshold,
-        metadata={**(metadata or {}), **({"absent": absent} if absent else {})},
-    ) as writer:
-        for start, images in _batches(store, batch_size, device, progress):
-            with computing_in(precision, device):
-                batch = model.predict(images, nucleus_threshold)
-            for offset, found in enumerate(batch):
-                writer.append(
-                    np.full(len(found.query), start + offset),
-                    _numpy(found.query),
-                    _numpy(found.boxes).clip(0, store.patch_size),
-                    _numpy(found.nucleus_score),
-                    _mapped(_numpy(found.class_scores), sources),
-                )
-    if store.n_patches and not writer.n_detections:
+        metadata={**(metadata or {}), **own, **({"absent": absent} if absent else {})},
+    )
+    write_predictions(path, predictions)
+    if store.n_patches and not len(predictions):
         log.warning(
             "%s: no detection in %d patches reached a nucleus score of %g: the model is not trained enough, or the "
             "threshold is too high",
@@ -102,7 +107,7 @@ def predict_fold(
             store.n_patches,
             nucleus_threshold,
         )
-    return writer.n_detections
+    return len(predictions)
 
 
 def attend_patches(

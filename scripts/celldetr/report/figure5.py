@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from celldetr.evaluation.matching import pair_nuclei
-from celldetr.evaluation.predictions import Predictions, ScoreRule
+from celldetr.evaluation.predictions import Predictions
 from celldetr.evaluation.scoring import predicted_nuclei, truth_nuclei
 from celldetr.report.style import LINE_COLOUR, class_colours, styled
 from celldetr.store import PatchStore
@@ -28,12 +28,12 @@ def composition(counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
     return pd.DataFrame(counts).T.astype(np.int64)
 
 
-def confusion(predictions: Predictions, store: PatchStore, nucleus_threshold: float, radius: float) -> pd.DataFrame:
+def confusion(predictions: Predictions, store: PatchStore, nucleus_threshold: float, radius_um: float) -> pd.DataFrame:
     """Count nuclei of each true class (rows) by predicted class (columns, the missed last).
 
     Detections with a nucleus score of at least `nucleus_threshold` count with their best class, however low its score:
     the table shows which classes are confused, not which are certain. Nuclei are paired as for the scores, by the
-    distance of box centres up to `radius` px. Unlabelled nuclei are left out.
+    distance of box centres up to `radius_um`. Unlabelled nuclei are left out.
 
     Raises
     ------
@@ -41,9 +41,9 @@ def confusion(predictions: Predictions, store: PatchStore, nucleus_threshold: fl
         The predictions were made on another store.
     """
     predictions.check_store(store.classes, store.n_patches)
-    kept = ScoreRule("both_thresholds", nucleus_threshold, class_threshold=0.0).keep(predictions)
+    kept = predictions.select(predictions.nucleus_score >= nucleus_threshold)
     truth, predicted = truth_nuclei(store), predicted_nuclei(kept)
-    pairs = pair_nuclei(truth, predicted, radius)
+    pairs = pair_nuclei(truth, predicted, radius_um / store.mpp)
     found = np.full(len(truth.labels), len(store.classes), dtype=np.int64)
     found[pairs.truth] = predicted.labels[pairs.predicted]
     table = np.zeros((len(store.classes), len(store.classes) + 1), dtype=np.int64)

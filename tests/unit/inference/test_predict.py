@@ -8,6 +8,7 @@ import torch
 from small_model import small_model
 from torch import nn
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
 from celldetr.inference.attention import share_inside
@@ -15,6 +16,7 @@ from celldetr.inference.predict import attend_patches, predict_fold
 from celldetr.model.celldetr import ImagePredictions
 from celldetr.runtime.errors import ConfigError, InputError
 
+FAR = ScoringSettings(radius_um=7.5)
 LIMITS = {"nucleus_threshold": 0.4, "batch_size": 4}
 
 
@@ -26,7 +28,7 @@ class Planted(nn.Module):
 
     def __init__(self, store, classes=None, scores_of=None):
         super().__init__()
-        self.settings = SimpleNamespace(classes=store.classes if classes is None else classes)
+        self.settings = SimpleNamespace(classes=store.classes if classes is None else classes, mode="parallel")
         self.store, self.seen = store, []
         self.scores_of = scores_of or (lambda labels: 0.1 + 0.8 * torch.eye(len(store.classes))[labels])
 
@@ -68,7 +70,9 @@ def test_predictions_are_in_order_and_clipped(store, tmp_path, batch_size):
 
 def test_planted_truth_scores_one(store, tmp_path):
     predict_fold(Planted(store), store, tmp_path / "a.parquet", **LIMITS)
-    frame = score_fold(read_predictions(tmp_path / "a.parquet"), store, radius=30, resamples=5)
+    frame = score_fold(
+        read_predictions(tmp_path / "a.parquet"), store, ScoringSettings(radius_um=30 * store.mpp), resamples=5
+    )
     assert (frame.loc[frame["metric"] == "strict", "f1"].dropna() == 1).all()
 
 
@@ -91,7 +95,7 @@ def test_scores_of_other_classes_are_mapped_and_classes_without_a_source_are_not
     assert np.array_equal(found.labels, np.where(store.labels == 2, 0, store.labels))
     assert found.class_scores[:, 2].max() == 0
     assert np.allclose(found.class_scores[store.labels == 1, 1], 0.8)
-    frame = score_fold(found, store, radius=30, resamples=5)
+    frame = score_fold(found, store, FAR, resamples=5)
     strict = frame[frame["metric"] == "strict"].set_index("class")
     assert strict.loc["Detection", "f1"] == strict.loc["Neoplastic", "f1"] == 1
     assert strict.loc["Connective", "absent"]

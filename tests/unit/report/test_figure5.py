@@ -1,12 +1,12 @@
 """Figure 5: composition and confusion of cell types, on planted predictions."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from planted_folds import Fold, detections
 
-from celldetr.evaluation.predictions import Predictions
 from celldetr.report.figure5 import MISSED, composition, confusion, figure5a, figure5b
 from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
@@ -14,38 +14,22 @@ from celldetr.runtime.errors import InputError
 CLASSES = ("T", "B", "Mast")
 
 
-def store(labels):
+def fold(labels):
+    """Make one patch with nuclei 20 px apart."""
     centres = 10 + 20 * np.arange(len(labels))
     boxes = np.stack([centres - 4, centres - 4, centres + 4, centres + 4], axis=1).astype(np.float32)
-    return SimpleNamespace(
-        classes=CLASSES,
-        n_patches=1,
-        box_ptr=np.array([0, len(labels)]),
-        boxes=boxes,
-        labels=np.array(labels, dtype=np.int8),
-        centroids=np.full((len(labels), 2), np.nan),
-    )
+    return Fold(np.array([0, len(labels)]), boxes, np.array(labels), np.full((len(labels), 2), np.nan), CLASSES)
 
 
 def predict(truth, nuclei, labels, best=0.9):
-    scores = np.full((len(nuclei), len(CLASSES)), 0.1, dtype=np.float32)
-    scores[np.arange(len(nuclei)), labels] = best
-    return Predictions(
-        patch=np.zeros(len(nuclei), dtype=np.int32),
-        query=np.arange(len(nuclei), dtype=np.int16),
-        boxes=truth.boxes[nuclei] + 1,
-        nucleus_score=np.full(len(nuclei), 0.8, dtype=np.float32),
-        class_scores=scores,
-        labels=np.array(labels, dtype=np.int8),
-        classes=CLASSES,
-        n_patches=1,
-        metadata={"nucleus_threshold": 0.4},
+    return detections(
+        np.zeros(len(nuclei)), truth.boxes[nuclei] + 1, labels, 1, nucleus=0.8, best=best, classes=CLASSES
     )
 
 
 def test_confusion_counts_pairs_and_the_missed_and_leaves_out_the_unlabelled():
-    truth = store([0, 0, 1, 2, -1, 1])
-    table = confusion(predict(truth, [0, 1, 2, 4, 5], [0, 1, 1, 2, 0]), truth, 0.4, radius=6)
+    truth = fold([0, 0, 1, 2, -1, 1])
+    table = confusion(predict(truth, [0, 1, 2, 4, 5], [0, 1, 1, 2, 0]), truth, 0.4, radius_um=1.5)
     assert table.loc["T"].tolist() == [1, 1, 0, 0]
     assert table.loc["B"].tolist() == [1, 1, 0, 0]
     assert table.loc["Mast"].tolist() == [0, 0, 0, 1]
@@ -53,19 +37,18 @@ def test_confusion_counts_pairs_and_the_missed_and_leaves_out_the_unlabelled():
 
 
 def test_confusion_follows_the_nucleus_threshold_and_the_radius_but_no_class_score():
-    truth = store([0, 1])
+    truth = fold([0, 1])
     weak = predict(truth, [0, 1], [0, 1], best=0.15)
-    assert confusion(weak, truth, 0.4, radius=6)[MISSED].sum() == 0
-    assert confusion(weak, truth, 0.9, radius=6)[MISSED].sum() == 2
-    assert confusion(weak, truth, 0.4, radius=1)[MISSED].sum() == 2
+    assert confusion(weak, truth, 0.4, radius_um=1.5)[MISSED].sum() == 0
+    assert confusion(weak, truth, 0.9, radius_um=1.5)[MISSED].sum() == 2
+    assert confusion(weak, truth, 0.4, radius_um=0.25)[MISSED].sum() == 2
 
 
 def test_confusion_refuses_predictions_of_other_patches():
-    truth = store([0, 1])
+    truth = fold([0, 1])
     found = predict(truth, [0], [0])
-    truth.n_patches = 2
     with pytest.raises(InputError, match="predict this split again"):
-        confusion(found, truth, 0.4, radius=6)
+        confusion(replace(found, n_patches=2), truth, 0.4, radius_um=1.5)
 
 
 def test_composition_and_pictures(tmp_path):

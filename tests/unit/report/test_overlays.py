@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
+from planted_folds import detections
 
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.evaluation.predictions import Predictions
 from celldetr.report.overlays import choose_patches, overlays
 from celldetr.report.style import class_colours, save
 from celldetr.runtime.errors import InputError
@@ -16,19 +16,10 @@ SIZE = 64
 
 def predictions(n_patches, count=5):
     rng = np.random.default_rng(0)
-    patch = np.repeat(np.arange(n_patches), count).astype(np.int32)
+    patch = np.repeat(np.arange(n_patches), count)
     low = rng.uniform(0, SIZE - 10, (len(patch), 2))
-    scores = rng.uniform(size=(len(patch), len(PANNUKE_CLASSES))).astype(np.float32)
-    return Predictions(
-        patch=patch,
-        query=np.tile(np.arange(count), n_patches).astype(np.int16),
-        boxes=np.concatenate([low, low + 9], axis=1).astype(np.float32),
-        nucleus_score=np.full(len(patch), 0.9, np.float32),
-        class_scores=scores,
-        labels=scores.argmax(axis=1).astype(np.int8),
-        classes=PANNUKE_CLASSES,
-        n_patches=n_patches,
-    )
+    labels = rng.integers(0, len(PANNUKE_CLASSES), len(patch))
+    return detections(patch, np.concatenate([low, low + 9], axis=1), labels, n_patches, classes=PANNUKE_CLASSES)
 
 
 def test_overlays_draw_every_box_of_the_chosen_patches(tmp_path):

@@ -17,8 +17,9 @@ import pytest
 import torch
 from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log, stopping
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, TrainingSettings
-from celldetr.evaluation.predictions import ScoreRule, read_predictions
+from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
 from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR
@@ -78,8 +79,9 @@ def test_validation_scores_are_those_of_the_model_file(store, tmp_path):
         path = train(experiment, [store], split, tmp_path / mode, nucleus_threshold=0.2, radius=4.0)
         ten = make_store(tmp_path / f"{mode}.zarr", 10)  # the first patches of the fixture: same seed
         predict_fold(load_model(path), ten, tmp_path / "p.parquet", nucleus_threshold=0.2, batch_size=3)
+        scoring = ScoringSettings(nucleus_threshold=0.2, class_threshold=0.0, radius_um=2.0)
         found = read_predictions(tmp_path / "p.parquet")
-        table = score_fold(found, ten, rule=ScoreRule("class", 0.2, 0.0), radius=4.0, resamples=0)
+        table = score_fold(found, ten, scoring, resamples=0)
         row = table[(table["metric"] == "strict") & (table["class"] == "Detection")].iloc[0]
         said = read_log(path.parent)[-1]["val"]["detection"]
         assert row["n_predicted"] > 0
