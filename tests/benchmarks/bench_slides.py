@@ -59,7 +59,7 @@ def read(x, y):
 """
 WAYS = {
     "extraction (patches and boxes to a store)": """
-cut_patches(PATH, grid, nuclei, OUT, classes=(), source="s", group="g", tissue="t", attrs={}, workers=WORKERS)
+cut_patches(PATH, grid, nuclei.labels, OUT, classes=(), source="s", group="g", tissue="t", attrs={}, workers=WORKERS)
 """,
     "the whole step (outlines, tissue, plan, extraction)": """
 slide = Slide("s", PATH, NUCLEI, "g", "t", mpp)

@@ -87,7 +87,6 @@ def check_nuclei(found):
         boxes = found.nuclei.boxes
         assert np.isfinite(boxes).all()
         assert (boxes[:, 2:] > boxes[:, :2]).all()
-        assert np.isfinite(found.nuclei.centroids).all()
 
 
 @tries(140)

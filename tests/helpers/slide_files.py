@@ -1,10 +1,11 @@
 """Slides for tests: TIFF pyramids, damage to their tiles, nuclei on them, and grids of patches over them."""
 
 import numpy as np
+import shapely
 import tifffile
 
 from celldetr.config.slides import PatchSettings
-from celldetr.slides.boxes import SlideBoxes
+from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.grid import patch_grid
 from celldetr.slides.tissue import Raster
 
@@ -42,10 +43,10 @@ def whole_tissue(width, height, cell=16):
 
 
 def boxes_on_slide(boxes, labels=None):
-    """Nuclei with these boxes (n, 4) and labels (n,), 0 if not given."""
+    """Rectangular nuclei with these boxes (n, 4) and labels (n,), 0 if not given."""
     boxes = np.asarray(boxes, float).reshape(-1, 4)
     labels = np.zeros(len(boxes)) if labels is None else labels
-    return SlideBoxes(boxes, (boxes[:, :2] + boxes[:, 2:]) / 2, np.asarray(labels, np.int8))
+    return SlideNuclei(shapely.box(*boxes.T), np.asarray(labels, np.int8))
 
 
 def grid_over(image_size, nuclei, *, ratio=1.0, size=32, settings=ALL_PATCHES, seed=0, **more):

@@ -15,6 +15,9 @@ class SlidePatchSettings(Settings):
     )
     min_tissue: Share = Field(0.25, description="smallest share of a patch that is tissue")
     min_nuclei: NonNegativeInt = Field(1, description="fewest nuclei in a patch (contrastive learning needs two)")
+    min_visible: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="smallest share of a nucleus that must lie in a patch; the visible part is boxed"
+    )
     max_patches: Count | None = Field(None, description="most patches of a slide, drawn with the seed; null: all")
 
     def rules(self) -> "PatchSettings":

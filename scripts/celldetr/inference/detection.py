@@ -22,6 +22,7 @@ from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in
 from celldetr.runtime.errors import ConfigError
 from celldetr.runtime.files import atomic
+from celldetr.slides.boxes import visible_boxes
 from celldetr.slides.cutting import read_blocks
 from celldetr.slides.damage import DamagedSlide, log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, stripe_order
@@ -88,8 +89,9 @@ class Tiling:
         cores = np.stack([columns.ravel(), rows.ravel()], axis=1) * self.core
         cores = cores[tissue.share(cores * ratio, self.core * ratio) > 0]
         cores = cores[stripe_order(cores, self.core)]
-        none, ptr = np.zeros(0, np.int64), np.zeros(len(cores) + 1, np.int64)
-        return PatchGrid(self.size, self.mpp, image_mpp, cores - self.margin, none, ptr, {})
+        corners = cores - self.margin
+        none = visible_boxes(np.empty(0, dtype=object), corners, self.size, 1)
+        return PatchGrid(self.size, self.mpp, image_mpp, corners, none, {})
 
 
 @dataclass(frozen=True)

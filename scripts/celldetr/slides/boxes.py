@@ -1,26 +1,23 @@
-"""Boxes of the nuclei on a slide, from outlines to patches.
+"""Nuclei of a slide: their outlines in pixels of the patches, and the boxes of what a patch shows of them.
 
-Units are pixels of the size of the patches (`mpp` um), counted from the slide's corner. Boxes are xyxy and half-open.
+Pixels are those of the patches (`mpp` um), counted from the slide's corner. Boxes are xyxy and half-open.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import shapely
 from numpy.typing import ArrayLike, NDArray
 
-_THINNEST = 1e-3  # px; a thinner box has no area
+_THINNEST = 1e-3  # px; a thinner outline has no area
 
 
 @dataclass(frozen=True)
-class SlideBoxes:
-    """Nuclei of a slide (M), without their outlines."""
+class SlideNuclei:
+    """Nuclei of a slide (M)."""
 
-    boxes: NDArray[np.float64]
-    """(M, 4) xyxy, px."""
-    centroids: NDArray[np.float64]
-    """(M, 2) x, y, px."""
+    outlines: NDArray[np.object_]
+    """(M,) valid polygons, or polygons in pieces, px."""
     labels: NDArray[np.int8]
     """(M,) classes; -1 = no label."""
 
@@ -28,40 +25,65 @@ class SlideBoxes:
         return len(self.labels)
 
     @property
-    def centres(self) -> NDArray[np.float64]:
-        """Centres of the boxes (M, 2), px."""
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+    def boxes(self) -> NDArray[np.float64]:
+        """Boxes of the whole nuclei (M, 4), px."""
+        bounds: NDArray[np.float64] = shapely.bounds(self.outlines)
+        return bounds.reshape(-1, 4)
 
-    def keep(self, chosen: NDArray[np.bool_]) -> "SlideBoxes":
-        """Nuclei where `chosen` (M,) is true."""
-        return SlideBoxes(self.boxes[chosen], self.centroids[chosen], self.labels[chosen])
-
-    def on_slide(self, size: tuple[float, float]) -> "SlideBoxes":
-        """Nuclei whose centre lies on a slide of this width and height, px."""
-        inside = ((self.centres >= 0) & (self.centres < np.asarray(size))).all(axis=1)
-        return self.keep(np.asarray(inside))
-
-    def in_patch(
-        self, chosen: NDArray[np.int64], corner: NDArray[np.int64], size: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Boxes (n, 4) and centroids (n, 2) of the `chosen` nuclei in a patch, px from its corner, clipped to it."""
-        boxes = np.clip(self.boxes[chosen] - np.tile(corner, 2), 0, size).astype(np.float32)
-        centroids = (self.centroids[chosen] - corner).astype(np.float32)
-        return boxes, np.clip(centroids, boxes[:, :2], boxes[:, 2:])
+    def on_slide(self, size: tuple[float, float]) -> "SlideNuclei":
+        """Nuclei whose box overlaps a slide of this width and height, px."""
+        boxes = self.boxes
+        inside = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < np.asarray(size)).all(axis=1)
+        return SlideNuclei(self.outlines[inside], self.labels[inside])
 
 
-def boxes_from_polygons(
-    polygons: ArrayLike | Sequence[shapely.Geometry], um_to_he: NDArray[np.floating], he_mpp: float, mpp: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Boxes and centroids of outlines.
+@dataclass(frozen=True)
+class PatchBoxes:
+    """Boxes (K) of what patches (N) show of nuclei, patch after patch; pixels count from the corner of the patch."""
+
+    ptr: NDArray[np.int64]
+    """(N + 1,) the boxes of patch i are those from ``ptr[i]`` to ``ptr[i + 1]``."""
+    nuclei: NDArray[np.int64]
+    """(K,) index of each box's nucleus; in the order of the nuclei within a patch."""
+    boxes: NDArray[np.float64]
+    """(K, 4) bounds of the visible part, px."""
+    centroids: NDArray[np.float64]
+    """(K, 2) centroid of the visible part, px."""
+    cut: NDArray[np.bool_]
+    """(K,) whether the edge of the patch cuts the nucleus."""
+    hidden: NDArray[np.int64]
+    """(N,) nuclei of which too little is visible."""
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def of(self, patch: int) -> slice:
+        """Places of a patch's boxes in the arrays."""
+        return slice(int(self.ptr[patch]), int(self.ptr[patch + 1]))
+
+    def select(self, patches: ArrayLike) -> "PatchBoxes":
+        """Boxes of some patches, in the given order."""
+        chosen = np.asarray(patches, np.int64)
+        counts = np.diff(self.ptr)[chosen]
+        ptr = np.concatenate([[0], np.cumsum(counts)])
+        rows = np.arange(ptr[-1]) + np.repeat(self.ptr[chosen] - ptr[:-1], counts)
+        return PatchBoxes(
+            ptr, self.nuclei[rows], self.boxes[rows], self.centroids[rows], self.cut[rows], self.hidden[chosen]
+        )
+
+
+def place_outlines(
+    polygons: ArrayLike, to_level0: NDArray[np.floating], image_mpp: float, mpp: float
+) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
+    """Outlines in pixels of the patches.
 
     Parameters
     ----------
     polygons
-        (M,) outlines, in um of a frame of their own.
-    um_to_he
-        (3, 3) affine from that frame to level-0 pixels of the slide.
-    he_mpp
+        (M,) outlines in a frame of their own.
+    to_level0
+        (3, 3) affine from that frame to level-0 px of the slide.
+    image_mpp
         Size of a level-0 pixel in um.
     mpp
         Size of a pixel of the result in um.
@@ -69,23 +91,55 @@ def boxes_from_polygons(
     Returns
     -------
     tuple
-        Boxes (M, 4) around the transformed corners, and centroids (M, 2), px; NaN if a polygon is empty, not finite or
-        has no area.
+        Outlines (M,), made valid if they cross themselves; and whether each (M,) is finite and has an area.
     """
-    shapes = np.asarray(polygons, dtype=object)
-    affine = np.asarray(um_to_he, dtype=np.float64)[:2] * (he_mpp / mpp)
-    corners, owner = shapely.get_coordinates(shapes, return_index=True)
-    corners = corners @ affine[:, :2].T + affine[:, 2]
-    boxes = np.full((len(shapes), 4), np.nan)
-    if len(owner):
-        starts = np.flatnonzero(np.append(True, owner[1:] != owner[:-1]))
-        boxes[owner[starts], :2] = np.minimum.reduceat(corners, starts)
-        boxes[owner[starts], 2:] = np.maximum.reduceat(corners, starts)
-    centroids = np.full((len(shapes), 2), np.nan)
-    solid = ~(shapely.is_empty(shapes) | shapely.is_missing(shapes))
-    centroids[solid] = shapely.get_coordinates(shapely.centroid(shapes[solid])) @ affine[:, :2].T + affine[:, 2]
-    with np.errstate(invalid="ignore"):
-        sides = boxes[:, 2:] - boxes[:, :2]
-        good = np.isfinite(centroids).all(axis=1) & (sides > _THINNEST).all(axis=1) & (shapely.area(shapes) > 0)
-    boxes[~good], centroids[~good] = np.nan, np.nan
-    return boxes, centroids
+    affine = np.asarray(to_level0, dtype=np.float64)[:2] * (image_mpp / mpp)
+    outlines = np.array(polygons, dtype=object)
+    corners, owner = shapely.get_coordinates(outlines, return_index=True)
+    outlines[owner[~np.isfinite(corners).all(axis=1)]] = None
+    outlines = shapely.transform(outlines, lambda points: points @ affine[:, :2].T + affine[:, 2])
+    crossed = ~shapely.is_valid(outlines)
+    outlines[crossed] = shapely.make_valid(outlines[crossed])
+    bounds = shapely.bounds(outlines).reshape(-1, 4)
+    return outlines, _thick(bounds) & (shapely.area(outlines) > 0)
+
+
+def visible_boxes(
+    outlines: NDArray[np.object_], corners: NDArray[np.integer], size: int, min_visible: float
+) -> PatchBoxes:
+    """Box in each patch what is visible of every nucleus, as PanNuke labels the nuclei at its edges.
+
+    Parameters
+    ----------
+    outlines
+        (M,) valid outlines with an area, px.
+    corners
+        (N, 2) x, y of the patches' first pixels, px; patches may overlap.
+    size
+        Side of the patches, px.
+    min_visible
+        Smallest fraction of a nucleus' area that must lie in a patch.
+    """
+    low = np.asarray(corners, dtype=np.float64).reshape(-1, 2)
+    squares = shapely.box(*low.T, *(low + size).T)
+    nucleus, patch = shapely.STRtree(squares).query(outlines)
+    order = np.lexsort((nucleus, patch))
+    nucleus, patch = nucleus[order], patch[order]
+    whole = shapely.bounds(outlines).reshape(-1, 4)
+    cut = ((whole[nucleus, :2] < low[patch]) | (whole[nucleus, 2:] > low[patch] + size)).any(axis=1)
+    parts = outlines[nucleus]
+    parts[cut] = shapely.intersection(parts[cut], squares[patch[cut]])
+    share = shapely.area(parts) / shapely.area(outlines)[nucleus]
+    boxes = shapely.bounds(parts).reshape(-1, 4) - np.tile(low[patch], 2)
+    shown = (share >= min_visible) & _thick(boxes) | ~cut
+    hidden = np.bincount(patch[~shown & (share > 0)], minlength=len(low))
+    patch = patch[shown]
+    centroids = shapely.get_coordinates(shapely.centroid(parts[shown])) - low[patch]
+    ptr = np.searchsorted(patch, np.arange(len(low) + 1))
+    return PatchBoxes(ptr, nucleus[shown], boxes[shown], centroids, cut[shown], hidden)
+
+
+def _thick(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether boxes (M, 4) have an area; those of empty outlines are NaN and have none."""
+    sides: NDArray[np.float64] = boxes[:, 2:] - boxes[:, :2]
+    return np.asarray((sides > _THINNEST).all(axis=1))

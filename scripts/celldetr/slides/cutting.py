@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideBoxes
 from celldetr.slides.damage import log_damage
 from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid, open_pyramid
@@ -43,7 +42,7 @@ class Block(NamedTuple):
 def cut_patches(
     image: str | os.PathLike[str],
     grid: PatchGrid,
-    nuclei: SlideBoxes,
+    labels: NDArray[np.int8],
     out: str | os.PathLike[str],
     *,
     classes: Sequence[str],
@@ -61,9 +60,9 @@ def cut_patches(
     image
         Colour slide.
     grid
-        Patches and the nuclei in each.
-    nuclei
-        Nuclei of the slide, px of the grid.
+        Patches and the boxes of the nuclei in each.
+    labels
+        (M,) classes of the slide's nuclei.
     out
         Store to write.
     classes
@@ -91,18 +90,14 @@ def cut_patches(
     with StoreWriter(out, patch_size=grid.size, classes=classes, mpp=grid.mpp, attrs=attrs) as writer:
         for block in read_blocks(image, grid, size=_BLOCK, workers=workers, skip=skip):
             damaged |= block.damaged
-            members = [grid.nuclei_of(patch) for patch in block.numbers]
-            places = [
-                nuclei.in_patch(chosen, grid.corners[patch], grid.size)
-                for patch, chosen in zip(block.numbers, members, strict=True)
-            ]
+            members = [grid.boxes.of(patch) for patch in block.numbers]
             x, y = grid.level0[block.numbers].T
             names = {"source": source, "group": group, "tissue": tissue}
             writer.append(
                 block.pixels,
-                [boxes for boxes, _ in places],
-                [nuclei.labels[chosen] for chosen in members],
-                centroids=[centroids for _, centroids in places],
+                [grid.boxes.boxes[chosen] for chosen in members],
+                [labels[grid.boxes.nuclei[chosen]] for chosen in members],
+                centroids=[grid.boxes.centroids[chosen] for chosen in members],
                 patches={**{key: [name] * len(members) for key, name in names.items()}, "x": x, "y": y},
             )
             if writer.n_patches % _LOGGED < len(members):

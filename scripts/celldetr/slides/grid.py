@@ -4,7 +4,7 @@ Positions are pixels of the size of the patches (`mpp` um), counted from the sli
 level-0 pixels x * mpp / image_mpp to (x + 1) * mpp / image_mpp.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from celldetr.config.slides import PatchSettings
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideBoxes
+from celldetr.slides.boxes import PatchBoxes, SlideNuclei, visible_boxes
 from celldetr.slides.tissue import Raster
 from celldetr.store import NO_LABEL
 
 _STRIPE = 16  # columns of patches in a stripe
+_MOST_NUCLEI = 2000  # in a patch: seven times as many as in PanNuke's fullest; the memory of training grows with them
 _COVERED = 0.999  # smallest share of a patch that must have been imaged: all of it, but for rounding of the map
 
 
@@ -32,10 +33,8 @@ class PatchGrid:
     """Size of a level-0 pixel of the slide, um."""
     corners: NDArray[np.int64]
     """(N, 2) x, y of the first pixels, px of `mpp` um."""
-    nuclei: NDArray[np.int64]
-    """(K,) indices of each patch's nuclei, patch after patch; a nucleus is in each patch that its centre is in."""
-    ptr: NDArray[np.int64]
-    """(N + 1,) the nuclei of patch i are ``nuclei[ptr[i]:ptr[i + 1]]``."""
+    boxes: PatchBoxes
+    """Nuclei in the patches."""
     passed_over: dict[str, int]
     """Reason -> patches of the grid that are not cut."""
 
@@ -47,27 +46,24 @@ class PatchGrid:
         """Corners of the patches (N, 2) in level-0 px, rounded."""
         return np.rint(self.corners * (self.mpp / self.image_mpp)).astype(np.int64)
 
-    def nuclei_of(self, patch: int) -> NDArray[np.int64]:
-        """Return the indices (n,) of a patch's nuclei."""
-        return self.nuclei[self.ptr[patch] : self.ptr[patch + 1]]
-
     def without(self, patches: Collection[int], reason: str) -> "PatchGrid":
         """Leave patches out; `passed_over` counts them under the reason."""
-        kept = np.setdiff1d(np.arange(len(self)), np.fromiter(patches, dtype=np.int64, count=len(patches)))
-        members = [self.nuclei_of(patch) for patch in kept]
-        return replace(
-            self,
-            corners=self.corners[kept],
-            nuclei=np.concatenate([np.empty(0, np.int64), *members]),
-            ptr=np.cumsum([0, *map(len, members)], dtype=np.int64),
-            passed_over={**self.passed_over, reason: self.passed_over.get(reason, 0) + len(patches)},
-        )
+        kept = np.setdiff1d(np.arange(len(self)), list(patches))
+        passed_over = {**self.passed_over, reason: self.passed_over.get(reason, 0) + len(patches)}
+        return replace(self, corners=self.corners[kept], boxes=self.boxes.select(kept), passed_over=passed_over)
+
+    def dropped(self, nuclei: int) -> dict[str, int]:
+        """Reason -> how many nuclei, of as many on the slide, and parts of nuclei have no box."""
+        return {
+            "nuclei in no patch that was taken": nuclei - len(np.unique(self.boxes.nuclei)),
+            "parts of nuclei at the edge of a patch that show too little": int(self.boxes.hidden.sum()),
+        }
 
 
 def patch_grid(
     image_size: tuple[int, int],
     image_mpp: float,
-    nuclei: SlideBoxes,
+    nuclei: SlideNuclei,
     *,
     size: int,
     mpp: float,
@@ -101,7 +97,7 @@ def patch_grid(
     Raises
     ------
     InputError
-        The slide is smaller than a patch.
+        The slide is smaller than a patch, or there are impossibly many nuclei in a patch.
     """
     step = max(1, round(settings.stride * size))
     ratio = mpp / image_mpp
@@ -114,60 +110,44 @@ def patch_grid(
         )
     columns, rows = np.meshgrid(np.arange(across), np.arange(down))
     corners = np.stack([columns.ravel(), rows.ravel()], axis=1) * step
-    patch, nucleus = _members(nuclei.centres, (across, down), step, size)
-    labelled = patch[nuclei.labels[nucleus] != NO_LABEL]
-    rules = {
-        "with too little tissue": tissue.share(corners * ratio, size * ratio) >= settings.min_tissue,
-        "with too few nuclei": np.bincount(patch, minlength=len(corners)) >= settings.min_nuclei,
-        "with too few labelled nuclei": np.bincount(labelled, minlength=len(corners)) >= settings.min_labelled,
-    }
+    rules = {"with too little tissue": tissue.share(corners * ratio, size * ratio) >= settings.min_tissue}
     if imaged is not None:
         rules = {"beyond the imaged area": imaged.share(corners * ratio, size * ratio) >= _COVERED, **rules}
-    taken = np.ones(len(corners), dtype=bool)
-    passed_over = {}
-    for reason, good in rules.items():
-        passed_over[reason] = int((taken & ~good).sum())
-        taken &= good
+    taken, passed_over = _apply(rules)
+    corners = corners[taken]
+    boxes = visible_boxes(nuclei.outlines, corners, size, settings.min_visible)
+    counts = np.diff(boxes.ptr)
+    if counts.max(initial=0) > _MOST_NUCLEI:
+        x, y = np.rint(corners[counts.argmax()] * ratio).astype(int)
+        raise InputError(
+            f"outlines: got {counts.max()} nuclei in the patch at {x}, {y} px of level 0, expected at most "
+            f"{_MOST_NUCLEI}; are nuclei in the file many times?"
+        )
+    patch = np.repeat(np.arange(len(corners)), counts)[nuclei.labels[boxes.nuclei] != NO_LABEL]
+    labelled = np.bincount(patch, minlength=len(corners))
+    taken, too_few = _apply(
+        {
+            "with too few nuclei": counts >= settings.min_nuclei,
+            "with too few labelled nuclei": labelled >= settings.min_labelled,
+        }
+    )
+    passed_over |= too_few
     chosen = np.flatnonzero(taken)
     if settings.max_patches is not None and len(chosen) > settings.max_patches:
         passed_over["not drawn"] = len(chosen) - settings.max_patches
         chosen = np.random.default_rng(seed).permutation(chosen)[: settings.max_patches]
     chosen = chosen[stripe_order(corners[chosen], size)]
-    return PatchGrid(size, mpp, image_mpp, corners[chosen], *_select(patch, nucleus, chosen, len(corners)), passed_over)
+    return PatchGrid(size, mpp, image_mpp, corners[chosen], boxes.select(chosen), passed_over)
+
+
+def _apply(rules: Mapping[str, NDArray[np.bool_]]) -> tuple[NDArray[np.bool_], dict[str, int]]:
+    """Where all rules (N,) hold, and how many places fail each; a place counts for the first rule that it fails."""
+    places = np.stack(list(rules.values()))
+    first = np.where(places.all(axis=0), -1, np.argmin(places, axis=0))
+    return first < 0, {name: int((first == number).sum()) for number, name in enumerate(rules)}
 
 
 def stripe_order(corners: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Order (n,) of patches with `corners` (n, 2) that decodes each tile of the file once: stripes of a few columns."""
     x, y = corners.T
     return np.lexsort((x, y, x // (_STRIPE * size)))
-
-
-def _members(
-    centres: NDArray[np.float64], grid: tuple[int, int], step: int, size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs (patch, nucleus) for each centre that lies in a patch; patches are numbered row by row."""
-    across, down = grid
-    last = np.floor(centres / step).astype(np.int64)
-    back = range(-(-size // step))
-    patches, nuclei = [], []
-    for up in back:
-        for left in back:
-            column, row = last[:, 0] - left, last[:, 1] - up
-            found = (column >= 0) & (column < across) & (centres[:, 0] < column * step + size)
-            found &= (row >= 0) & (row < down) & (centres[:, 1] < row * step + size)
-            patches.append((row * across + column)[found])
-            nuclei.append(np.flatnonzero(found))
-    return np.concatenate(patches), np.concatenate(nuclei)
-
-
-def _select(
-    patch: NDArray[np.int64], nucleus: NDArray[np.int64], chosen: NDArray[np.int64], count: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Turn pairs into the `nuclei` and `ptr` of the chosen patches, in their order."""
-    place = np.full(count, -1)
-    place[chosen] = np.arange(len(chosen))
-    rank = place[patch]
-    rank, nucleus = rank[rank >= 0], nucleus[rank >= 0]
-    order = np.lexsort((nucleus, rank))
-    ptr = np.concatenate([[0], np.cumsum(np.bincount(rank, minlength=len(chosen)))]).astype(np.int64)
-    return nucleus[order], ptr

@@ -24,7 +24,7 @@ import shapely
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideBoxes, boxes_from_polygons
+from celldetr.slides.boxes import SlideNuclei, place_outlines
 from celldetr.slides.geojson import read_geojson
 from celldetr.store import NO_LABEL
 
@@ -40,7 +40,7 @@ _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or zipped GeoJSON"
 class NucleusFile:
     """Nuclei of a file."""
 
-    nuclei: SlideBoxes
+    nuclei: SlideNuclei
     """In px of the wanted size; no labels."""
     dropped: dict[str, int]
     """Reason -> outlines that give no nucleus."""
@@ -72,25 +72,21 @@ def read_nucleus_file(path: str | os.PathLike[str], *, image_mpp: float, mpp: fl
     scale = {"px": 1.0, "um": 1 / image_mpp}[unit]
     dropped = {_UNREADABLE: 0, _OTHER: 0, _FLAT: 0}
     repaired = 0
-    boxes, centroids = [np.empty((0, 4))], [np.empty((0, 2))]
+    outlines: list[NDArray[Any]] = []
     for shapes in _read(file):
         polygons = _polygons(shapes, _LARGEST_UM / image_mpp / scale, dropped)
-        crossed = ~shapely.is_valid(polygons)
-        polygons[crossed] = shapely.make_valid(polygons[crossed])
-        box, centroid = boxes_from_polygons(polygons, np.diag([scale, scale, 1.0]), image_mpp, mpp)
-        good = np.isfinite(box).all(axis=1)
-        repaired += int((crossed & good).sum())
+        placed, good = place_outlines(polygons, np.diag([scale, scale, 1.0]), image_mpp, mpp)
+        repaired += int((good & ~shapely.is_valid(polygons)).sum())
         dropped[_FLAT] += int((~good).sum())
-        boxes.append(box[good])
-        centroids.append(centroid[good])
-    box = np.concatenate(boxes)
-    if not len(box) and any(dropped.values()):
+        outlines.append(placed[good])
+    nuclei = np.concatenate([np.empty(0, dtype=object), *outlines])
+    found = SlideNuclei(nuclei, np.full(len(nuclei), NO_LABEL, np.int8))
+    if not len(found) and any(dropped.values()):
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise InputError(f"{file}: got no outline of a nucleus ({counts}); expected polygons")
-    if len(box):
-        _check_size(file, box, mpp, unit)
-    nuclei = SlideBoxes(box, np.concatenate(centroids), np.full(len(box), NO_LABEL, np.int8))
-    return NucleusFile(nuclei, dropped, repaired)
+    if len(found):
+        _check_size(file, found.boxes, mpp, unit)
+    return NucleusFile(found, dropped, repaired)
 
 
 def _check_size(path: Path, boxes: NDArray[np.float64], mpp: float, unit: str) -> None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from celldetr.config.slides import SlidePatchSettings
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideBoxes
+from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import cut_patches
 from celldetr.slides.damage import DamagedSlide, log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, patch_grid
@@ -49,7 +47,7 @@ class SlideExtraction:
 
     grid: PatchGrid
     tissue: Raster
-    nuclei: SlideBoxes
+    nuclei: SlideNuclei
     """Nuclei on the slide, px of the grid."""
     counts: list[tuple[str, str, int]]
     """(kind, name, count) of what was dropped, repaired, damaged and not taken."""
@@ -112,13 +110,13 @@ def extract_slide(
     dropped = {
         **found.dropped,
         "nuclei outside of the slide": len(found.nuclei) - len(nuclei),
-        "nuclei in no patch that was taken": len(nuclei) - len(np.unique(grid.nuclei)),
+        **grid.dropped(len(nuclei)),
     }
     attrs: dict[str, Any] = {"image": where, "dropped": dropped, "settings": {**settings.to_dict(), "seed": seed}}
     written = cut_patches(
         slide.file,
         grid,
-        nuclei,
+        nuclei.labels,
         out,
         classes=(),
         source=slide.name,
@@ -140,7 +138,7 @@ def extract_slide(
 
 def _lay_grid(
     slide: Slide, image: Pyramid, size: int, mpp: float, settings: SlidePatchSettings, seed: int
-) -> tuple[NucleusFile, Raster, SlideBoxes, PatchGrid]:
+) -> tuple[NucleusFile, Raster, SlideNuclei, PatchGrid]:
     """Read the outlines, find the tissue, and choose patches: the file's nuclei, tissue, nuclei on the slide, grid."""
     image_mpp = float(image.mpp or 0)
     if image_mpp > _COARSE * mpp:
@@ -161,7 +159,7 @@ def _lay_grid(
     return found, tissue, nuclei, grid
 
 
-def _on_slide(slide: Slide, nuclei: SlideBoxes, image: Pyramid, scale: float) -> SlideBoxes:
+def _on_slide(slide: Slide, nuclei: SlideNuclei, image: Pyramid, scale: float) -> SlideNuclei:
     """Nuclei that lie on the slide; `scale` converts level-0 px to px of the nuclei.
 
     Raises
@@ -186,4 +184,9 @@ def summary_rows(found: SlideExtraction | None, store: PatchStore) -> list[tuple
     rows = [("total", "patches", len(store)), ("total", "nuclei in patches", len(store.labels))]
     if found is None:
         return [*rows, ("damaged", "slides that cannot be opened", 1)]
-    return [*rows, ("total", "nuclei on the slide", len(found.nuclei)), *found.counts]
+    cut = int(found.grid.boxes.cut.sum())
+    rows += [
+        ("total", "cut nuclei in patches", cut),
+        ("total", "nuclei on the slide", len(found.nuclei)),
+    ]
+    return [*rows, *found.counts]

@@ -12,7 +12,7 @@ from pandas import DataFrame, Index, Series
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.slides import PatchSettings
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideBoxes, boxes_from_polygons
+from celldetr.slides.boxes import SlideNuclei, place_outlines
 from celldetr.slides.cutting import cut_patches
 from celldetr.slides.grid import PatchGrid, patch_grid
 from celldetr.slides.pyramid import open_pyramid
@@ -39,7 +39,7 @@ class Extraction:
 
     grid: PatchGrid
     tissue: Raster
-    nuclei: SlideBoxes  # nuclei on the H&E, px of the grid
+    nuclei: SlideNuclei  # nuclei on the H&E, px of the grid
     dropped: Mapping[str, int]  # reason -> nuclei or cells in no patch
 
 
@@ -103,7 +103,7 @@ def extract_sample(
         )
     dropped |= {
         "nuclei outside of the H&E image": len(placed) - len(nuclei),
-        "nuclei in no patch that was taken": len(nuclei) - len(np.unique(grid.nuclei)),
+        **grid.dropped(len(nuclei)),
     }
     attrs = {
         "image": where,
@@ -114,7 +114,7 @@ def extract_sample(
     cut_patches(
         files.he,
         grid,
-        nuclei,
+        nuclei.labels,
         out,
         classes=ST_TYPES,
         source=sample,
@@ -128,11 +128,11 @@ def extract_sample(
 
 def place_nuclei(
     polygons: DataFrame, cells: DataFrame, registration: Registration, mpp: float
-) -> tuple[SlideBoxes, dict[str, int]]:
+) -> tuple[SlideNuclei, dict[str, int]]:
     """Map nuclei onto the H&E image and label them by their cells.
 
     `polygons` has ``cell_id`` and ``geometry`` (um of the Xenium frame), `cells` has ``cell_id`` and ``label``. Returns
-    boxes in px of `mpp` um, and dropped cells and nuclei, reason -> count.
+    outlines in px of `mpp` um, and dropped cells and nuclei, reason -> count.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def place_nuclei(
         No nucleus belongs to any of the cells.
     """
     outlines = polygons["geometry"].to_numpy()
-    boxes, centroids = boxes_from_polygons(outlines, registration.um_to_he(), registration.he_mpp, mpp)
+    placed, good = place_outlines(outlines, registration.um_to_he(), registration.he_mpp, mpp)
     label_of = Series(cells["label"].to_numpy(), index=cells["cell_id"].to_numpy().astype(str))
     owners = polygons["cell_id"].to_numpy().astype(str)
     index = label_of.index.get_indexer(Index(owners))
@@ -150,12 +150,11 @@ def place_nuclei(
             f"{owners[:3].tolist()}; expected both of the same sample: annotate it again"
         )
     labels = np.where(index >= 0, label_of.to_numpy()[index], NO_LABEL).astype(np.int8)
-    good: NDArray[np.bool_] = np.asarray(np.isfinite(boxes).all(axis=1))
     dropped = {
         "cells without a nucleus outline": int((~label_of.index.isin(owners)).sum()),
         "nuclei with an outline that has no area": int((~good).sum()),
     }
-    return SlideBoxes(boxes, centroids, labels).keep(good), dropped
+    return SlideNuclei(placed[good], labels[good]), dropped
 
 
 def summary_rows(found: Extraction, labels: NDArray[np.int8]) -> list[tuple[str, str, int]]:
@@ -163,6 +162,7 @@ def summary_rows(found: Extraction, labels: NDArray[np.int8]) -> list[tuple[str,
     return [
         ("total", "patches", len(found.grid)),
         ("total", "nuclei in patches", len(labels)),
+        ("total", "cut nuclei in patches", int(found.grid.boxes.cut.sum())),
         ("total", "labelled nuclei in patches", int((labels != NO_LABEL).sum())),
         ("total", "nuclei on the H&E", len(found.nuclei)),
         *(("class", name, count) for name, count in class_counts(labels, ST_TYPES).items()),

@@ -5,7 +5,7 @@ import pytest
 import shapely
 from slide_files import ALL_PATCHES, boxes_on_slide, grid_over, whole_tissue, write_image
 
-from celldetr.slides.boxes import SlideBoxes, boxes_from_polygons
+from celldetr.slides.boxes import SlideNuclei, place_outlines
 from celldetr.slides.cutting import cut_patches, read_patch
 from celldetr.slides.grid import patch_grid
 from celldetr.slides.pyramid import open_pyramid
@@ -45,15 +45,15 @@ def test_boxes_lie_over_the_pixels_of_their_nuclei(tmp_path, image_mpp, mpp, lev
     image, truth = discs(width, height, 60, seed=1, radius=(6 * wide, 10 * wide), gap=12 * wide)
     path = write_image(tmp_path / "he.tif", image, levels)
     polygons = shapely.buffer(shapely.points(truth[:, :2] * image_mpp), truth[:, 2] * image_mpp, quad_segs=32)
-    boxes, centroids = boxes_from_polygons(polygons, np.diag([1 / image_mpp, 1 / image_mpp, 1]), image_mpp, mpp)
-    nuclei = SlideBoxes(boxes, centroids, np.zeros(len(boxes), np.int8))
+    outlines, _ = place_outlines(polygons, np.diag([1 / image_mpp, 1 / image_mpp, 1]), image_mpp, mpp)
+    nuclei = SlideNuclei(outlines, np.zeros(len(outlines), np.int8))
     rules = {"settings": ALL_PATCHES.model_copy(update={"stride": 0.5}), "tissue": whole_tissue(width, height)}
     grid = patch_grid((width, height), image_mpp, nuclei, size=size, mpp=mpp, seed=0, **rules)
     found = []
     with open_pyramid(path) as slide:
         for patch in range(len(grid)):
             pixels = read_patch(slide, grid, *grid.corners[patch].tolist())
-            for box in boxes[grid.nuclei_of(patch)] - np.tile(grid.corners[patch], 2):
+            for box in grid.boxes.boxes[grid.boxes.of(patch)][~grid.boxes.cut[grid.boxes.of(patch)]]:
                 low, high = np.floor(box[:2]).astype(int) - 3, np.ceil(box[2:]).astype(int) + 3
                 if low.min() < 0 or high.max() > size:
                     continue
@@ -100,7 +100,7 @@ def test_the_cut_is_the_same_for_any_number_of_workers(tmp_path):
     nuclei = boxes_on_slide(boxes, rng.integers(-1, 2, 150))
     grid = grid_over((450, 300), nuclei, ratio=1.1, settings=ALL_PATCHES.model_copy(update={"stride": 0.5}))
     for workers in (1, 3):
-        cut_patches(path, grid, nuclei, tmp_path / f"{workers}.zarr", workers=workers, **NAMES)
+        cut_patches(path, grid, nuclei.labels, tmp_path / f"{workers}.zarr", workers=workers, **NAMES)
     one, three = (open_store(tmp_path / f"{workers}.zarr") for workers in (1, 3))
     assert len(one) == len(grid) > 300
     assert np.array_equal(one.images(range(len(one))), three.images(range(len(three))))
@@ -110,29 +110,3 @@ def test_the_cut_is_the_same_for_any_number_of_workers(tmp_path):
         for patch in (0, 70, len(grid) - 1):
             assert np.array_equal(one.read(patch).image, read_patch(slide, grid, *grid.corners[patch].tolist()))
     assert np.array_equal(one.patches[["x", "y"]], np.rint(grid.corners * 1.1).astype(int))
-
-
-def test_boxes_follow_any_affine_and_bad_polygons_are_not_a_number():
-    turn = np.array([[0.6, -0.8, 5], [0.8, 0.6, 7], [0, 0, 1.0]])
-    square = shapely.box(0, 0, 10, 5)
-    line = shapely.Polygon([(0, 0), (1, 1), (2, 2)])
-    flat = shapely.Polygon([(0, 0), (3, 0), (3, 0)])
-    boxes, centroids = boxes_from_polygons([square, line, shapely.Polygon(), flat, square], turn, 0.5, 0.25)
-    corners = np.array([[0, 0], [10, 0], [10, 5], [0, 5]]) @ turn[:2, :2].T + turn[:2, 2]
-    expected = np.concatenate([corners.min(axis=0), corners.max(axis=0)]) * 2
-    assert np.allclose(boxes[[0, 4]], expected)
-    assert np.allclose(centroids[0], corners.mean(axis=0) * 2)
-    assert np.isnan(boxes[[1, 2, 3]]).all()
-    assert np.isnan(centroids[[1, 2, 3]]).all()
-    assert boxes_from_polygons([], turn, 0.5, 0.25)[0].shape == (0, 4)
-
-
-def test_nuclei_at_the_rim_are_clipped_and_their_centroids_with_them(tmp_path):
-    path = write_image(tmp_path / "he.tif", np.full((64, 64, 3), 200))
-    boxes, centroids = np.array([[28, 10, 34, 20.0], [-3, 2, 5, 6]]), np.array([[33.9, 12.0], [-0.5, 4]])
-    nuclei = SlideBoxes(boxes, centroids, np.array([1, -1], np.int8))
-    cut_patches(path, grid_over((64, 64), nuclei), nuclei, tmp_path / "x.zarr", **NAMES)
-    store = open_store(tmp_path / "x.zarr")  # a centroid outside of its box is an error of the store
-    assert store.boxes.tolist() == [[28, 10, 32, 20], [0, 2, 5, 6]]
-    assert store.labels.tolist() == [1, -1]
-    assert store.centroids.tolist() == [[32, 12], [0, 4]]

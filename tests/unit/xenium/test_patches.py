@@ -84,8 +84,12 @@ def test_planted_nuclei_come_back_with_their_types(sample, store):
 
 def test_every_nucleus_is_in_a_patch_or_counted(sample, store):
     dropped = store.attrs["dropped"]
-    nuclei = sum(count for name, count in dropped.items() if name.startswith("nuclei"))
-    assert len(store.labels) + nuclei == len(sample.truth.nuclei_he)
+    table = pd.read_csv(store.path.with_suffix(".tsv"), sep="\t").set_index(["kind", "name"])["count"]
+    nuclei = table["total", "nuclei on the H&E"] + dropped["nuclei outside of the H&E image"]
+    assert nuclei + dropped["nuclei with an outline that has no area"] == len(sample.truth.nuclei_he)
+    shown = table["total", "nuclei on the H&E"] - dropped["nuclei in no patch that was taken"]
+    cut = table["total", "cut nuclei in patches"]
+    assert len(store.labels) - cut <= shown <= len(store.labels)
     without = set(range(len(sample.truth.cell_ids))) - set(sample.truth.nucleus_cell.tolist())
     assert dropped["cells without a nucleus outline"] == len(without) > 0
     assert store.attrs["image"]["mpp"] == pytest.approx(sample.truth.he_mpp)
