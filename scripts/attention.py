@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from celldetr.inference.attention import choose_nuclei, measure_attention, write_drawn
+from celldetr.inference.attention import choose_nuclei, measure_attention
 from celldetr.inference.predict import attend_patches
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
-from celldetr.runtime.files import write_json
+from celldetr.runtime.files import write_json, write_npz
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
@@ -37,7 +37,7 @@ def main(snakemake):
     radius = params.radius_um / store.mpp
     nuclei = choose_nuclei(store, params.nuclei, params.seed)
     drawn, share = measure_attention(patches, store, nuclei=nuclei, radius=radius)
-    write_drawn(snakemake.output.points, drawn)
+    write_npz(snakemake.output.points, drawn)
     origin = {
         "experiment": snakemake.wildcards.experiment,
         "split": int(snakemake.wildcards.split),

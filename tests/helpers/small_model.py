@@ -6,8 +6,9 @@ from celldetr.config.experiment import BackboneSettings, ModelSettings, Represen
 from celldetr.model.celldetr import CellDETR
 
 
-def small_settings(mode, *, layers=3, tokens=0, self_attention="after_first", **changes):
+def small_settings(mode, *, tokens=0, self_attention="after_first", offset_init="authors", **changes):
     """Return the settings of a model of one mode."""
+    representation = {"self_attention": self_attention, "global_tokens": tokens, "offset_init": offset_init}
     sizes = {
         "classes": ("a", "b", "c"),
         "d_model": 32,
@@ -18,7 +19,7 @@ def small_settings(mode, *, layers=3, tokens=0, self_attention="after_first", **
         "decoder_layers": 2,
         "queries": 10,
         "backbone": BackboneSettings(block="basic", layers=(1, 1, 1, 1), width=8, stages=(2, 3), norm="group"),
-        "representation": RepresentationSettings(layers=layers, self_attention=self_attention, global_tokens=tokens),
+        "representation": RepresentationSettings(layers=3, **representation),
     }
     return ModelSettings(mode=mode, **{**sizes, **changes})
 

@@ -5,7 +5,7 @@ Without torch, because figure 3 reads the files that are written here.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
-from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.runtime.files import read_npz, write_npz
+from celldetr.runtime.files import read_npz
 from celldetr.store import PatchStore
 
 MARGIN = 0.125  # of the patch: nuclei to draw are at least this far from its edge, if there are enough of them
@@ -24,24 +23,16 @@ SIZES = (25.0, 90.0)  # percentiles of the box area of a class between which nuc
 
 
 class PatchAttention(NamedTuple):
-    """The D detections of a patch and what the last decoder layer sampled for each.
-
-    Attributes
-    ----------
-    boxes
-        Boxes (D, 4), xyxy px; they may reach beyond the patch.
-    nucleus_score
-        (D,) in [0, 1].
-    points
-        Sampling points (D, T, 2), x then y, px; T = heads * levels * points per level.
-    weights
-        Attention weights (D, T); their sum over T is 1.
-    """
+    """The D detections of a patch and what the last decoder layer sampled for each."""
 
     boxes: NDArray[np.float32]
+    """(D, 4), xyxy px; they may reach beyond the patch."""
     nucleus_score: NDArray[np.float32]
+    """(D,) in [0, 1]."""
     points: NDArray[np.float32]
+    """Sampling points (D, T, 2), x then y, px; T = heads * levels * points per level."""
     weights: NDArray[np.float32]
+    """Attention weights (D, T); their sum over T is 1."""
 
 
 _Row = tuple[NDArray[Any], Any, NDArray[Any], NDArray[Any]]
@@ -50,48 +41,31 @@ _Row = tuple[NDArray[Any], Any, NDArray[Any], NDArray[Any]]
 
 @dataclass(frozen=True)
 class DrawnNuclei:
-    """F nuclei of figure 3 with the attention of one model; every model shows the same nuclei of a store.
-
-    Attributes
-    ----------
-    patch
-        Index of the patch of each nucleus (F,).
-    nucleus
-        Index of the nucleus in the store (F,).
-    label
-        Class of the nucleus (F,).
-    true_box
-        Boxes (F, 4), xyxy px.
-    image
-        Whole patches (F, S, S, 3) uint8.
-    found
-        Whether a detection is paired with the nucleus (F,). If not, its entries below are NaN.
-    box
-        Predicted boxes (F, 4), xyxy px.
-    nucleus_score
-        Nucleus scores (F,).
-    points
-        Sampling points (F, T, 2), x then y, px; T = heads * levels * points per level.
-    weights
-        Attention weights (F, T); their sum over T is 1.
-    classes
-        Class names.
-    mpp
-        um per px.
-    """
+    """F nuclei of figure 3 with the attention of one model; every model shows the same nuclei of a store."""
 
     patch: NDArray[np.int64]
+    """Index of the patch of each nucleus (F,)."""
     nucleus: NDArray[np.int64]
+    """Index of the nucleus in the store (F,)."""
     label: NDArray[np.int8]
+    """Class of the nucleus (F,)."""
     true_box: NDArray[np.float32]
+    """(F, 4), xyxy px."""
     image: NDArray[np.uint8]
+    """Whole patches (F, S, S, 3)."""
     found: NDArray[np.bool_]
+    """Whether a detection is paired with the nucleus (F,). If not, its entries below are NaN."""
     box: NDArray[np.float32]
+    """Predicted boxes (F, 4), xyxy px."""
     nucleus_score: NDArray[np.float32]
+    """(F,)."""
     points: NDArray[np.float32]
+    """(F, T, 2), as in `PatchAttention`."""
     weights: NDArray[np.float32]
+    """(F, T)."""
     classes: tuple[str, ...]
     mpp: float
+    """um per px."""
 
     def __len__(self) -> int:
         return len(self.patch)
@@ -101,21 +75,7 @@ def choose_nuclei(store: PatchStore, count: int, seed: int) -> NDArray[np.int64]
     """Choose nuclei to draw from the truth alone, so that every model shows the same ones.
 
     Classes take turns. Within a class, a random nucleus is taken of those well inside their patch and of usual size,
-    from an unused patch if there is one.
-
-    Parameters
-    ----------
-    store
-        Patch store of the test fold.
-    count
-        Nuclei to choose; fewer are returned if the store has fewer.
-    seed
-        Seed of the draw.
-
-    Returns
-    -------
-    NDArray
-        Indices of the nuclei (F,), in order of class.
+    from an unused patch if there is one. Returns indices of at most `count` nuclei (F,), in order of class.
     """
     rng = np.random.default_rng(seed)
     boxes, labels = np.asarray(store.boxes, dtype=np.float64), np.asarray(store.labels)
@@ -156,21 +116,9 @@ def _candidates(
 def share_inside(
     points: NDArray[np.floating], weights: NDArray[np.floating], boxes: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Share of the attention weight that falls on points inside a box, edges included (to `EDGE` px).
+    """Share (D,) of the weights (D, T) of points (D, T, 2) that lie in their box (D, 4), edges included (to `EDGE` px).
 
-    Parameters
-    ----------
-    points
-        Sampling points (D, T, 2), x then y, px.
-    weights
-        Attention weights (D, T).
-    boxes
-        One box per row (D, 4), xyxy px.
-
-    Returns
-    -------
-    NDArray
-        Shares (D,) in [0, 1].
+    Points and boxes (xyxy) are in px.
     """
     low, high = boxes[:, None, :2] - EDGE, boxes[:, None, 2:] + EDGE
     inside = ((points >= low) & (points <= high)).all(axis=-1)
@@ -199,11 +147,9 @@ def measure_attention(
 
     Returns
     -------
-    DrawnNuclei
-        Points and weights of the nuclei to draw.
-    dict
-        ``nuclei`` (number of pairs), ``share_true_box`` and ``share_predicted_box`` (means over them, None without
-        any), ``n_truth``, ``n_detections``, and per class ``nuclei`` and ``share_true_box``.
+    DrawnNuclei, dict
+        The nuclei to draw; and ``nuclei`` (number of pairs), ``share_true_box`` and ``share_predicted_box`` (means over
+        them, None without any), ``n_truth``, ``n_detections``, and per class ``nuclei`` and ``share_true_box``.
     """
     paired, in_true, in_predicted = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
     drawn: dict[int, _Row] = {}
@@ -223,17 +169,14 @@ def measure_attention(
         rows = zip(boxes[pairs.predicted], patch.nucleus_score[pairs.predicted], points, weights, strict=True)
         drawn |= {k: row for k, row in zip(paired[-1].tolist(), rows, strict=True) if k in nuclei}
     shares, labels = np.concatenate(in_true), store.labels[np.concatenate(paired)]
-    classes = {
-        name: {"nuclei": int((labels == k).sum()), "share_true_box": _mean(shares[labels == k])}
-        for k, name in enumerate(store.classes)
-    }
+    of_classes = {name: shares[labels == k] for k, name in enumerate(store.classes)}
     return _drawn_nuclei(store, nuclei, drawn), {
         "nuclei": len(shares),
         "share_true_box": _mean(shares),
         "share_predicted_box": _mean(np.concatenate(in_predicted)),
         "n_truth": len(store.labels),
         "n_detections": n_detections,
-        "classes": classes,
+        "classes": {name: {"nuclei": len(own), "share_true_box": _mean(own)} for name, own in of_classes.items()},
     }
 
 
@@ -271,19 +214,8 @@ def _drawn_nuclei(store: PatchStore, nuclei: NDArray[np.int64], drawn: Mapping[i
     )
 
 
-def write_drawn(path: str | os.PathLike[str], drawn: DrawnNuclei) -> None:
-    """Write nuclei to draw as an NPZ file."""
-    write_npz(path, drawn)
-
-
 def read_drawn(path: str | os.PathLike[str]) -> DrawnNuclei:
-    """Read what `write_drawn` wrote.
-
-    Raises
-    ------
-    InputError
-        Not such a file.
-    """
+    """Read the file that `celldetr.runtime.files.write_npz` made of `DrawnNuclei`."""
     arrays = read_npz(path, DrawnNuclei, "attention")
     plain = {"classes": tuple(map(str, arrays["classes"])), "mpp": float(arrays["mpp"])}
     return DrawnNuclei(**{**arrays, **plain})
@@ -294,24 +226,3 @@ def read_share(path: str | os.PathLike[str]) -> tuple[float, int]:
     record = json.loads(Path(path).read_text(encoding="utf-8"))
     mean = record["share_true_box"]
     return float("nan") if mean is None else float(mean), record["nuclei"]
-
-
-def check_same_nuclei(drawn: Sequence[DrawnNuclei], names: Sequence[str]) -> None:
-    """Refuse to compare models on different nuclei.
-
-    Raises
-    ------
-    ConfigError
-        Nothing to draw.
-    InputError
-        The nuclei of two models differ.
-    """
-    if not drawn or not len(drawn[0]):
-        raise ConfigError("figure 3: got no nuclei to draw, expected at least one in the test fold")
-    for other, name in zip(drawn, names, strict=True):
-        same = np.array_equal(other.nucleus, drawn[0].nucleus) and np.array_equal(other.image, drawn[0].image)
-        if not same:
-            raise InputError(
-                f"attention of {name}: its nuclei are not those of {names[0]}; run the attention rule for both "
-                "on the same store"
-            )

@@ -18,6 +18,7 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
+from celldetr.config.base import Precision
 from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in
 from celldetr.runtime.errors import ConfigError
@@ -51,13 +52,7 @@ class Tiling:
 
     @classmethod
     def of(cls, size: int, mpp: float, margin_um: float) -> "Tiling":
-        """Tiling with a margin given in um.
-
-        Raises
-        ------
-        ConfigError
-            The margins leave no core.
-        """
+        """Tiling with a margin given in um; `ConfigError` if the margins leave no core."""
         margin = round(margin_um / mpp)
         if 2 * margin >= size:
             raise ConfigError(
@@ -72,17 +67,7 @@ class Tiling:
         return self.size - 2 * self.margin
 
     def grid(self, image_size: tuple[int, int], image_mpp: float, tissue: Raster) -> PatchGrid:
-        """Tiles whose cores have tissue.
-
-        Parameters
-        ----------
-        image_size
-            Width and height of level 0, px.
-        image_mpp
-            Size of a level-0 pixel in um.
-        tissue
-            Where there is tissue.
-        """
+        """Tiles of an image (width and height of level 0, px, and um per px) whose cores have tissue."""
         ratio = self.mpp / image_mpp
         across, down = (max(1, int(np.ceil(side / ratio / self.core))) for side in image_size)
         columns, rows = np.meshgrid(np.arange(across), np.arange(down))
@@ -123,14 +108,10 @@ def detect_slide(
 
     Parameters
     ----------
-    path
-        File of the slide.
-    detector
-        Finds nuclei in tiles.
-    tiling
-        How the slide is divided.
-    slide
-        Name of the slide, for messages.
+    path, slide
+        File of the slide, and its name for messages.
+    detector, tiling
+        What finds nuclei in tiles, and how the slide is divided.
     slide_mpp
         Size of a level-0 pixel in um; None: as the file says.
     batch_size
@@ -236,7 +217,7 @@ def _duplicates(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: ND
     return np.array(sorted(gone), dtype=np.int64)
 
 
-def model_detector(model: CellDETR, nucleus_threshold: float, device: str, precision: str = "fp32") -> Detector:
+def model_detector(model: CellDETR, nucleus_threshold: float, device: str, precision: Precision = "fp32") -> Detector:
     """Make a detector from a trained model on `device`; for precision see `celldetr.model.device.computing_in`."""
 
     def find(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:

@@ -1,7 +1,6 @@
 """Embeddings of nuclei in given boxes by the representation decoder."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +15,6 @@ from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
 
 
-class EmbeddedPatch(NamedTuple):
-    """Index of a patch of a store, and the embeddings (n, C) float32 of its nuclei in the order of the store."""
-
-    patch: int
-    embeddings: NDArray[np.float32]
-
-
 def embed_patches(
     model: CellDETR,
     store: PatchStore,
@@ -31,19 +23,17 @@ def embed_patches(
     device: str,
     patches: ArrayLike | None = None,
     progress: bool = False,
-) -> Iterator[EmbeddedPatch]:
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Embed the nuclei of the patches of a store in their true boxes, see `embed_boxes`. Labels have no influence.
 
     Parameters
     ----------
-    model
-        Model with a representation decoder, on `device`.
+    model, device
+        As in `embed_boxes`.
     store
         Patch store; its classes need not be those of the model.
     batch_size
         Patches at once.
-    device
-        Where the model is, e.g. ``cpu`` or ``cuda``.
     patches
         Indices (P,) of patches in the order wanted; None: all in order.
     progress
@@ -51,8 +41,8 @@ def embed_patches(
 
     Yields
     ------
-    EmbeddedPatch
-        One for each patch, also for those without nuclei.
+    int, NDArray
+        Index of each patch, also of those without nuclei, and embeddings (n, C) in the order of the store.
 
     Raises
     ------
@@ -68,7 +58,7 @@ def embed_patches(
                 embedded = embed_boxes(model, store.images(indices), boxes, device=device)
             except InputError as error:
                 raise InputError(f"{store.path}, patches {indices[0]} to {indices[-1]}: {error}") from error
-            yield from map(EmbeddedPatch, indices, embedded)
+            yield from zip(indices, embedded, strict=True)
             bar.update(len(indices))
 
 
@@ -88,14 +78,9 @@ def embed_boxes(
     images
         (B, S, S, 3).
     boxes
-        For each image, boxes (n, 4), xyxy px; n = 0 is legal.
+        For each image, boxes (n, 4), xyxy px; n = 0 is legal. Its embeddings (n, C) have the same order.
     device
         Where the model is, e.g. ``cpu`` or ``cuda``.
-
-    Returns
-    -------
-    list of NDArray
-        For each image, embeddings (n, C) in the order of its boxes.
 
     Raises
     ------

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from celldetr.config.base import Precision
 from celldetr.evaluation.predictions import Predictions, write_predictions
 from celldetr.inference.attention import PatchAttention
 from celldetr.model.celldetr import CellDETR, float_images
@@ -31,7 +32,7 @@ def predict_fold(
     batch_size: int,
     class_map: Mapping[str, str] | None = None,
     device: str = "cpu",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> int:
@@ -39,10 +40,8 @@ def predict_fold(
 
     Parameters
     ----------
-    model
-        Model on `device`.
-    store
-        Patch store of the test fold.
+    model, store
+        Model on `device`, and patch store of the test fold.
     path
         File to write, see `celldetr.evaluation.predictions`. Boxes are clipped to the patch, px.
     nucleus_threshold
@@ -71,8 +70,6 @@ def predict_fold(
     ------
     InputError
         The classes of the model are neither those of the store nor mapped to them by `class_map`.
-    ConfigError
-        Unknown precision.
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
@@ -83,7 +80,8 @@ def predict_fold(
             batch = model.predict(images, nucleus_threshold)
         for index, found in enumerate(batch, start):
             clipped = _numpy(found.boxes).clip(0, store.patch_size)
-            mapped = _mapped(_numpy(found.class_scores), sources)
+            scores = _numpy(found.class_scores)
+            mapped = np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
             query = _numpy(found.query)
             rows.append((np.full(len(query), index), query, clipped, _numpy(found.nucleus_score), mapped))
     own = {"nucleus_threshold": nucleus_threshold, "mode": model.settings.mode}
@@ -117,19 +115,13 @@ def attend_patches(
     nucleus_threshold: float,
     batch_size: int,
     device: str = "cpu",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     progress: bool = False,
 ) -> Iterator[PatchAttention]:
     """Predict all patches of a store in order and yield what the last decoder layer sampled for each detection.
 
     For parameters see `predict_fold`.
-
-    Raises
-    ------
-    InputError
-        The classes of the model are not those of the store.
     """
-    _check_classes(model, store)
     for _, images in _batches(store, batch_size, device, progress):
         with computing_in(precision, device):
             batch = model.attention(images, nucleus_threshold)
@@ -143,20 +135,16 @@ def attend_patches(
             )
 
 
-def _check_classes(model: CellDETR, store: PatchStore) -> None:
-    if tuple(model.settings.classes) != tuple(store.classes):
-        raise InputError(
-            f"the model has classes {tuple(model.settings.classes)}, the store {store.path} {tuple(store.classes)}; "
-            "predict with a model that was trained on these classes"
-        )
-
-
 def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, str] | None) -> list[list[int]]:
     """List for each class of the store the model's classes that map to it."""
     names = tuple(model.settings.classes)
-    if class_map is None or names == tuple(store.classes):
-        _check_classes(model, store)
+    if names == tuple(store.classes):
         return [[index] for index in range(len(names))]
+    if class_map is None:
+        raise InputError(
+            f"the model has classes {names}, the store {store.path} {tuple(store.classes)}; predict with a model that "
+            "was trained on these classes"
+        )
     unmapped = [name for name in names if class_map.get(name) not in store.classes]
     if unmapped:
         raise InputError(
@@ -164,11 +152,6 @@ def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, s
             f"was trained on some of {tuple(class_map)}"
         )
     return [[k for k, name in enumerate(names) if class_map[name] == target] for target in store.classes]
-
-
-def _mapped(scores: NDArray[np.float32], sources: list[list[int]]) -> NDArray[np.float32]:
-    """Turn scores (D, K) of the model's classes into scores of the store's classes."""
-    return np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
 
 
 def _batches(store: PatchStore, batch_size: int, device: str, progress: bool) -> Iterator[tuple[int, Tensor]]:

@@ -43,19 +43,16 @@ def measure_similarity(
         As in `celldetr.inference.predict.predict_fold`.
     patches
         Indices (P,) of the patches to draw, see `celldetr.evaluation.similarity.choose_readable`.
-    seed
-        Seed of the noise.
-    noise
-        Range of the noise.
+    seed, noise
+        Seed and range of the noise.
 
     Returns
     -------
-    DrawnSimilarities
-        Matrices of the patches to draw.
-    dict
-        ``retrieval`` (share of the anchors whose most similar original is their own), ``chance`` (the same for a random
-        choice), ``own`` and ``others`` (mean similarity to the own original and to the others of the patch), all four
-        None without a patch of at least two nuclei; ``anchors`` and ``patches`` (their numbers).
+    DrawnSimilarities, dict
+        Matrices of the patches to draw; and ``retrieval`` (share of the anchors whose most similar original is their
+        own), ``chance`` (the same for a random choice), ``own`` and ``others`` (mean similarity to the own original and
+        to the others of the patch), all four None without a patch of at least two nuclei; ``anchors`` and ``patches``
+        (their numbers).
 
     Raises
     ------

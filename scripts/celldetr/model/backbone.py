@@ -44,12 +44,13 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
     return layer
 
 
-def conv_norm(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """Convolve and normalise maps (B, inputs, h, w).
+def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """Convolve (an `nn.Conv2d`) and normalise maps (B, inputs, h, w).
 
     A frozen norm is folded into the weights of the convolution. This saves a pass over the result, which then need not
     be kept for the backward pass either.
     """
+    assert isinstance(convolution, nn.Conv2d)
     if not isinstance(norm, FrozenBatchNorm):
         out: Tensor = norm(convolution(x))
         return out
@@ -58,59 +59,38 @@ def conv_norm(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, shift, convolution.stride, convolution.padding)
 
 
-class Shortcut(nn.Sequential):
-    """Path beside the convolutions of a block: a 1x1 convolution and its norm, or nothing if the shape stays."""
+class Block(nn.Module):
+    """Convolutions beside a shortcut: 1x1, 3x3, 1x1 to 4 * width channels (bottleneck), or 3x3 twice (basic).
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
-        changed = stride != 1 or inputs != outputs
-        super().__init__(*(_convolution(inputs, outputs, 1, stride), norm(outputs)) if changed else ())
+    The first 3x3 convolution has the stride.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm, *, bottleneck: bool) -> None:
+        super().__init__()
+        self.outputs = 4 * width if bottleneck else width
+        sizes = [(inputs, width, 3, stride), (width, width, 3, 1)]
+        if bottleneck:
+            sizes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, self.outputs, 1, 1)]
+        self.layers = range(1, len(sizes) + 1)
+        for index, (source, target, kernel, step) in zip(self.layers, sizes, strict=True):
+            self.add_module(f"conv{index}", _convolution(source, target, kernel, step))
+            self.add_module(f"bn{index}", norm(target))
+        changed = stride != 1 or inputs != self.outputs
+        self.downsample = nn.Sequential(
+            *(_convolution(inputs, self.outputs, 1, stride), norm(self.outputs)) if changed else ()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn maps (B, inputs, h, w) into (B, outputs, h / stride, w / stride)."""
-        if not len(self):
-            return x
-        convolution, norm = self
-        assert isinstance(convolution, nn.Conv2d)
-        return conv_norm(convolution, norm, x)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
-
-    expansion = 1
-
-    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = _convolution(inputs, width, 3, stride), norm(width)
-        self.conv2, self.bn2 = _convolution(width, width, 3), norm(width)
-        self.downsample = Shortcut(inputs, width, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn maps (B, inputs, h, w) into (B, width, h / stride, w / stride)."""
-        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = conv_norm(self.conv2, self.bn2, y)
-        return F.relu(y + self.downsample(x), inplace=True)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride) and 1x1 convolutions beside a shortcut; the output has 4 * width channels."""
-
-    expansion = 4
-
-    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        outputs = width * self.expansion
-        self.conv1, self.bn1 = _convolution(inputs, width, 1), norm(width)
-        self.conv2, self.bn2 = _convolution(width, width, 3, stride), norm(width)
-        self.conv3, self.bn3 = _convolution(width, outputs, 1), norm(outputs)
-        self.downsample = Shortcut(inputs, outputs, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn maps (B, inputs, h, w) into (B, 4 * width, h / stride, w / stride)."""
-        y = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        y = F.relu(conv_norm(self.conv2, self.bn2, y), inplace=True)
-        y = conv_norm(self.conv3, self.bn3, y)
-        return F.relu(y + self.downsample(x), inplace=True)
+        y = x
+        for index in self.layers:
+            y = conv_norm(self.get_submodule(f"conv{index}"), self.get_submodule(f"bn{index}"), y)
+            if index < len(self.layers):
+                y = F.relu(y, inplace=True)
+        if len(self.downsample):
+            convolution, norm = self.downsample
+            x = conv_norm(convolution, norm, x)
+        return F.relu(y + x, inplace=True)
 
 
 class Backbone(CheckpointedLayers):
@@ -119,17 +99,18 @@ class Backbone(CheckpointedLayers):
     def __init__(self, settings: BackboneSettings) -> None:
         super().__init__()
         norm: Norm = FrozenBatchNorm if settings.norm == "frozen_batch" else group_norm
-        block = Bottleneck if settings.block == "bottleneck" else BasicBlock
         self.stages = settings.stages
         self.conv1, self.bn1 = _convolution(3, settings.width, 7, stride=2), norm(settings.width)
         inputs, self.channels = settings.width, []
         for stage in range(1, max(settings.stages) + 1):
             width = settings.width * 2 ** (stage - 1)
-            blocks = []
+            blocks = nn.Sequential()
             for index in range(settings.layers[stage - 1]):
-                blocks.append(block(inputs, width, 2 if stage > 1 and index == 0 else 1, norm))
-                inputs = width * block.expansion
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+                stride = 2 if stage > 1 and index == 0 else 1
+                block = Block(inputs, width, stride, norm, bottleneck=settings.block == "bottleneck")
+                blocks.append(block)
+                inputs = block.outputs
+            self.add_module(f"layer{stage}", blocks)
             if stage in settings.stages:
                 self.channels.append(inputs)
 

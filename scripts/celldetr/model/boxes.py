@@ -72,8 +72,8 @@ def noise(boxes: Tensor, uniforms: Tensor, *, low: float, high: float, enlarge: 
     boxes = _at_least_float32(boxes)
     draws = uniforms.to(device=boxes.device, dtype=boxes.dtype)
     magnitude = low + (high - low) * draws[..., :4]
-    grow = _sign(draws[..., 4:6] < enlarge) * magnitude[..., :2]
-    move = _sign(draws[..., 6:8] < 0.5) * magnitude[..., 2:]
+    grow = torch.where(draws[..., 4:6] < enlarge, 1, -1) * magnitude[..., :2]
+    move = torch.where(draws[..., 6:8] < 0.5, 1, -1) * magnitude[..., 2:]
     centre, size = boxes.split(2, dim=-1)
     noised = cxcywh_to_xyxy(torch.cat((centre + 0.5 * move * size, size * (1 + grow)), dim=-1)).clamp(0, 1)
     centre, size = xyxy_to_cxcywh(noised).split(2, dim=-1)
@@ -95,8 +95,3 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """Part / whole, 0 if the whole is empty; written so that NaN passes and the unused branch has no gradient."""
     empty = whole <= _NO_AREA
     return torch.where(empty, 0, part / torch.where(empty, 1, whole))
-
-
-def _sign(positive: Tensor) -> Tensor:
-    """+1 where true, -1 where false."""
-    return torch.where(positive, 1.0, -1.0)

@@ -25,57 +25,36 @@ def float_images(images: Tensor) -> Tensor:
 
 
 class Features(NamedTuple):
-    """Encoded tokens of a batch of images.
-
-    Attributes
-    ----------
-    memory
-        Encoded tokens (B, T, C), level after level, rows first.
-    shapes
-        Height and width of each level; T is the sum of their products.
-    """
+    """Encoded tokens of a batch of images."""
 
     memory: Tensor
+    """(B, T, C), level after level, rows first."""
     shapes: Shapes
+    """Height and width of each level; T is the sum of their products."""
 
 
 class Detections(NamedTuple):
-    """Output of each layer of the detection decoder; the last layer's is the result.
-
-    Attributes
-    ----------
-    logits
-        (L, B, Q, 1) of the nucleus score, or (L, B, Q, K) of the classes in mode ``baseline``.
-    boxes
-        (L, B, Q, 4), cxcywh in [0, 1].
-    """
+    """Output of each layer of the detection decoder; the last layer's is the result."""
 
     logits: Tensor
+    """(L, B, Q, 1) of the nucleus score, or (L, B, Q, K) of the classes in mode ``baseline``."""
     boxes: Tensor
+    """(L, B, Q, 4), cxcywh in [0, 1]."""
 
 
 class ImagePredictions(NamedTuple):
-    """The D nuclei found in one image, in the order of their queries.
-
-    Attributes
-    ----------
-    query
-        Query that found it (D,) int64.
-    boxes
-        (D, 4) float, xyxy px; a box may reach beyond the image.
-    nucleus_score
-        (D,) in [0, 1]; the highest class score in mode ``baseline``.
-    class_scores
-        (D, K) in [0, 1].
-    embeddings
-        (D, C), None in mode ``baseline``.
-    """
+    """The D nuclei found in one image, in the order of their queries."""
 
     query: Tensor
+    """Query that found it (D,) int64."""
     boxes: Tensor
+    """(D, 4) float, xyxy px; a box may reach beyond the image."""
     nucleus_score: Tensor
+    """(D,) in [0, 1]; the highest class score in mode ``baseline``."""
     class_scores: Tensor
+    """(D, K) in [0, 1]."""
     embeddings: Tensor | None
+    """(D, C), None in mode ``baseline``."""
 
 
 class InputProjection(nn.Module):
@@ -104,13 +83,9 @@ class InputProjection(nn.Module):
 
 
 class CellDETR(nn.Module):
-    """Deformable DETR with a representation decoder.
+    """Deformable DETR with a representation decoder (but in mode ``baseline``).
 
-    Parameters
-    ----------
-    settings
-        Sizes and options, the mode, and the classes. There is a class head only if there are classes, and a projection
-        head only if it has a width.
+    There is a class head only if there are classes, and a projection head only if it has a width.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -133,30 +108,28 @@ class CellDETR(nn.Module):
         if not self.baseline and classes:
             self.class_head = class_head(settings.d_model, classes)
         if settings.projection:
-            self.projection = projection_head(settings.d_model, settings.projection)
+            wide = 2 * settings.d_model  # two layers with a ReLU (paper, 3.3)
+            self.projection = nn.Sequential(
+                nn.Linear(settings.d_model, wide), nn.ReLU(), nn.Linear(wide, settings.projection)
+            )
         self.layout = torch.channels_last if settings.kernel == "auto" else torch.contiguous_format
         for part in (self.backbone, self.input_projection):  # convolutions are faster with channels last
             part.to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def encode(self, images: Tensor) -> Features:
         """Encode images (B, 3, h, w), RGB in [0, 1]."""
-        tokens, position, shapes = self.tokens(images)
+        normed = ((images - self.image_mean) / self.image_std).contiguous(memory_format=self.layout)
+        maps = self.input_projection(self.backbone(normed))
+        shapes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
+        exact, channels, offset = self.level_embed.dtype, self.settings.d_model, self.settings.position_offset
+        codes = [sine_code(shape, channels, offset, images.device).to(exact) for shape in shapes]
+        position = torch.cat([code + level for code, level in zip(codes, self.level_embed, strict=True)])
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1).to(exact)
         memory = self.encoder(tokens, position, shapes)
         kind = memory.device.type
         if torch.is_autocast_enabled(kind):  # cast once, instead of in each layer of the decoders
             memory = memory.to(torch.get_autocast_dtype(kind))
         return Features(memory, shapes)
-
-    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Shapes]:
-        """Tokens (B, T, C) before the encoder, their position code (T, C), and the shapes of the levels."""
-        normed = ((images - self.image_mean) / self.image_std).contiguous(memory_format=self.layout)
-        maps = self.input_projection(self.backbone(normed))
-        shapes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
-        kind, channels, offset = self.level_embed.dtype, self.settings.d_model, self.settings.position_offset
-        codes = [sine_code(shape, channels, offset, images.device).to(kind) for shape in shapes]
-        position = torch.cat([code + level for code, level in zip(codes, self.level_embed, strict=True)])
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1).to(kind)
-        return tokens, position, shapes
 
     def detect(self, features: Features) -> Detections:
         """Find nuclei; returns the result of every layer, for the auxiliary losses."""
@@ -210,25 +183,14 @@ class CellDETR(nn.Module):
         return projected
 
     def predict(self, images: Tensor, nucleus_threshold: float) -> list[ImagePredictions]:
-        """Find nuclei with a score of at least the threshold, with dropout and gradients off.
-
-        Parameters
-        ----------
-        images
-            (B, 3, h, w), RGB in [0, 1].
-        nucleus_threshold
-            In [0, 1].
-        """
+        """Find nuclei in images (B, 3, h, w), RGB in [0, 1], with dropout and gradients off."""
         return [found for found, _ in self.attention(images, nucleus_threshold)]
 
     def attention(self, images: Tensor, nucleus_threshold: float) -> list[tuple[ImagePredictions, SamplingPoints]]:
         """Predict, and return the points that the last decoder layer sampled for each nucleus.
 
-        Returns
-        -------
-        list of (ImagePredictions, SamplingPoints)
-            For each image, D nuclei and their points: locations (D, H, L, P, 2), weights (D, H, L, P). The decoder is
-            the representation decoder, or the detection decoder in mode ``baseline``.
+        For each image, D nuclei and their points: locations (D, H, L, P, 2), weights (D, H, L, P). The decoder is the
+        representation decoder, or the detection decoder in mode ``baseline``.
         """
         with evaluating(self):
             features = self.encode(images)
@@ -262,15 +224,9 @@ class CellDETR(nn.Module):
         """
         valid, rows = None, kept
         if self.settings.mode == "parallel":
-            largest = max((len(query) for query in kept), default=0)
-            padded = torch.stack([nn.functional.pad(query, (0, largest - len(query))) for query in kept])
+            padded = nn.utils.rnn.pad_sequence(kept, batch_first=True)
             boxes = boxes.gather(1, padded[..., None].expand(-1, -1, 4))
             counts = torch.tensor([len(query) for query in kept]).to(boxes.device, non_blocking=True)
-            valid = torch.arange(largest, device=boxes.device) < counts[:, None]
+            valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
             rows = [torch.arange(len(query), device=boxes.device) for query in kept]
         return rows, *self.representation(features.memory, features.shapes, boxes, valid)
-
-
-def projection_head(channels: int, outputs: int) -> nn.Sequential:
-    """Two linear layers with a ReLU, twice as wide inside (paper, 3.3)."""
-    return nn.Sequential(nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, outputs))

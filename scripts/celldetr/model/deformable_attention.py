@@ -1,7 +1,7 @@
 """Multi-scale deformable attention with point, box and box-constrained references (paper, eqs. 1 to 4)."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,14 @@ from celldetr.config.experiment import Kernel, ModelSettings
 from celldetr.model.device import cached_tensor, full_precision
 from celldetr.model.sampling import Compile, Shapes, choose_sampler
 
-OffsetInit = Literal["authors", "spread"]
-
 
 class SamplingPoints(NamedTuple):
-    """Sampling points of each query and their attention weights.
-
-    Attributes
-    ----------
-    locations
-        Points (B, Q, H, L, P, 2), x then y in [0, 1] of the patch.
-    weights
-        Attention (B, Q, H, L, P); its sum over L and P is 1.
-    """
+    """Sampling points of each query and their attention weights."""
 
     locations: Tensor
+    """(B, Q, H, L, P, 2), x then y in [0, 1] of the patch."""
     weights: Tensor
+    """(B, Q, H, L, P); the sum over L and P is 1."""
 
 
 class DeformableAttention(nn.Module):
@@ -41,14 +33,11 @@ class DeformableAttention(nn.Module):
         Feature levels L.
     constrained
         Keep every point inside the query's box (eq. 4). Otherwise a box reference only scales the offsets (eq. 3).
-    offset_init
-        Initial distances of the points of constrained attention: ``authors`` 1 to P (through tanh nearly all on the
-        border of the box), ``spread`` 1/(2P), 3/(2P), ... of the half box.
+        Initial distances of constrained points are those of ``representation.offset_init``: ``authors`` 1 to P (through
+        tanh nearly all on the border of the box), ``spread`` 1/(2P), 3/(2P), ... of the half box.
     """
 
-    def __init__(
-        self, settings: ModelSettings, levels: int, *, constrained: bool = False, offset_init: OffsetInit = "authors"
-    ) -> None:
+    def __init__(self, settings: ModelSettings, levels: int, *, constrained: bool = False) -> None:
         super().__init__()
         d_model, heads, points = settings.d_model, settings.heads, settings.points
         self.heads, self.levels, self.points = heads, levels, points
@@ -59,9 +48,9 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(d_model, heads * levels * points)
         self.value_proj = nn.Linear(d_model, d_model)
         self.output_proj = nn.Linear(d_model, d_model)
-        self._initialise(offset_init if constrained else "authors")
+        self._initialise(spread=constrained and settings.representation.offset_init == "spread")
 
-    def _initialise(self, offset_init: OffsetInit) -> None:
+    def _initialise(self, *, spread: bool) -> None:
         """Head m starts along the angle 2 pi m / H; attention starts uniform."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
@@ -69,7 +58,7 @@ class DeformableAttention(nn.Module):
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
         steps = torch.arange(1, self.points + 1, dtype=torch.float32)
         distance = direction[:, None] * steps[None, :, None]  # (H, P, 2)
-        if offset_init == "spread":
+        if spread:
             distance = torch.atanh(direction[:, None] * ((2 * steps - 1) / (2 * self.points))[None, :, None])
         bias = distance[:, None].expand(-1, self.levels, -1, -1)
         with torch.no_grad():
@@ -83,28 +72,10 @@ class DeformableAttention(nn.Module):
     def forward(
         self, query: Tensor, reference: Tensor, memory: Tensor, shapes: Shapes
     ) -> tuple[Tensor, SamplingPoints]:
-        """Attend.
+        """Attend with queries (B, Q, C) to tokens (B, T, C) of levels with the given heights and widths.
 
-        Parameters
-        ----------
-        query
-            Queries (B, Q, C).
-        reference
-            Points (B, Q, 2) x, y or boxes (B, Q, 4) cxcywh, in [0, 1].
-        memory
-            Tokens (B, T, C) of all levels.
-        shapes
-            Height and width of each level.
-
-        Returns
-        -------
-        Tensor, SamplingPoints
-            (B, Q, C), and the points that were sampled.
-
-        Raises
-        ------
-        ValueError
-            The reference is neither a point nor a box, or a point in constrained attention.
+        The reference is a point (B, Q, 2) x, y or a box (B, Q, 4) cxcywh, in [0, 1]; constrained attention takes boxes.
+        Returns (B, Q, C), and the points that were sampled.
         """
         batch, queries, channels = query.shape
         grid = (batch, queries, self.heads, self.levels, self.points)
@@ -121,8 +92,7 @@ class DeformableAttention(nn.Module):
             weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
             bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
             joint = F.linear(query.to(weight.dtype), weight, bias)
-        sizes = [len(self.sampling_offsets.bias), len(self.attention_weights.bias)]
-        offsets, logits = joint.split(sizes, dim=-1)
+        offsets, logits = joint.tensor_split([len(self.sampling_offsets.bias)], dim=-1)
         return offsets, logits
 
     def _locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
@@ -132,9 +102,8 @@ class DeformableAttention(nn.Module):
             if self.constrained:
                 return centre + offsets.tanh() * half
             return centre + offsets * (half / self.points)
-        if reference.shape[-1] != 2 or self.constrained:
-            wanted = "4 (box)" if self.constrained else "2 (point) or 4 (box)"
-            raise ValueError(f"reference: got {reference.shape[-1]} numbers per query, expected {wanted}")
+        assert reference.shape[-1] == 2
+        assert not self.constrained
         size = cached_tensor(tuple((width, height) for height, width in shapes), offsets.device, offsets.dtype)
         return reference + offsets / size[:, None]
 

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from celldetr.runtime.errors import ConfigError
+from celldetr.config.base import Precision
 
 Numbers = tuple[float, ...] | tuple[tuple[float, ...], ...]
 
@@ -24,29 +24,17 @@ def has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def resolve_precision(precision: str, device: torch.device | str) -> Literal["bf16", "tf32", "fp32"]:
-    """Turn the setting `precision` into what a device computes in.
+def resolve_precision(precision: Precision, device: torch.device | str) -> Precision:
+    """Turn the setting `precision` into what a device computes in: ``bf16``, ``tf32`` or ``fp32``.
 
     ``bf16``: matrix products and convolutions in bfloat16. ``tf32``: float32 rounded to 10 bits in the matrix products
     and convolutions of a GPU; a CPU has no TF32 and computes in ``fp32``. ``auto``: bf16 on GPUs that have it, TF32 on
     other GPUs, fp32 on a CPU.
-
-    Raises
-    ------
-    ConfigError
-        Unknown precision.
     """
     on_gpu = torch.device(device).type == "cuda"
-    match precision:
-        case "bf16":
-            return "bf16"
-        case "auto" if on_gpu and has_bf16():
-            return "bf16"
-        case "auto" | "tf32":
-            return "tf32" if on_gpu else "fp32"
-        case "fp32":
-            return "fp32"
-    raise ConfigError(f"precision: got {precision!r}, expected one of auto, bf16, tf32, fp32")
+    if precision == "auto":
+        precision = "bf16" if on_gpu and has_bf16() else "tf32"
+    return "fp32" if precision == "tf32" and not on_gpu else precision
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -56,7 +44,7 @@ def allow_tf32(allowed: bool) -> None:
 
 
 @contextlib.contextmanager
-def computing_in(precision: str, device: torch.device | str) -> Iterator[None]:
+def computing_in(precision: Precision, device: torch.device | str) -> Iterator[None]:
     """Compute in a precision inside the block; see `resolve_precision`. With bf16, what stays float32 may use TF32."""
     chosen = resolve_precision(precision, device)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

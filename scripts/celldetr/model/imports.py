@@ -59,24 +59,15 @@ _UNUSED = [
 
 @dataclass(frozen=True)
 class Imported:
-    """A model from another code's checkpoint, and where each tensor went.
-
-    Attributes
-    ----------
-    model
-        In evaluation mode.
-    used
-        Name in the file -> name in the model.
-    unused
-        Name in the file -> why the model does not have it.
-    fresh
-        Name in the model -> why it did not come from the file.
-    """
+    """A model from another code's checkpoint, in evaluation mode, and where each tensor went."""
 
     model: CellDETR
     used: dict[str, str]
+    """Name in the file -> name in the model."""
     unused: dict[str, str]
+    """Name in the file -> why the model does not have it."""
     fresh: dict[str, str]
+    """Name in the model -> why it did not come from the file."""
 
 
 def import_checkpoint(
@@ -92,11 +83,9 @@ def import_checkpoint(
 
     Parameters
     ----------
-    path
+    path, source
         ``authors``: {"model_state_dict": ...} of the CellDETR repository. ``coco``: {"model": ...} of the Deformable
         DETR repository, ResNet-50, four levels, with iterative box refinement.
-    source
-        Which of the two.
     mode
         Mode of the model; the authors' sequential and parallel checkpoints cannot be told apart. From ``coco``,
         ``baseline`` takes the whole detector; the other modes take all but its class layers, and their representation
@@ -264,8 +253,8 @@ def _settings(
 def _class_names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
     """Names of classes; `count` is the number of logits in the file, None if the class head starts at random values."""
     if names is None:
-        count = len(PANNUKE_CLASSES) if count is None else count
-        return PANNUKE_CLASSES if count == len(PANNUKE_CLASSES) else tuple(f"class_{i}" for i in range(count))
+        known = count in (None, len(PANNUKE_CLASSES))
+        return PANNUKE_CLASSES if known else tuple(f"class_{i}" for i in range(count or 0))
     if count not in (None, len(names)):
         raise ConfigError(f"classes: got {len(names)} names, expected {count}, one for each class logit of the file")
     return tuple(names)

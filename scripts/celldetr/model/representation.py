@@ -32,8 +32,7 @@ class RepresentationDecoder(CheckpointedLayers):
         self.location_project = nn.Linear(2, channels)
         self.global_tokens = options.global_tokens if any(attends) and settings.mode == "parallel" else 0
         self.layers = nn.ModuleList(
-            DecoderLayer(settings, levels, self_attention=attend, constrained=True, offset_init=options.offset_init)
-            for attend in attends
+            DecoderLayer(settings, levels, self_attention=attend, constrained=True) for attend in attends
         )
 
     def forward(

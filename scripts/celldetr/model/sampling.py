@@ -53,12 +53,10 @@ class Sampling(NamedTuple):
 
 
 def choose_sampler(device: torch.device | str, *, kernel: Kernel = "auto", compiled: Compile = "auto") -> Sampling:
-    """Choose the form of the sampling.
+    """Choose the form of the sampling on a device.
 
     Parameters
     ----------
-    device
-        Where it will run.
     kernel
         ``auto``: the fastest form that the device has; ``reference``: `sample_reference`.
     compiled
@@ -166,7 +164,7 @@ def _row_sum(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _sum_gathered_rows(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum rows in operations that `torch.compile` fuses into one kernel, with the arithmetic that leads to them."""
+    """Sum rows in operations that `torch.compile` fuses into one kernel."""
     return (table[rows] * weights[..., None]).sum(dim=1)
 
 
@@ -259,16 +257,12 @@ def _(gradient: Tensor, table: Tensor, rows: Tensor, weights: Tensor) -> tuple[T
     return torch.empty_like(table), torch.empty_like(weights)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
     of_table, of_weights = _sum_rows_backward(gradient.contiguous(), *ctx.saved_tensors)
     return of_table, None, of_weights
 
 
-_sum_rows.register_autograd(_backward, setup_context=_save)
+_sum_rows.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def _transposed_product(table: Tensor, rows: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
-from celldetr.model.deformable_attention import DeformableAttention, OffsetInit, SamplingPoints
+from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
 from celldetr.model.device import CheckpointedLayers, full_precision
 from celldetr.model.sampling import Shapes
 
@@ -31,18 +31,8 @@ def sine_code(shape: tuple[int, int], channels: int, offset: float, device: torc
 
     Row i of n has the coordinate 2 pi (i + 1 - offset) / (n + 1e-6), columns likewise. The first half of the channels
     codes the row, the second the column; sine and cosine alternate, with wavelengths from 2 pi to 10,000 * 2 pi.
-    The code is shared: never change it in place.
-
-    Parameters
-    ----------
-    shape
-        Height and width of the map.
-    channels
-        Features of the code, a multiple of 4.
-    offset
-        0 for CellDETR, 0.5 for COCO Deformable DETR.
-    device
-        Where the code is needed.
+    `shape` is height and width; `channels` is a multiple of 4; `offset` is 0 for CellDETR, 0.5 for COCO Deformable
+    DETR. The code is shared: never change it in place.
     """
     with torch.inference_mode(False):
         half = channels // 2
@@ -94,16 +84,9 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Attend among queries (B, Q, C); `position` is (B, Q, C) or (Q, C).
 
-        Parameters
-        ----------
-        x
-            Queries (B, Q, C).
-        position
-            Added to queries and keys (B, Q, C) or (Q, C).
-        mask
-            Which key (last dimension) a query may attend to, bool (B, 1, Q, Q); None: every one.
+        `mask` says which key (last dimension) a query may attend to, bool (B, 1, Q, Q); None: every one.
         """
         channels = x.shape[-1]
         moved = x if position is None else x + position
@@ -118,8 +101,6 @@ class SelfAttention(nn.Module):
 
 
 class _ReluDropout(torch.autograd.Function):
-    """See `relu_dropout`."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         result = F.dropout(F.relu(x), p, training=True, inplace=True)
@@ -194,26 +175,17 @@ class Encoder(CheckpointedLayers):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention (optional), deformable attention to the memory, feed-forward layer.
-
-    For `constrained` (paper, eq. 4) and `offset_init` see `DeformableAttention`.
-    """
+    """Self-attention (optional), deformable attention to the memory, feed-forward layer."""
 
     def __init__(
-        self,
-        settings: ModelSettings,
-        levels: int,
-        *,
-        self_attention: bool = True,
-        constrained: bool = False,
-        offset_init: OffsetInit = "authors",
+        self, settings: ModelSettings, levels: int, *, self_attention: bool = True, constrained: bool = False
     ) -> None:
         super().__init__()
         if self_attention:
             self.self_attention = SelfAttention(settings.d_model, settings.heads, settings.dropout)
             self.norm_self = nn.LayerNorm(settings.d_model)
         self.has_self_attention = self_attention
-        self.cross_attention = DeformableAttention(settings, levels, constrained=constrained, offset_init=offset_init)
+        self.cross_attention = DeformableAttention(settings, levels, constrained=constrained)
         self.norm_cross = nn.LayerNorm(settings.d_model)
         self.dropout = nn.Dropout(settings.dropout)
         self.ffn = FeedForward(settings.d_model, settings.ffn, settings.dropout)
@@ -229,25 +201,11 @@ class DecoderLayer(nn.Module):
         cross_position: Tensor,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, SamplingPoints]:
-        """Transform queries.
+        """Transform queries (B, Q, C); returns them, and the points that the deformable attention sampled.
 
-        Parameters
-        ----------
-        x
-            Queries (B, Q, C).
-        reference
-            Points (B, Q, 2) or boxes (B, Q, 4) cxcywh in [0, 1].
-        memory, shapes
-            Encoded tokens (B, T, C), and height and width of the levels.
-        self_position, cross_position
-            Added to queries and keys of self-attention, to queries of the deformable attention; (B, Q, C) or (Q, C).
-        mask
-            See `SelfAttention`.
-
-        Returns
-        -------
-        Tensor, SamplingPoints
-            Queries (B, Q, C), and the points that the deformable attention sampled.
+        For reference, memory and shapes see `DeformableAttention.forward`, for the mask `SelfAttention.forward`. The
+        positions, (B, Q, C) or (Q, C), are added to queries and keys of self-attention, and to queries of the
+        deformable attention.
         """
         if self.has_self_attention:
             x = self.norm_self(x + self.dropout(self.self_attention(x, self_position, mask)))
@@ -296,10 +254,7 @@ class DetectionDecoder(CheckpointedLayers):
     def forward(self, memory: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor, SamplingPoints]:
         """Detect nuclei in encoded tokens (B, T, C).
 
-        Returns
-        -------
-        Tensor, Tensor, SamplingPoints
-            Logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and the points that the last layer sampled.
+        Returns logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and the points of the last layer.
         """
         position, content = self.query_embed.weight.chunk(2, dim=-1)
         with full_precision(memory):
@@ -307,8 +262,7 @@ class DetectionDecoder(CheckpointedLayers):
         x = content.expand(len(memory), -1, -1)
         logits, boxes = [], []
         for layer, classify, move in zip(self.layers, self.class_embed, self.bbox_embed, strict=True):
-            positions = {"self_position": position, "cross_position": position}
-            x, points = self.run(layer, x, reference, memory, shapes, **positions)
+            x, points = self.run(layer, x, reference, memory, shapes, self_position=position, cross_position=position)
             with full_precision(memory):
                 exact = x.to(self.query_embed.weight.dtype)
                 moved, before = move(exact), inverse_sigmoid(reference)

@@ -42,19 +42,7 @@ _PLAIN: list[Any] = [
 def save_model(
     path: str | os.PathLike[str], model: CellDETR, settings: ModelSettings, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model file atomically.
-
-    Parameters
-    ----------
-    path
-        File to write.
-    model
-        Model whose weights are saved.
-    settings
-        Settings that the model was built from.
-    extra
-        JSON-like values to save with it, e.g. epoch and score.
-    """
+    """Write a model file atomically, with the settings it was built from and JSON-like values, e.g. epoch and score."""
     content = {
         "format": FORMAT,
         "settings": settings.to_dict(),
@@ -84,21 +72,8 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
 def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Collection[str] = ()) -> list[str]:
     """Initialise a model from a file: a model file, or a ResNet of torchvision for the backbone alone.
 
-    Parameters
-    ----------
-    model
-        Model whose weights are replaced.
-    path
-        File to read.
-    fresh
-        Parts of the model that keep their own initial values whatever the file holds, as prefixes of parameter names:
-        ``("class_head",)`` if the classes differ, ``("class_head", "representation", "decoder.class_embed")`` to start
-        from a model of another mode.
-
-    Returns
-    -------
-    list of str
-        Names of the model's parameters and buffers that kept their values.
+    `fresh` are the parts of the model, as prefixes of parameter names, that keep their own values whatever the file
+    holds, e.g. ``("class_head",)`` if the classes differ. Returns the names of the tensors that kept their values.
 
     Raises
     ------
@@ -200,13 +175,7 @@ def _check_sums(path: str | os.PathLike[str]) -> None:
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write what `read_checkpoint` reads, atomically.
-
-    Raises
-    ------
-    OSError
-        It cannot be written.
-    """
+    """Write what `read_checkpoint` reads, atomically."""
     # Through a Python file: PyTorch's own writer reports a full disk as an unexpected position.
     with atomic(path) as temporary, temporary.open("wb") as file:
         try:

@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from celldetr.inference.attention import DrawnNuclei, check_same_nuclei, share_inside
+from celldetr.inference.attention import DrawnNuclei, share_inside
 from celldetr.report.style import ATTENTION_COLOURS, CASING, PREDICTED_COLOUR, TRUTH_COLOUR, cased, styled
+from celldetr.runtime.errors import ConfigError
 
 VIEW_SHARE = 0.9  # of each model's attention that the view of a nucleus shows
 VIEW_BOXES = (3.0, 7.0)  # smallest and largest side of a view, in sides of the box
@@ -55,16 +56,17 @@ def figure3(drawn: Sequence[DrawnNuclei], systems: Sequence[SystemShare]) -> Fig
     Parameters
     ----------
     drawn
-        One entry per model, all of the same nuclei.
+        One entry per model, all of the same nuclei of a store.
     systems
         Titles and shares, in the same order.
 
     Raises
     ------
-    ConfigError, InputError
-        Nothing to draw, or the models were run on different nuclei.
+    ConfigError
+        Nothing to draw.
     """
-    check_same_nuclei(drawn, [system.title for system in systems])
+    if not len(drawn[0]):
+        raise ConfigError("figure 3: got no nuclei to draw, expected at least one in the test fold")
     n_rows, n_columns = len(drawn[0]), 1 + len(drawn)
     width, height = 1.75 * n_columns + 0.75, 1.95 * n_rows + 1.05
     figure = Figure(figsize=(width, height))

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from celldetr.inference import attention
-from celldetr.inference.attention import (
-    PatchAttention,
-    choose_nuclei,
-    measure_attention,
-    read_share,
-    share_inside,
-)
-from celldetr.runtime.files import write_json
+from celldetr.inference.attention import PatchAttention, choose_nuclei, measure_attention, share_inside
 
 SIZE = 64
 
@@ -73,14 +66,6 @@ def test_share_is_the_weight_of_the_points_inside():
     assert share_inside(points[:0], weights[:0], boxes[:0]).shape == (0,)
 
 
-def test_shares_come_back_as_written(tmp_path):
-    path = tmp_path / "share.json"
-    write_json(path, {"share_true_box": 0.25, "nuclei": 4})
-    assert read_share(path) == (0.25, 4)
-    write_json(path, {"share_true_box": None, "nuclei": 0})
-    assert np.isnan(read_share(path)[0])
-
-
 def planted(store, *, shift=0.0, spread=0.0):
     """Detect every nucleus of a store, `shift` px away from it.
 
@@ -113,13 +98,10 @@ def test_shares_are_those_that_were_planted(store):
     assert measure(store, spread=0.2)[2]["share_true_box"] == pytest.approx(1)
 
 
-def test_the_true_box_and_the_predicted_box_are_told_apart(store):
+def test_true_and_predicted_box_are_told_apart_and_nuclei_without_a_detection_are_missed(store):
     share = measure(store, shift=7.0)[2]
     assert share["share_true_box"] == pytest.approx(1)
     assert share["share_predicted_box"] < 0.2
-
-
-def test_nuclei_without_a_detection_near_them_are_missed(store):
     _, drawn, share = measure(store, shift=300.0)
     assert not drawn.found.any()
     assert np.isnan(drawn.box).all()

@@ -21,7 +21,7 @@ MODELS = {
 def embed(model, store, **options):
     """Embeddings (M, 32) of all nuclei of the chosen patches."""
     found = embed_patches(model, store, **{"batch_size": 4, "device": "cpu"} | options)
-    return np.concatenate([one.embeddings for one in found])
+    return np.concatenate([embeddings for _, embeddings in found])
 
 
 def alone(model, store, index):
@@ -56,15 +56,12 @@ def test_embeddings_are_those_of_each_patch_alone(store, kind):
 
 def test_patches_are_yielded_with_their_index_also_without_nuclei(store):
     found = list(embed_patches(small_model("parallel"), store, batch_size=2, device="cpu"))
-    assert [one.patch for one in found] == list(range(store.n_patches))
-    assert [one.embeddings.shape for one in found] == [(count, 32) for count in np.diff(store.box_ptr)]
+    assert [patch for patch, _ in found] == list(range(store.n_patches))
+    assert [embeddings.shape for _, embeddings in found] == [(count, 32) for count in np.diff(store.box_ptr)]
     assert list(embed_patches(small_model("parallel"), store, batch_size=2, device="cpu", patches=[])) == []
-
-
-def test_images_without_nuclei_have_no_embeddings(store):
     none = np.empty((0, 4), np.float32)
-    found = embed_boxes(small_model("parallel"), store.images([1, 4]), [none, none], device="cpu")
-    assert [one.shape for one in found] == [(0, 32), (0, 32)]
+    without = embed_boxes(small_model("parallel"), store.images([1, 4]), [none, none], device="cpu")
+    assert [embeddings.shape for embeddings in without] == [(0, 32), (0, 32)]
 
 
 def test_dropout_is_off_and_the_mode_of_the_model_is_kept(store):
@@ -74,12 +71,9 @@ def test_dropout_is_off_and_the_mode_of_the_model_is_kept(store):
     assert model.training
 
 
-def test_models_without_embeddings_are_refused(store):
+def test_models_without_embeddings_or_with_broken_ones_are_refused(store):
     with pytest.raises(InputError, match="baseline"):
         embed(small_model("baseline"), store)
-
-
-def test_embeddings_that_are_not_finite_are_refused(store):
     model = small_model("parallel")
     with torch.no_grad():
         model.level_embed.fill_(float("nan"))
