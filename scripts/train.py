@@ -11,31 +11,27 @@ from celldetr.config.experiment import Experiment
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 from celldetr.store.splits import read_split
-from celldetr.training.loop import train
+from celldetr.training.loop import Run, train
 
 RADIUS_UM = 3.0  # 12 px at 0.25 um/px, the default of evaluation.radius; it does not follow that setting
 
 
 def main(snakemake):
     given, params = snakemake.input, snakemake.params
-    stores = [open_store(path) for path in given.stores]
-    train(
+    initial, backbone = ([*map(Path, files), None][0] for files in (given.initial, given.backbone))
+    run = Run(
         Experiment.from_dict(params.experiment),
-        stores,
+        tuple(map(Path, given.stores)),
         read_split(given.split),
         Path(snakemake.output.model).parent,
-        initial=_optional(given.initial),
-        backbone=_optional(given.backbone),
+        initial=initial,
+        backbone=backbone,
         nucleus_threshold=params.nucleus_threshold,
-        radius=RADIUS_UM / stores[0].mpp,
+        radius=RADIUS_UM / open_store(given.stores[0]).mpp,
         threads=snakemake.threads,
         code=params.code,
     )
-
-
-def _optional(files):
-    """Path of an input that may be left out: Snakemake gives a list of one or of none."""
-    return Path(files[0]) if files else None
+    train(run)
 
 
 if "snakemake" in globals():

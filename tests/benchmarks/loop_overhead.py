@@ -12,9 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from tiny_training import make_experiment, make_split, make_store
+from tiny_training import make_experiment, make_split, make_store, train
 
-from celldetr.training.loop import train
 from celldetr.training.stage import Outputs
 from celldetr.training.supervised import LOSSES, SupervisedStage
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ import torch
 from celldetr.config.experiment import Experiment
 from celldetr.model.weights import read_checkpoint
 from celldetr.store import StoreWriter, open_store
-from celldetr.training.loop import Training
+from celldetr.training import loop
+from celldetr.training.loop import Run, Training
 
 CLASSES = ("round", "long")
 SIZE = 32
@@ -107,6 +109,11 @@ def make_crowded_store(path, n_patches, seed=0):
     with StoreWriter(path, patch_size=SIZE, classes=(), mpp=0.5) as writer:
         writer.append(images, [boxes] * n_patches, [np.full(16, -1, np.int8)] * n_patches, patches=columns)
     return open_store(path)
+
+
+def train(experiment, stores, split, run_dir, **options):
+    """Train a run; options as those of `celldetr.training.loop.Run`."""
+    return loop.train(Run(experiment, tuple(store.path for store in stores), split, Path(run_dir), **options))
 
 
 def read_log(run_dir):

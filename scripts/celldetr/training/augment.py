@@ -4,7 +4,7 @@ All random numbers of a step are drawn for the global batch, and each process ta
 processes sees the same images. Order: elastic deformation, flips, blur, colour jitter, stain jitter.
 """
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ _INVERSE_STEPS = 6
 _STAINS, _UNMIXING = (tuple(map(tuple, table.tolist())) for table in (STAINS, UNMIXING))
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """Random numbers of one step; the first dimension of each array is the image.
 
     Attributes
@@ -60,7 +59,7 @@ class Draws:
 
     def of(self, rows: slice) -> "Draws":
         """Random numbers of some of the images."""
-        return Draws(**{item.name: getattr(self, item.name)[rows] for item in fields(self)})
+        return Draws._make(values[rows] for values in self)
 
 
 def draw(settings: AugmentationSettings, seed: int, step: int, batch_size: int) -> Draws:
@@ -86,26 +85,11 @@ def draw(settings: AugmentationSettings, seed: int, step: int, batch_size: int) 
 
 
 def augment(images: Tensor, targets: Targets, draws: Draws, settings: AugmentationSettings) -> tuple[Tensor, Targets]:
-    """Augment images and boxes with the random numbers drawn.
+    """Augment images (B, 3, S, S) float in [0, 1] and the boxes of their nuclei, of which none is dropped.
 
-    Parameters
-    ----------
-    images
-        (B, 3, S, S) float in [0, 1].
-    targets
-        Their nuclei.
-    draws
-        Random numbers of these B images.
-    settings
-        Only the size of the blur kernel is used.
-
-    Returns
-    -------
-    Tensor, Targets
-        Images in [0, 1] and their nuclei; none is dropped.
+    `draws` are the random numbers of these B images; of `settings` only the size of the blur kernel is used.
     """
-    boxes = targets.boxes
-    images, boxes = _elastic(images, boxes, draws)
+    images, boxes = _elastic(images, targets.boxes, draws)
     images, boxes = _flip(images, boxes, draws)
     for chosen, change in ((draws.blur, _blur), (draws.jitter, _jitter), (draws.hed, _stain_jitter)):
         index = np.flatnonzero(chosen)
@@ -141,13 +125,8 @@ def _elastic(images: Tensor, boxes: Tensor, draws: Draws) -> tuple[Tensor, Tenso
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     pixels = torch.stack([x, y], dim=-1).reshape(1, -1, 2).expand(len(index), -1, -1)
     source = pixels + _displacement(nodes, pixels)
-    warped = functional.grid_sample(
-        images[rows],
-        source.view(-1, size, size, 2) * 2 - 1,
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
+    grid = source.view(-1, size, size, 2) * 2 - 1
+    warped = functional.grid_sample(images[rows], grid, padding_mode="border", align_corners=False)
     return images.index_copy(0, rows, warped), boxes.index_copy(0, rows, _warp_boxes(boxes[rows], nodes))
 
 

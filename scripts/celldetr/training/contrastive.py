@@ -85,18 +85,10 @@ def validation_uniforms(patches: Sequence[int], targets: Targets, seed: int) -> 
 
 
 def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once: bool) -> Views:
-    """Lay out the views of B images in S slots.
+    """Lay out the views of B images in S slots, at least twice the largest number of nuclei.
 
-    Parameters
-    ----------
-    targets
-        Nuclei.
-    uniforms
-        Random numbers (B, S, 9) of the noise; S is at least twice the largest number of nuclei.
-    noise
-        Range of the noise; every anchor gets it.
-    once
-        True: one anchor per nucleus, then padding. False: anchors of all nuclei in turn until all slots are filled.
+    Every anchor gets noise, from the random numbers `uniforms` (B, S, 9). With `once` each nucleus has one anchor, and
+    padding follows; else anchors of all nuclei in turn fill the slots.
     """
     device, slots = targets.boxes.device, uniforms.shape[1]
     counts = targets.counts.to(device, non_blocking=True)
@@ -129,18 +121,9 @@ def similarities(projected: Tensor, views: Views) -> Tensor:
 def contrastive_loss(projected: Tensor, views: Views, temperature: float, negatives: str) -> Tensor:
     """Negative log-probability of an anchor's own original, mean over the anchors of an image, summed over images.
 
-    Computed in float32; call it with autocast off. An image with fewer than two nuclei contributes nothing.
-
-    Parameters
-    ----------
-    projected
-        Projected embeddings (B, S, P).
-    views
-        Their views.
-    temperature
-        Divides the similarities.
-    negatives
-        ``image``: the originals of the anchor's own image; ``batch``: those of all B images.
+    Computed in float32 from the projected embeddings (B, S, P) of the views; call it with autocast off. An image with
+    fewer than two nuclei contributes nothing. The negatives are the originals of the anchor's own ``image``, or of the
+    whole ``batch``.
     """
     unit = functional.normalize(projected.float(), dim=-1)
     largest = projected.shape[1] // 2
@@ -172,14 +155,8 @@ def similarity_sums(similarity: Tensor, views: Views) -> Tensor:
 def spread(count: float, total: Tensor, squares: Tensor) -> float:
     """Spread of unit vectors: mean standard deviation of a coordinate, relative to that of random directions.
 
-    1 for vectors in uniformly random directions, 0 if all are the same (a collapsed representation).
-
-    Parameters
-    ----------
-    count
-        Number of vectors.
-    total, squares
-        Sums of their coordinates (P,), and of the squares of these (P,).
+    1 for vectors in uniformly random directions, 0 if all are the same (a collapsed representation). Given are the
+    number of vectors, and the sums of their coordinates (P,) and of the squares of these (P,).
     """
     mean = total / count
     deviation = (squares / count - mean**2).clamp(min=0).sqrt()

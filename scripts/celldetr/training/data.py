@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.boxes import NOISE_DRAWS, xyxy_to_cxcywh
-from celldetr.runtime.errors import ConfigError, InputError, ProcessFailed
+from celldetr.runtime.errors import InputError, ProcessFailed
 from celldetr.store import PatchStore
 
 ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
@@ -62,12 +62,11 @@ class Targets:
     @property
     def valid(self) -> Tensor:
         """(B, R) bool, False at padding."""
-        return (
-            torch.arange(self.labels.shape[1], device=self.labels.device)
-            < self.counts.to(self.labels.device, non_blocking=True)[:, None]
-        )
+        counts = self.counts.to(self.labels.device, non_blocking=True)
+        return torch.arange(self.labels.shape[1], device=self.labels.device) < counts[:, None]
 
 
+@dataclass
 class Batch:
     """One process' images of a batch.
 
@@ -84,35 +83,20 @@ class Batch:
     rows
         Which images of the global batch these are.
     counts_global
-        Nuclei of each image of the global batch.
+        Nuclei of each image of the global batch. No view of a tensor: a loader process moves the memory of tensors.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        targets: Targets,
-        patches: NDArray[np.int64],
-        *,
-        step: int,
-        rows: slice,
-        counts_global: NDArray[np.int64],
-    ) -> None:
-        self.images = images
-        self.targets = targets
-        self.patches = patches
-        self.step = step
-        self.rows = rows
-        self.counts_global = counts_global
+    images: Tensor
+    targets: Targets
+    patches: NDArray[np.int64]
+    step: int
+    rows: slice
+    counts_global: NDArray[np.int64]
 
     @property
     def training(self) -> bool:
         """True in a training step, False in validation."""
         return self.step >= 0
-
-    @property
-    def boxes_before(self) -> int:
-        """Nuclei in the images of the global batch that come before these."""
-        return int(self.counts_global[: self.rows.start].sum())
 
     @property
     def boxes_global(self) -> int:
@@ -121,12 +105,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move images and nuclei to a device, in place."""
+        targets = self.targets
         self.images = self.images.to(device, non_blocking=True)
-        self.targets = Targets(
-            self.targets.boxes.to(device, non_blocking=True),
-            self.targets.labels.to(device, non_blocking=True),
-            self.targets.counts,
-        )
+        boxes, labels = (values.to(device, non_blocking=True) for values in (targets.boxes, targets.labels))
+        self.targets = Targets(boxes, labels, targets.counts)
         return self
 
 
@@ -136,9 +118,10 @@ def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
     They are 1 at padding, which therefore never gets noise.
     """
     drawn = random_stream(seed, batch.step, NOISE).random((batch.boxes_global, NOISE_DRAWS), dtype=np.float32)
-    mine = drawn[batch.boxes_before : batch.boxes_before + int(targets.counts.sum())]
+    before = int(batch.counts_global[: batch.rows.start].sum())
     slots = targets.labels.shape[1]
     padded = torch.ones(len(targets.counts), slots, NOISE_DRAWS)
+    mine = drawn[before : before + int(targets.counts.sum())]
     padded[torch.arange(slots) < targets.counts[:, None]] = torch.from_numpy(mine)
     return padded.to(targets.boxes.device, non_blocking=True)
 
@@ -189,28 +172,36 @@ class PatchData:
                     f"split: part {part} names patches {wanted.min()} to {wanted.max()} of {store.path}, which has "
                     f"{store.n_patches}; make the split again"
                 )
-        self._collect_nuclei()
-        self._images = None if cache == "none" else self._load(cache, device)
+        found = [self.stores[store].boxes_of(patch) for store, patch in zip(self.store_of, self.patch_of, strict=True)]
+        self.ptr = np.cumsum([0, *(len(labels) for _, labels in found)], dtype=np.int64)
+        self.boxes = np.concatenate([np.empty((0, 4), np.float32), *(boxes for boxes, _ in found)])
+        self.labels = np.concatenate([np.empty(0, np.int8), *(labels for _, labels in found)])
+        self._images = None if cache == "none" else self._read_all(device if cache == "gpu" else "cpu")
 
     def __len__(self) -> int:
         return len(self.patch_of)
 
-    def _collect_nuclei(self) -> None:
-        found = [self.stores[store].boxes_of(patch) for store, patch in zip(self.store_of, self.patch_of, strict=True)]
-        counts = [len(labels) for _, labels in found]
-        self.ptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-        self.boxes = np.concatenate([np.empty((0, 4), np.float32), *(boxes for boxes, _ in found)])
-        self.labels = np.concatenate([np.empty(0, np.int8), *(labels for _, labels in found)])
+    def read(self, patches: NDArray[np.int64]) -> Tensor:
+        """Images (B, S, S, 3) uint8 of patches (B,)."""
+        if self._images is None:
+            return self._read_stores(patches)
+        return self._images[torch.from_numpy(patches).to(self._images.device, non_blocking=True)]
 
-    def _load(self, cache: str, device: str) -> Tensor:
+    def _read_stores(self, patches: NDArray[np.int64]) -> Tensor:
+        images = torch.empty((len(patches), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
+        for store in np.unique(self.store_of[patches]):
+            slots = np.flatnonzero(self.store_of[patches] == store)
+            pixels = self.stores[store].images(self.patch_of[patches[slots]])
+            images[torch.from_numpy(slots)] = torch.from_numpy(pixels)
+        return images
+
+    def _read_all(self, device: str) -> Tensor:
         images = torch.empty((len(self), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
-        for index, store in enumerate(self.stores):
-            slots = np.flatnonzero(self.store_of == index)
-            slots = slots[np.argsort(self.patch_of[slots], kind="stable")]
-            for start in range(0, len(slots), 512):
-                chunk = slots[start : start + 512]
-                images[torch.from_numpy(chunk)] = torch.from_numpy(store.images(self.patch_of[chunk]))
-        if cache == "gpu" and device.startswith("cuda"):
+        order = np.lexsort((self.patch_of, self.store_of))  # neighbours are read in one go
+        for start in range(0, len(order), 512):
+            chunk = order[start : start + 512]
+            images[torch.from_numpy(chunk)] = self._read_stores(chunk)
+        if device.startswith("cuda"):
             free = torch.cuda.mem_get_info(device)[0]
             if images.nbytes <= free / 2:
                 return images.to(device)
@@ -219,20 +210,9 @@ class PatchData:
             )
         return images
 
-    def read(self, patches: NDArray[np.int64]) -> Tensor:
-        """Images (B, S, S, 3) uint8 of patches (B,)."""
-        if self._images is not None:
-            return self._images[torch.from_numpy(patches).to(self._images.device, non_blocking=True)]
-        images = torch.empty((len(patches), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
-        for store in np.unique(self.store_of[patches]):
-            slots = np.flatnonzero(self.store_of[patches] == store)
-            pixels = self.stores[store].images(self.patch_of[patches[slots]])
-            images[torch.from_numpy(slots)] = torch.from_numpy(pixels)
-        return images
-
     def targets(self, patches: NDArray[np.int64]) -> Targets:
         """Nuclei of patches (B,), padded to at least one slot, so that no tensor is empty."""
-        counts = self.ptr[patches + 1] - self.ptr[patches]
+        counts = self.counts(patches)
         slots = SLOTS * max(1, math.ceil(counts.max(initial=0) / SLOTS))
         boxes = np.tile(np.array([0, 0, self.patch_size, self.patch_size], np.float32), (len(patches), slots, 1))
         labels = np.full((len(patches), slots), UNLABELLED, dtype=np.int64)
@@ -242,8 +222,12 @@ class PatchData:
         return Targets(
             xyxy_to_cxcywh(torch.from_numpy(boxes) / max(self.patch_size, 1)),
             torch.from_numpy(labels),
-            torch.from_numpy(counts.astype(np.int64)),
+            torch.from_numpy(counts.copy()),
         )
+
+    def counts(self, patches: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Count the nuclei of patches (B,)."""
+        return self.ptr[patches + 1] - self.ptr[patches]
 
     def name(self, patch: int) -> str:
         """Store and index of a patch, for errors."""
@@ -258,35 +242,10 @@ class PatchData:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batches of a run by step, as one process gets them.
-
-    Parameters
-    ----------
-    data
-        Training patches; at least one.
-    batch_size
-        Images of the global batch, a multiple of `world`.
-    seed
-        Seed of the order.
-    rank, world
-        Rank of this process, and number of processes.
-
-    Raises
-    ------
-    ConfigError
-        The processes cannot share a batch equally.
-    InputError
-        There are no patches.
-    """
+    """Batches of a run by step, as one of `world` processes gets them; `batch_size` is that of the global batch."""
 
     def __init__(self, data: PatchData, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if batch_size % world:
-            raise ConfigError(f"training.batch_size: got {batch_size}, expected a multiple of {world} processes")
-        if not len(data):
-            raise InputError("split: no patch has part 'train'; there is nothing to train on")
-        self.data = data
-        self.batch_size = batch_size
-        self.seed = seed
+        self.data, self.batch_size, self.seed = data, batch_size, seed
         size = batch_size // world
         self.rows = slice(rank * size, (rank + 1) * size)
         self.steps_per_epoch = math.ceil(len(data) / batch_size)
@@ -302,16 +261,8 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch)
         everyone = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
-        counts = self.data.ptr[everyone + 1] - self.data.ptr[everyone]
         mine = everyone[self.rows]
-        return Batch(
-            self.data.read(mine),
-            self.data.targets(mine),
-            mine,
-            step=step,
-            rows=self.rows,
-            counts_global=counts,
-        )
+        return Batch(self.data.read(mine), self.data.targets(mine), mine, step, self.rows, self.data.counts(everyone))
 
 
 class ValidationBatches(Dataset[Batch]):
@@ -326,22 +277,21 @@ class ValidationBatches(Dataset[Batch]):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Batch:
-        patches = self.batches[index]
-        return Batch(
-            self.data.read(patches),
-            self.data.targets(patches),
-            patches,
-            step=-1,
-            rows=slice(0, len(patches)),
-            # no view of a tensor: a loader process moves the memory of tensors when it sends them
-            counts_global=self.data.ptr[patches + 1] - self.data.ptr[patches],
-        )
+        patches, data = self.batches[index], self.data
+        everything = slice(0, len(patches))
+        return Batch(data.read(patches), data.targets(patches), patches, -1, everything, data.counts(patches))
 
 
 def load_batches(
     batches: TrainingBatches | ValidationBatches, order: range, settings: TrainingSettings
 ) -> Iterator[Batch]:
-    """Yield batches in the given order; with ``cache: none`` loader processes read them ahead."""
+    """Yield batches in the given order; with ``cache: none`` loader processes read them ahead.
+
+    Raises
+    ------
+    ProcessFailed
+        A loader process was killed.
+    """
     if settings.cache != "none" or not settings.workers:
         yield from (batches[index] for index in order)
         return

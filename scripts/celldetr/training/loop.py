@@ -1,16 +1,23 @@
 """The training: one loop from the first step to the model file. Read `Training` from top to bottom.
 
 A step is a batch of patches, its losses, their gradients summed over the processes, and an update. An epoch takes every
-training patch once, then validates, writes a line of the log and the state of the run. A stop signal ends the run
-before its next step. Everything random in a step is a function of the seed and the step (dropout: and the process), so
-a run that continues from its state ends with the same weights, on a CPU to the bit.
+training patch once, then validates, writes a line of the log and the state of the run (checkpoints/last.ckpt).
+Everything random in a step is a function of the seed and the step (dropout: and the process), so a run that continues
+from its state ends with the same weights, on a CPU to the bit.
+
+On SIGTERM (scancel, the end of a job) or SIGUSR1 (a cluster's warning before it) the handler, `StopSignals` in
+processes.py, only notes the signal; a step or validation that is under way is finished. Before its next step `fit` sees
+the note, writes the state and raises `Interrupted`: the rule fails, and started again it continues with that step.
+Several processes get the signal from their launcher and agree on the step at which they stop. SIGKILL leaves the state
+of the last epoch (or stop).
 """
 
 import logging
 import math
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +33,7 @@ from celldetr.model.weights import load_exactly, read_checkpoint, save_model
 from celldetr.runtime.errors import Interrupted
 from celldetr.runtime.files import naming
 from celldetr.runtime.provenance import write_provenance
-from celldetr.store import PatchStore, open_store
+from celldetr.store import open_store
 from celldetr.training.data import (
     DROPOUT,
     Batch,
@@ -39,7 +46,7 @@ from celldetr.training.data import (
 from celldetr.training.initial import build_model, check
 from celldetr.training.processes import Group, StopSignals, launch
 from celldetr.training.run_log import RunLog, write_log
-from celldetr.training.run_state import identity_of, load_optimizer, read_state, run_lock, write_state
+from celldetr.training.run_state import identity_of, read_state, run_lock, write_state
 from celldetr.training.ssl import SslStage
 from celldetr.training.stage import Stage
 from celldetr.training.supervised import SupervisedStage
@@ -51,47 +58,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; `train` explains its parts. Stores are paths, so that a run can be sent to other processes."""
+    """What `train` trains, on what, and where; it can be sent to other processes.
 
-    experiment: Experiment
-    stores: tuple[Path, ...]
-    split: pd.DataFrame
-    run_dir: Path
-    initial: Path | None
-    backbone: Path | None
-    nucleus_threshold: float
-    radius: float
-    threads: int
-    accelerator: str
-    code: str
-
-    @property
-    def state_file(self) -> Path:
-        """State from which the run continues."""
-        return self.run_dir / "checkpoints" / "last.ckpt"
-
-    def best_file(self, epoch: int) -> Path:
-        """Model of the best epoch so far. Its name has the epoch, so that it always is the one that the state names."""
-        return self.run_dir / "checkpoints" / f"best{epoch}.ckpt"
-
-
-def train(
-    experiment: Experiment,
-    stores: Sequence[PatchStore],
-    split: pd.DataFrame,
-    run_dir: Path,
-    *,
-    initial: Path | None = None,
-    backbone: Path | None = None,
-    nucleus_threshold: float = 0.4,
-    radius: float = 12.0,
-    threads: int = 1,
-    accelerator: str = "auto",
-    code: str = "",
-) -> Path:
-    """Train a model, or continue a run that was interrupted, and return the path of its model file.
-
-    Parameters
+    Attributes
     ----------
     experiment
         Model and recipe.
@@ -113,6 +82,32 @@ def train(
         ``cuda``, ``cpu``, or ``auto``: a GPU if there is one.
     code
         Hash of the code (`celldetr.runtime.provenance.source_hash`): a finished run of other code is trained again.
+    """
+
+    experiment: Experiment
+    stores: tuple[Path, ...]
+    split: pd.DataFrame
+    run_dir: Path
+    initial: Path | None = None
+    backbone: Path | None = None
+    nucleus_threshold: float = 0.4
+    radius: float = 12.0
+    threads: int = 1
+    accelerator: str = "auto"
+    code: str = ""
+
+    @property
+    def state_file(self) -> Path:
+        """State from which the run continues."""
+        return self.run_dir / "checkpoints" / "last.ckpt"
+
+    def best_file(self, epoch: int) -> Path:
+        """Model of the best epoch so far. Its name has the epoch, so that it always is the one that the state names."""
+        return self.run_dir / "checkpoints" / f"best{epoch}.ckpt"
+
+
+def train(run: Run) -> Path:
+    """Train a model, or continue a run that was interrupted, and return the path of its model file.
 
     Raises
     ------
@@ -129,27 +124,15 @@ def train(
     Occupied
         Another job trains in `run_dir`.
     """
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    check(experiment, stores, split, accelerator)
-    run = Run(
-        experiment=experiment,
-        stores=tuple(Path(store.path) for store in stores),
-        split=split,
-        run_dir=Path(run_dir),
-        initial=initial,
-        backbone=backbone,
-        nucleus_threshold=nucleus_threshold,
-        radius=radius,
-        threads=threads,
-        accelerator=accelerator,
-        code=code,
-    )
+    if run.accelerator == "auto":
+        run = replace(run, accelerator="cuda" if torch.cuda.is_available() else "cpu")
+    check(run.experiment, [open_store(path) for path in run.stores], run.split, run.accelerator)
+    processes = run.experiment.training.gpus
     with run_lock(run.run_dir):
-        if experiment.training.gpus > 1:
-            launch(run, experiment.training.gpus, run.state_file)
+        if processes > 1:
+            launch(run, processes, run.state_file)
         else:
-            Training(run, accelerator, Group()).fit()
+            Training(run, run.accelerator, Group()).fit()
     return run.run_dir / "model.pt"
 
 
@@ -181,14 +164,14 @@ class Training:
         self.best: dict[str, Any] | None = None  # epoch and score
         if state:
             load_exactly(self.model, state["model"], run.state_file)
-            load_optimizer(self.optimizer, state["optimizer"], run.state_file)
+            self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best = state["step"], state["best"]
         epochs = {key: state[key] for key in ("history", "sums", "seconds")} if state else {"history": [], "sums": {}}
         self.run_log = RunLog(run.run_dir, self.stage, self.batches.steps_per_epoch, self.step, **epochs)
 
     def fit(self) -> None:
         """Train to the end; rank 0 writes the results."""
-        with StopSignals() as stop, self.run_log, naming(self.run.run_dir):
+        with StopSignals() as stop, closing(self.run_log), naming(self.run.run_dir):
             if self.stage.validates_start and not self.run_log.history:
                 self.run_log.end_epoch(0, None, 0.0, self.validate())
             while self.step < self.total_steps:
@@ -214,7 +197,10 @@ class Training:
     def take_step(self, batch: Batch) -> None:
         """Losses, gradients, update."""
         settings, step = self.settings, self.step
-        self.rate = set_learning_rates(self.optimizer, learning_rate_factor(step, self.total_steps, settings))
+        factor = learning_rate_factor(step, self.total_steps, settings)
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = param_group["base_lr"] * factor
+        self.rate = self.optimizer.param_groups[0]["lr"]
         torch.manual_seed(int(random_stream(settings.seed, step, DROPOUT).integers(2**62)) + self.group.rank)
         with self.autocast:
             losses, total = self.stage.training_losses(batch)
@@ -306,14 +292,6 @@ def make_optimizer(model: CellDETR, settings: TrainingSettings) -> Optimizer:
     rates = ((rest, settings.lr), (backbone, settings.backbone_lr))
     groups = [{"params": parameters, "lr": rate, "base_lr": rate} for parameters, rate in rates if parameters]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-
-
-def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
-    """Set the learning rates to a multiple of those of the settings; return the one of the first group."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    rate: float = optimizer.param_groups[0]["lr"]
-    return rate
 
 
 def learning_rate_factor(step: int, total: int, settings: TrainingSettings) -> float:

@@ -18,15 +18,7 @@ from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
 
 
 def focal(logits: Tensor, positive: Tensor) -> Tensor:
-    """Sigmoid focal loss of each logit, (...), without reduction.
-
-    Parameters
-    ----------
-    logits
-        Logits (...).
-    positive
-        Targets (...): 1 or 0.
-    """
+    """Sigmoid focal loss (...) of logits (...) for targets (...) that are 1 or 0, without reduction."""
     logits = logits.float()
     probability = logits.sigmoid()
     entropy = functional.binary_cross_entropy_with_logits(logits, positive, reduction="none")
@@ -36,13 +28,9 @@ def focal(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def detection_losses(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: Targets,
-    matches: Matches,
-    n_boxes: float,
+    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, n_boxes: float
 ) -> dict[str, Tensor]:
-    """Losses of the detection decoder, layer by layer.
+    """Losses of the detection decoder, layer by layer, divided by `n_boxes`.
 
     Parameters
     ----------
@@ -51,35 +39,28 @@ def detection_losses(
         unlabelled nucleus is left out of the focal loss.
     boxes
         (L, B, Q, 4), cxcywh in [0, 1].
-    targets, matches
-        Nuclei, and the queries matched to them.
-    n_boxes
-        Divisor of all losses.
 
     Returns
     -------
     dict
         ``nucleus`` (focal loss summed over queries), ``l1`` and ``giou`` (of matched queries), each (L,), unweighted.
     """
-    layers, classes = logits.shape[0], logits.shape[-1]
     layer, image, query, box = matches
     positive = torch.zeros_like(logits, dtype=torch.float32)
-    ignored = None
-    if classes == 1:
+    if logits.shape[-1] == 1:
         positive[layer, image, query] = 1
+        by_query = focal(logits, positive).sum(dim=-1)
     else:
         label = targets.labels[image, box]
         positive[layer, image, query, label.clamp(min=0)] = (label >= 0).float()
         ignored = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
         ignored[layer, image, query] = label < 0
-    by_query = focal(logits, positive).sum(dim=-1)
-    if ignored is not None:
-        by_query = by_query.masked_fill(ignored, 0)
+        by_query = focal(logits, positive).sum(dim=-1).masked_fill(ignored, 0)
 
     predicted, true = boxes[layer, image, query].float(), targets.boxes[image, box]
     l1 = (predicted - true).abs().sum(dim=-1)
     apart = 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true))
-    empty = torch.zeros(layers, device=logits.device)
+    empty = torch.zeros(len(logits), device=logits.device)
     return {
         "nucleus": by_query.sum(dim=(1, 2)) / n_boxes,
         "l1": empty.index_add(0, layer, l1) / n_boxes,
@@ -90,16 +71,9 @@ def detection_losses(
 def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tuple[float, ...]:
     """Weights (K,) of the classes in the class loss: inverse frequency to a power, with mean 1 over the nuclei.
 
-    Not in the paper: class-balanced loss (Cui et al., CVPR 2019); a common exponent is 0.5 (Mahajan et al., ECCV 2018).
+    Exponent 0: all nuclei weigh the same; 1: all classes have the same sum. A class without nuclei weighs 1.
 
-    Parameters
-    ----------
-    labels
-        Labels of all training nuclei, -1 where there is none. A class without nuclei weighs 1.
-    classes
-        Number of classes K.
-    exponent
-        0: all nuclei weigh the same; 1: all classes have the same sum.
+    Not in the paper: class-balanced loss (Cui et al., CVPR 2019); a common exponent is 0.5 (Mahajan et al., ECCV 2018).
     """
     counts = np.bincount(labels[labels >= 0], minlength=classes)
     if not exponent or not counts.sum():
@@ -110,37 +84,19 @@ def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tu
 
 
 def class_loss(logits: Tensor, labels: Tensor, n_boxes: float, weights: Tensor | None = None) -> Tensor:
-    """Focal loss of the class head: mean over classes, summed over nuclei with a label.
+    """Focal loss of class logits (..., K), divided by `n_boxes`: mean over classes, summed over nuclei with a label.
 
-    Parameters
-    ----------
-    logits
-        (..., K).
-    labels
-        (...), -1 where there is no label or no nucleus.
-    n_boxes
-        Divisor.
-    weights
-        Weight of each class (K,); None: 1.
+    `labels` (...) are -1 where there is no label or no nucleus. `weights` (K,) are those of the classes; None: 1.
     """
-    known = labels >= 0
     positive = functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()
     by_nucleus = focal(logits, positive).mean(dim=-1)
     if weights is not None:
         by_nucleus = by_nucleus * weights[labels.clamp(min=0)]
-    return torch.where(known, by_nucleus, 0).sum() / n_boxes
+    return torch.where(labels >= 0, by_nucleus, 0).sum() / n_boxes
 
 
 def weighted(losses: Mapping[str, Tensor], weights: LossSettings) -> Tensor:
-    """Sum of all losses with their weights, over all layers.
-
-    Parameters
-    ----------
-    losses
-        Of `detection_losses`, with ``classes`` where there is a class loss.
-    weights
-        Weight of each.
-    """
+    """Sum of the losses of `detection_losses`, and of ``classes`` where there is one, with their weights."""
     nucleus, l1, apart = (losses[part] for part in ("nucleus", "l1", "giou"))
     total = (weights.nucleus * nucleus + weights.l1 * l1 + weights.giou * apart).sum()
     if "classes" in losses:

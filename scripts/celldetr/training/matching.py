@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional
 
 from celldetr.config.experiment import MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
@@ -33,10 +34,6 @@ class Matches(NamedTuple):
     image: Tensor
     query: Tensor
     box: Tensor
-
-    def last(self, pairs: int) -> "Matches":
-        """Return the last pairs: those of the last layer."""
-        return Matches(*(column[len(column) - pairs :] for column in self))
 
 
 def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSettings) -> Tensor:
@@ -59,7 +56,10 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSet
         Costs (L, B, R, Q) float32; at padding they have no meaning.
     """
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        focal = _focal_cost(logits.float())
+        logits = logits.float()
+        p = logits.sigmoid()
+        focal = FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * -functional.logsigmoid(logits)  # of a positive query
+        focal -= (1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * -functional.logsigmoid(-logits)  # of a negative one
         by_class = focal.transpose(-1, -2)  # (L, B, C, Q)
         if by_class.shape[2] > 1:
             layers, _, _, queries = by_class.shape
@@ -67,43 +67,20 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSet
             known = (targets.labels >= 0)[None, :, :, None]
             by_class = torch.where(known, by_class.gather(2, index), by_class.amin(dim=2, keepdim=True))
         predicted, true = boxes.float().unsqueeze(2), targets.boxes.unsqueeze(2)  # (L, B, 1, Q, 4), (B, R, 1, 4)
-        cost = settings.l1 * _l1(predicted, true)
+        l1 = (predicted[..., 0] - true[..., 0]).abs()
+        for coordinate in range(1, 4):  # one at a time: no (..., 4) intermediate
+            l1 += (predicted[..., coordinate] - true[..., coordinate]).abs()
+        cost = settings.l1 * l1
         cost += settings.nucleus * by_class
         cost -= settings.giou * pairwise_giou(cxcywh_to_xyxy(targets.boxes), cxcywh_to_xyxy(boxes))
         return cost
 
 
-def _focal_cost(logits: Tensor) -> Tensor:
-    """Focal loss of a positive query minus that of a negative one."""
-    probability = logits.sigmoid()
-    positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -torch.nn.functional.logsigmoid(logits)
-    negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -torch.nn.functional.logsigmoid(-logits)
-    return positive - negative
-
-
-def _l1(predicted: Tensor, true: Tensor) -> Tensor:
-    """Sum of absolute differences (L, B, R, Q), one coordinate at a time: no (..., 4) intermediate."""
-    total = (predicted[..., 0] - true[..., 0]).abs()
-    for coordinate in range(1, 4):
-        total += (predicted[..., coordinate] - true[..., coordinate]).abs()
-    return total
-
-
 def assign(cost: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Cheapest assignment of every layer and image.
+    """Cheapest assignment of every layer and image, as rows (4, n): layer, image, query, nucleus.
 
-    Parameters
-    ----------
-    cost
-        Costs (L, B, R, Q) float32.
-    counts
-        Nuclei of each image (B,); the slots behind them are padding.
-
-    Returns
-    -------
-    NDArray
-        Rows (4, n): layer, image, query, nucleus. If an image has more nuclei than queries, the most expensive nuclei
-        get no query.
+    `cost` is (L, B, R, Q); the slots behind the `counts` (B,) of nuclei are padding. If an image has more nuclei than
+    queries, the most expensive nuclei get no query.
     """
 
     def solve(at: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -124,13 +101,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 class Matching:
-    """Matches in progress: costs are computed and cross to the CPU while the caller continues.
-
-    Parameters
-    ----------
-    logits, boxes, targets, settings
-        As those of `costs`.
-    """
+    """Matches in progress: the `costs` are computed and cross to the CPU while the caller continues."""
 
     def __init__(self, logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSettings) -> None:
         self._counts = targets.counts.numpy()

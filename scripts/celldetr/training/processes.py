@@ -13,14 +13,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, distributed
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -42,12 +42,16 @@ class Group:
     rank: int = 0
     world: int = 1
 
-    def sum(self, values: NDArray[Any]) -> NDArray[np.float64]:
+    def sum(self, values: ArrayLike) -> NDArray[np.float64]:
         """Sum of an array (of any shape) over the processes."""
         summed = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
+        if self.world > 1 and summed.numel():
             distributed.all_reduce(summed)
         return summed.numpy()
+
+    def sum_each(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum of each of several numbers over the processes, in one transfer."""
+        return dict(zip(values, self.sum(list(values.values())).tolist(), strict=True))
 
     def largest(self, number: int) -> int:
         """Largest of the processes' numbers."""
@@ -71,16 +75,10 @@ class Group:
 
 
 class StopSignals:
-    """Context that remembers a stop signal (SIGTERM, SIGUSR1) instead of ending the process.
-
-    Attributes
-    ----------
-    received
-        Number of the last signal; 0: none.
-    """
+    """Context that remembers a stop signal (SIGTERM, SIGUSR1) instead of ending the process."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = 0  # number of the last signal; 0: none
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -99,16 +97,8 @@ class StopSignals:
 def launch(run: Any, processes: int, state_file: Path) -> None:
     """Run `celldetr.training.worker` in several processes and wait for them.
 
-    A stop signal reaches all processes, which write the state of the run. If one process fails, the others are ended.
-
-    Parameters
-    ----------
-    run
-        The run (`celldetr.training.loop.Run`); it is pickled.
-    processes
-        Their number.
-    state_file
-        State of the run.
+    The `run` (`celldetr.training.loop.Run`) is pickled. A stop signal reaches all processes, which write the state of
+    the run. If one process fails, the others are ended.
 
     Raises
     ------

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,17 +25,8 @@ log = logging.getLogger(__name__)
 class RunLog:
     """Losses and validation scores of a run. All processes take part; rank 0 writes.
 
-    Parameters
-    ----------
-    run_dir
-        Folder of log.jsonl and tensorboard/.
-    stage
-        Stage of the run.
-    steps_per_epoch
-        Steps of an epoch.
-    step, history, sums, seconds
-        Of a run that continues: steps done, lines of the finished epochs, and of the unfinished epoch its loss sums and
-        the time it took so far.
+    A run that continues gives the steps done, the lines of the finished epochs (`history`), and of the unfinished epoch
+    its loss sums and the seconds that it took so far.
     """
 
     def __init__(
@@ -59,10 +49,8 @@ class RunLog:
         self._seconds, self._since = seconds, time.monotonic()
         self._progress = (step, self._since)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Write what TensorBoard still holds back."""
         if self._curves is not None:
             self._curves.close()
 
@@ -83,25 +71,19 @@ class RunLog:
         step = batch.step + 1
         if step % CURVE_STEPS == 0 or step == 1:
             self.flush_losses()
-            shown = self._summed(self._losses)
+            shown = self._stage.group.sum_each(self._losses)
             self._loss = shown["loss"]
             self._add_curves({f"train/{name}": value for name, value in shown.items()}, step)
             self._add_curves({"learning_rate": rate}, step)
         if time.monotonic() - self._progress[1] > PROGRESS_SECONDS:
             self._report_progress(step)
+            self._progress = (step, time.monotonic())
 
     def flush_losses(self) -> None:
-        """Check and count the losses of the last step.
-
-        Raises
-        ------
-        NonFinite
-            A loss is NaN or infinite; names the patches.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        """Check and count the losses of the last step; see `add_step`."""
+        if self._pending is None:
             return
-        batch, losses = pending
+        (batch, losses), self._pending = self._pending, None
         with self._stage.naming_patches(batch):
             self._losses = losses.values()
         for name, value in self._losses.items():
@@ -110,13 +92,7 @@ class RunLog:
     def loss_sums(self) -> dict[str, float]:
         """Losses summed over the steps of the epoch so far and over the processes."""
         self.flush_losses()
-        return self._summed(self._sums)
-
-    def _summed(self, losses: Mapping[str, float]) -> dict[str, float]:
-        if not losses:
-            return {}
-        values = self._stage.group.sum(np.array(list(losses.values())))
-        return dict(zip(losses, values.tolist(), strict=True))
+        return self._stage.group.sum_each(self._sums)
 
     def pause(self) -> float:
         """Stop the clock of the epoch, e.g. for validation; return the seconds of training so far."""
@@ -150,20 +126,12 @@ class RunLog:
                 self._curves.add_scalar(name, value, step)
 
     def _report_progress(self, step: int) -> None:
-        steps, seconds = step - self._progress[0], time.monotonic() - self._progress[1]
-        epochs, total = self._stage.settings.epochs, self._stage.settings.epochs * self._steps_per_epoch
+        rate = (step - self._progress[0]) / (time.monotonic() - self._progress[1])
+        epochs, images = self._stage.settings.epochs, self._stage.settings.batch_size
+        total, epoch = epochs * self._steps_per_epoch, step // self._steps_per_epoch + 1
         if self._main:
-            log.info(
-                "epoch %d of %d, step %d of %d, loss %.3f, %.1f images/s, about %.0f min left",
-                step // self._steps_per_epoch + 1,
-                epochs,
-                step,
-                total,
-                self._loss,
-                steps * self._stage.settings.batch_size / seconds,
-                (total - step) * seconds / steps / 60,
-            )
-        self._progress = (step, time.monotonic())
+            text = "epoch %d of %d, step %d of %d, loss %.3f, %.1f images/s, about %.0f min left"
+            log.info(text, epoch, epochs, step, total, self._loss, rate * images, (total - step) / rate / 60)
 
 
 def describe(line: Mapping[str, Any], epochs: int) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from celldetr.config.experiment import Experiment
 from celldetr.model.weights import read_checkpoint, write_checkpoint
 from celldetr.runtime.errors import InputError, Occupied
@@ -31,16 +29,9 @@ log = logging.getLogger(__name__)
 def write_state(path: Path, identity: Mapping[str, Any], **state: Any) -> None:
     """Write the state of a run; the file before it stays until this one is complete.
 
-    Parameters
-    ----------
-    path
-        File to write.
-    identity
-        What the run is (`identity_of`).
-    state
-        ``step``, ``total_steps``, ``model`` and ``optimizer`` (state dicts), ``sums`` and ``seconds`` (losses and
-        training time of the unfinished epoch), ``history`` (lines of the log), ``best`` (epoch and score of the best
-        epoch, or None).
+    Beside its identity: ``step``, ``total_steps``, ``model`` and ``optimizer`` (state dicts), ``sums`` and ``seconds``
+    (losses and training time of the unfinished epoch), ``history`` (lines of the log), ``best`` (epoch and score of the
+    best epoch, or None).
     """
     write_checkpoint(path, {"training_format": FORMAT, "identity": dict(identity), **state})
 
@@ -97,22 +88,6 @@ def read_state(path: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | N
     return state
 
 
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], path: Path) -> None:
-    """Load the optimiser's state of a run.
-
-    Raises
-    ------
-    InputError
-        It is not the state of this optimiser.
-    """
-    try:
-        optimizer.load_state_dict(dict(state))
-    except (ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: optimizer: does not fit the model ({error}). Delete {path} to train from the start"
-        ) from error
-
-
 def _differences(was: Any, now: Any, key: str = "") -> list[str]:
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         names = [*was, *(name for name in now if name not in was)]
@@ -141,9 +116,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _wait_for_lock(file, run_dir)
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")
         with contextlib.suppress(OSError):  # on a full disk the lock holds without its holder's name
             os.ftruncate(file, 0)
-            os.pwrite(file, _this_job().encode(), 0)
+            os.pwrite(file, holder.encode(), 0)
         yield
     finally:
         os.close(file)
@@ -173,8 +150,3 @@ def _try_lock(file: int) -> bool:
             return False
         log.warning("no file locks here (%s): make sure that no other job trains this model", error)
     return True
-
-
-def _this_job() -> str:
-    job = os.environ.get("SLURM_JOB_ID")
-    return f"process {os.getpid()} on {socket.gethostname()}" + (f", Slurm job {job}" if job else "")

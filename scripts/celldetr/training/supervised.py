@@ -13,6 +13,7 @@ from celldetr.model.device import cached_tensor
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.data import Batch, Targets, noise_uniforms
 from celldetr.training.losses import class_loss, class_weights
+from celldetr.training.matching import Matches
 from celldetr.training.stage import Outputs, Stage, finite
 
 LOSSES = {
@@ -44,7 +45,8 @@ class SupervisedStage(Stage):
             labels = targets.labels
         losses, matches = self.detection_losses(detections, targets, matching, n_boxes)
         if embeddings is not None:
-            last = matches.last(int(targets.counts.clamp(max=detections.boxes.shape[2]).sum()))
+            pairs = int(targets.counts.clamp(max=detections.boxes.shape[2]).sum())  # of a layer; the last ones are last
+            last = Matches(*(column[len(column) - pairs :] for column in matches))
             class_logits = self.model.classify(embeddings[last.image, last.query])
             labels = targets.labels[last.image, last.box]
         if self.mode != "baseline":
@@ -65,16 +67,9 @@ class SupervisedStage(Stage):
     def _noised(self, targets: Targets, batch: Batch) -> Tensor:
         """Boxes for the representation decoder (paper, A.2)."""
         noise = self.settings.noise
-        if self.mode != "parallel" or not noise.share:
+        if not noise.share:
             return targets.boxes
-        return box_ops.noise(
-            targets.boxes,
-            noise_uniforms(batch, targets, self.settings.seed),
-            low=noise.low,
-            high=noise.high,
-            enlarge=noise.enlarge,
-            share=noise.share,
-        )
+        return box_ops.noise(targets.boxes, noise_uniforms(batch, targets, self.settings.seed), **noise.model_dump())
 
     def _found(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
         """Image, centre (px) and best class of the detections with a nucleus score >= threshold."""
@@ -87,9 +82,8 @@ class SupervisedStage(Stage):
         else:
             counts = torch.bincount(image, minlength=len(boxes))
             slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
-            padded = cached_tensor(FULL_IMAGE, boxes.device, boxes.dtype).repeat(
-                len(boxes), max(1, int(counts.max())), 1
-            )
+            whole = cached_tensor(FULL_IMAGE, boxes.device, boxes.dtype)
+            padded = whole.repeat(len(boxes), max(1, int(counts.max())), 1)
             padded[image, slot] = boxes[image, query]
             valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
             chosen = self.model.represent(outputs.features, padded, valid)[image, slot]

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_training import make_crowded_store, make_experiment, make_split, make_ssl_experiment, make_store
+from tiny_training import make_crowded_store, make_experiment, make_split, make_ssl_experiment, make_store, train
 
 from celldetr.config.experiment import NoiseSettings
 from celldetr.inference.similarity import measure_similarity
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model
 from celldetr.runtime.errors import InputError
-from celldetr.training.loop import train
 
 NOISE = NoiseSettings(low=0.4, high=0.8)
 

@@ -13,10 +13,10 @@ from tiny_training import (
     make_ssl_experiment,
     make_store,
     read_log,
+    train,
 )
 
 from celldetr.config.experiment import Experiment
-from celldetr.training.loop import train
 
 STEPS = 50
 PLAIN = {"model": {"kernel": "reference"}}

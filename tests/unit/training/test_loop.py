@@ -15,7 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_training import CLASSES, assert_same_result, make_experiment, make_split, make_store, read_log, stopping
+from tiny_training import (
+    CLASSES,
+    assert_same_result,
+    make_experiment,
+    make_split,
+    make_store,
+    read_log,
+    stopping,
+    train,
+)
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, TrainingSettings
@@ -26,7 +35,7 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model, read_checkpoint, save_model
 from celldetr.runtime.errors import ConfigError, InputError, Interrupted, NonFinite, ProcessFailed
 from celldetr.training.data import TrainingBatches
-from celldetr.training.loop import Training, learning_rate_factor, make_optimizer, train
+from celldetr.training.loop import Training, learning_rate_factor, make_optimizer
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 
@@ -168,9 +177,8 @@ def test_a_run_killed_at_any_moment_ends_bit_identical(store, tmp_path):
         import sys
         sys.path.insert(0, {str(HELPERS)!r})
         from pathlib import Path
-        from tiny_training import make_experiment, make_split
+        from tiny_training import make_experiment, make_split, train
         from celldetr.store import open_store
-        from celldetr.training.loop import train
         store = open_store({str(store.path)!r})
         train(make_experiment(**{whole!r}), [store], make_split(store, 8, 4), Path({str(tmp_path / "run")!r}))
     """

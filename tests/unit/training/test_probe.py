@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_training import make_experiment, make_split, make_store
+from tiny_training import make_experiment, make_split, make_store, train
 
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import read_checkpoint, save_model
 from celldetr.runtime.errors import ConfigError
 from celldetr.training.data import PatchData, TrainingBatches
-from celldetr.training.loop import make_optimizer, train
+from celldetr.training.loop import make_optimizer
 from celldetr.training.supervised import SupervisedStage
 
 PARTS = {"head": {"class_head"}, "representation": {"class_head", "representation"}}

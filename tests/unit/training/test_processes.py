@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_training import assert_same_result, make_experiment, make_split, make_store, read_log
+from tiny_training import assert_same_result, make_experiment, make_split, make_store, read_log, train
 
 from celldetr.model.weights import read_checkpoint
 from celldetr.runtime.errors import NonFinite, Occupied, ProcessFailed
 from celldetr.training import run_state
-from celldetr.training.loop import train
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 
@@ -88,9 +87,8 @@ def shared(store, tmp_path):
     job = start(f"""
         import sys
         from pathlib import Path
-        from tiny_training import make_experiment, make_split
+        from tiny_training import make_experiment, make_split, train
         from celldetr.store import open_store
-        from celldetr.training.loop import train
         store = open_store({str(store.path)!r})
         print("ready", flush=True)
         train(make_experiment(gpus=2, epochs=5000), [store], make_split(store, 8, 4),

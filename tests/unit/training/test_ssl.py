@@ -12,6 +12,7 @@ from tiny_training import (
     make_store,
     read_log,
     stopping,
+    train,
 )
 
 from celldetr.config.experiment import Experiment
@@ -27,7 +28,6 @@ from celldetr.training.contrastive import (
     validation_uniforms,
 )
 from celldetr.training.data import PatchData, TrainingBatches
-from celldetr.training.loop import train
 
 
 @pytest.fixture(scope="module")

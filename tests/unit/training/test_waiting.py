@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_losses_that_arrive_late_name_their_own_patches(store, tmp_path):
     stage = make_stage(store, "parallel")
     batches = TrainingBatches(stage.train_data, BATCH, 1)
     nan = torch.tensor(float("nan"))
-    with RunLog(tmp_path, stage, batches.steps_per_epoch, 0, [], {}) as run_log:
+    with closing(RunLog(tmp_path, stage, batches.steps_per_epoch, 0, [], {})) as run_log:
         run_log._pending = batches[0], Losses({"l1": nan}, nan)
         with pytest.raises(NonFinite, match=r"step 1: losses loss, l1 are not finite") as caught:
             run_log.add_step(batches[1], {"l1": nan}, nan, 1.0)
