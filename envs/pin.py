@@ -12,7 +12,18 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 PYTHON = "3.11"
 # What the file is for, and what the scripts of its rules import.
-SHARED = ["matplotlib", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "scipy", "zarr"]
+SHARED = [
+    "google-crc32c",
+    "matplotlib",
+    "numcodecs",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "scipy",
+    "zarr",
+]
 ENVIRONMENTS = {
     "data": ("Downloads, archives, patch stores, splits.", [*SHARED, "huggingface-hub", "jinja2", "requests", "tqdm"]),
     "spatial": (

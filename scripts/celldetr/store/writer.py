@@ -9,7 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 import zarr
+from numcodecs.checksum32 import CRC32C
 from numpy.typing import ArrayLike, NDArray
 from zarr.codecs import ZstdCodec
 
@@ -21,21 +23,23 @@ from celldetr.store.reader import (
     FORMAT,
     NO_LABEL,
     NUMBER_COLUMNS,
+    PATCHES_PER_SHARD,
     TEXT_COLUMNS,
+    ZSTD,
     PatchStore,
     class_counts,
     content_digest,
+    shard_path,
 )
 
-PATCHES_PER_SHARD = 256
-# A checksum turns a changed bit into an error. All chunks are written, black ones too: a missing file is then an error.
+# all chunks are written, those of zeros too: a missing file is then an error
 _STORED: Any = {"compressors": ZstdCodec(level=1, checksum=True), "config": {"write_empty_chunks": True}}
 
 
 class StoreWriter:
     """Append patches; the store appears under its name when the ``with`` block ends without an error.
 
-    Memory holds one shard of images and all boxes.
+    Memory holds one compressed shard of images and all boxes.
 
     Parameters
     ----------
@@ -49,6 +53,11 @@ class StoreWriter:
         Pixel size in um.
     attrs
         More JSON values to keep, e.g. ``provenance`` and ``dropped``; may be changed until the block ends.
+
+    Raises
+    ------
+    InputError
+        At the end of the block: a box or a centroid does not fit its patch, or a label is of no class.
     """
 
     def __init__(
@@ -65,27 +74,17 @@ class StoreWriter:
         self.attrs = dict(attrs or {})
         self.n_patches = 0
         self._stack = contextlib.ExitStack()
-        self._waiting: list[NDArray[np.uint8]] = []
-        self._written = 0
+        self._chunks: list[bytes] = []
         self._images_hash = hashlib.sha256()
-        self._counts: list[int] = []
-        self._boxes: list[NDArray[np.float32]] = []
-        self._labels: list[NDArray[np.int8]] = []
-        self._centroids: list[NDArray[np.float32]] = []
+        self._counts = [0]
+        self._boxes = [np.empty((0, 4), np.float32)]
+        self._labels = [np.empty(0, np.int64)]
+        self._centroids = [np.empty((0, 2), np.float32)]
         self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def __enter__(self) -> Self:
-        temporary = self._stack.enter_context(atomic(self.path))
+        self._temporary = self._stack.enter_context(atomic(self.path))
         self._stack.push(lambda kind, error, trace: None if error else self._finish())
-        self._group = zarr.open_group(temporary, mode="w", zarr_format=3)
-        self._images = self._group.create_array(
-            "images",
-            shape=(0, self.patch_size, self.patch_size, 3),
-            chunks=(1, self.patch_size, self.patch_size, 3),
-            shards=(PATCHES_PER_SHARD, self.patch_size, self.patch_size, 3),
-            dtype="uint8",
-            **_STORED,
-        )
         return self
 
     def append(
@@ -95,7 +94,7 @@ class StoreWriter:
         labels: Sequence[ArrayLike],
         *,
         centroids: Sequence[ArrayLike] | None = None,
-        patches: Mapping[str, Sequence[Any] | NDArray[Any]],
+        patches: Mapping[str, Any] | pd.DataFrame,
     ) -> None:
         """Append B patches.
 
@@ -113,44 +112,41 @@ class StoreWriter:
         Raises
         ------
         ValueError
-            Lengths or shapes do not agree, or a label is of no class.
+            Lengths or shapes do not agree.
         """
-        count = len(images)
         if images.shape[1:] != (self.patch_size, self.patch_size, 3) or images.dtype != np.uint8:
             raise ValueError(f"images: got {images.dtype} {images.shape}, expected uint8 (B, S, S, 3)")
         if centroids is None:
             centroids = [np.full((np.size(row), 2), np.nan) for row in labels]
         lengths = {"boxes": len(boxes), "labels": len(labels), "centroids": len(centroids)}
-        lengths |= {name: len(patches[name]) for name in self._columns}
-        if set(lengths.values()) != {count}:
-            raise ValueError(f"got {lengths}, expected {count} of each")
+        lengths |= {name: len(patches[name]) for name in COLUMNS}
+        if set(lengths.values()) != {len(images)}:
+            raise ValueError(f"got {lengths}, expected {len(images)} of each")
         for box, label, centroid in zip(boxes, labels, centroids, strict=True):
-            flat = np.asarray(label).reshape(-1)
-            if flat.size and not NO_LABEL <= flat.min() <= flat.max() < len(self.classes):
-                raise ValueError(
-                    f"labels: got {flat.min()} to {flat.max()}, expected {NO_LABEL} to {len(self.classes) - 1}"
-                )
-            self._counts.append(len(flat))
-            self._labels.append(flat.astype(np.int8))
-            self._boxes.append(np.asarray(box, dtype=np.float32).reshape(len(flat), 4))
-            self._centroids.append(np.asarray(centroid, dtype=np.float32).reshape(len(flat), 2))
+            count = np.size(label)
+            self._counts.append(count)
+            self._labels.append(np.asarray(label, np.int64).reshape(count))
+            self._boxes.append(np.asarray(box, np.float32).reshape(count, 4))
+            self._centroids.append(np.asarray(centroid, np.float32).reshape(count, 2))
         for name, column in self._columns.items():
-            column.extend(np.asarray(patches[name]).tolist())
+            column.extend(patches[name])
         for image in images:
-            self._images_hash.update(hashlib.sha256(image.tobytes()).digest())
-            self._waiting.append(image)
-        self.n_patches += count
-        while len(self._waiting) >= PATCHES_PER_SHARD:
-            self._flush(PATCHES_PER_SHARD)
+            raw = image.tobytes()
+            self._images_hash.update(hashlib.sha256(raw).digest())
+            self._chunks.append(ZSTD.encode(raw))
+            self.n_patches += 1
+            if len(self._chunks) == PATCHES_PER_SHARD:
+                self._write_shard()
 
-    def _flush(self, count: int) -> None:
-        """Write the first waiting images: a whole shard, or at the end of the store the rest."""
-        if count:
-            stop = self._written + count
-            self._images.resize((stop, *self._images.shape[1:]))
-            self._images[self._written : stop] = np.stack(self._waiting[:count])
-            self._written = stop
-            del self._waiting[:count]
+    def _write_shard(self) -> None:
+        """Write the waiting images as Zarr would, which takes longer: chunks, their places, a checksum of these."""
+        lengths = [len(chunk) for chunk in self._chunks]
+        places = np.full((PATCHES_PER_SHARD, 2), 2**64 - 1, "<u8")  # all ones: no such chunk
+        places[: len(lengths)] = np.stack([np.cumsum([0, *lengths[:-1]]), lengths], axis=1)
+        path = shard_path(self._temporary, (self.n_patches - 1) // PATCHES_PER_SHARD)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"".join([*self._chunks, CRC32C(location="end").encode(places)]))
+        self._chunks.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -158,23 +154,31 @@ class StoreWriter:
         return self._stack.__exit__(kind, error, trace)
 
     def _finish(self) -> None:
-        self._flush(len(self._waiting))
-        labels = np.concatenate([np.empty(0, np.int8), *self._labels])
+        if self._chunks:
+            self._write_shard()
+        labels, ptr = np.concatenate(self._labels), np.cumsum(self._counts, dtype=np.int64)
+        boxes, centroids = np.concatenate(self._boxes), np.concatenate(self._centroids)
+        self._check_nuclei(boxes, labels, centroids, ptr)
         arrays: dict[str, NDArray[Any]] = {
-            "boxes": np.concatenate([np.empty((0, 4), np.float32), *self._boxes]),
-            "labels": labels,
-            "centroids": np.concatenate([np.empty((0, 2), np.float32), *self._centroids]),
-            "box_ptr": np.concatenate([[0], np.cumsum(self._counts, dtype=np.int64)]).astype(np.int64),
+            "boxes": boxes,
+            "labels": labels.astype(np.int8),
+            "centroids": centroids,
+            "box_ptr": ptr,
         }
         for name in NUMBER_COLUMNS:
             arrays[f"patches/{name}"] = np.asarray(self._columns[name], dtype=np.int64)
+        group = zarr.open_group(self._temporary, mode="a", zarr_format=3)
         for name, array in arrays.items():
-            self._group.create_array(name, data=array, **_STORED)
+            group.create_array(name, data=array, **_STORED)
         for name in TEXT_COLUMNS:
             text = np.asarray([str(value) for value in self._columns[name]], dtype=np.dtypes.StringDType())
-            self._group.create_array(f"patches/{name}", shape=text.shape, dtype="string", **_STORED)[...] = text
+            group.create_array(f"patches/{name}", shape=text.shape, dtype="string", **_STORED)[...] = text
             arrays[f"patches/{name}"] = text
-        own: dict[str, Any] = {
+        image = (self.patch_size, self.patch_size, 3)
+        chunks, shards, shape = ((count, *image) for count in (1, PATCHES_PER_SHARD, self.n_patches))
+        group.create_array("images", shape=shape, chunks=chunks, shards=shards, dtype="uint8", **_STORED)
+        attrs: dict[str, Any] = {
+            **self.attrs,
             "format": FORMAT,
             "classes": list(self.classes),
             "mpp": self.mpp,
@@ -182,8 +186,33 @@ class StoreWriter:
             "version": celldetr.__version__,
             "images_digest": self._images_hash.hexdigest(),
         }
-        own["digest"] = content_digest(arrays, {**self.attrs, **own})
-        self._group.attrs.update({**self.attrs, **own})
+        group.attrs.update({**attrs, "digest": content_digest(shape, arrays, attrs)})
+
+    def _check_nuclei(
+        self,
+        boxes: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        centroids: NDArray[np.float32],
+        ptr: NDArray[np.int64],
+    ) -> None:
+        low, high, last = boxes[:, :2], boxes[:, 2:], len(self.classes) - 1
+        with np.errstate(invalid="ignore"):
+            inside = (low >= 0) & (high <= self.patch_size) & (low < high)
+            central = np.isnan(centroids) | ((low <= centroids) & (centroids <= high))
+        rules: dict[str, NDArray[Any]] = {
+            f"boxes must lie in 0 to {self.patch_size} px and not be empty": np.all(inside, axis=1),
+            "centroids must lie in their box": np.all(central, axis=1),
+            f"labels must be {NO_LABEL} to {last}": (labels >= NO_LABEL) & (labels <= last),
+        }
+        for rule, good in rules.items():
+            if not good.all():
+                first = int(good.argmin())
+                patch = int(np.searchsorted(ptr, first, side="right")) - 1
+                raise InputError(
+                    f"{self.path}: {rule}, but {(~good).sum()} of {len(good)} are not, the first is nucleus {first} of "
+                    f"patch {patch}: box {boxes[first].tolist()}, centroid {centroids[first].tolist()}, label "
+                    f"{labels[first]}"
+                )
 
 
 def select(
@@ -228,5 +257,5 @@ def select(
                     [store.boxes[part] for part in nuclei],
                     [store.labels[part] for part in nuclei],
                     centroids=[store.centroids[part] for part in nuclei],
-                    patches={str(name): store.patches[name].iloc[indices].to_numpy() for name in store.patches},
+                    patches=store.patches.iloc[indices],
                 )

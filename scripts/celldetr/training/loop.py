@@ -146,7 +146,7 @@ class Training:
         precision = resolve_precision(settings.precision, device)
         allow_tf32(precision != "fp32")
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-        stores = [open_store(path, validate=False) for path in run.stores]
+        stores = [open_store(path) for path in run.stores]
         train, val = (
             PatchData(stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
         )
