@@ -9,7 +9,6 @@ import importlib.metadata
 import io
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +44,7 @@ class Annotation:
 
 
 def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, seed: int) -> Annotation:
-    """Annotate the cells of a sample by the cells of a prepared reference that are not held out.
-
-    `cells` are raw counts (csr_matrix); `seed` draws the chunks of optimal transport.
+    """Annotate the cells of a sample (raw counts, csr_matrix) by the cells of a reference that are not held out.
 
     Raises
     ------
@@ -72,18 +69,20 @@ def two_passes(
     """Annotate by correlation, then by optimal transport with the composition as prior.
 
     `cells` and `reference` hold raw counts of the shared genes; uns["composition"] of the reference is type -> cells of
-    the whole reference, from which it was drawn.
-
-    Returns
-    -------
-    tuple
-        Fractions by optimal transport, fractions by correlation, prior (type -> share of the transcripts).
+    the whole reference, from which it was drawn. Returns the fractions by optimal transport, those by correlation, and
+    the prior (type -> share of the transcripts).
     """
     second = correlation(cells, reference)
     if settings.prior == "sample":
-        prior = _transcript_shares(best(second).astype(np.int64), totals(cells))
+        kinds = best(second)
+        weight = Series(totals(cells)).groupby(kinds).sum().reindex(range(len(ST_TYPES)), fill_value=0.0)
     else:
-        prior = _reference_prior(reference)
+        # cells of a type in the whole reference times its transcripts per cell
+        per_cell = Series(totals(reference)).groupby(reference.obs["type"].to_numpy(str)).mean()
+        weight = Series(
+            {name: float(reference.uns["composition"][name]) * per_cell.get(name, 0.0) for name in ST_TYPES}
+        )
+    prior = Series(weight.to_numpy() / max(weight.sum(), 1e-12), index=list(ST_TYPES))
     log.info("composition (%s): %s", settings.prior, ", ".join(f"{name} {share:.3f}" for name, share in prior.items()))
     fractions = tacco_ot(cells, reference, prior, lamb=settings.lamb, seed=seed)
     return fractions, second, prior
@@ -104,12 +103,13 @@ def tacco_ot(cells: AnnData, reference: AnnData, prior: Series, *, lamb: float, 
     known = AnnData(reference.X, obs=DataFrame({"type": kinds}), var=DataFrame(index=reference.var_names))
     result = np.full((cells.n_obs, len(ST_TYPES)), np.nan, dtype=np.float32)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(totals(cells) > 0))
-    chunks = np.array_split(order, max(1, -(-len(order) // CHUNK_CELLS)))
+    chunks = np.array_split(order, -(-len(order) // CHUNK_CELLS)) if len(order) else []
+    gc.freeze()  # TACCO collects garbage in each step: without what exists already a fifth faster
     for number, chunk in enumerate(chunks, start=1):
-        if len(chunk):
-            rows = np.sort(chunk)
-            result[rows] = _transport(cells.X[rows], known, prior / prior.sum(), lamb)
-            log.info("optimal transport: chunk %d of %d, %d cells", number, len(chunks), len(rows))
+        rows = np.sort(chunk)
+        result[rows] = _transport(cells.X[rows], known, prior / prior.sum(), lamb)
+        log.info("optimal transport: chunk %d of %d, %d cells", number, len(chunks), len(rows))
+    gc.unfreeze()
     return DataFrame(result, index=cells.obs_names, columns=list(ST_TYPES))
 
 
@@ -118,23 +118,12 @@ def _transport(counts: sparse.csr_matrix, reference: AnnData, prior: Series, lam
     index = pd.RangeIndex(counts.shape[0]).astype(str)
     chunk = AnnData(counts, obs=DataFrame(index=index), var=DataFrame(index=reference.var_names))
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings(), _frozen_garbage():
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fractions = tacco.tl.annotate(chunk, reference, "type", method="OT", annotation_prior=prior, lamb=lamb)
     for line in printed.getvalue().splitlines():
         log.debug("tacco: %s", line)
     return fractions.reindex(index=index, columns=list(ST_TYPES), fill_value=0).to_numpy(np.float32)
-
-
-@contextlib.contextmanager
-def _frozen_garbage() -> Iterator[None]:
-    """Exclude existing objects from garbage collection: TACCO collects in each step, a fifth of its time."""
-    gc.collect()  # release the previous chunk first
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def correlation(cells: AnnData, reference: AnnData) -> DataFrame:
@@ -190,21 +179,6 @@ def type_profiles(reference: AnnData) -> DataFrame:
     kind = reference.obs["type"].astype(str).to_numpy()
     rows = [np.asarray(shares[np.flatnonzero(kind == name)].mean(axis=0)).ravel() for name in found]
     return DataFrame(np.stack(rows), index=found, columns=reference.var_names)
-
-
-def _transcript_shares(kinds: NDArray[np.int64], transcripts: NDArray[np.float64]) -> Series:
-    """Share of each of the ten types in the transcripts of cells; kinds (N,) are indices in `ST_TYPES` or -1."""
-    typed = kinds >= 0
-    shares = np.bincount(kinds[typed], weights=transcripts[typed], minlength=len(ST_TYPES))
-    return Series(shares / max(shares.sum(), 1e-12), index=list(ST_TYPES))
-
-
-def _reference_prior(reference: AnnData) -> Series:
-    """Shares of the transcripts in the whole reference: cells per type times mean transcripts per cell."""
-    per_cell = Series(totals(reference), index=reference.obs["type"].astype(str)).groupby(level=0).mean()
-    composition = reference.uns["composition"]
-    shares = Series({name: float(composition[name]) * per_cell.get(name, 0.0) for name in ST_TYPES})
-    return shares / shares.sum()
 
 
 def on_genes(cells: AnnData, columns: np.ndarray, names: tuple[str, ...]) -> AnnData:

@@ -22,10 +22,7 @@ _BLOCK = 500  # columns, or dense rows, that are read at once
 def read_raw_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tuple[str, DataFrame, sparse.csr_matrix]:
     """Find the matrix with raw counts in an open .h5ad and read increasing rows of it; `where` names the file.
 
-    Returns
-    -------
-    tuple
-        Location (key of `LOCATIONS`), table of the genes, counts (rows, genes) as of `read_rows`.
+    Returns its location (key of `LOCATIONS`), the table of its genes, and counts (rows, genes) as of `read_rows`.
 
     Raises
     ------

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from pandas import DataFrame, Series
@@ -28,9 +29,9 @@ class SharedGenes:
     """Genes shared by two tables, in the order of the first."""
 
     names: tuple[str, ...]  # symbols in the first table
-    first: NDArray[np.int64]  # columns (G,) in the first table
-    second: NDArray[np.int64]  # columns (G,) in the second table
-    by: str  # "symbol" or "gene id", whichever was compared
+    first: NDArray[np.int64]  # their columns (G,) in the first table
+    second: NDArray[np.int64]  # and in the second
+    by: str  # what was compared: symbol or gene id
 
 
 def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]:
@@ -55,11 +56,8 @@ def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]
             f"{', '.join(map(str, genes.columns)) or 'none'}); expected one of {', '.join(SYMBOL_COLUMNS)}: add it"
         )
     ids = [without_version(name) for name in index]
-    missing = genes[column].isna().to_numpy()
-    symbols = [
-        gene if empty or not str(name).strip() else _ID_SUFFIX.sub("", str(name).strip())
-        for name, empty, gene in zip(genes[column], missing, ids, strict=True)
-    ]
+    named = genes[column].astype(object).fillna("").astype(str).str.strip()
+    symbols = [_ID_SUFFIX.sub("", name) or gene for name, gene in zip(named, ids, strict=True)]
     return [without_version(name) for name in symbols], ids
 
 
@@ -73,22 +71,14 @@ def sum_duplicates(
 ) -> tuple[sparse.csr_matrix, list[str], list[str], list[str]]:
     """Sum the columns of genes with the same symbol.
 
-    Returns
-    -------
-    tuple
-        Matrix (cells, unique genes), symbols and ids in order of first occurrence, duplicate symbols.
+    Returns matrix (cells, unique genes), symbols and ids in order of first occurrence, and the duplicate symbols.
     """
-    order: dict[str, int] = {}
-    place = np.array([order.setdefault(name, len(order)) for name in symbols], dtype=np.int64)
-    if len(order) == len(symbols):
+    place, names = pd.factorize(np.array(symbols, dtype=object))
+    if len(names) == len(symbols):
         return matrix, list(symbols), list(ids), []
-    into = sparse.csr_matrix(
-        (np.ones(len(place), np.float32), (np.arange(len(place)), place)), shape=(len(place), len(order))
-    )
-    first = Series(np.arange(len(place))).groupby(place).first().to_numpy()
-    times = np.bincount(place)
-    repeated = [name for name, index in order.items() if times[index] > 1]
-    return sparse.csr_matrix(matrix @ into), list(order), [ids[index] for index in first], repeated
+    into = sparse.csr_matrix((np.ones(len(place), np.float32), (np.arange(len(place)), place)))
+    _, first, times = np.unique(place, return_index=True, return_counts=True)
+    return sparse.csr_matrix(matrix @ into), list(names), [ids[index] for index in first], list(names[times > 1])
 
 
 def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGenes:
@@ -122,18 +112,11 @@ def _common(
     cells: Sequence[str], reference: Sequence[str], places: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Columns of the common names in either table; of duplicate names, the first counts."""
-    known: dict[str, int] = {}
-    for index, name in enumerate(reference):
-        known.setdefault(without_version(name), index)
-    known.pop("", None)
-    names = [without_version(name) for name in cells]
-    pairs: dict[str, int] = {}
-    for place in places:
-        if names[place] in known:
-            pairs.setdefault(names[place], place)
-    first, second = list(pairs.values()), [known[name] for name in pairs]
-    return np.array(first, dtype=np.int64), np.array(second, dtype=np.int64)
+    mine, other = (Series(map(without_version, names)) for names in (cells, reference))
+    mine, other = (names[names != ""].drop_duplicates() for names in (mine[places], other))
+    second = pd.Index(other.to_numpy()).get_indexer(mine.to_numpy())
+    return mine.index.to_numpy(np.int64)[second >= 0], other.index.to_numpy(np.int64)[second[second >= 0]]
 
 
 def _examples(names: Sequence[str]) -> str:
-    return ", ".join(str(name) for name in list(names)[:_SHOWN])
+    return ", ".join(map(str, names[:_SHOWN]))

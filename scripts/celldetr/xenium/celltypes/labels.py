@@ -35,13 +35,9 @@ def label_cells(
     """Label the cells whose type is certain.
 
     `fractions` (cells, ten types; index = cell ids) are those by optimal transport, `second` those by correlation;
-    `transcripts` (N,) counts the shared genes.
-
-    Returns
-    -------
-    DataFrame
-        A row per cell: ``cell_id``, ``transcripts``, ``label`` (index in `ST_TYPES` or -1), ``second_label`` (type by
-        correlation, or -1), ``reason`` (one of `REASONS`) and ``fraction_{type}``.
+    `transcripts` (N,) counts the shared genes. Returns a row per cell: ``cell_id``, ``transcripts``, ``label`` (index
+    in `ST_TYPES` or -1), ``second_label`` (type by correlation, or -1), ``reason`` (one of `REASONS`) and
+    ``fraction_{type}``.
 
     Raises
     ------
@@ -79,8 +75,7 @@ def label_cells(
 
 def reason_counts(table: DataFrame) -> dict[str, int]:
     """Reason -> cells, in the order of `REASONS`."""
-    counts = table["reason"].astype(str).value_counts()
-    return {name: int(counts.get(name, 0)) for name in REASONS}
+    return {str(name): int(number) for name, number in table["reason"].value_counts().reindex(REASONS).items()}
 
 
 def write_cells(path: str | os.PathLike[str], table: DataFrame, metadata: Mapping[str, Any]) -> None:
@@ -92,13 +87,7 @@ def write_cells(path: str | os.PathLike[str], table: DataFrame, metadata: Mappin
 
 
 def read_cells(path: str | os.PathLike[str]) -> DataFrame:
-    """Read the table of `write_cells`.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read.
-    """
+    """Read the table of `write_cells`; raises InputError if it cannot be read."""
     try:
         table: DataFrame = pq.read_table(path).replace_schema_metadata().to_pandas()
     except (OSError, pa.ArrowException) as error:

@@ -29,14 +29,10 @@ _MIN_SHARE = 1e-4  # of a cell's transcripts; damps the fold change of rare gene
 def quality(
     cells: AnnData, reference: AnnData, annotation: Annotation, settings: CellTypeSettings, seed: int
 ) -> dict[str, Any]:
-    """Compute all figures of quality; arguments as those of `annotate`, and its result.
+    """Compute all figures of quality, as JSON values; arguments as those of `annotate`, and its result.
 
-    Returns
-    -------
-    dict
-        JSON values: ``cells``, ``shared_genes``, ``reasons`` (reason -> cells), ``labelled_share``, ``labels`` (type ->
-        cells), ``composition`` (sample, reference: type -> share of the cells), ``prior``, ``agreement`` (overall, by
-        type), ``markers`` (see `marker_figures`), ``reannotation`` (see `reannotate`).
+    ``reasons`` are reason -> cells, ``labels`` type -> cells, ``composition`` shares of the cells, ``prior`` shares of
+    the transcripts; the others are those of `agreement`, `marker_figures` and `reannotate`.
     """
     table, genes = annotation.table, annotation.genes
     reasons = reason_counts(table)
@@ -61,42 +57,31 @@ def quality(
 
 
 def agreement(annotation: Annotation) -> dict[str, Any]:
-    """Share of the cells with counts whose types by both annotators agree.
+    """Share of the cells with counts whose types by both annotators agree; None without cells.
 
-    Returns
-    -------
-    dict
-        ``overall``, ``enough_transcripts`` (cells above the threshold of transcripts), ``by_type`` (type by optimal
-        transport -> share, None without cells).
+    Returns ``overall``, ``enough_transcripts`` (cells above the threshold of transcripts) and ``by_type`` (type by
+    optimal transport -> share).
     """
     table = annotation.table
     first = best(table[list(FRACTIONS)])
     second = table["second_label"].to_numpy()
     known = (first >= 0) & (second >= 0)
-    enough = known & (table["reason"].astype(str) != "few transcripts").to_numpy()
+    enough = known & (table["reason"] != "few transcripts").to_numpy()
     same = first == second
-
-    def share(rows: NDArray[np.bool_]) -> float | None:
-        return float(same[rows].mean()) if rows.any() else None
-
     return {
-        "overall": share(known),
-        "enough_transcripts": share(enough),
-        "by_type": {name: share(known & (first == index)) for index, name in enumerate(ST_TYPES)},
+        "overall": _mean(same[known]),
+        "enough_transcripts": _mean(same[enough]),
+        "by_type": {name: _mean(same[known & (first == index)]) for index, name in enumerate(ST_TYPES)},
     }
 
 
 def marker_figures(cells: AnnData, reference: AnnData, labels: NDArray[np.int8]) -> dict[str, Any]:
     """Marker genes of the reference's types, and their expression in the sample's labelled cells.
 
-    `cells` and `reference` hold raw counts of the shared genes; labels (N,) are those of the sample.
-
-    Returns
-    -------
-    dict
-        ``genes`` (G names, in the order of the types they mark), ``of`` (type of each), ``types`` (T names with
-        labelled cells), ``share`` (T, G: share of the type's cells with the gene), ``mean`` (T, G: mean log-normalised
-        expression, relative to the largest over the types).
+    `cells` and `reference` hold raw counts of the shared genes; labels (N,) are those of the sample. Returns ``genes``
+    (G names, in the order of the types they mark), ``of`` (type of each), ``types`` (T names with labelled cells),
+    ``share`` (T, G: share of the type's cells with the gene), ``mean`` (T, G: mean log-normalised expression, relative
+    to the largest over the types).
     """
     profiles = type_profiles(reference)
     genes, of = [], []
@@ -109,20 +94,16 @@ def marker_figures(cells: AnnData, reference: AnnData, labels: NDArray[np.int8])
     places = profiles.columns.get_indexer(pd.Index(genes))
     amount = totals(cells)
     shown = log_normalise(cells.X[:, places], amount, float(np.median(amount[amount > 0])))
-    typed = np.flatnonzero(labels >= 0)
-    member = sparse.csr_matrix(
-        (np.ones(len(typed)), (labels[typed].astype(np.int64), typed)), shape=(len(ST_TYPES), len(labels))
-    )
-    number = np.asarray(member.sum(axis=1)).ravel()
-    found = np.flatnonzero(number)
-    mean = (member @ shown).toarray()[found] / number[found, None]
-    share = (member @ (shown > 0).astype(np.float64)).toarray()[found] / number[found, None]
+    found = np.unique(labels[labels >= 0]).tolist()
+    by_type = [shown[np.flatnonzero(labels == label)] for label in found]
+    mean = np.vstack([rows.astype(np.float64).mean(axis=0) for rows in by_type])
+    share = np.vstack([(rows > 0).mean(axis=0) for rows in by_type])
     return {
         "genes": genes,
         "of": of,
-        "types": [ST_TYPES[index] for index in found],
-        "share": share.round(4).tolist(),
-        "mean": (mean / np.maximum(mean.max(axis=0), 1e-9)).round(4).tolist(),
+        "types": [ST_TYPES[label] for label in found],
+        "share": np.asarray(share).round(4).tolist(),
+        "mean": np.asarray(mean / np.maximum(mean.max(axis=0), 1e-9)).round(4).tolist(),
     }
 
 
@@ -131,14 +112,10 @@ def reannotate(
 ) -> dict[str, Any]:
     """Annotate the held-out cells of the reference as if they were cells of the sample.
 
-    Their counts of the shared genes are thinned to the totals (N,) of the sample's cells, `transcripts`.
-
-    Returns
-    -------
-    dict
-        ``confusion`` (10, 10: true type, type with the largest fraction; cells), ``f1`` (type -> F1, None without
-        cells), ``macro_f1`` (mean over the types with held-out cells), ``accuracy``, ``cells``, ``without_counts``,
-        ``labelled_share`` and ``labelled_accuracy`` (of the cells that pass the thresholds).
+    Their counts of the shared genes are thinned to the totals (N,) of the sample's cells, `transcripts`. Returns
+    ``confusion`` (10, 10: true type, type with the largest fraction; cells), ``f1`` (type -> F1, None without cells),
+    ``macro_f1`` (mean over the types with held-out cells), ``accuracy``, ``cells``, ``without_counts``,
+    ``labelled_share`` and ``labelled_accuracy`` (of the cells that pass the thresholds).
     """
     held = reference[reference.obs["held_out"].to_numpy(dtype=bool)]
     thinned = thin(held, transcripts, np.random.default_rng(seed))
@@ -162,10 +139,10 @@ def reannotate(
         "without_counts": int((~seen).sum()),
         "confusion": confusion.tolist(),
         "f1": {name: float(f1[index]) if present[index] else None for index, name in enumerate(ST_TYPES)},
-        "macro_f1": float(f1[present].mean()) if present.any() else None,
-        "accuracy": float((found == truth)[seen].mean()) if seen.any() else None,
-        "labelled_share": float(labelled.mean()) if len(labelled) else None,
-        "labelled_accuracy": float((labels == truth)[labelled].mean()) if labelled.any() else None,
+        "macro_f1": _mean(f1[present]),
+        "accuracy": _mean((found == truth)[seen]),
+        "labelled_share": _mean(labelled),
+        "labelled_accuracy": _mean((labels == truth)[labelled]),
     }
 
 
@@ -182,6 +159,10 @@ def thin(cells: AnnData, transcripts: NDArray[np.float64], generator: np.random.
     counts.data = kept.astype(np.float32)
     counts.eliminate_zeros()
     return AnnData(counts, obs=cells.obs, var=cells.var)
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _by_type(values: NDArray[Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import pandas as pd
 from anndata import AnnData
 from anndata.io import read_elem
 from numpy.typing import NDArray
-from scipy import sparse
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
@@ -69,20 +68,9 @@ def prepare_reference(
 ) -> tuple[AnnData, dict[str, Any]]:
     """Draw a balanced reference from an annotated .h5ad; only the drawn cells are loaded.
 
-    The file holds raw counts in raw.X, a layer (counts, raw_counts) or X. `mapping` is that of `read_mapping`,
-    `label_column` the column of obs with the labels. Of each type at most `cells_per_type` cells are drawn; its labels
-    share half of them evenly, half by their numbers of cells.
-
-    Returns
-    -------
-    reference
-        X (csr_matrix, float32, raw counts), obs["type"], obs["label"], obs["held_out"], var index symbols,
-        var["gene_ids"], uns["composition"] (type -> cells of the whole file).
-    summary
-        JSON values: ``file``, ``label_column``, ``counts_from`` (matrix of the raw counts), ``cells`` (of the file),
-        ``genes``, ``types`` and ``sampled`` (type -> cells of the file, of the reference), ``held_out`` (cells),
-        ``labels`` (label -> type, cells, sampled), ``summed_symbols`` (symbols of several genes), ``missing_types``
-        (no cells in the file), ``unused_labels`` (of the mapping, not in the file).
+    Of each type at most `cells_per_type` cells are drawn; its labels share half of them evenly, half by their numbers
+    of cells. Returns the reference (X raw counts, csr_matrix, float32; obs type, label, held_out; var index symbols,
+    gene_ids; uns["composition"] type -> cells of the whole file), and its summary for people (JSON values).
 
     Raises
     ------
@@ -99,21 +87,20 @@ def prepare_reference(
         raise InputError(f"{where}: cannot be read ({error}); expected an .h5ad file") from error
     with file, _reading(where):
         labels = _labels(file, where, label_column)
-        numbers = _label_numbers(labels, mapping, where, label_column)
-        types = _type_numbers(numbers, mapping, where)
+        numbers, types = _count(labels, mapping, f"{where}: obs[{label_column!r}]")
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
         location, genes, matrix = read_raw_counts(file, rows, where)
     symbols, ids = symbols_and_ids(genes, f"{where}: genes of {location}")
     matrix, symbols, ids, summed = sum_duplicates(matrix, symbols, ids)
     names = labels[rows].astype(str)
     kinds = np.array([mapping[name] for name in names])
-    obs = {
-        "type": pd.Categorical(kinds, categories=ST_TYPES),
-        "label": pd.Categorical(names),
-        "held_out": _hold_out(kinds, generator),
-    }
+    held = np.zeros(len(rows), dtype=bool)
+    for kind in ST_TYPES:
+        places = np.flatnonzero(kinds == kind)
+        held[generator.choice(places, int(len(places) * HELD_OUT_SHARE), replace=False)] = True
+    obs = {"type": pd.Categorical(kinds, categories=ST_TYPES), "label": pd.Categorical(names), "held_out": held}
     reference = AnnData(
-        sparse.csr_matrix(matrix, dtype=np.float32),
+        matrix,
         obs=pd.DataFrame(obs, index=rows.astype(str)),
         var=pd.DataFrame({"gene_ids": ids}, index=pd.Index(symbols)),
         uns={"composition": types},
@@ -127,7 +114,7 @@ def prepare_reference(
         "genes": reference.n_vars,
         "types": types,
         "sampled": {kind: int((kinds == kind).sum()) for kind in ST_TYPES},
-        "held_out": int(reference.obs["held_out"].sum()),
+        "held_out": int(held.sum()),
         "labels": {
             name: {"type": mapping[name], "cells": number, "sampled": drawn[name]}
             for name, number in sorted(numbers.items())
@@ -147,13 +134,7 @@ def write_reference(path: str | os.PathLike[str], reference: AnnData) -> None:
 
 
 def read_reference(path: str | os.PathLike[str]) -> AnnData:
-    """Read the reference of `write_reference`.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read.
-    """
+    """Read the reference of `write_reference`; raises InputError if it cannot be read."""
     with _reading(Path(path)):
         return anndata.read_h5ad(path)
 
@@ -190,21 +171,15 @@ def _labels(file: h5py.File, where: Path, column: str) -> NDArray[Any]:
     return labels.astype(str).to_numpy(dtype=object)
 
 
-def _label_numbers(labels: NDArray[Any], mapping: Mapping[str, str], where: Path, column: str) -> dict[str, int]:
-    """Label -> cells; all labels must be in the mapping."""
+def _count(labels: NDArray[Any], mapping: Mapping[str, str], where: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Count the cells of each label, all of which must be in the mapping, and of each of the ten types."""
     numbers = {str(name): int(count) for name, count in pd.Series(labels).value_counts().items()}
     unmapped = [f"{name!r} ({count} cells)" for name, count in numbers.items() if name not in mapping]
     if unmapped:
         raise InputError(
-            f"{where}: obs[{column!r}]: {len(unmapped)} of {len(numbers)} labels are not in the mapping: "
-            f"{', '.join(unmapped)}; expected a type for each: add them to the table, with {LEFT_OUT!r} where cells "
-            "are to be left out"
+            f"{where}: {len(unmapped)} of {len(numbers)} labels are not in the mapping: {', '.join(unmapped)}; "
+            f"expected a type for each: add them to the table, with {LEFT_OUT!r} where cells are to be left out"
         )
-    return numbers
-
-
-def _type_numbers(numbers: Mapping[str, int], mapping: Mapping[str, str], where: Path) -> dict[str, int]:
-    """Type -> cells of the file, for all ten types."""
     types = {kind: sum(numbers[name] for name in numbers if mapping[name] == kind) for kind in ST_TYPES}
     found = [kind for kind, count in types.items() if count]
     if len(found) < 2:
@@ -212,7 +187,7 @@ def _type_numbers(numbers: Mapping[str, int], mapping: Mapping[str, str], where:
             f"{where}: got cells of {len(found)} types ({', '.join(found) or 'none'}), expected at least 2 of the ten: "
             "check the mapping and label_column"
         )
-    return types
+    return numbers, types
 
 
 def _draw(
@@ -242,14 +217,6 @@ def _shares(available: list[int], most: int) -> list[int]:
     for index in np.argsort(more.astype(int) - more, kind="stable")[: most - shares.sum()]:
         shares[index] += 1
     return [int(share) for share in shares]
-
-
-def _hold_out(kinds: NDArray[Any], generator: np.random.Generator) -> NDArray[np.bool_]:
-    held = np.zeros(len(kinds), dtype=bool)
-    for kind in ST_TYPES:
-        rows = np.flatnonzero(kinds == kind)
-        held[generator.choice(rows, int(len(rows) * HELD_OUT_SHARE), replace=False)] = True
-    return held
 
 
 def _log_summary(summary: Mapping[str, Any]) -> None:
