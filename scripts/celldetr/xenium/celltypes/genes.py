@@ -109,11 +109,11 @@ def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGene
 
 
 def _common(
-    cells: Sequence[str], reference: Sequence[str], places: Sequence[int]
+    cells: Sequence[str], reference: Sequence[str], places: list[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Columns of the common names in either table; of duplicate names, the first counts."""
     mine, other = (Series(map(without_version, names)) for names in (cells, reference))
-    mine, other = (names[names != ""].drop_duplicates() for names in (mine[places], other))
+    mine, other = (names[names != ""].drop_duplicates() for names in (mine.iloc[places], other))
     second = pd.Index(other.to_numpy()).get_indexer(mine.to_numpy())
     return mine.index.to_numpy(np.int64)[second >= 0], other.index.to_numpy(np.int64)[second[second >= 0]]
 

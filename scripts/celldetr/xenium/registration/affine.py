@@ -33,13 +33,7 @@ class Decomposition:
 
 
 def as_matrix(values: ArrayLike, where: str = "matrix") -> Floats:
-    """Check an affine matrix (3, 3).
-
-    Raises
-    ------
-    InputError
-        The shape is wrong, a value is not finite, the last row is not 0 0 1, or the matrix has no inverse.
-    """
+    """Check an affine matrix (3, 3); raises InputError if it is none, or has no inverse."""
     matrix = np.array(values, dtype=np.float64)
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
         raise InputError(f"{where}: got {matrix.tolist()}, expected 3 x 3 finite numbers")
@@ -122,14 +116,8 @@ def fit_robust(
     """Fit an affine close to the identity to point pairs with many outliers, by random sample consensus (RANSAC).
 
     `source` and `target` are points (n, 2), n >= 1; `weights` (n,) is the trust in each pair; `tolerance` is the
-    largest distance of an inlier, in the unit of the points.
-
-    Returns
-    -------
-    matrix
-        (3, 3), source -> target, fitted to the inliers.
-    inliers
-        (n,) bool.
+    largest distance of an inlier, in the unit of the points. Returns the matrix (3, 3), source -> target, fitted to the
+    inliers, and their mask (n,).
     """
     linears, shifts = _candidates(source, target, weights / weights.sum(), seed)
     off = np.einsum("tij,nj->tni", linears, source) + shifts[:, None] - target

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import fft, ndimage
 
 from celldetr.slides.pyramid import Pyramid
@@ -76,13 +76,10 @@ def _piece(image: Pyramid, level: int, x: Floats, y: Floats, ratio: float, conve
     """Values at positions (h, w), px of a level, averaged over `ratio` px."""
     margin = int(np.ceil(ratio)) + 2
     grid = image.levels[level]
-    x0, x1 = max(int(x.min()) - margin, -margin), min(int(x.max()) + margin + 2, grid.width + margin)
-    y0, y1 = max(int(y.min()) - margin, -margin), min(int(y.max()) + margin + 2, grid.height + margin)
-    if x0 >= x1 or y0 >= y1:
-        one = np.full((1, 1, 3) if image.channels == 3 else (1, 1), image.background, dtype=image.dtype)
-        values = convert(one)
-        return np.broadcast_to(values, (*x.shape, *values.shape[2:])).astype(np.float32)
-    values = convert(image.read(level, x0, y0, x1 - x0, y1 - y0))
+    x0, y0 = (max(int(values.min()) - margin, -margin) for values in (x, y))
+    ends = (min(int(values.max()) + margin + 2, side + margin) for values, side in ((x, grid.width), (y, grid.height)))
+    width, height = (max(end - start, 1) for end, start in zip(ends, (x0, y0), strict=True))
+    values = convert(image.read(level, x0, y0, width, height))
     half = 0.0
     if ratio > 1.2:
         side = round(ratio)
@@ -115,19 +112,9 @@ def band(values: Values, fine: float = 1.0, wide: float = 8.0) -> Values:
 def match_blocks(fixed: Values, moving: Values) -> tuple[Floats, Floats]:
     """Find each block in a larger block around the same place by normalised cross-correlation.
 
-    Parameters
-    ----------
-    fixed
-        Blocks (n, b, b).
-    moving
-        Blocks (n, b + 2 r, b + 2 r) with the same centres.
-
-    Returns
-    -------
-    shifts
-        (n, 2) x and y in samples, to a fraction of a sample: point p of `fixed` lies at p + shift in `moving`.
-    score
-        (n,) trust from 0 to 1: correlation at the peak, times how clearly the peak beats distant places.
+    `fixed` are blocks (n, b, b), `moving` blocks (n, b + 2 r, b + 2 r) with the same centres. Returns shifts (n, 2), x
+    and y in (fractions of) samples: point p of `fixed` lies at p + shift in `moving`; and scores (n,) from 0 to 1:
+    correlation at the peak, times how clearly the peak beats distant places.
     """
     side = fixed.shape[1]
     reach = (moving.shape[1] - side) // 2
@@ -156,16 +143,19 @@ def _window_sums(values: NDArray[np.floating], side: int) -> Floats:
 
 
 def _vertex(surface: Floats, row: int, column: int) -> Floats:
-    """Position (x, y) of a peak between samples, by parabolas."""
-    position = []
-    for index, line in ((column, surface[row]), (row, surface[:, column])):
-        offset = 0.0
+    """Position (x, y) of a peak between samples; that of a peak at the edge is the sample."""
+    position = np.array([column, row], dtype=np.float64)
+    for axis, (index, line) in enumerate(((column, surface[row]), (row, surface[:, column]))):
         if 0 < index < len(line) - 1:
-            before, here, after = line[index - 1 : index + 2]
-            bend = before - 2 * here + after
-            offset = float(np.clip((before - after) / (2 * bend), -0.5, 0.5)) if bend < 0 else 0.0
-        position.append(index + offset)
-    return np.array(position)
+            position[axis] += peak_offset(*line[index - 1 : index + 2])
+    return position
+
+
+def peak_offset(before: ArrayLike, here: ArrayLike, after: ArrayLike) -> Floats:
+    """Offset of a maximum from the middle one of three samples, by a parabola; -0.5 to 0.5."""
+    before, here, after = (np.asarray(values) for values in (before, here, after))
+    bend = np.minimum(before - 2 * here + after, -1e-9)
+    return np.asarray(np.clip((before - after) / (2 * bend), -0.5, 0.5))
 
 
 def _clarity(surface: Floats, row: int, column: int) -> float:

@@ -14,7 +14,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import Floats, inverse
-from celldetr.xenium.registration.maps import Grid, Values, inside, sample, window
+from celldetr.xenium.registration.maps import Grid, Values, inside, peak_offset, sample, window
 
 SPACING = 0.5  # um of a sample in which blobs are searched
 _SIGMAS = (2.3, 3.3)  # um; strongest response to discs of radius 3.3 and 4.7 um
@@ -120,12 +120,7 @@ def read_window(
 def find_blobs(stain: Values) -> tuple[Floats, Floats]:
     """Find dark round blobs of the size of nuclei in hematoxylin (h, w) by the Laplacian of Gaussian at several scales.
 
-    Returns
-    -------
-    positions
-        (n, 2) x and y in samples from the corner of the map.
-    strength
-        (n,) contrast of each blob to its surroundings.
+    Returns positions (n, 2), x and y in samples from the corner of the map, and contrasts (n,) to the surroundings.
     """
     sigmas = np.array(_SIGMAS) / SPACING
     responses = np.stack([-(sigma**2) * ndimage.gaussian_laplace(stain, sigma) for sigma in sigmas])
@@ -137,19 +132,13 @@ def find_blobs(stain: Values) -> tuple[Floats, Floats]:
     kept = _suppress(np.column_stack([column, row]), response[row, column], sigmas[scale[row, column]])
     row, column = row[kept], column[kept]
     layer, here = scale[row, column], response[row, column]
-    offset = []
-    for across, down in ((1, 0), (0, 1)):  # peaks between samples, by parabolas
-        before, after = (responses[layer, row + sign * down, column + sign * across] for sign in (-1, 1))
-        bend = np.minimum(before - 2 * here + after, -1e-9)
-        offset.append(np.clip((before - after) / (2 * bend), -0.5, 0.5))
-    positions = np.column_stack([column + offset[0] + 0.5, row + offset[1] + 0.5])
-    return positions.astype(np.float64), here.astype(np.float64)
+    x = column + peak_offset(responses[layer, row, column - 1], here, responses[layer, row, column + 1])
+    y = row + peak_offset(responses[layer, row - 1, column], here, responses[layer, row + 1, column])
+    return np.column_stack([x + 0.5, y + 0.5]).astype(np.float64), here.astype(np.float64)
 
 
 def _suppress(positions: NDArray[np.int64], strength: NDArray[np.float32], sigma: Floats) -> NDArray[np.int64]:
     """Non-maximum suppression: indices of the blobs that are not inside a stronger one."""
-    if not len(positions):
-        return np.empty(0, np.int64)
     tree = cKDTree(positions)
     alive = np.ones(len(positions), dtype=bool)
     for index in np.argsort(-strength, kind="stable"):
@@ -162,7 +151,5 @@ def _suppress(positions: NDArray[np.int64], strength: NDArray[np.float32], sigma
 def clear_blobs(windows: list[StainWindow]) -> list[Floats]:
     """Blobs (n, 2), um, of each region as strong as nuclei; the limit is common to all regions."""
     strength = np.concatenate([item.strength for item in windows])
-    if not len(strength):
-        return [item.blobs for item in windows]
-    limit = 0.3 * np.percentile(strength, 90)
+    limit = 0.3 * np.percentile(strength, 90) if len(strength) else 0
     return [item.blobs[item.strength >= limit] for item in windows]
