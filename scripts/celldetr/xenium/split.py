@@ -145,22 +145,18 @@ def _cross_border(
     """
     first = (boxes[:, :2] - margin) // side[:, None]
     last = (boxes[:, 2:] + margin - 1) // side[:, None]
-    reached = {}
-    for index in np.flatnonzero((first != last).any(axis=1)).tolist():
-        (x0, y0), (x1, y1) = first[index].tolist(), last[index].tolist()
-        reached[index] = [f"{stores[index]} {x} {y}" for x in range(x0, x1 + 1) for y in range(y0, y1 + 1)]
-    part_of = dict(zip(blocks, part.tolist(), strict=True))
+    rows = [
+        (index, f"{stores[index]} {x} {y}")
+        for index in np.flatnonzero((first != last).any(axis=1)).tolist()
+        for x in range(first[index, 0], last[index, 0] + 1)
+        for y in range(first[index, 1], last[index, 1] + 1)
+    ]
+    reached = pd.DataFrame(rows, columns=["patch", "block"])
+    own = part[reached["patch"].to_numpy(np.int64)]
     # a block without the centre of a patch belongs to the part that reaches into it most
-    claims = pd.DataFrame(
-        [(name, part[index]) for index, names in reached.items() for name in names if name not in part_of],
-        columns=["block", "part"],
-    )
-    counts = claims.value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
-    owner = {**dict(reversed(counts.index.tolist())), **part_of}
-    crossing = np.zeros(len(boxes), dtype=bool)
-    for index, names in reached.items():
-        crossing[index] = any(owner[name] != part[index] for name in names)
-    return crossing
+    most = pd.Series(own, dtype=object).groupby(reached["block"]).agg(lambda parts: parts.mode()[0])
+    owner = reached["block"].map(dict(zip(blocks, part, strict=True))).fillna(reached["block"].map(most))
+    return np.isin(np.arange(len(boxes)), reached["patch"][owner.to_numpy() != own])
 
 
 def _warnings(patches: pd.DataFrame, part: NDArray[np.object_], by: str) -> tuple[str, ...]:
@@ -181,32 +177,19 @@ def _warnings(patches: pd.DataFrame, part: NDArray[np.object_], by: str) -> tupl
 def part_counts(stores: Sequence[PatchStore], split: XeniumSplit) -> pd.DataFrame:
     """Count the patches and nuclei of each part.
 
-    Returns
-    -------
-    DataFrame
-        ``part`` (train, val, test), ``patches``, ``nuclei``, ``labelled`` (share of the nuclei), a column per class,
-        ``samples`` and ``groups`` (numbers of them).
+    Returns a row for each of train, val and test: ``part``, ``patches``, ``nuclei``, ``labelled`` (share of the
+    nuclei), a column per class, ``samples`` and ``groups`` (numbers of them).
     """
-    by_name = {store.path.stem: store for store in stores}
-    rows = []
-    for part in PARTS:
-        chosen = split.table[split.table["part"] == part]
-        labels, groups = [np.empty(0, np.int8)], set[str]()
-        for name, members in chosen.groupby("store")["patch"]:
-            store = by_name[str(name)]
-            taken = np.isin(np.arange(len(store)), members)
-            labels.append(store.labels[np.repeat(taken, np.diff(store.box_ptr))])
-            groups |= set(store.patches["group"][taken])
-        found = np.concatenate(labels)
-        rows.append(
-            {
-                "part": part,
-                "patches": len(chosen),
-                "nuclei": len(found),
-                "labelled": round(float((found >= 0).mean()), 4) if len(found) else 0.0,
-                **{name: int((found == label).sum()) for label, name in enumerate(stores[0].classes)},
-                "samples": chosen["store"].nunique(),
-                "groups": len(groups),
-            }
-        )
-    return pd.DataFrame(rows)
+    tables = []
+    for store in stores:
+        counts = pd.crosstab(np.repeat(np.arange(len(store)), np.diff(store.box_ptr)), store.labels)
+        counts = counts.reindex(index=range(len(store)), columns=range(-1, len(store.classes)), fill_value=0)
+        tables.append(counts.assign(store=store.path.stem, patch=np.arange(len(store)), group=store.patches["group"]))
+    grouped = split.table.merge(pd.concat(tables), on=["store", "patch"]).groupby("part")
+    sums = grouped[list(range(-1, len(stores[0].classes)))].sum().reindex(PARTS, fill_value=0)
+    numbers = grouped.agg(patches=("patch", "size"), samples=("store", "nunique"), groups=("group", "nunique"))
+    numbers = numbers.reindex(PARTS, fill_value=0)
+    nuclei, typed = sums.sum(axis=1), sums.drop(columns=-1).set_axis(list(stores[0].classes), axis=1)
+    shares = (typed.sum(axis=1) / nuclei.clip(lower=1)).round(4)
+    first = pd.DataFrame({"part": PARTS, "patches": numbers["patches"], "nuclei": nuclei, "labelled": shares})
+    return pd.concat([first, typed, numbers[["samples", "groups"]]], axis=1).reset_index(drop=True)

@@ -40,18 +40,8 @@ def register(
 ) -> Registration:
     """Find a matrix from the H&E (whose `mpp` may be None) to the Xenium image that passes the gate.
 
-    Parameters
-    ----------
-    outlines
-        DAPI nuclei (n,), polygons of shapely, um of the Xenium frame.
-    pixel_size
-        um per Xenium px.
-    alignment
-        Content of the alignment file; None without a file.
-    name
-        Name of the sample, for messages.
-    seed
-        Seed of the robust fits.
+    `outlines` are the DAPI nuclei (n,), polygons in um of the Xenium frame; `pixel_size` is um per Xenium px; `name` is
+    the sample's, for messages; `seed` that of the robust fits.
 
     Raises
     ------
@@ -95,14 +85,10 @@ class _Run:
     def regions(self) -> list[Region]:
         return self.nuclei.regions(self.settings)
 
-    @property
-    def nominal(self) -> float:
-        """Size of an H&E pixel that the maps are made for, um."""
-        return self.he.mpp or self.pixel_size * float(np.sqrt(np.prod(self.settings.scale_range)))
-
     @cached_property
     def maps(self) -> list[MapPair]:
-        return make_maps(self.he, self.dapi, self.nominal, self.pixel_size)
+        nominal = self.he.mpp or self.pixel_size * float(np.sqrt(np.prod(self.settings.scale_range)))
+        return make_maps(self.he, self.dapi, nominal, self.pixel_size)
 
     def to_um(self, matrix: Floats) -> Floats:
         """Matrix to um of the Xenium frame instead of Xenium px."""
@@ -129,7 +115,8 @@ class _Run:
 
     def from_file(self, alignment: Alignment) -> Registration | None:
         """Registration by the file's matrix or one near it; None if none passes."""
-        self._judge_keypoints(alignment.residuals)
+        if len(alignment.residuals):
+            self._judge_keypoints(alignment.residuals)
         matrix, to_um = alignment.matrix, self.to_um(alignment.matrix)
         plausible = check_plausible(matrix, self.he.mpp, self.pixel_size, self.settings, self.he.size, self.dapi.size)
         self.warnings += [f"alignment file: {text}" for text in (*plausible.notes, *plausible.problems)]
@@ -143,26 +130,18 @@ class _Run:
         if plausible.problems:
             return self._undo_mistake(plausible)
         found = self.accept("file, refined", "file, refined", self.refine(to_um)) or self._undo_mistake(plausible)
-        if found:
-            return found
-        for candidate in estimate_nearby(self.maps, to_um, self.seed):
-            found = self.accept("file, refined", "file, refined on maps", self.refine(candidate))
-            if found:
-                return found
-        return None
+        nearby = [] if found else estimate_nearby(self.maps, to_um, self.seed)
+        tries = (self.accept("file, refined", "file, refined on maps", self.refine(candidate)) for candidate in nearby)
+        return found or next(filter(None, tries), None)
 
     def _judge_keypoints(self, residuals: Floats) -> None:
         """Keep the fit of the keypoints; residuals (n,) in Xenium px."""
-        if not len(residuals):
-            return
         typical, worst = (float(value) * self.pixel_size for value in (np.median(residuals), residuals.max()))
         self.keypoints = Keypoints(number=len(residuals), median=typical, worst=worst)
         log.info("alignment file: %d keypoints, %.1f um from the fit, at most %.1f", len(residuals), typical, worst)
         if worst > _WRONG_KEYPOINT:
-            self.warnings.append(
-                f"alignment file: keypoint {int(residuals.argmax()) + 1} is {worst:.1f} um from the fit of all: "
-                "correct it"
-            )
+            number = int(residuals.argmax()) + 1
+            self.warnings.append(f"alignment file: keypoint {number} is {worst:.1f} um from the fit of all: correct it")
 
     def _refine_passing(self, first: Attempt) -> Registration:
         """Refine a file that passes, as far as `refine` and `min_gain` ask for it."""
@@ -189,24 +168,22 @@ class _Run:
     def from_images(self) -> Registration | None:
         """Registration without a file; None if none passes."""
         low, high = self.settings.scale_range
-        all_scales = scale_steps(low, high) * self.pixel_size / self.nominal
+        all_scales = scale_steps(low, high) * self.pixel_size / self.maps[0].he_mpp
         tries: list[tuple[str, Sequence[float]]] = [("estimated, any scale", list(all_scales))]
         if self.he.mpp:
             tries.insert(0, ("estimated", [1.0]))
-        for name, factors in tries:
-            for candidate in estimate(self.maps, factors, self.settings, self.seed):
-                found = self.accept("estimated", name, self.refine(candidate))
-                if found:
-                    return found
-        return None
+        found = (
+            self.accept("estimated", name, self.refine(candidate))
+            for name, factors in tries
+            for candidate in estimate(self.maps, factors, self.settings, self.seed)
+        )
+        return next(filter(None, found), None)
 
     def _result(self, origin: Origin, attempt: Attempt) -> Registration:
-        effective = decompose(attempt.matrix).scale * self.pixel_size
-        known = self.he.mpp
+        effective, known = decompose(attempt.matrix).scale * self.pixel_size, self.he.mpp
         if known and abs(effective / known - 1) > self.settings.scale_tolerance:
-            self.warnings.append(
-                f"H&E: got {known:g} um per px, but the matrix means {effective:.4g}; correct the pixel size"
-            )
+            text = f"H&E: got {known:g} um per px, but the matrix means {effective:.4g}; correct the pixel size"
+            self.warnings.append(text)
         return Registration(
             matrix=attempt.matrix,
             pixel_size=self.pixel_size,

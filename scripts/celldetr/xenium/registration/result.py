@@ -115,13 +115,7 @@ class Registration(Settings):
 
 
 def read_registration(path: str | os.PathLike[str]) -> Registration:
-    """Read a file of `Registration.write`.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read or holds no registration.
-    """
+    """Read a file of `Registration.write`; raises InputError if it holds no registration."""
     try:
         return Registration.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, InputError) as error:
