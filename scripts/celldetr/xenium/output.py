@@ -4,14 +4,17 @@ Positions are um of the Xenium frame; a Xenium pixel is `pixel_size` um (0.2125)
 """
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scanpy
 import shapely
 from anndata import AnnData
 from geopandas import GeoDataFrame
@@ -20,11 +23,13 @@ from scipy import sparse
 
 from celldetr.runtime.errors import InputError
 
+log = logging.getLogger(__name__)
+
 SPECS = "experiment.xenium"
 NUCLEI = "nucleus_boundaries.parquet"
 COUNTS = "cell_feature_matrix.h5"
-_COUNT_MEMBERS = (SPECS, "cells.zarr.zip", "cells.parquet", COUNTS)
-READ_MEMBERS = (*_COUNT_MEMBERS, NUCLEI, "cell_boundaries.parquet")
+_VERTEX = ("vertex_x", "vertex_y")
+READ_MEMBERS = (SPECS, "cells.zarr.zip", "cells.parquet", COUNTS, NUCLEI, "cell_boundaries.parquet")
 """Files of the folder that are read, besides the DAPI image."""
 DAPI_IMAGES = (
     "morphology_focus/ch0000_dapi.ome.tif",  # 4
@@ -58,40 +63,24 @@ def read_pixel_size(outs: str | os.PathLike[str]) -> float:
 def read_counts(outs: str | os.PathLike[str]) -> AnnData:
     """Read the transcript counts of all cells, without control probes and other features that are no genes.
 
-    Returns
-    -------
-    AnnData
-        Cells by genes: X (csr_matrix, float32) counts, obs index cell ids, var index gene symbols, var["gene_ids"],
-        obsm["spatial"] centres of the cells, um.
+    Returns cells by genes: X (csr_matrix, float32) counts, obs index cell ids, var index gene symbols, var["gene_ids"].
 
     Raises
     ------
     InputError
-        A file is missing or damaged.
+        The file is missing or damaged.
     """
-    import spatialdata_io
-
-    for name in _COUNT_MEMBERS:
-        _member(outs, name)
-    unread = [
-        *("cells_boundaries", "nucleus_boundaries", "cells_labels", "nucleus_labels", "transcripts"),
-        *("morphology_mip", "morphology_focus", "aligned_images"),
-    ]
+    path = _member(outs, COUNTS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            table = spatialdata_io.xenium(Path(outs), **dict.fromkeys(unread, False)).tables["table"]
-    except Exception as error:  # h5py, zarr, pyarrow and spatialdata_io each raise their own
-        raise InputError(f"{outs}: cannot be read as a Xenium output folder ({error!r}); get it again") from error
-    counts = AnnData(
-        sparse.csr_matrix(table.X, dtype=np.float32),
-        obs=table.obs[["transcript_counts"]].set_axis(table.obs_names.astype(str)),
-        var=table.var[["gene_ids"]],
-        obsm={"spatial": np.asarray(table.obsm["spatial"], dtype=np.float64)},
-    )
-    if not counts.n_obs or not counts.n_vars:
-        raise InputError(f"{outs}: got {counts.n_obs} cells and {counts.n_vars} genes, expected some of each")
-    return counts
+            table = scanpy.read_10x_h5(path)
+    except Exception as error:  # h5py and scanpy raise many kinds of error
+        raise InputError(f"{path}: cannot be read as the counts of a Xenium run ({error!r}); get it again") from error
+    if not table.n_obs or not table.n_vars:
+        raise InputError(f"{path}: got {table.n_obs} cells and {table.n_vars} genes, expected some of each")
+    counts = sparse.csr_matrix(table.X, dtype=np.float32)
+    return AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=table.var[["gene_ids"]])
 
 
 def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
@@ -100,40 +89,59 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
     Returns
     -------
     GeoDataFrame
-        ``cell_id`` (str) and ``geometry`` (polygon, um), one row per nucleus; a cell may have several nuclei or none.
+        ``cell_id`` (str; empty if unknown) and ``geometry`` (polygon, um; empty if it has fewer than 3 corners or one
+        that is not finite), one row per nucleus; a cell may have several nuclei or none.
 
     Raises
     ------
     InputError
-        The file is missing or damaged, or a polygon has fewer than three corners.
+        The file is missing or damaged, has no nuclei, or does not say which corners are of one nucleus.
     """
     path = _member(outs, NUCLEI)
+    corners = _read_corners(path)
+    if not len(corners):
+        raise InputError(
+            f"{path}: got no nuclei; a segmentation imported into Xenium without nuclei is not supported: import its "
+            "nuclei, too, or take the original output folder"
+        )
+    nucleus = corners.groupby(["cell_id", "label_id"], sort=False, observed=True).ngroup().to_numpy()
+    scattered = len(_changes(nucleus)) > nucleus.max() + 1
+    order = np.argsort(nucleus, kind="stable")
+    points, starts = corners[list(_VERTEX)].to_numpy()[order], _changes(nucleus[order])
+    if (corners["label_id"] == 0).all():
+        starts = _ring_starts(starts, points)
+    polygons = _polygons(points, starts)
+    if scattered and not shapely.is_valid(polygons).all():
+        raise InputError(f"{path}: the corners of a nucleus are not in their order; get the file again")
+    small = int(shapely.is_empty(polygons).sum())
+    if small:
+        log.warning("%s: %d of %d nuclei have fewer than 3 finite corners", path, small, len(polygons))
+    cells = corners["cell_id"].astype(object).to_numpy()
+    return GeoDataFrame({"cell_id": cells[order[starts]]}, geometry=polygons)
+
+
+def _read_corners(path: Path) -> pd.DataFrame:
+    """Corners of all nuclei: cell_id, vertex_x, vertex_y, and label_id (0 if the file does not number polygons)."""
     try:
         table = pq.read_table(path)
         cell = table.column("cell_id").combine_chunks()
         ids = cell if pa.types.is_dictionary(cell.type) else cell.dictionary_encode()
-        key = ids.indices.to_numpy().astype(np.int64)
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in ids.dictionary.to_pylist()]
-        x, y = (table.column(name).cast(pa.float64()).to_numpy() for name in ("vertex_x", "vertex_y"))
-        corners = np.column_stack([x, y])
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        columns = {name: table.column(name).cast(pa.float64()).to_numpy() for name in _VERTEX}
+        code = pd.Series(ids.indices.fill_null(len(names)).to_numpy(), dtype=np.int64)
+        numbered = "label_id" in table.column_names
+        label = table.column("label_id").cast(pa.int64()).to_pandas() if numbered else code * 0
+        cells = pd.Categorical.from_codes(code, pd.Index([*names, ""]))
+        corners = pd.DataFrame({**columns, "cell_id": cells, "label_id": label})
+    except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
         raise InputError(
             f"{path}: cannot be read ({error}); expected cell_id, vertex_x, vertex_y: get it again"
         ) from error
-    if not len(corners):
-        return GeoDataFrame({"cell_id": np.empty(0, object)}, geometry=[])
-    if "label_id" in table.column_names:
-        starts = _changes(table.column("label_id").to_numpy())
-    else:
-        starts = _ring_starts(_changes(key), corners)
-    sizes = np.diff(np.append(starts, len(corners)))
-    if sizes.min() < 3 or not np.isfinite(corners).all():
-        raise InputError(
-            f"{path}: nucleus {int(sizes.argmin())} has {sizes.min()} corners, expected finite polygons of 3 or more"
-        )
-    ring = np.repeat(np.arange(len(starts)), sizes)
-    polygons = shapely.polygons(shapely.linearrings(corners, indices=ring))
-    return GeoDataFrame({"cell_id": np.array(names, dtype=object)[key[starts]]}, geometry=polygons)
+    unknown = int(label.isna().sum()) if numbered else ids.null_count
+    if unknown:
+        key = "label_id" if numbered else "cell_id"
+        raise InputError(f"{path}: got {unknown} corners without {key}, expected one for each: remove these rows")
+    return corners
 
 
 def _changes(values: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -150,13 +158,21 @@ def _ring_starts(first_of_cell: NDArray[np.int64], corners: NDArray[np.floating]
     stops = np.append(first_of_cell[1:], len(corners))
     for first, stop in zip(first_of_cell.tolist(), stops.tolist(), strict=True):
         begin = first
-        while stop - begin > 2:
+        while begin == first or stop - begin > 2:
             starts.append(begin)
             closing = np.flatnonzero((corners[begin + 1 : stop] == corners[begin]).all(axis=1))
             begin = begin + 2 + int(closing[0]) if closing.size else stop
-        if begin == first:
-            starts.append(first)
     return np.array(starts, dtype=np.int64)
+
+
+def _polygons(corners: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArray[np.object_]:
+    """Polygons (n,) of corners (V, 2), one from each start to the next; empty where there are too few."""
+    sizes = np.diff(np.append(starts, len(corners)))
+    usable = (sizes >= 3) & np.logical_and.reduceat(np.isfinite(corners).all(axis=1), starts)
+    ring = np.repeat(np.where(usable, np.cumsum(usable) - 1, -1), sizes)
+    polygons = np.full(len(starts), shapely.Polygon(), dtype=object)
+    polygons[usable] = shapely.polygons(shapely.linearrings(corners[ring >= 0], indices=ring[ring >= 0]))
+    return polygons
 
 
 def choose_members(names: Sequence[str]) -> list[str]:

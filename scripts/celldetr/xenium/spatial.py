@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
 
+from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 from celldetr.slides.pyramid import Pyramid, open_pyramid
 from celldetr.xenium.output import dapi_path, read_nuclei, read_pixel_size
@@ -42,19 +43,22 @@ def write_spatialdata(
     pixel_size = read_pixel_size(outs)
     with warnings.catch_warnings(), open_pyramid(he) as stained, open_pyramid(dapi_path(outs), plane=0) as dapi:
         warnings.simplefilter("ignore")
-        sample = spatialdata_io.xenium(
-            Path(outs),
-            transcripts=(Path(outs) / "transcripts.parquet").is_file(),
-            morphology_mip=False,
-            morphology_focus=False,
-            aligned_images=False,
-        )
+        there = (Path(outs) / "transcripts.parquet").is_file()
+        images = dict.fromkeys(("morphology_mip", "morphology_focus", "aligned_images"), False)
+        try:
+            sample = spatialdata_io.xenium(Path(outs), transcripts=there, **images)
+        except Exception as error:  # zarr, pyarrow and spatialdata_io each raise their own
+            raise InputError(
+                f"{outs}: cannot be read by spatialdata_io ({error!r}), which needs the cells and nuclei of the run "
+                "itself (cells.zarr.zip), not an imported segmentation: get the original output folder"
+            ) from error
         to_global = Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
         sample.images["he"] = _image(stained, ["r", "g", "b"], to_global)
         sample.images["dapi"] = _image(dapi, ["DAPI"], Identity())
         if "nucleus_boundaries" not in sample.shapes:  # not read by spatialdata_io for early builds of version 2
             to_pixels = {"global": Scale([1 / pixel_size] * 2, axes=("x", "y"))}
-            sample.shapes["nucleus_boundaries"] = ShapesModel.parse(read_nuclei(outs), transformations=to_pixels)
+            nuclei = read_nuclei(outs)
+            sample.shapes["nucleus_boundaries"] = ShapesModel.parse(nuclei[~nuclei.is_empty], transformations=to_pixels)
         table = sample.tables["table"]
         for name, values in cells.reindex(table.obs["cell_id"].astype(str)).items():
             table.obs[str(name)] = values.to_numpy()

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import shapely
 import spatialdata
+import zarr
 from scipy.spatial import cKDTree
 
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
@@ -79,27 +80,89 @@ def test_a_saved_sample_is_aligned(truth, tmp_path):
     assert np.allclose(motion.to_affine_matrix(("x", "y"), ("x", "y")), truth.matrix)
 
 
-@pytest.mark.parametrize("name", ["experiment.xenium", "cells.parquet", "cell_feature_matrix.h5", "cells.zarr.zip"])
-def test_a_missing_or_damaged_file_is_named(outs, name):
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("experiment.xenium", read_pixel_size),
+        ("cell_feature_matrix.h5", read_counts),
+        ("nucleus_boundaries.parquet", read_nuclei),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(outs, name, read):
     (outs / name).write_bytes(b"nonsense")
-    with pytest.raises(InputError, match=r"get it again|file of a Xenium run"):
-        read_counts(outs), read_pixel_size(outs)
+    with pytest.raises(InputError, match=rf"{name}: .*(get it again|file of a Xenium run)"):
+        read(outs)
     (outs / name).unlink()
     with pytest.raises(InputError, match=rf"{name}: no such file"):
-        read_counts(outs), read_pixel_size(outs)
+        read(outs)
 
 
-def test_a_damaged_table_of_nuclei_is_named(outs):
-    table = pd.read_parquet(outs / "nucleus_boundaries.parquet")
-    table.loc[5, "vertex_x"] = np.nan
-    table.to_parquet(outs / "nucleus_boundaries.parquet", index=False)
-    with pytest.raises(InputError, match="expected finite polygons"):
-        read_nuclei(outs)
-    table[:0].to_parquet(outs / "nucleus_boundaries.parquet", index=False)
-    assert len(read_nuclei(outs)) == 0  # a section without nuclei is legal
-    table.drop(columns="vertex_y").to_parquet(outs / "nucleus_boundaries.parquet", index=False)
-    with pytest.raises(InputError, match=r"nucleus_boundaries\.parquet: cannot be read"):
-        read_nuclei(outs)
+def change_nuclei(outs, change):
+    """Change the table of outlines and read it again."""
+    path = outs / "nucleus_boundaries.parquet"
+    change(pd.read_parquet(path)).to_parquet(path, index=False)
+    return read_nuclei(outs)
+
+
+def test_corners_are_grouped_by_nucleus_wherever_their_rows_are(outs):
+    whole = read_nuclei(outs)
+
+    def in_halves(table):
+        return table.iloc[np.argsort(table.groupby("label_id").cumcount() > 4, kind="stable")]
+
+    found = change_nuclei(outs, in_halves)
+    assert found["cell_id"].tolist() == whole["cell_id"].tolist()
+    assert found.geom_equals(whole).all()
+
+
+def test_outlines_of_too_few_corners_are_empty(outs, caplog):
+    whole = read_nuclei(outs)
+
+    def cut(table):
+        table.loc[5, "vertex_x"] = np.nan
+        label = table["label_id"].iloc[-1]
+        return table.drop(index=table.index[table["label_id"] == label][2:])
+
+    found = change_nuclei(outs, cut)
+    assert len(found) == len(whole)
+    assert np.flatnonzero(found.is_empty).tolist() == [0, len(whole) - 1]
+    assert f"2 of {len(whole)} nuclei have fewer than 3 finite corners" in caplog.text
+    assert found.geometry[1:-1].geom_equals(whole.geometry[1:-1]).all()
+
+
+def test_corners_without_an_id(outs):
+    def nameless(table):
+        return table.assign(cell_id=table["cell_id"].where(table["label_id"] != 1, None))
+
+    found = change_nuclei(outs, nameless)
+    assert found["cell_id"].iloc[0] == ""
+    assert not found.is_empty.any()
+    with pytest.raises(InputError, match=r"\d+ corners without cell_id, expected one for each"):
+        change_nuclei(outs, lambda table: table.drop(columns="label_id"))
+    with pytest.raises(InputError, match="1 corners without label_id"):
+        change_nuclei(outs, lambda table: table.assign(label_id=[None, *range(1, len(table))]))
+
+
+def test_a_shuffled_table_of_corners_is_refused(outs):
+    with pytest.raises(InputError, match="not in their order"):
+        change_nuclei(outs, lambda table: table.sample(frac=1, random_state=1))
+
+
+def test_an_imported_segmentation(outs, tmp_path):
+    """Proseg, imported by Xenium Ranger: only `polygon_sets/0` in cells.zarr.zip; it may have nuclei or not."""
+    whole = read_counts(outs)
+    source = zarr.open_group(zarr.storage.ZipStore(outs / "cells.zarr.zip", mode="r"), mode="r")
+    with zarr.storage.ZipStore(tmp_path / "cells.zarr.zip", mode="w") as store:
+        copy = zarr.open_group(store, mode="w", zarr_format=2)
+        for name in ("cell_id", "cell_summary", "polygon_sets/0/cell_index", "masks/0"):
+            copy.create_array(name, data=source[name][:], attributes=dict(source[name].attrs))
+    shutil.copy(tmp_path / "cells.zarr.zip", outs)
+    assert (read_counts(outs).X != whole.X).nnz == 0
+    assert len(read_nuclei(outs)) > 0
+    with pytest.raises(InputError, match="not an imported segmentation: get the original"):
+        write_spatialdata(tmp_path / "a.zarr", outs, outs.parent / "drawn_he_image.ome.tif", np.eye(3), pd.DataFrame())
+    with pytest.raises(InputError, match="imported into Xenium without nuclei is not supported"):
+        change_nuclei(outs, lambda table: table[:0])
 
 
 def test_an_implausible_pixel_size_is_refused(tmp_path):

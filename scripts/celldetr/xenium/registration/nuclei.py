@@ -35,12 +35,12 @@ class DapiNuclei:
     """Nuclei of a Xenium sample: outlines (n,), polygons of shapely, um; centroids (n, 2), um; their search tree."""
 
     def __init__(self, outlines: NDArray[np.object_]) -> None:
-        self.outlines = outlines
+        self.outlines = outlines[~shapely.is_empty(outlines)]
         self.centroids = shapely.get_coordinates(shapely.centroid(self.outlines))
-        if len(self.centroids) < _MIN_NUCLEI or not np.isfinite(self.centroids).all():
+        if len(self.centroids) < _MIN_NUCLEI:
             raise InputError(
-                f"got {len(self.centroids)} nuclei (or empty outlines), expected {_MIN_NUCLEI} or more; "
-                "a section without nuclei cannot be registered"
+                f"got {len(self.centroids)} nuclei, expected {_MIN_NUCLEI} or more; a section without nuclei cannot be "
+                "registered"
             )
         self.tree = cKDTree(self.centroids)
 
