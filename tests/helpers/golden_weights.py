@@ -61,85 +61,21 @@ def authors_shapes() -> Shapes:
     return {name: tuple(map(int, shape.split(","))) for name, shape in (line.split("\t") for line in lines)}
 
 
-def deformable_detr_shapes(
-    *,
-    channels: int = 32,
-    ffn: int = 40,
-    encoder_layers: int = 2,
-    decoder_layers: int = 3,
-    queries: int = 12,
-    classes: int = 7,
-    width: int = 8,
-    blocks: tuple[int, ...] = (1, 2, 1, 1),
-    points: int = 4,
-    heads: int = 8,
-) -> Shapes:
-    """Names and shapes of a COCO Deformable DETR: stages 2 to 4 and one strided level, box refinement."""
-    levels, samples = 4, heads * 4 * points
-    found: Shapes = {"transformer.level_embed": (levels, channels), "query_embed.weight": (queries, 2 * channels)}
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        found[f"{name}.weight"], found[f"{name}.bias"] = (outputs, inputs), (outputs,)
-
-    def norm(name: str, size: int, *more: str) -> None:
-        found.update({f"{name}.{part}": (size,) for part in ("weight", "bias", *more)})
-
-    linear("transformer.reference_points", 2, channels)
-    for part, count in (("encoder", encoder_layers), ("decoder", decoder_layers)):
-        for layer in (f"transformer.{part}.layers.{index}" for index in range(count)):
-            attention = f"{layer}.{'self_attn' if part == 'encoder' else 'cross_attn'}"
-            linear(f"{attention}.sampling_offsets", 2 * samples, channels)
-            linear(f"{attention}.attention_weights", samples, channels)
-            linear(f"{attention}.value_proj", channels, channels)
-            linear(f"{attention}.output_proj", channels, channels)
-            linear(f"{layer}.linear1", ffn, channels)
-            linear(f"{layer}.linear2", channels, ffn)
-            norm(f"{layer}.norm1", channels)
-            norm(f"{layer}.norm2", channels)
-            if part == "decoder":
-                norm(f"{layer}.norm3", channels)
-                found[f"{layer}.self_attn.in_proj_weight"] = (3 * channels, channels)
-                found[f"{layer}.self_attn.in_proj_bias"] = (3 * channels,)
-                linear(f"{layer}.self_attn.out_proj", channels, channels)
-    for index in range(decoder_layers):
-        linear(f"class_embed.{index}", classes, channels)
-        for name in (f"bbox_embed.{index}", f"transformer.decoder.bbox_embed.{index}"):
-            for step, size in enumerate((channels, channels, 4)):
-                linear(f"{name}.layers.{step}", size, channels)
-    body, inputs, frozen = "backbone.0.body", width, ("running_mean", "running_var")
-    found[f"{body}.conv1.weight"] = (width, 3, 7, 7)
-    norm(f"{body}.bn1", width, *frozen)
-    for stage, count in enumerate(blocks):
-        inner = width * 2**stage
-        for block in (f"{body}.layer{stage + 1}.{index}" for index in range(count)):
-            sizes = [(inner, inputs, 1, 1), (inner, inner, 3, 3), (4 * inner, inner, 1, 1)]
-            for step, size in enumerate(sizes, 1):
-                found[f"{block}.conv{step}.weight"] = size
-                norm(f"{block}.bn{step}", size[0], *frozen)
-            if block.endswith(".0"):
-                found[f"{block}.downsample.0.weight"] = (4 * inner, inputs, 1, 1)
-                norm(f"{block}.downsample.1", 4 * inner, *frozen)
-            inputs = 4 * inner
-    for level, kernel in enumerate((1, 1, 1, 3)):
-        source = 4 * width * 2 ** min(level + 1, 3)
-        found[f"input_proj.{level}.0.weight"] = (channels, source, kernel, kernel)
-        found[f"input_proj.{level}.0.bias"] = (channels,)
-        norm(f"input_proj.{level}.1", channels)
+def celldetr_shapes() -> Shapes:
+    """Names and shapes of a small model in the authors' format: an eighth as wide, with fewer blocks and layers."""
+    found = {}
+    for name, shape in authors_shapes().items():
+        kept = 1 if re.search("sampling_offsets|attention_weights", name) else 0  # numbers of points
+        if not re.search(r"layer[134]\.[1-9]|layer2\.[2-9]|encoder\.layers\.[2-9]", name):
+            found[name] = (*shape[:kept], *(size // 8 if size >= 64 else size for size in shape[kept:]))
     return found
 
 
-def celldetr_shapes(classes: int = 5, **sizes: int) -> Shapes:
-    """Names and shapes of a small model in the authors' format; the levels are those of `deformable_detr_shapes`."""
-    detector = deformable_detr_shapes(classes=1, **sizes)  # type: ignore[arg-type]
-    found = {f"detr.{name}": shape for name, shape in detector.items()}
-    layer = "transformer.decoder.layers.0."
-    parts = {name.removeprefix(layer): shape for name, shape in detector.items() if name.startswith(layer)}
-    for place in ("inital_layer", "layers.0"):
-        found |= {f"decouple_decoder.{place}.{name}": shape for name, shape in parts.items()}
-    channels = detector["transformer.level_embed"][1]
-    for name, size in (
-        ("decouple_class_embed", (classes, channels)),
-        *((f"{x}_project", (channels, 2)) for x in ("wh", "xy")),
-    ):
-        found |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+def deformable_detr_shapes() -> Shapes:
+    """Names and shapes of a small COCO Deformable DETR: stages 2 to 4 and one strided level, box refinement."""
+    found = {name.removeprefix("detr."): shape for name, shape in celldetr_shapes().items() if name.startswith("detr.")}
+    for level, (channels, kernel) in enumerate(((64, 1), (128, 1), (256, 1), (256, 3))):
+        found[f"input_proj.{level}.0.weight"] = (32, channels, kernel, kernel)
+    for layer in range(3):
+        found |= {f"class_embed.{layer}.weight": (7, 32), f"class_embed.{layer}.bias": (7,)}
     return found

@@ -84,8 +84,5 @@ def test_classes_of_a_store_do_not_matter_and_empty_patches_are_legal(trained, t
     assert np.isnan(drawn.similarity[1]).all()
     empty = make_crowded_store(tmp_path / "empty.zarr", 0)
     assert measure(model, empty, [])[1]["retrieval"] is None
-
-
-def test_a_model_without_a_projection_is_refused(trained):
     with pytest.raises(InputError, match="no projection head"):
-        measure(CellDETR(make_experiment("parallel").model), trained[1], [0])
+        measure(CellDETR(make_experiment("parallel").model), store, [0])

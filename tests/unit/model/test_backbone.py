@@ -13,8 +13,7 @@ def test_names_and_shapes_are_those_of_a_torchvision_resnet50():
     assert {name: tuple(x.shape) for name, x in Backbone(BackboneSettings()).state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("block", ["bottleneck", "basic"])
-@pytest.mark.parametrize("stages", [(1, 2, 3, 4), (2, 3), (4,)])
+@pytest.mark.parametrize(("block", "stages"), [("bottleneck", (1, 2, 3, 4)), ("basic", (2, 3)), ("basic", (4,))])
 def test_each_chosen_stage_has_its_stride_and_channels(block, stages):
     backbone = Backbone(BackboneSettings(block=block, layers=(1, 2, 1, 1), width=8, stages=stages, norm="group"))
     maps = backbone(torch.rand(2, 3, 64, 96))

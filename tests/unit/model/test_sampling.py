@@ -86,6 +86,26 @@ def test_forms_agree_in_single_precision_at_the_size_of_the_encoder(sample):
     agree(sample, draw(1, 300, 8, 32, 4, shapes, torch.float32), shapes, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("columns", [2, 40])  # fewer and more than the rows of the table
+def test_backward_of_the_operator_runs_where_autograd_cannot(columns):
+    """The dispatcher calls it below autograd: gradients that it took from there would be an error, or missing."""
+    generator = torch.Generator().manual_seed(1)
+    table, gradient = (torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (20, 7))
+    rows = torch.randint(20, (7, columns), generator=generator, dtype=torch.int32)
+    leaves = [table, torch.rand(7, columns, generator=generator, dtype=torch.float64)]
+    table, weights = (leaf.requires_grad_() for leaf in leaves)
+    expected = torch.autograd.grad((table[rows] * weights[..., None]).sum(dim=1), leaves, gradient)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        below = sampling._sum_rows_backward._init_fn(gradient, table.detach(), rows, weights.detach())
+    assert torch.autograd.gradcheck(lambda t, w: sampling._sum_rows(t, rows, w), leaves)
+    on_cuda = sampling._row_sum(torch.device("cuda"))(
+        table, rows, weights
+    )  # PyTorch's own backward, no operator of ours
+    assert on_cuda.grad_fn.name() == "EmbeddingBagBackward0"
+    for found in (below, torch.autograd.grad(on_cuda, leaves, gradient)):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, "auto"])
 def test_forms_agree_on_a_gpu(monkeypatch, compiled):
@@ -94,30 +114,11 @@ def test_forms_agree_on_a_gpu(monkeypatch, compiled):
     agree(form, [tensor.cuda() for tensor in draw()])
 
 
-def test_gradients_are_those_of_finite_differences():
-    shapes = ((3, 4), (2, 2))
-    value, locations, weights = draw(1, 2, 1, 2, 2, shapes)
-    # away from pixel centres, where the derivative in the location jumps
-    for level, (height, width) in enumerate(shapes):
-        place = locations[..., level, :, :] * torch.tensor([width, height]) - 0.5
-        assert (place - place.round()).abs().min() > 1e-4
-    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    assert torch.autograd.gradcheck(lambda v, loc, w: sample_portable(v, shapes, loc, w), leaves)
-
-
 def test_a_pixel_centre_gives_the_pixel_and_far_outside_is_zero(sample):
     value = torch.arange(12.0).view(1, 12, 1, 1)
     centre = torch.tensor([[2.5 / 4, 1.5 / 3], [0.5 / 4, 2.5 / 3], [5.0, 0.5], [0.5, -3.0]]).view(1, 4, 1, 1, 1, 2)
     result = sample(value, ((3, 4),), centre, torch.ones(1, 4, 1, 1, 1))
     assert torch.allclose(result.flatten(), torch.tensor([6.0, 8.0, 0.0, 0.0]), atol=1e-5)
-
-
-def test_half_precision_values_are_sampled_in_single_precision():
-    value, locations, weights = draw(dtype=torch.float32)
-    result = sample_portable(value.bfloat16(), SHAPES, locations, weights)
-    assert result.dtype == torch.bfloat16
-    exact = sample_reference(value.bfloat16().float(), SHAPES, locations, weights)
-    torch.testing.assert_close(result.float(), exact, atol=1e-2, rtol=1e-2)
 
 
 def test_images_and_queries_are_independent(sample):
@@ -139,18 +140,13 @@ def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
 
 def test_a_nan_location_gives_nan_for_its_query_only():
     value, locations, weights = draw()
+    sampling._geometry.cache_clear()
+    with torch.inference_mode():  # tables that are made here serve training below
+        sample_portable(value, SHAPES, locations, weights)
     locations[0, 1, :, 0, 0, 0] = float("nan")
     result = run(sample_portable, (value, locations, weights))[0]
     assert result[0, 1].isnan().all()
     assert torch.equal(result.isnan().any(dim=-1).nonzero(), torch.tensor([[0, 1]]))
-
-
-def test_geometry_made_without_gradients_serves_training():
-    shapes = ((5, 7),)
-    tensors = draw(shapes=shapes)
-    with torch.inference_mode():
-        sample_portable(tensors[0], shapes, *tensors[1:])
-    run(sample_portable, tensors, shapes)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
@@ -192,8 +188,8 @@ def test_choice_of_the_form(monkeypatch):
         chosen("cpu", compiled=True, compiler=False)
 
 
-def test_arguments_of_the_kernels(monkeypatch):
-    """A stand-in for the package, on the CPU: levels by sizes and first tokens, all in float32."""
+def test_half_precision_values_are_sampled_in_single_precision(monkeypatch):
+    """The kernels are a stand-in for the package, on the CPU: levels by sizes and first tokens, all in float32."""
 
     def msda(value, sizes, starts, locations, weights):
         assert starts.tolist() == [0, 54, 66]
@@ -204,8 +200,8 @@ def test_arguments_of_the_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "deformops", package)
     monkeypatch.setitem(sys.modules, "deformops.registry", package.registry)
     value, locations, weights = draw()
-    found = sampling.sample_kernels(value.bfloat16(), SHAPES, locations, weights)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        found.double(), sample_reference(value, SHAPES, locations, weights), atol=2e-2, rtol=2e-2
-    )
+    expected = sample_reference(value, SHAPES, locations, weights)
+    for sample in (sampling.sample_kernels, sample_portable):
+        found = sample(value.bfloat16(), SHAPES, locations, weights)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
