@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn import exceptions, linear_model, neighbors, preprocessing
+from sklearn import exceptions, linear_model, metrics, neighbors, preprocessing
 
 from celldetr.config.evaluation import FrozenFeatureSettings
 from celldetr.evaluation.metrics import row_names
@@ -38,20 +38,14 @@ Embed = Callable[[PatchStore, NDArray[np.int64]], Iterable[tuple[int, NDArray[np
 
 @dataclass(frozen=True)
 class FrozenFeatureScores:
-    """Scores of all classifiers.
-
-    Attributes
-    ----------
-    table
-        Columns `COLUMNS`. For each classifier a row ``Accuracy`` (the share of right classes, which is precision,
-        recall and F1 over all nuclei alike), a row ``Macro`` (means over the classes of the test fold), and one for
-        each class; NaN for a class without nuclei in the test fold. ``n``: nuclei of the test fold.
-    summary
-        Numbers of nuclei and convergence of the fit, as JSON values.
-    """
+    """Scores of all classifiers."""
 
     table: pd.DataFrame
+    """Columns `COLUMNS`. For each classifier a row ``Accuracy`` (the share of right classes, which is precision, recall
+    and F1 over all nuclei alike), a row ``Macro`` (means over the classes of the test fold), and one for each class;
+    NaN for a class without nuclei in the test fold. ``n``: nuclei of the test fold."""
     summary: dict[str, Any]
+    """Numbers of nuclei and convergence of the fit, as JSON values."""
 
 
 def evaluate_frozen_features(
@@ -71,10 +65,8 @@ def evaluate_frozen_features(
     ----------
     embed
         Embeds patches of a store with the frozen model, see `celldetr.inference.embedding.embed_patches`.
-    train
-        Stores of the training patches.
-    test
-        Store of the test patches.
+    train, test
+        Stores of the training patches, and store of the test patches.
     split
         Columns ``store``, ``patch``, ``part``, as `celldetr.store.splits.read_split` returns it.
     settings
@@ -120,21 +112,7 @@ def draw_nuclei(
 ) -> dict[str, NDArray[np.int64]]:
     """Draw at most `limit` nuclei in the proportions of their classes, at least one of each class.
 
-    Parameters
-    ----------
-    available
-        Store -> ascending indices of nuclei that may be drawn.
-    labels
-        Store -> labels of all its nuclei.
-    limit
-        Largest number of nuclei.
-    seed
-        Seed of the draw.
-
-    Returns
-    -------
-    dict
-        Store -> ascending indices.
+    `available` and the result are ascending indices of nuclei by store; `labels` are those of all nuclei by store.
 
     Raises
     ------
@@ -167,25 +145,10 @@ def draw_nuclei(
 def classify(
     train: NDArray[np.floating], labels: NDArray[np.integer], test: NDArray[np.floating], k: int, seed: int
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, Any]]:
-    """Fit each classifier and predict classes.
+    """Fit each classifier to embeddings (N, C) with classes (N,), at least two, and predict those of others (T, C).
 
-    Parameters
-    ----------
-    train, labels
-        Embeddings (N, C) and classes (N,) to fit to; at least two classes.
-    test
-        Embeddings (T, C).
-    k
-        Neighbours, at most N.
-    seed
-        Seed of the logistic regression.
-
-    Returns
-    -------
-    dict
-        Classifier -> classes (T,).
-    dict
-        ``converged`` and ``iterations`` of the logistic regression.
+    At most N neighbours `k` vote. Returns classes (T,) by classifier, and ``converged`` and ``iterations`` of the
+    logistic regression.
     """
     # the Euclidean order of unit vectors is the order of their cosines
     nearest = neighbors.KNeighborsClassifier(k, metric="euclidean", algorithm="brute")
@@ -213,15 +176,13 @@ def score(truth: NDArray[np.integer], predicted: NDArray[np.integer], classes: S
 
     Precision, recall and F1 are NaN without truth, and 0 with truth and no predictions.
     """
-    count = len(classes)
-    confusion = np.bincount(truth.astype(np.int64) * count + predicted, minlength=count**2).reshape(count, count)
-    right, true, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    top = np.stack([right, right, 2 * right], axis=1).astype(float)
-    bottom = np.stack([guessed, true, guessed + true], axis=1)
-    values = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
+    *found, true = metrics.precision_recall_fscore_support(
+        truth, predicted, labels=range(len(classes)), zero_division=0
+    )
+    values = np.stack(found, axis=1)
     values[true == 0] = np.nan
-    accuracy = np.full(3, right.sum() / true.sum())
-    rows = np.vstack([accuracy, values[true > 0].mean(axis=0), values])
+    accuracy = np.full(3, (truth == predicted).mean())
+    rows = np.vstack([accuracy, np.nanmean(values, axis=0), values])
     names = ["Accuracy", "Macro", *row_names(classes)[1:]]
     table = pd.DataFrame(rows, columns=["precision", "recall", "f1"])
     return table.assign(**{"class": names, "n": [true.sum(), true.sum(), *true]})
