@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,18 @@ log = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
 _REPORT_SECONDS = 10.0
+_TIFF = ("TIFF", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
+_HDF5 = ("HDF5", (b"\x89HDF\r\n\x1a\n",))
+_FORMATS = {
+    **dict.fromkeys((".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".btf"), _TIFF),
+    **dict.fromkeys((".h5", ".hdf5", ".h5ad"), _HDF5),
+    ".zip": ("zip", (b"PK\x03\x04", b"PK\x05\x06")),
+    ".parquet": ("Parquet", (b"PAR1",)),
+    ".gz": ("gzip", (b"\x1f\x8b",)),
+    ".czi": ("CZI", (b"ZISRAWFILE",)),
+}
+"""Suffix -> format, and what its files begin with."""
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head)\b", re.IGNORECASE | re.DOTALL)
 
 
 def fetch(
@@ -49,7 +62,7 @@ def fetch(
     size
         Expected size in bytes.
     sha256
-        Expected checksum in hex, or its first digits (at least 8).
+        Expected checksum in hex, or its first digits (at least 8). Without one the first bytes must fit the suffix.
     headers
         Sent with each request, e.g. an authorisation; a redirection to another host does not receive that.
 
@@ -66,23 +79,19 @@ def fetch(
         try:
             local = local_path(url)
             if local is not None:
-                check(local, size, sha256)
+                check(local, size, sha256, url, final)
                 with atomic(final) as temporary:
                     link_or_copy(local, temporary)
             else:
-                retry(functools.partial(_download, url, part, headers or {}, size, sha256), url)
+                retry(functools.partial(_download, url, part, final, headers or {}, size, sha256), url)
                 os.replace(part, final)
         except TransferError as failure:
             failures.append(f"  {url}: {failure}")
             log.warning("%s: %s", url, failure)
             continue
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise InputError(
-                f"{final}: the disk is full ({final.parent}); free {_mib(size) if size else 'space'} and start again: "
-                "the data received so far is kept and continued"
-            ) from error
+            stop_if_full(error, final)
+            raise
         _forget(part)
         log.info("%s: %s, %s", final.name, _mib(final.stat().st_size), "verified" if size or sha256 else "complete")
         return final
@@ -93,15 +102,28 @@ def fetch(
 
 
 def local_path(url: str) -> Path | None:
-    """Return the path that a file URL or a path names; None for an http(s) URL."""
-    parts = urlsplit(url)
+    """Return the path that a file URL or a path names; None for an http(s) URL.
+
+    Raises
+    ------
+    TransferError
+        The URL is not valid.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise TransferError(f"the address is not valid ({error})", again=False) from error
     if parts.scheme in ("http", "https"):
         return None
     return Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
 
 
-def check(path: Path, size: int | None, sha256: str | None, *, again: bool = False) -> None:
-    """Compare a file with its expected size and SHA-256 (or the first digits), as far as they are given.
+def check(
+    path: Path, size: int | None, sha256: str | None, url: str, destination: Path, *, again: bool = False
+) -> None:
+    """Compare a file from `url` with its expected size and SHA-256 (or the first digits).
+
+    Without a checksum it must not be a web page, and begin as the suffix of the URL, or else of its destination, says.
 
     Raises
     ------
@@ -113,18 +135,61 @@ def check(path: Path, size: int | None, sha256: str | None, *, again: bool = Fal
     got = path.stat().st_size
     if size is not None and got != size:
         raise TransferError(f"got {got} bytes, expected {size}: another file or version", again=again)
-    if sha256 is not None and not (found := provenance.sha256(path)).startswith(sha256):
+    if sha256 is None:
+        _check_format(path, url, destination)
+    elif not (found := provenance.sha256(path)).startswith(sha256):
         raise TransferError(
             f"checksum: got sha256 {found}, expected {sha256}; the file is damaged or another version", again=again
         )
 
 
-def _download(url: str, part: Path, headers: Mapping[str, str], size: int | None, sha256: str | None) -> None:
+def _check_format(path: Path, url: str, destination: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(1024)
+    if _PAGE.match(start):
+        raise TransferError("got a web page (HTML), not the file; open the address in a browser", again=False)
+    suffixes = [Path(urlsplit(url).path).suffix.lower()]
+    if destination.suffix != ".tif":  # the name of every slide
+        suffixes.append(destination.suffix.lower())
+    for suffix in suffixes:
+        if suffix in _FORMATS:
+            name, beginnings = _FORMATS[suffix]
+            if not start.startswith(beginnings):
+                raise TransferError(f"got a file that begins with {start[:16]!r}, expected {name}", again=False)
+            return
+
+
+def stop_if_full(error: Exception, final: Path) -> None:
+    """Raise an error for people if the disk is full, or the error itself if the memory is: no other source helps.
+
+    Raises
+    ------
+    InputError
+        The disk is full.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise InputError(
+            f"{final}: the disk is full ({error.strerror}); free some space and start again: what has arrived is kept"
+        ) from error
+
+
+def need_space(folder: Path, needed: int) -> None:
+    """Raise the OSError of a full disk if fewer bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{_mib(needed)} needed in {folder}, {_mib(free)} free")
+
+
+def _download(
+    url: str, part: Path, final: Path, headers: Mapping[str, str], size: int | None, sha256: str | None
+) -> None:
     """Receive the missing rest of a file and verify it all; a wrong file is removed: the next try starts anew."""
     continued = part.exists()
     _transfer(url, part, headers, size, checked=sha256 is not None)
     try:
-        check(part, size, sha256, again=continued)
+        check(part, size, sha256, url, final, again=continued)
     except TransferError:
         _forget(part)
         raise
@@ -146,13 +211,17 @@ def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None
             headers["If-Range"] = validator
     with get(url, headers) as response:
         if response.status_code == 416:
-            _check_end(response, part, start)
-            return
+            if response.headers.get("Content-Range") == f"bytes */{start}":
+                return  # complete
+            _forget(part)
+            raise TransferError("the data received so far belongs to another version of the file", again=True)
         start, total = _extent(response, start)
         if size is not None and total not in (None, size):
             raise TransferError(f"got {total} bytes, expected {size}: another file or version", again=False)
-        _need_space(part, (total or size or start) - start)
-        _state(part).write_text(json.dumps({"source": source, "validator": _validator(response)}), encoding="utf-8")
+        need_space(part.parent, (total or size or start) - start)
+        tag = response.headers.get("ETag")  # a weak one does not promise the same bytes
+        validator = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
+        _state(part).write_text(json.dumps({"source": source, "validator": validator}), encoding="utf-8")
         try:
             _receive(response, part, start, total)
         except urllib3.exceptions.ProtocolError:
@@ -163,31 +232,21 @@ def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None
         raise TransferError(f"the transfer ended after {arrived} of {total} bytes", again=True)
 
 
-def _check_end(response: requests.Response, part: Path, start: int) -> None:
-    """Check that the server has nothing left to send because the part is complete; else remove the part."""
-    if response.headers.get("Content-Range") != f"bytes */{start}":
-        _forget(part)
-        raise TransferError("the data received so far belongs to another version of the file", again=True)
-
-
-def _validator(response: requests.Response) -> str | None:
-    """ETag (if strong) or date, by which the server recognises the file when it is asked again."""
-    tag = response.headers.get("ETag")
-    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
-
-
 def _extent(response: requests.Response, start: int) -> tuple[int, int | None]:
     """Where the body starts (0 if the server sends the file from the beginning) and the size of the file, if stated."""
-    length = response.headers.get("Content-Length")
     if response.status_code == 206:
         span = response.headers.get("Content-Range", "")
         if not span.startswith(f"bytes {start}-"):
             raise TransferError(f"the server answered with the range {span!r}, expected {start}-", again=False)
-        whole = span.rpartition("/")[2]
-        return start, int(whole) if whole.isdigit() else None
+        return start, _whole(span.rpartition("/")[2])
     if start:
         log.warning("the server sends the whole file again (no ranges, or the file changed)")
-    return 0, int(length) if length else None
+    return 0, _whole(response.headers.get("Content-Length", ""))
+
+
+def _whole(text: str) -> int | None:
+    """Read a number of bytes; None if it is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def _receive(response: requests.Response, part: Path, start: int, total: int | None) -> None:
@@ -201,12 +260,6 @@ def _receive(response: requests.Response, part: Path, start: int, total: int | N
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
                 log.info("%s%s", _mib(arrived), f" of {_mib(total)}, {100 * arrived / total:.0f} %" if total else "")
-
-
-def _need_space(part: Path, needed: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{_mib(needed)} needed, {_mib(free)} free", str(part))
 
 
 def _state(part: Path) -> Path:

@@ -38,17 +38,28 @@ def get(
     Raises
     ------
     TransferError
-        The connection failed, here or while the caller reads the body, or the server answered with an error.
+        The address is not valid, the connection failed, here or while the caller reads the body, or the server answered
+        with an error.
     """
     sent = {"Accept-Encoding": "identity", **(headers or {})}
     try:
-        with (session or requests).get(url, headers=sent, stream=True, timeout=TIMEOUT) as response:
-            status = response.status_code
-            if status >= 400 and status != 416:
-                raise TransferError(f"HTTP {status} {response.reason}", again=status in _TRANSIENT)
-            yield response
+        response = (session or requests).get(url, headers=sent, stream=True, timeout=TIMEOUT)
+    except ValueError as error:  # of the URL, or of one that the server redirects to
+        raise TransferError(f"the address is not valid ({error})", again=False) from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise TransferError(f"the connection failed ({type(error).__name__}: {error})", again=True) from error
+        raise _failed(error) from error
+    with response:
+        status = response.status_code
+        if status >= 400 and status != 416:
+            raise TransferError(f"HTTP {status} {response.reason}", again=status in _TRANSIENT)
+        try:
+            yield response
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            raise _failed(error) from error
+
+
+def _failed(error: Exception) -> TransferError:
+    return TransferError(f"the connection failed ({type(error).__name__}: {error})", again=True)
 
 
 def retry(action: Callable[[], T], url: str) -> T:

@@ -14,10 +14,10 @@ from typing import IO
 import requests
 from fsspec.spec import AbstractBufferedFile
 
-from celldetr.fetch.download import check, fetch, local_path
+from celldetr.fetch.download import check, fetch, local_path, need_space, stop_if_full
 from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import BROKEN_ZIP, atomic, link_or_copy
+from celldetr.runtime.files import atomic, link_or_copy
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def fetch_members(
     Raises
     ------
     InputError
-        No source delivered; names each with its reason.
+        No source delivered, or the disk is full; names each source with its reason.
     """
     final = Path(destination)
     staging = final.with_name(f".{final.name}.part")
@@ -77,12 +77,16 @@ def fetch_members(
             elif local.is_dir():
                 _from_folder(local, staging, choose)
             else:
-                check(local, size, sha256)
+                check(local, size, sha256, url, final)
                 with local.open("rb") as file:
                     _extract(file, staging, choose, marker)
-        except (InputError, TransferError, OSError, *BROKEN_ZIP) as error:
-            failures.append(f"  {url}: {error}")
-            log.warning("%s: %s", url, error)
+        except Exception as error:  # zipfile and the decompressors raise errors of many kinds for damaged archives
+            stop_if_full(error, final)
+            known = isinstance(error, InputError | TransferError)
+            failures.append(
+                f"  {url}: " + (str(error) if known else f"cannot be read ({type(error).__name__}: {error})")
+            )
+            log.warning("%s", failures[-1].strip())
             continue
         if final.exists():
             shutil.rmtree(final)
@@ -128,14 +132,17 @@ def _extract(file: IO[bytes], staging: Path, choose: Choose, marker: str) -> Non
             for name, member in names.items()
             if PurePosixPath(name).is_relative_to(top)
         }
+        missing = {}
         for name in choose(sorted(inside)):
             info = archive.getinfo(inside[name])
             target = staging / name
             if staging.resolve() not in target.resolve().parents:
                 raise InputError(f"the archive has a member {name!r} that would leave its folder; do not use it")
-            if target.is_file() and target.stat().st_size == info.file_size and _crc(target) == info.CRC:
-                continue
-            log.info("%s, %.1f MB", name, info.file_size / 1e6)
+            if not (target.is_file() and target.stat().st_size == info.file_size and _crc(target) == info.CRC):
+                missing[target] = info
+        need_space(staging, sum(info.file_size for info in missing.values()))
+        for target, info in missing.items():
+            log.info("%s, %.1f MB", target.name, info.file_size / 1e6)
             with atomic(target) as temporary, archive.open(info) as member, temporary.open("wb") as out:
                 shutil.copyfileobj(member, out, _BLOCK)
 

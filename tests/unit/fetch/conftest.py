@@ -49,22 +49,18 @@ class Site(BaseHTTPRequestHandler):
         web = self.server
         etag = web.etags.pop(0) if len(web.etags) > 1 else web.etags[0]
         start, stop = 0, len(data)
+        status, headers = 200, {"ETag": etag}
         span = self.headers.get("Range")
         if span and web.ranges and self.headers.get("If-Range", etag) == etag:
             first, last = span.removeprefix("bytes=").split("-")
             start, stop = int(first), min(int(last or stop) + 1, stop)
+            status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{len(data) if web.states_size else '*'}"
             if start >= len(data):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(data)}")
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data) if web.states_size else '*'}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(stop - start))
-        if etag:
-            self.send_header("ETag", etag)
+                status, headers["Content-Range"] = 416, f"bytes */{len(data)}"
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(max(0, stop - start))} | web.headers).items():
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         sent = data[start:stop][: web.cuts.pop(0) if web.cuts else None]
         web.sent += len(sent)
@@ -81,6 +77,7 @@ def web(monkeypatch):
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.files, server.gated, server.stated, server.token, server.accepted = {}, {}, {}, "", True
     server.ranges, server.states_size, server.etags, server.sent = True, True, ['"1"'], 0
+    server.headers = {}  # in place of the right ones
     server.statuses, server.cuts, server.requests = [], [], []  # of the next answers; what was asked
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

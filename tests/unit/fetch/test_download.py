@@ -10,7 +10,7 @@ from celldetr.fetch import download, http
 from celldetr.fetch.download import fetch
 from celldetr.runtime.errors import InputError
 
-DATA = bytes(range(256)) * 4000
+DATA = (b"PK\x03\x04" + bytes(range(256)) * 4000)[:1024000]
 SIZE = len(DATA)
 SHA = hashlib.sha256(DATA).hexdigest()
 
@@ -124,6 +124,60 @@ def test_the_next_mirror_is_tried_and_all_failures_are_listed(web, url, get, tmp
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Length": "abc"},
+        {"Content-Range": "bytes */1024000"},
+        {"Content-Range": "bytes 500000-1023999/many"},
+        {"Content-Range": None},
+        {"Content-Range": "x"},
+    ],
+    ids=str,
+)
+def test_an_answer_that_makes_no_sense_leads_to_the_next_mirror(web, url, get, tmp_path, headers):
+    web.headers, web.cuts = headers, [500_000]
+    copy = tmp_path / "copy.zip"
+    copy.write_bytes(DATA)
+    only(get(url, str(copy), tries=2))
+
+
+@pytest.mark.parametrize("address", ["http://[::1/x.zip", "http://:99999/x.zip", "https://", "http://\x00/"])
+def test_an_address_that_is_none_leads_to_the_next_mirror(url, get, address):
+    only(get(address, url))
+    with pytest.raises(InputError, match="the address is not valid"):
+        get(address)
+
+
+HTML = b"\n<!-- x -->\n<!DOCTYPE html><html><body>Log in</body></html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.svs", HTML, r"a web page \(HTML\)"),
+        ("outlines.geojson", HTML, r"a web page \(HTML\)"),
+        ("a.tif", b'{"error": "forbidden"}', "expected TIFF"),
+        ("a.h5ad", b"PK\x03\x04", "expected HDF5"),
+        ("a.parquet", b"", "expected Parquet"),
+    ],
+)
+def test_what_is_not_what_its_name_says_is_not_kept(web, get, tmp_path, name, content, message):
+    web.files[f"/{name}"] = content
+    with pytest.raises(InputError, match=message):
+        get(f"{web.url}/{name}?download=1", size=None, sha256=None)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        get(str(tmp_path / name), size=None, sha256=None)
+    assert list((tmp_path / "raw").iterdir()) == []
+
+
+def test_formats_without_a_signature_are_taken_as_they_are(web, tmp_path):
+    for name, content in {"a.csv": b"1,0,0", "b.geojson": b"{}", "slide": b"x", "c.svs": b"MM\0*"}.items():
+        web.files[f"/{name}"] = content
+        assert fetch([f"{web.url}/{name}"], tmp_path / "slide.tif").read_bytes() == content
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [({"sha256": "0" * 64}, "checksum: got sha256"), ({"size": 10}, "got 1024000 bytes, expected 10")],
 )
@@ -146,7 +200,7 @@ def test_local_files_are_verified_and_left_alone(get, tmp_path):
 
 def test_a_full_disk_is_named_before_the_transfer(url, get, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(InputError, match=r"the disk is full .* free 1\.0 MiB"):
+    with pytest.raises(InputError, match=r"the disk is full \(1\.0 MiB needed"):
         get(url)
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.utils import _http
 from celldetr.fetch.huggingface import REPOSITORY, fetch_hest, nuclei_path, slide_path
 from celldetr.runtime.errors import InputError
 
-DATA = bytes(range(256)) * 300
+DATA = b"II*\0" + bytes(range(256)) * 300
 SHA = hashlib.sha256(DATA).hexdigest()
 TOKEN = "hf_secret123"
 

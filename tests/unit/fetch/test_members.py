@@ -1,7 +1,9 @@
 """Members of archives: only their bytes travel, all are verified, and nothing that has arrived travels twice."""
 
+import errno
 import hashlib
 import io
+import shutil
 import zipfile
 
 import numpy as np
@@ -132,8 +134,52 @@ def test_what_is_missing_is_named_for_each_source(web, url, tmp_path):
     with pytest.raises(InputError) as error:
         get([f"{web.url}/gone", str(empty), str(no), str(tmp_path / "nowhere")], tmp_path / "outs")
     text = str(error.value)
-    for words in ("HTTP 404", f"no {MARKER}", "not a zip file", "no such file", "Start again"):
+    for words in ("HTTP 404", f"no {MARKER}", "expected zip", "no such file", "Start again"):
         assert words in text
+
+
+def test_broken_members_lead_to_the_next_source(tmp_path):
+    """Damaged LZMA data, and a member that is encrypted."""
+    good = tmp_path / "good.zip"
+    good.write_bytes(archive())
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as handle:
+        for name, data in FILES.items():
+            handle.writestr(name, data)
+    damaged = bytearray((tmp_path / "lzma.zip").read_bytes())
+    damaged[damaged.index(b"cells.parquet") + 13 : damaged.index(b"cells.parquet") + 40] = bytes(27)
+    (tmp_path / "lzma.zip").write_bytes(damaged)
+    encrypted = bytearray(archive())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := encrypted.find(signature, at + 1)) >= 0:
+            encrypted[at + flags] |= 1
+    (tmp_path / "encrypted.zip").write_bytes(encrypted)
+    sources = [str(tmp_path / name) for name in ("lzma.zip", "encrypted.zip")]
+    with pytest.raises(InputError, match=r"(?s)lzma\.zip: .*LZMAError.*encrypted\.zip: .*is encrypted"):
+        get([*sources, "http://[::1/x"], tmp_path / "outs")
+    get([*sources, "http://[::1/x", str(good)], tmp_path / "outs")
+    assert content(tmp_path / "outs") == FILES
+
+
+def test_a_full_disk_is_named_before_anything_is_unpacked(web, url, tmp_path, monkeypatch):
+    """And no other source is tried."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 25_000))
+    with pytest.raises(InputError, match=r"outs: the disk is full \(0\.0 MiB needed in .* free some space"):
+        get([url, str(tmp_path / "other.zip")], tmp_path / "outs")
+    assert list((tmp_path / ".outs.part").iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 26_000))
+    get([url], tmp_path / "outs")
+
+
+def test_a_disk_that_fills_up_while_unpacking_is_named(tmp_path, monkeypatch):
+    def copy(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.zip").write_bytes(archive())
+    monkeypatch.setattr(shutil, "copyfileobj", copy)
+    with pytest.raises(InputError, match="the disk is full") as error:
+        get([str(tmp_path / "a.zip"), str(tmp_path / "b.zip")], tmp_path / "outs")
+    assert "no such file" not in str(error.value)
 
 
 def test_members_cannot_leave_their_folder(tmp_path):
