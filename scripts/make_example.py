@@ -4,26 +4,22 @@ Output: one zip per fold, in the order of the folds, with the layout and the def
 Params: images of each fold, patch_size (px), mpp (um per px), seed. All classes are common enough to be learned.
 """
 
-import logging
 from concurrent.futures import ProcessPoolExecutor
 
 from celldetr.example.pannuke import write_fold
 from celldetr.runtime.rule import run_rule
 
-log = logging.getLogger("make_example")
-
 
 def main(snakemake):
-    params, archives = snakemake.params, list(snakemake.output)
+    params = snakemake.params
     settings = {"mpp": params.mpp, "mixture": "example"}
     with ProcessPoolExecutor(snakemake.threads) as pool:
         folds = [
             pool.submit(write_fold, archive, fold, number, params.patch_size, params.seed, **settings)
-            for fold, (archive, number) in enumerate(zip(archives, params.images, strict=True), start=1)
+            for fold, (archive, number) in enumerate(zip(snakemake.output, params.images, strict=True), start=1)
         ]
-        for archive, number, fold in zip(archives, params.images, folds, strict=True):
-            truth = fold.result()
-            log.info("%s: %d images, nuclei %s, defects %s", archive, number, truth.counts, truth.defects)
+        for fold in folds:
+            fold.result()
 
 
 if "snakemake" in globals():

@@ -3,14 +3,13 @@
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.example.drawing import draw_he, draw_stain
 from celldetr.example.tissue import Scene, grow_scene
 from celldetr.runtime.files import atomic
@@ -24,49 +23,8 @@ TISSUES: Mapping[str, int] = {
 """The 19 tissues of PanNuke and about how many images each has."""
 _SIDE = 2  # images are cut from a scene in a square of 2 x 2
 _MARGIN = 8.0  # um of tissue around them, so that their borders cut nuclei as in real images
+_EMPTY = 0.043  # share of the images without a nucleus
 _AROUND = np.ones((3, 3), dtype=bool)  # pieces of a nucleus hang together over corners, too
-
-
-@dataclass(frozen=True)
-class Defects:
-    """Share of the images with each defect: by default about that of the real data; above 0, at least one image."""
-
-    empty: float = 0.043  # no nucleus
-    one_pixel: float = 0.05  # a nucleus of a single pixel where the image shows none
-    split: float = 0.027  # one id in two pieces
-    overlap: float = 0.073  # pixels claimed by two classes
-    shared: float = 0.1  # ids that start from 1 in each channel
-    void: float = 0.021  # pixels that are neither nucleus nor background
-
-
-@dataclass(frozen=True)
-class ImageTruth:
-    """The content of one image of an archive: M nuclei, by class and id."""
-
-    tissue: str  # its entry in types.npy
-    boxes: NDArray[np.int64]  # (M, 4) xyxy px, half-open
-    labels: NDArray[np.int64]  # (M,) class: index of the channel
-    ids: NDArray[np.int64]  # (M,) id in that channel
-    area: NDArray[np.int64]  # (M,) number of pixels
-
-
-@dataclass(frozen=True)
-class FoldTruth:
-    """What a conversion of an archive must find.
-
-    `defects`, counted in the masks as written: ``empty_images``; ``one_pixel_nuclei``; ``split_nuclei`` (ids in several
-    pieces, 8-connected); ``overlap_pixels`` (claimed by two classes); ``void_pixels`` (neither nucleus nor background);
-    ``shared_ids`` (ids used in two channels of an image).
-    """
-
-    images: list[ImageTruth]
-    defects: dict[str, int]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Nuclei per class."""
-        labels = np.concatenate([image.labels for image in self.images])
-        return {name: int((labels == index).sum()) for index, name in enumerate(PANNUKE_CLASSES)}
 
 
 def write_fold(
@@ -78,17 +36,16 @@ def write_fold(
     *,
     mpp: float = 0.25,
     mixture: str = "pannuke",
-    defects: Defects = Defects(),  # noqa: B008 - frozen
-) -> FoldTruth:
+) -> None:
     """Write ``Fold N/images/foldN/{images,types}.npy`` and ``Fold N/masks/foldN/masks.npy`` into a zip.
 
     The same arguments give the same bytes; folds (1, 2 or 3 in PanNuke) of one seed show different tissue. An image has
     `patch_size` rows and columns of `mpp` um; `mixture` is a key of `celldetr.example.styles.MIXTURES`.
     """
     rng = np.random.default_rng([seed, fold])
-    empty = set(rng.permutation(n_images)[: _number(defects.empty, n_images - 1)].tolist())
-    tissues = _draw_tissues(rng, n_images)
+    empty = set(rng.permutation(n_images)[: _number(_EMPTY, n_images - 1)].tolist())
     with atomic(path) as temporary, tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".scratch") as scratch:
+        tissues = _draw_tissues(rng, n_images)
         shape = n_images, patch_size, patch_size
         images = np.memmap(Path(scratch) / "images", np.uint8, "w+", shape=(*shape, 3))
         masks = np.memmap(Path(scratch) / "masks", np.uint16, "w+", shape=(*shape, 6))
@@ -100,9 +57,8 @@ def write_fold(
             bare = replace(scene, nuclei=scene.nuclei.take(np.zeros(0, int)), glands=())
             for index in sorted(empty & set(range(n_images)[patches])):
                 _cut_scene(rng, bare, mpp, images[index : index + 1], masks[index : index + 1])
-        _plant_defects(rng, masks, defects)
+        _plant_defects(rng, masks)
         _write_zip(temporary, fold, images, masks, np.array(tissues, dtype="<U13"))
-        return _read_truth(masks, tissues)
 
 
 def _cut_scene(rng: np.random.Generator, scene: Scene, mpp: float, images: NDArray[np.uint8], masks: Masks) -> None:
@@ -130,13 +86,13 @@ def _draw_tissues(rng: np.random.Generator, n_images: int) -> list[str]:
 
 
 def _number(share: float, n_images: int) -> int:
-    return min(n_images, max(1, round(share * n_images))) if share > 0 else 0
+    return min(n_images, max(1, round(share * n_images)))
 
 
-def _plant_defects(rng: np.random.Generator, masks: Masks, defects: Defects) -> None:
+def _plant_defects(rng: np.random.Generator, masks: Masks) -> None:
     """Plant defects into clean masks (N, S, S, 6); an image without room for one leaves it to another image."""
-    for name, plant in _PLANT.items():
-        missing = _number(getattr(defects, name), len(masks))
+    for plant, share in _DEFECTS.items():
+        missing = _number(share, len(masks))
         for index in rng.permutation(len(masks)):
             if not missing:
                 break
@@ -153,6 +109,7 @@ def _nuclei(rng: np.random.Generator, mask: Masks) -> list[tuple[int, int]]:
 
 
 def _plant_one_pixel(rng: np.random.Generator, mask: Masks) -> bool:
+    """Let a pixel of the background be a nucleus."""
     free = np.argwhere(mask[..., 5])
     if len(free):
         row, column = free[rng.integers(len(free))]
@@ -172,7 +129,7 @@ def _plant_split(rng: np.random.Generator, mask: Masks) -> bool:
         long_axis = np.linalg.eigh(away.T @ away)[1][:, 1]
         rows, columns = places[np.abs(away @ long_axis) < 0.9].T
         nucleus[rows, columns] = False
-        if _count_pieces(nucleus) == 2:
+        if ndimage.label(nucleus, structure=_AROUND)[1] == 2:
             mask[rows, columns, channel] = 0
             mask[rows, columns, 5] = ~mask[rows, columns, :5].any(axis=1)
             return True
@@ -211,41 +168,14 @@ def _plant_void(rng: np.random.Generator, mask: Masks) -> bool:
     return False
 
 
-_PLANT: Mapping[str, Callable[[np.random.Generator, Masks], bool]] = {
-    "one_pixel": _plant_one_pixel,
-    "split": _plant_split,
-    "overlap": _plant_overlap,
-    "shared": _plant_shared,
-    "void": _plant_void,
+_DEFECTS: Mapping[Callable[[np.random.Generator, Masks], bool], float] = {
+    _plant_one_pixel: 0.05,
+    _plant_split: 0.027,
+    _plant_overlap: 0.073,
+    _plant_shared: 0.1,
+    _plant_void: 0.021,
 }
-
-
-def _count_pieces(nucleus: NDArray[np.bool_]) -> int:
-    return int(ndimage.label(nucleus, structure=_AROUND)[1])
-
-
-def _read_truth(masks: Masks, tissues: list[str]) -> FoldTruth:
-    """List the nuclei and count the defects of masks (N, S, S, 6)."""
-    names = ("empty_images", "one_pixel_nuclei", "split_nuclei", "overlap_pixels", "void_pixels", "shared_ids")
-    images, defects = [], dict.fromkeys(names, 0)
-    for mask, tissue in zip(masks, tissues, strict=True):
-        found = []
-        for channel in range(5):
-            for number, place in enumerate(ndimage.find_objects(mask[..., channel].astype(int)), start=1):
-                if place is not None:
-                    nucleus = mask[(*place, channel)] == number
-                    box = place[1].start, place[0].start, place[1].stop, place[0].stop
-                    found.append((*box, channel, number, int(nucleus.sum())))
-                    defects["split_nuclei"] += _count_pieces(nucleus) > 1
-        table = np.array(found, dtype=np.int64).reshape(-1, 7)
-        images.append(ImageTruth(tissue, table[:, :4], *table[:, 4:].T))
-        claims = (mask[..., :5] > 0).sum(axis=2)
-        defects["empty_images"] += not found
-        defects["one_pixel_nuclei"] += int((table[:, 6] == 1).sum())
-        defects["overlap_pixels"] += int((claims > 1).sum())
-        defects["void_pixels"] += int(((claims == 0) & (mask[..., 5] == 0)).sum())
-        defects["shared_ids"] += len(table) - len(np.unique(table[:, 5]))
-    return FoldTruth(images, defects)
+"""Share of the images with each defect, about that of the real data; at least one image."""
 
 
 def _write_zip(path: Path, fold: int, images: NDArray[np.uint8], masks: Masks, types: NDArray[np.str_]) -> None:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
 
+_MOST = 1 << 28  # bytes read at once: damaged or hostile headers ask for more
+_HEADER = 10_000  # bytes of a header, as in NumPy
+
 
 def open_zip(path: str | os.PathLike[str]) -> zipfile.ZipFile:
     """Open an archive for reading.
@@ -79,9 +82,14 @@ class NpyMember:
         Raises
         ------
         InputError
-            The data is damaged or ends early.
+            The data is damaged or ends early, or the items are too large for the memory.
         """
         wanted = count * math.prod(self.shape[1:]) * self.dtype.itemsize
+        if wanted > _MOST:
+            raise InputError(
+                f"{self.label}: got {self.dtype} of shape {self.shape}: {wanted >> 20} MiB at once, expected at most "
+                f"{_MOST >> 20} MiB; is it the right file?"
+            )
         data = self._read(wanted)
         if len(data) < wanted:
             raise InputError(f"{self.label}: the data ends early; get the archive again")
@@ -107,9 +115,10 @@ class NpyMember:
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
+    length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+    if length > _HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    text = stream.read(length)
     if version == (3, 0):  # as 2.0, but in UTF-8
-        text = stream.read(int.from_bytes(stream.read(4), "little")).decode("utf-8").encode("latin1")
-        stream = io.BytesIO(len(text).to_bytes(4, "little") + text)
-    return np.lib.format.read_array_header_2_0(stream)
+        text = text.decode("utf-8").encode("latin1")
+    return np.lib.format.read_array_header_2_0(io.BytesIO(len(text).to_bytes(4, "little") + text))

@@ -37,6 +37,7 @@ ODDITIES = {
     "empty images": "images without a nucleus (kept)",
     "one-pixel nuclei": "nuclei of a single pixel (kept)",
     "split nuclei": "ids in several pieces, 8-connected (kept as one nucleus each)",
+    "covering nuclei": "ids that cover more than half of their image",
     "overlap pixels": "pixels that two or more classes claim (each nucleus keeps all its pixels)",
     "void pixels": "pixels that are neither nucleus nor background (kept)",
     "background over nuclei": "pixels that are nucleus and background (nucleus kept)",
@@ -172,9 +173,32 @@ def convert_fold(
                 log.info("%d of %d images, %d nuclei", index + 1, len(images), sum(summary.nuclei.values()))
         images.finish()
         masks.finish()
+        _check_ids(summary, masks.label)
         check_official(summary, sha256)
         writer.attrs |= summary.attributes()
     return summary
+
+
+def _check_ids(summary: FoldSummary, label: str) -> None:
+    """Refuse masks that hold something else than ids of nuclei; real folds have almost none of these oddities.
+
+    Raises
+    ------
+    InputError
+        The background is not the last channel, or the masks are maps of the classes.
+    """
+    expected = f"expected ids of single nuclei in channels {', '.join(PANNUKE_CLASSES)}, and the background last"
+    covered, images = summary.odd["covering nuclei"], summary.images - summary.odd["empty images"]
+    if 2 * covered > images:
+        raise InputError(
+            f"{label}: in {covered} of {images} images an id covers more than half of the image: it looks like a "
+            f"background that is not the last channel; {expected}"
+        )
+    split, nuclei = summary.odd["split nuclei"], sum(summary.nuclei.values())
+    if 4 * split > nuclei:
+        raise InputError(
+            f"{label}: {split} of {nuclei} ids lie in several pieces: they look like maps of the classes; {expected}"
+        )
 
 
 def check_official(summary: FoldSummary, sha256: str | None) -> None:
@@ -312,6 +336,7 @@ def nuclei_of(masks: NDArray[Any], where: str = "masks") -> MaskNuclei:
     high = [np.maximum.reduceat(axis, first) + 1 for axis in (x, y)]
     centroids = np.stack([np.add.reduceat(axis, first) / area + 0.5 for axis in (x, y)], axis=1)
     odd["one-pixel nuclei"] = int((area == 1).sum())
+    odd["covering nuclei"] = int((2 * area > len(flat)).sum())
     odd["split nuclei"] = sum(
         _pieces(x[start : start + n], y[start : start + n]) > 1 for start, n in zip(first, area, strict=True) if n > 1
     )

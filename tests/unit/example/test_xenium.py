@@ -64,7 +64,7 @@ def test_folders_of_all_versions_are_read_by_spatialdata_io(tmp_path, version):
     assert np.diff(truth.nucleus_cell).min() >= 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        read = spatialdata_io.xenium(truth.outs)
+        read = spatialdata_io.xenium(truth.outs, transcripts=False)
     assert not [w for w in caught if "report" in str(w.message) or "parse the version" in str(w.message)]
     table = read.tables["table"]
     assert list(table.var_names) == list(truth.genes) == list(PANEL)
@@ -83,19 +83,6 @@ def test_folders_of_all_versions_are_read_by_spatialdata_io(tmp_path, version):
     own = truth.nucleus_cell + 1 if version.startswith("1") else np.arange(1, len(truth.nuclei_um) + 1)
     columns, rows = (truth.nuclei_um.mean(axis=1) / truth.pixel_size).astype(int).T
     assert np.mean(labels[rows, columns] == own) > 0.93  # a later nucleus may lie above an earlier one
-
-
-def test_transcripts_of_quality_add_up_to_the_matrix(tmp_path):
-    truth = write_xenium(tmp_path, seed=6, **NO_RIM)
-    table = pd.read_parquet(truth.outs / "transcripts.parquet")
-    cells = table[table["cell_id"] != "UNASSIGNED"]
-    assert len(cells) < len(table)
-    assert (cells["qv"] < 20).any()
-    good = cells[(cells["qv"] >= 20) & cells["feature_name"].isin(PANEL)]
-    row = {name: index for index, name in enumerate(truth.cell_ids)}
-    counts = np.zeros(truth.counts.shape, dtype=int)
-    np.add.at(counts, (good["cell_id"].map(row), good["feature_name"].map(PANEL.index)), 1)
-    assert np.array_equal(counts, truth.counts.toarray())
 
 
 def test_both_images_show_the_nuclei_where_the_matrix_says(sample):

@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.example.pannuke import write_fold
@@ -55,20 +57,39 @@ def convert(tmp_path, contents, extra=(), **options):
     return summary, open_store(tmp_path / "fold1.zarr")
 
 
-def test_planted_truth_of_a_whole_fold_comes_back(tmp_path):
-    truth = write_fold(tmp_path / "fold_2.zip", 2, 24, 64, seed=5, mpp=0.5)
+def brute_force(mask):
+    """(x0, y0, x1, y1, channel) of each nucleus of an image, and counts of what is odd, one id after the other."""
+    found, odd = [], Counter()
+    for channel in range(5):
+        for number in sorted(set(mask[..., channel].ravel()) - {0}):
+            nucleus = mask[..., channel] == number
+            rows, columns = np.nonzero(nucleus)
+            found.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1, channel))
+            odd["split nuclei"] += ndimage.label(nucleus, np.ones((3, 3)))[1] > 1
+            odd["one-pixel nuclei"] += rows.size == 1
+    claims = (mask[..., :5] > 0).sum(axis=-1)
+    odd["empty images"] = not found
+    odd["overlap pixels"] = (claims > 1).sum()
+    odd["void pixels"] = ((claims == 0) & (mask[..., 5] == 0)).sum()
+    return np.array(found).reshape(-1, 5), odd
+
+
+def test_a_drawn_fold_is_read_as_id_after_id_would_be(tmp_path):
+    write_fold(tmp_path / "fold_2.zip", 2, 24, 64, seed=5, mpp=0.5)
     summary = convert_fold(tmp_path / "fold_2.zip", tmp_path / "fold2.zarr", fold=2, patch_size=64, mpp=0.5)
     store = open_store(tmp_path / "fold2.zarr")
-    assert store.n_patches == 24
-    for index, image in enumerate(truth.images):
-        boxes, labels = store.boxes_of(index)
-        assert np.array_equal(boxes, image.boxes)
-        assert np.array_equal(labels, image.labels)
-        assert store.patches["tissue"][index] == image.tissue
-    for name in ("one-pixel nuclei", "split nuclei", "overlap pixels", "void pixels", "empty images"):
-        planted = truth.defects[name.replace(" ", "_").replace("-", "_")]
-        assert summary.odd[name] == planted > 0, name
-    assert summary.nuclei == truth.counts
+    with zipfile.ZipFile(tmp_path / "fold_2.zip") as archive:
+        types, masks = (np.load(io.BytesIO(archive.read(NAMES[key].replace("1", "2")))) for key in ("types", "masks"))
+    assert store.patches["tissue"].tolist() == types.tolist()
+    labels, counted = [], Counter()
+    for index, mask in enumerate(masks):
+        nuclei, odd = brute_force(mask)
+        assert np.array_equal(np.column_stack(store.boxes_of(index)), nuclei)
+        labels += nuclei[:, 4].tolist()
+        counted.update(odd)
+    assert counted == {name: summary.odd[name] for name in counted}
+    assert min(counted.values()) > 0
+    assert summary.nuclei == {name: labels.count(index) for index, name in enumerate(PANNUKE_CLASSES)}
     assert store.attrs["odd"] == summary.odd
 
 
@@ -123,6 +144,18 @@ def broken(key, change):
     return contents
 
 
+def class_maps(masks):
+    masks[:, 9:12, 9:12] = masks[:, 2:5, 3:6]
+    return masks
+
+
+def header(dtype, count):
+    """Bytes of an array without its data."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": (count,)})
+    return buffer.getvalue()
+
+
 BAD = {
     "no masks": (lambda: {k: v for k, v in arrays().items() if k != "masks"}, "missing: .*masks.npy"),
     "more arrays": (lambda: {**arrays(), "Fold 1/more.npy": np.zeros(1)}, "not expected: .*more.npy"),
@@ -138,6 +171,11 @@ BAD = {
     "pickle": (lambda: broken("types", lambda a: a.astype(object)), "types.npy: got Python objects"),
     "fortran": (lambda: broken("masks", np.asfortranarray), "masks.npy: got Fortran order"),
     "no header": (lambda: broken("masks", lambda a: b"nothing"), "masks.npy: cannot be read as an array"),
+    "background first": (lambda: broken("masks", lambda a: np.roll(a, 1, axis=-1)), "in 3 of 3 images an id covers"),
+    "class maps": (lambda: broken("masks", class_maps), "3 of 3 ids lie in several pieces: they look like maps of"),
+    "long texts": (lambda: broken("types", lambda a: header("<U99999999", 3)), "types.npy: got <U99999999 .* 1144 MiB"),
+    "many texts": (lambda: broken("types", lambda a: header("<U4", 1 << 40)), "types.npy: got <U4 .*at most 256 MiB"),
+    "long header": (lambda: broken("types", lambda a: b"\x93NUMPY\2\0" + b"\xff" * 4), "a header of 4294967295 bytes"),
     "ends early": (lambda: broken("masks", lambda a: npy(a)[:-100]), "masks.npy: the data ends early"),
     "too long": (lambda: broken("masks", lambda a: npy(a) + b"x"), "masks.npy: more data than its header says"),
 }

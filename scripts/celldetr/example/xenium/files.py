@@ -99,10 +99,8 @@ def name_cells(rng: np.random.Generator, count: int, layout: Layout) -> tuple[ND
     return prefixes, np.array(["".join(row) + "-1" for row in letters], dtype=str)
 
 
-def write_outs(
-    folder: Path, layout: Layout, cells: XeniumCells, dapi: NDArray[np.uint16], rng: np.random.Generator
-) -> None:
-    """Write all files of an output folder."""
+def write_outs(folder: Path, layout: Layout, cells: XeniumCells, dapi: NDArray[np.uint16]) -> None:
+    """Write the files of an output folder, except the transcripts, which nothing reads."""
     folder.mkdir(parents=True)
     features = np.array([*PANEL, *(f"{kind.replace(' ', '')}_{number:04d}" for number, kind in enumerate(CONTROLS))])
     kinds = np.array([_GENE] * len(PANEL) + [*CONTROLS])
@@ -123,7 +121,6 @@ def write_outs(
     owners = cells.nucleus_cell, np.arange(len(outlines))
     for name, polygons, owner in zip(("nucleus", "cell"), (list(cells.nuclei), outlines), owners, strict=True):
         _boundaries(layout, cells, polygons, owner).to_parquet(folder / f"{name}_boundaries.parquet", index=False)
-    _transcripts(layout, cells, features, dapi.shape, rng).to_parquet(folder / "transcripts.parquet", index=False)
     _write_cells_zarr(folder / "cells.zarr.zip", layout, cells, table, outlines, dapi.shape)
     first, *copies = [folder / name for name in layout.images]
     first.parent.mkdir(exist_ok=True)
@@ -182,30 +179,6 @@ def _boundaries(layout: Layout, cells: XeniumCells, polygons: list[Array], owner
     table["vertex_x"], table["vertex_y"] = np.vstack(closed).astype(np.float32).T
     if layout.label_ids:
         table["label_id"] = np.repeat(np.arange(1, len(polygons) + 1, dtype=np.uint32), number)
-    return table
-
-
-def _transcripts(
-    layout: Layout, cells: XeniumCells, features: NDArray[np.str_], shape: tuple[int, ...], rng: np.random.Generator
-) -> pd.DataFrame:
-    """Those of the matrix around the middles of their cells, some of low quality, and some outside of all cells."""
-    counts = cells.counts.tocoo()
-    owner, feature = np.repeat(counts.row, counts.data), np.repeat(counts.col, counts.data)
-    poor, stray = rng.integers(0, owner.size, owner.size // 20), 5 + owner.size // 20
-    owner, feature = np.append(owner, owner[poor]), np.append(feature, feature[poor])
-    places = cells.centres[owner] + 1.5 * rng.standard_normal((owner.size, 2))
-    places = np.vstack([places, rng.uniform(0, np.array(shape[::-1]) * PIXEL_SIZE, (stray, 2))])
-    nobody = "UNASSIGNED" if layout.text_ids else -1
-    ids = cells.ids(layout)
-    quality = [np.full(owner.size - poor.size, 32.0), np.full(poor.size, 12.0), np.full(stray, 32.0)]
-    names = features[np.append(feature, rng.integers(0, len(features), stray))].astype(object)
-    table = pd.DataFrame({"transcript_id": np.arange(len(places), dtype=np.uint64)})
-    table["cell_id"] = np.append(ids[owner], np.array([nobody] * stray, dtype=ids.dtype))
-    table["overlaps_nucleus"] = np.append(np.ones(owner.size, np.uint8), np.zeros(stray, np.uint8))
-    table["feature_name"] = names if layout.text_ids else [name.encode() for name in names]
-    table["x_location"], table["y_location"] = places.astype(np.float32).T
-    table["z_location"] = np.float32(16.0)
-    table["qv"] = np.concatenate(quality).astype(np.float32)
     return table
 
 

@@ -111,7 +111,7 @@ def write_xenium(
     outs, he_image = target / "outs", target / f"{name}_he_image.ome.tif"
     packed = target / f"{name}_outs.zip" if archive else None
     with atomic(outs) as temporary:
-        write_outs(temporary, layout, cells, _draw_dapi(rng, scene, to_um, xenium_size), rng)
+        write_outs(temporary, layout, cells, _draw_dapi(rng, scene, to_um, xenium_size))
     he_size = _write_he(rng, he_image, scene, he_mpp, rim)
     matrix, error = _he_to_xenium(to_um, he_mpp, rim), file_error.matrix(_apply(to_um, scene.border).mean(axis=0))
     written = _TO_PX @ error @ np.linalg.inv(_TO_PX) @ matrix
