@@ -7,13 +7,11 @@ provenance.json (with the epoch whose weights became the model); checkpoints/ li
 
 from pathlib import Path
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
 from celldetr.runtime.rule import run_rule
-from celldetr.store import open_store
 from celldetr.store.splits import read_split
 from celldetr.training.loop import Run, train
-
-RADIUS_UM = 3.0  # 12 px at 0.25 um/px, the default of evaluation.radius; it does not follow that setting
 
 
 def main(snakemake):
@@ -26,8 +24,7 @@ def main(snakemake):
         Path(snakemake.output.model).parent,
         initial=initial,
         backbone=backbone,
-        nucleus_threshold=params.nucleus_threshold,
-        radius=RADIUS_UM / open_store(given.stores[0]).mpp,
+        scoring=ScoringSettings.from_dict(params.scoring),
         threads=snakemake.threads,
         code=params.code,
     )

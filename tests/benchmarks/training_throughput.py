@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.model.celldetr import CellDETR, float_images
@@ -130,8 +131,7 @@ class Run:
         torch.manual_seed(0)
         settings = self.experiment.model.model_copy(update={"kernel": "reference" if sampling == "plain" else "auto"})
         kind, model = STAGES[self.experiment.stage], CellDETR(settings).to(args.device)
-        limits = {"nucleus_threshold": 0.4, "radius": 12.0}
-        self.stage: Stage = kind(self.experiment, model, train_data, nothing, **limits)
+        self.stage: Stage = kind(self.experiment, model, train_data, nothing, ScoringSettings())
         self.stage.train()
         use_sampling(model, args.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
         self.optimizer = make_optimizer(model, self.experiment.training)

@@ -13,6 +13,7 @@ import torch
 from pretended_device import Copies, moved, pretended_device
 from tiny_training import make_experiment, make_split, make_ssl_experiment
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.store import open_store
 from celldetr.training.augment import draw
@@ -30,7 +31,7 @@ def make_stage(store, mode):
     experiment = make_ssl_experiment(batch_size=BATCH) if mode == "ssl" else make_experiment(mode, batch_size=BATCH)
     data = [PatchData([store], make_split(store, 24, 4), part) for part in ("train", "val")]
     kind = SslStage if mode == "ssl" else SupervisedStage
-    return kind(experiment, CellDETR(experiment.model), *data, nucleus_threshold=0.4, radius=3.0)
+    return kind(experiment, CellDETR(experiment.model), *data, ScoringSettings())
 
 
 def any_matches(matching):

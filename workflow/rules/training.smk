@@ -46,7 +46,7 @@ rule train:
         runtime=2880,
     params:
         experiment=lambda wildcards: CONFIG.experiment(wildcards.experiment).to_dict(),
-        nucleus_threshold=CONFIG.inference.nucleus_threshold,
+        scoring=CONFIG.scoring.to_dict(),
         code=code("train"),
     message:
         "Training {wildcards.experiment} on split {wildcards.split}"

@@ -195,24 +195,41 @@ class CellDETR(nn.Module):
         with evaluating(self):
             features = self.encode(images)
             logits, boxes, points = self.decoder(*features)
-            scores = logits[-1].sigmoid()
-            keep = scores.amax(dim=-1) >= nucleus_threshold
-            kept = [image.nonzero().squeeze(1) for image in keep]
-            size = cached_tensor((images.shape[-1], images.shape[-2]) * 2, boxes.device, boxes.dtype)
-            rows, embeddings = kept, None
-            if not self.baseline:
-                rows, embeddings, points = self._represent_kept(features, boxes[-1], kept)
-            found = []
-            for image, (query, row) in enumerate(zip(kept, rows, strict=True)):
-                classes, own = scores[image, query], None
-                nucleus_score = classes.amax(dim=-1)
-                if embeddings is not None:
-                    own = embeddings[image, row]
-                    classes = self.classify(own).sigmoid()
-                corners = cxcywh_to_xyxy(boxes[-1, image, query]) * size
-                sampled = SamplingPoints(points.locations[image, row], points.weights[image, row])
-                found.append((ImagePredictions(query, corners, nucleus_score, classes, own), sampled))
-            return found
+            size = images.shape[-1], images.shape[-2]
+            nuclei, rows, inner = self.select(features, Detections(logits, boxes), size, nucleus_threshold)
+            points = inner or points
+            sampled = [
+                SamplingPoints(points.locations[image, row], points.weights[image, row])
+                for image, row in enumerate(rows)
+            ]
+            return list(zip(nuclei, sampled, strict=True))
+
+    def select(
+        self, features: Features, detections: Detections, size: tuple[int, int], nucleus_threshold: float
+    ) -> tuple[list[ImagePredictions], list[Tensor], SamplingPoints | None]:
+        """Select the nuclei of images of a size (width, height) from what was detected, and classify them.
+
+        Returns also the rows (D,) of each image's nuclei in the decoder that classifies, and the points that this
+        decoder sampled (None in mode ``baseline``: those of `detections`).
+        """
+        logits, boxes = (values[-1] for values in detections)
+        scores = logits.sigmoid()
+        keep = scores.amax(dim=-1) >= nucleus_threshold
+        kept = [image.nonzero().squeeze(1) for image in keep]
+        side = cached_tensor(size * 2, boxes.device, boxes.dtype)
+        rows, embeddings, points = kept, None, None
+        if not self.baseline:
+            rows, embeddings, points = self._represent_kept(features, boxes, kept)
+        nuclei = []
+        for image, (query, row) in enumerate(zip(kept, rows, strict=True)):
+            classes, own = scores[image, query], None
+            nucleus_score = classes.amax(dim=-1)
+            if embeddings is not None:
+                own = embeddings[image, row]
+                classes = self.classify(own).sigmoid()
+            corners = cxcywh_to_xyxy(boxes[image, query]) * side
+            nuclei.append(ImagePredictions(query, corners, nucleus_score, classes, own))
+        return nuclei, rows, points
 
     def _represent_kept(
         self, features: Features, boxes: Tensor, kept: list[Tensor]

@@ -157,12 +157,13 @@ class PatchData:
         unknown = sorted(set(rows["store"]) - set(self.names))
         if unknown:
             raise InputError(f"split: part {part} names stores {unknown}, expected some of {self.names}")
-        sizes = {store.path.stem: store.patch_size for store in stores if store.n_patches}
+        sizes = {store.path.stem: (store.patch_size, store.mpp) for store in stores if store.n_patches}
         if len(set(sizes.values())) > 1:
             raise InputError(
-                f"stores: got patch sizes {sizes}, expected one size; convert all with the same patch.size"
+                f"stores: got sizes of patches (px) and of their pixels (um) {sizes}, expected the same of all; make "
+                "all with the same patch.size and patch.mpp"
             )
-        self.patch_size = next(iter(sizes.values()), 0)
+        self.patch_size, self.mpp = next(iter(sizes.values()), (0, stores[0].mpp))
         self.store_of = np.array([self.names.index(name) for name in rows["store"]], dtype=np.int64)
         self.patch_of = rows["patch"].to_numpy(np.int64)
         for index, store in enumerate(stores):

@@ -26,6 +26,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, TrainingSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import allow_tf32, resolve_precision
@@ -74,8 +75,8 @@ class Run:
         Model file to start from. Parts that differ with mode or classes, or that it lacks, start from random weights.
     backbone
         Weights of a torchvision ResNet for the backbone.
-    nucleus_threshold, radius
-        Smallest nucleus score, and largest distance (px) of a matched pair of centres, in validation.
+    scoring
+        Which detections count in validation, and how far from a nucleus, as in the test.
     threads
         CPU threads of all processes together.
     accelerator
@@ -90,8 +91,7 @@ class Run:
     run_dir: Path
     initial: Path | None = None
     backbone: Path | None = None
-    nucleus_threshold: float = 0.4
-    radius: float = 12.0
+    scoring: ScoringSettings = ScoringSettings()
     threads: int = 1
     accelerator: str = "auto"
     code: str = ""
@@ -156,8 +156,7 @@ class Training:
         state = read_state(run.state_file, self.identity)
 
         self.model = build_model(run.experiment, *((None, None) if state else (run.backbone, run.initial)), device)
-        limits = {"nucleus_threshold": run.nucleus_threshold, "radius": run.radius}
-        self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, group=group, **limits)
+        self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, run.scoring, group)
         self.optimizer = make_optimizer(self.model, settings)
         self.step: int = 0
         self.rate = 0.0  # learning rate of the last step

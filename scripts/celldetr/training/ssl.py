@@ -75,9 +75,10 @@ class SslStage(Stage):
             uniforms = validation_uniforms(batch.patches.tolist(), targets, seed)
         return make_views(targets, uniforms, self.settings.noise, once=not batch.training)
 
-    def measure(self, batch: Batch, outputs: Outputs) -> None:
-        """Count detections and anchors that find their original, and sum up the spread of the originals."""
-        views, projected = self.views(batch.targets, batch), outputs.nuclei
+    def validate(self, batch: Batch) -> Outputs:
+        """Count also the anchors that find their original, and sum up the spread of the originals."""
+        outputs = super().validate(batch)
+        views, projected = self.views(batch.targets, batch), outputs.projected
         assert projected is not None
         with torch.autocast(projected.device.type, enabled=False):
             similarity = similarities(projected, views)
@@ -88,9 +89,7 @@ class SslStage(Stage):
         self._moments += torch.stack([unit.sum(dim=0), unit.square().sum(dim=0)]).cpu().numpy()
         self._originals += len(unit)
         self.sums["images"] = self.sums.get("images", 0.0) + float((batch.targets.counts >= 2).sum())
-        image, _, centres = self.kept(outputs.detections)
-        unknown = torch.full_like(batch.targets.labels, -1)
-        self.count(batch.targets, unknown, image, centres, torch.zeros_like(image))
+        return outputs
 
     def validation_summary(self) -> dict[str, Any]:
         """Losses (detection per nucleus, contrastive per image), retrieval, spread, and P, R, F of detection.
@@ -99,7 +98,8 @@ class SslStage(Stage):
         chooses the epoch. ``own`` and ``others`` are the mean similarities of anchors to their original and to the
         others. All are None without an image of two nuclei. ``spread``: see `celldetr.training.contrastive.spread`.
         """
-        sums = self.summed("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
+        names = ("loss", "contrastive", "nucleus", "l1", "giou", "boxes", "images")
+        sums = self.group.sum_each({name: self.sums.get(name, 0.0) for name in names})
         boxes, images = max(1.0, sums["boxes"]), max(1.0, sums["images"])
         weighted = self.settings.contrastive.weight * sums["contrastive"]
         found, anchors, *similarity = self.group.sum(self._retrieved).tolist()

@@ -10,14 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
-from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
-from celldetr.evaluation.metrics import COUNTS, count_images, scores
-from celldetr.model.boxes import cxcywh_to_xyxy
-from celldetr.model.celldetr import CellDETR, Detections, Features, float_images
+from celldetr.evaluation.matching import NucleusCentres
+from celldetr.evaluation.metrics import COUNTS, scores
+from celldetr.evaluation.scoring import Evaluator
+from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, float_images
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.augment import augment, draw
-from celldetr.training.data import Batch, PatchData, Targets
+from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
 from celldetr.training.losses import detection_losses, weighted
 from celldetr.training.matching import Matches, Matching
 from celldetr.training.processes import Group
@@ -28,22 +29,14 @@ _NAMED_PATCHES = 16  # at most, in an error
 
 
 class Outputs(NamedTuple):
-    """What a stage computes of a batch.
-
-    Attributes
-    ----------
-    losses
-        Losses without weights; those of detection for each decoder layer.
-    features, detections
-        Results of the encoder and of the detection decoder.
-    nuclei
-        (B, n, C) one vector for each box given to the representation decoder; None if validation does not need them.
-    """
+    """What a stage computes of a batch."""
 
     losses: dict[str, Tensor]
+    """Losses without weights; those of detection for each decoder layer."""
     features: Features
     detections: Detections
-    nuclei: Tensor | None
+    projected: Tensor | None = None
+    """(B, S, P) projected embeddings of the views, in contrastive pretraining."""
 
 
 class Stage(ABC):
@@ -57,10 +50,8 @@ class Stage(ABC):
         Model on its device. Parts that ``training.probe`` freezes lose their gradients here.
     train, val
         Patches; `val` may be empty.
-    nucleus_threshold
-        Smallest nucleus score of a detection in validation.
-    radius
-        Largest distance of a matched pair of centres in validation, px.
+    scoring
+        Which detections count in validation, and how far from a nucleus.
     group
         Processes that share each batch.
     """
@@ -74,15 +65,13 @@ class Stage(ABC):
         model: CellDETR,
         train: PatchData,
         val: PatchData,
-        *,
-        nucleus_threshold: float,
-        radius: float,
+        scoring: ScoringSettings,
         group: Group | None = None,
     ) -> None:
         self.model, self.settings, self.mode = model, experiment.training, experiment.model.mode
         self.classes = experiment.model.classes
         self.train_data, self.val_data = train, val
-        self.nucleus_threshold, self.radius = nucleus_threshold, radius
+        self.evaluator = Evaluator(scoring, val.mpp, self.mode)
         self.group = group or Group()
         self._frozen = self._freeze()
         self.start_validation()
@@ -105,21 +94,10 @@ class Stage(ABC):
 
     @abstractmethod
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Compute the losses of a batch and what validation looks at.
+        """Compute the losses of images (B, 3, S, S) in [0, 1] with their nuclei.
 
-        Parameters
-        ----------
-        images
-            (B, 3, S, S) in [0, 1].
-        targets
-            Their nuclei.
-        batch
-            The batch that these were made from; in training they are augmented.
+        They were made from the batch; in training they are augmented.
         """
-
-    @abstractmethod
-    def measure(self, batch: Batch, outputs: Outputs) -> None:
-        """Count what validation reports beside the losses."""
 
     @abstractmethod
     def validation_summary(self) -> dict[str, Any]:
@@ -143,26 +121,6 @@ class Stage(ABC):
             losses = self.compute(images, targets, batch).losses
         return losses, self.total(losses)
 
-    def start_validation(self) -> None:
-        """Forget the last validation."""
-        self.sums: dict[str, float] = {}
-        self._counts = np.zeros((1 + max(1, len(self.classes)), len(COUNTS)), dtype=np.int64)
-
-    def validate(self, batch: Batch) -> None:
-        """Sum the losses of a batch, undivided, and count its detections.
-
-        Raises
-        ------
-        NonFinite
-            A loss or matching cost is NaN or infinite; names the patches.
-        """
-        with self.naming_patches(batch):
-            outputs = self.compute(float_images(batch.images), batch.targets, batch)
-            values = Losses(outputs.losses, self.total(outputs.losses)).values()
-        for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.measure(batch, outputs)
-
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Weighted sum of the losses of `compute`."""
         return weighted(losses, self.settings.losses)
@@ -182,6 +140,59 @@ class Stage(ABC):
             losses = detection_losses(*detections, targets, matches, divisor)
         return losses, matches
 
+    def start_validation(self) -> None:
+        """Forget the last validation."""
+        self.sums: dict[str, float] = {}
+        self._counts = np.zeros((1 + max(1, len(self.classes)), len(COUNTS)), dtype=np.int64)
+
+    def validate(self, batch: Batch) -> Outputs:
+        """Sum the losses of a batch, undivided, and count the nuclei that the model predicts.
+
+        Raises
+        ------
+        NonFinite
+            A loss or matching cost is NaN or infinite; names the patches.
+        """
+        with self.naming_patches(batch):
+            outputs = self.compute(float_images(batch.images), batch.targets, batch)
+            values = Losses(outputs.losses, self.total(outputs.losses)).values()
+        for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        size = (self.val_data.patch_size,) * 2
+        threshold = self.evaluator.settings.nucleus_threshold
+        self._count(batch.targets, self.model.select(outputs.features, outputs.detections, size, threshold)[0])
+        return outputs
+
+    def _count(self, targets: Targets, found: list[ImagePredictions]) -> None:
+        """Count the nuclei of each image as the test does."""
+        size, counts = self.val_data.patch_size, targets.counts.numpy()
+        valid = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
+        labels = targets.labels.cpu()[valid].numpy()
+        truth = NucleusCentres(
+            np.append(0, np.cumsum(counts)),
+            (targets.boxes.cpu()[valid][:, :2].double() * size).numpy(),
+            labels if self.classes else np.full_like(labels, UNLABELLED),
+        )
+        image = np.repeat(np.arange(len(found)), [len(nuclei.query) for nuclei in found])
+        nucleus_score, class_scores, boxes = (
+            torch.cat([getattr(nuclei, name) for nuclei in found]).float().cpu().numpy()
+            for name in ("nucleus_score", "class_scores", "boxes")
+        )
+        keep = self.evaluator.keep(nucleus_score, class_scores)
+        corners = boxes[keep].clip(0, size).astype(np.float64)
+        predicted = NucleusCentres(
+            np.searchsorted(image[keep], np.arange(len(found) + 1)),
+            (corners[:, :2] + corners[:, 2:]) / 2,
+            class_scores[keep].argmax(axis=1) if self.classes else np.zeros(len(corners), dtype=np.int64),
+        )
+        self._counts += self.evaluator.count(truth, predicted, len(self._counts) - 1).sum(axis=0)
+
+    def counted_scores(self) -> tuple[dict[str, float | None], NDArray[np.float64]]:
+        """P, R, F of detection, and F of each class (K,), over the validation patches of all processes."""
+        table = scores(self.group.sum(self._counts).astype(np.int64))
+        detection = dict(zip(("precision", "recall", "f1"), map(finite, table[0].tolist()), strict=True))
+        return detection, table[1:, 2]
+
     @contextmanager
     def naming_patches(self, batch: Batch) -> Iterator[None]:
         """Add the patches of the batch to a `NonFinite` error."""
@@ -197,54 +208,6 @@ class Stage(ABC):
                 "(store:patch). Check these patches; otherwise lower training.lr or training.gradient_clip, or set "
                 "training.precision: fp32"
             ) from error
-
-    def kept(self, detections: Detections) -> tuple[Tensor, Tensor, Tensor]:
-        """Image (D,), query (D,) and centre (D, 2) in px of the detections with a nucleus score >= threshold."""
-        boxes = detections.boxes[-1]
-        score = detections.logits[-1].sigmoid().amax(dim=-1)
-        image, query = (score >= self.nucleus_threshold).nonzero(as_tuple=True)
-        clipped = cxcywh_to_xyxy(boxes[image, query]).clamp(0, 1)  # as in predictions
-        return image, query, (clipped[:, :2] + clipped[:, 2:]) * (self.val_data.patch_size / 2)
-
-    def count(self, targets: Targets, true_labels: Tensor, image: Tensor, centres: Tensor, labels: Tensor) -> None:
-        """Count detections as `celldetr.evaluation.metrics` does, summed over the images.
-
-        Parameters
-        ----------
-        targets
-            True nuclei of the batch, not augmented.
-        true_labels
-            Their classes (B, R), -1 if unknown.
-        image, centres, labels
-            Image (D,) in ascending order, centre (D, 2) in px, and class (D,) of the detections.
-        """
-        size = self.val_data.patch_size
-        valid = torch.arange(true_labels.shape[1]) < targets.counts[:, None]
-        counts = targets.counts.numpy()
-        truth = NucleusCentres(
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            (targets.boxes.cpu()[valid][:, :2].double() * size).numpy(),
-            true_labels.cpu()[valid].numpy(),
-        )
-        predicted = NucleusCentres(
-            np.searchsorted(image.cpu().numpy(), np.arange(len(counts) + 1)).astype(np.int64),
-            centres.cpu().double().numpy(),
-            labels.cpu().numpy(),
-        )
-        pairs = pair_nuclei(truth, predicted, self.radius)
-        classes = len(self._counts) - 1
-        self._counts += count_images(truth, predicted, pairs, classes, radius=self.radius).sum(axis=0)
-
-    def counted_scores(self) -> tuple[dict[str, float | None], NDArray[np.float64]]:
-        """P, R, F of detection, and F of each class (K,), over the validation patches of all processes."""
-        table = scores(self.group.sum(self._counts).astype(np.int64))
-        detection = dict(zip(("precision", "recall", "f1"), map(finite, table[0].tolist()), strict=True))
-        return detection, table[1:, 2]
-
-    def summed(self, *names: str) -> dict[str, float]:
-        """Sum what validation counted over the processes."""
-        values = self.group.sum(np.array([self.sums.get(name, 0.0) for name in names]))
-        return dict(zip(names, values.tolist(), strict=True))
 
 
 class Losses:

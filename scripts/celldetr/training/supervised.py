@@ -10,7 +10,6 @@ from torch import Tensor
 
 from celldetr.model import boxes as box_ops
 from celldetr.model.device import cached_tensor
-from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.data import Batch, Targets, noise_uniforms
 from celldetr.training.losses import class_loss, class_weights
 from celldetr.training.matching import Matches
@@ -53,11 +52,7 @@ class SupervisedStage(Stage):
             with torch.autocast(images.device.type, enabled=False):
                 weights = cached_tensor(self._weights, images.device)
                 losses["classes"] = class_loss(class_logits, labels, n_boxes, weights)
-        return Outputs(losses, features, detections, embeddings)
-
-    def measure(self, batch: Batch, outputs: Outputs) -> None:
-        """Count detections and their classes."""
-        self.count(batch.targets, batch.targets.labels, *self._found(outputs))
+        return Outputs(losses, features, detections)
 
     @functools.cached_property
     def _weights(self) -> tuple[float, ...]:
@@ -71,30 +66,12 @@ class SupervisedStage(Stage):
             return targets.boxes
         return box_ops.noise(targets.boxes, noise_uniforms(batch, targets, self.settings.seed), **noise.model_dump())
 
-    def _found(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, centre (px) and best class of the detections with a nucleus score >= threshold."""
-        image, query, centres = self.kept(outputs.detections)
-        logits, boxes = (values[-1] for values in outputs.detections)
-        if self.mode == "baseline":
-            return image, centres, logits[image, query].argmax(dim=-1)
-        if outputs.nuclei is not None:
-            chosen = outputs.nuclei[image, query]
-        else:
-            counts = torch.bincount(image, minlength=len(boxes))
-            slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
-            whole = cached_tensor(FULL_IMAGE, boxes.device, boxes.dtype)
-            padded = whole.repeat(len(boxes), max(1, int(counts.max())), 1)
-            padded[image, slot] = boxes[image, query]
-            valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
-            chosen = self.model.represent(outputs.features, padded, valid)[image, slot]
-        return image, centres, self.model.classify(chosen).argmax(dim=-1)
-
     def validation_summary(self) -> dict[str, Any]:
         """Losses per nucleus, P, R, F of detection, and F of the classes, over all validation patches.
 
         ``score``, the mean of the detection F and the mean class F, chooses the epoch; it is None without true nuclei.
         """
-        sums = self.summed(*LOSSES[self.mode], "boxes")
+        sums = self.group.sum_each({name: self.sums.get(name, 0.0) for name in (*LOSSES[self.mode], "boxes")})
         boxes = max(1.0, sums.pop("boxes"))
         detection, by_class = self.counted_scores()
         mean = float(np.nanmean(by_class)) if np.isfinite(by_class).any() else math.nan

@@ -72,29 +72,33 @@ def test_a_small_model_learns_two_images_by_heart(store, tmp_path):
     )
     split = make_split(store, 2, 2)
     split["patch"] = [0, 1, 0, 1]
-    path = train(experiment, [store], split, tmp_path / "run", radius=3.0)
+    path = train(experiment, [store], split, tmp_path / "run", scoring=ScoringSettings(radius_um=1.5))
     lines = read_log(path.parent)
     assert lines[-1]["train"]["loss"] < 0.3 * lines[0]["train"]["loss"]
     assert lines[-1]["val"]["detection"]["f1"] == 1
     assert lines[-1]["val"]["class_f1"] == 1
 
 
-def test_validation_scores_are_those_of_the_model_file(store, tmp_path):
-    """What the log says of an epoch is what predicting with its weights gives."""
-    for mode in ("sequential", "parallel", "baseline"):
-        experiment = make_experiment(mode, epochs=12, lr=4e-3, backbone_lr=4e-3, select="last")
-        split = make_split(store, 10, 0)
-        split = pd.concat([split, split.assign(part="val")])
-        path = train(experiment, [store], split, tmp_path / mode, nucleus_threshold=0.2, radius=4.0)
-        ten = make_store(tmp_path / f"{mode}.zarr", 10)  # the first patches of the fixture: same seed
-        predict_fold(load_model(path), ten, tmp_path / "p.parquet", nucleus_threshold=0.2, batch_size=3)
-        scoring = ScoringSettings(nucleus_threshold=0.2, class_threshold=0.0, radius_um=2.0)
-        found = read_predictions(tmp_path / "p.parquet")
-        table = score_fold(found, ten, scoring, resamples=0)
-        row = table[(table["metric"] == "strict") & (table["class"] == "Detection")].iloc[0]
-        said = read_log(path.parent)[-1]["val"]["detection"]
-        assert row["n_predicted"] > 0
-        assert row["f1"] == pytest.approx(said["f1"], abs=0.02)
+@pytest.mark.parametrize(
+    ("mode", "score", "threshold"),
+    [("sequential", "both_thresholds", 0.52), ("parallel", "product", 0.17), ("baseline", "class", 0.33)],
+)
+def test_validation_scores_are_those_of_the_test(store, tmp_path, mode, score, threshold):
+    """What the log says of an epoch is what predicting and scoring with its weights gives, with any settings."""
+    scoring = ScoringSettings(score=score, nucleus_threshold=0.2, class_threshold=threshold, radius_um=2.0)
+    experiment = make_experiment(mode, epochs=12, lr=4e-3, backbone_lr=4e-3, select="last")
+    split = make_split(store, 10, 0)
+    split = pd.concat([split, split.assign(part="val")])
+    path = train(experiment, [store], split, tmp_path / "run", scoring=scoring)
+    ten = make_store(tmp_path / "ten.zarr", 10)  # the first patches of the fixture: same seed
+    predict_fold(load_model(path), ten, tmp_path / "p.parquet", nucleus_threshold=0.2, batch_size=3)
+    found = read_predictions(tmp_path / "p.parquet")
+    table = score_fold(found, ten, scoring, resamples=0).query("metric == 'strict'").set_index("class")
+    said = read_log(path.parent)[-1]["val"]
+    assert 0 < table.loc["Detection", "n_predicted"] < len(found), "the thresholds decide"
+    assert said["detection"]["f1"] > 0
+    assert said["detection"] == pytest.approx(table.loc["Detection", ["precision", "recall", "f1"]].to_dict(), abs=1e-6)
+    assert said["f1"] == pytest.approx({name: table.loc[name.capitalize(), "f1"] for name in CLASSES}, abs=1e-6)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

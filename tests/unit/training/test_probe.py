@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_training import make_experiment, make_split, make_store, train
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import read_checkpoint, save_model
 from celldetr.runtime.errors import ConfigError
@@ -22,7 +23,7 @@ def store(tmp_path_factory):
 def make_stage(store, mode, probe):
     experiment = make_experiment(mode, probe=probe)
     data = PatchData([store], make_split(store, 8, 0), "train")
-    stage = SupervisedStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
+    stage = SupervisedStage(experiment, CellDETR(experiment.model), data, data, ScoringSettings())
     return stage, TrainingBatches(data, 4, seed=1)[0]
 
 

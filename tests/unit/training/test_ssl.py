@@ -15,6 +15,7 @@ from tiny_training import (
     train,
 )
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model, read_checkpoint
@@ -84,7 +85,7 @@ def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
 def make_stage(store):
     experiment = make_ssl_experiment()
     data = PatchData([store], make_split(store, 8, 0), "train")
-    stage = ssl.SslStage(experiment, CellDETR(experiment.model), data, data, nucleus_threshold=0.4, radius=12.0)
+    stage = ssl.SslStage(experiment, CellDETR(experiment.model), data, data, ScoringSettings())
     return stage, data
 
 
@@ -96,7 +97,7 @@ def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_
     views = stage.views(batch.targets, batch)
     assert torch.equal(views.valid, (counts > 0)[:, None].expand(-1, 2 * int(counts.max())))
     outputs = stage.compute(torch.rand(8, 3, 32, 32), batch.targets, batch)
-    total = contrastive_loss(outputs.nuclei, views, 0.1, "image")
+    total = contrastive_loss(outputs.projected, views, 0.1, "image")
     assert float(outputs.losses["contrastive"].detach()) == pytest.approx(
         float(total.detach()) / int((counts > 1).sum())
     )
