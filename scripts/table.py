@@ -10,7 +10,14 @@ from pathlib import Path
 
 from celldetr.evaluation.scoring import write_tsv
 from celldetr.report.rendering import html, markdown
-from celldetr.report.tables import System, build_table, read_frozen_features, read_published, read_scores
+from celldetr.report.tables import (
+    System,
+    build_table,
+    published_classes,
+    read_frozen_features,
+    read_published,
+    read_scores,
+)
 from celldetr.runtime.files import atomic
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
@@ -19,14 +26,16 @@ from celldetr.runtime.rule import run_rule
 def main(snakemake):
     params, output, given = snakemake.params, snakemake.output, snakemake.input
     settings = {key: params[key] for key in ("systems", "splits", "metric", "protocol", "synthetic")}
+    published = read_published(given.published)
+    classes = published_classes(published.columns)
     table = build_table(
         Path(output.tsv).stem,
-        read_published(given.published),
-        read_scores(given.scores),
+        published,
+        read_scores(given.scores, classes),
         [System(**system) for system in params.systems],
         metric=params.metric,
         protocol=params.protocol,
-        frozen_features=read_frozen_features(given.frozen_features) if given.frozen_features else None,
+        frozen_features=read_frozen_features(given.frozen_features, classes) if given.frozen_features else None,
         synthetic=params.synthetic,
     )
     write_tsv(output.tsv, table.rows)

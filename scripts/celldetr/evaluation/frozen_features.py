@@ -9,8 +9,7 @@ nucleus of the test fold is classified.
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,32 +19,19 @@ from sklearn import exceptions, linear_model, metrics, neighbors, preprocessing
 
 from celldetr.config.evaluation import FrozenFeatureSettings
 from celldetr.evaluation.metrics import row_names
+from celldetr.evaluation.scoring import VALUES, write_tsv
 from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.runtime.files import atomic
 from celldetr.store import PatchStore
 
-CLASSIFIERS = ("knn", "linear", "majority")
-"""Vote of the k nearest training nuclei by cosine similarity; logistic regression on standardised features; always the
-most frequent training class, as the baseline of the others."""
-COLUMNS = ("classifier", "class", "precision", "recall", "f1", "n")
+COLUMNS = ("experiment", "split", "weights", "classifier", "class", *VALUES, "n")
+TRAINED = "trained"
+"""Value of the column ``weights`` for the model of the experiment; others name the seed of random weights."""
 WHAT = "classes of true boxes from frozen embeddings; not a detection score"
 _C, _ITERATIONS = 1.0, 2000  # inverse strength of the L2 penalty, and iteration limit of the logistic regression
 log = logging.getLogger(__name__)
 
-Embed = Callable[[PatchStore, NDArray[np.int64]], Iterable[tuple[int, NDArray[np.float32]]]]
-"""Embed patches (P,) of a store: yields the index of each patch and the embeddings (n, C) of its nuclei."""
-
-
-@dataclass(frozen=True)
-class FrozenFeatureScores:
-    """Scores of all classifiers."""
-
-    table: pd.DataFrame
-    """Columns `COLUMNS`. For each classifier a row ``Accuracy`` (the share of right classes, which is precision, recall
-    and F1 over all nuclei alike), a row ``Macro`` (means over the classes of the test fold), and one for each class;
-    NaN for a class without nuclei in the test fold. ``n``: nuclei of the test fold."""
-    summary: dict[str, Any]
-    """Numbers of nuclei and convergence of the fit, as JSON values."""
+Embed = Callable[..., Iterable[tuple[int, NDArray[np.float32]]]]
+"""``embed(store, patches=(P,))`` yields the index of each patch and the embeddings (n, C) of its nuclei."""
 
 
 def evaluate_frozen_features(
@@ -56,7 +42,7 @@ def evaluate_frozen_features(
     *,
     settings: FrozenFeatureSettings,
     seed: int,
-) -> FrozenFeatureScores:
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Fit classifiers to the training nuclei of a split and classify the nuclei of its test patches.
 
     Unlabelled nuclei are left out. The order of the split's rows and of the stores does not matter.
@@ -66,13 +52,20 @@ def evaluate_frozen_features(
     embed
         Embeds patches of a store with the frozen model, see `celldetr.inference.embedding.embed_patches`.
     train, test
-        Stores of the training patches, and store of the test patches.
+        Stores of the training and of the test patches.
     split
         Columns ``store``, ``patch``, ``part``, as `celldetr.store.splits.read_split` returns it.
     settings
         Number of neighbours, and most training nuclei.
     seed
         Seed of the draw of training nuclei and of the logistic regression.
+
+    Returns
+    -------
+    DataFrame
+        Rows of `score` for each ``classifier`` of `classify`.
+    dict
+        Numbers of nuclei and convergence of the fit, as JSON values.
 
     Raises
     ------
@@ -87,68 +80,64 @@ def evaluate_frozen_features(
             raise InputError(
                 f"{store.path}: got classes {store.classes}, {test.path} has {test.classes}; give the same"
             )
-    available = {name: _labelled(store, split, "train") for name, store in stores.items()}
-    nuclei = draw_nuclei(available, {name: store.labels for name, store in stores.items()}, settings.max_nuclei, seed)
-    labels = np.concatenate([stores[name].labels[chosen] for name, chosen in nuclei.items()])
+    available = pd.concat([_labelled(store, split, "train") for store in stores.values()], ignore_index=True)
     tested = _labelled(test, split, "test")
+    drawn = draw_nuclei(available, settings.max_nuclei, seed)
+    labels, truth = drawn["label"].to_numpy(), tested["label"].to_numpy()
     _check_numbers(labels, len(tested), settings.k)
-    features = [rows for name, chosen in nuclei.items() for rows in _embeddings(embed, stores[name], chosen)]
+    features = [part for name, rows in drawn.groupby("store") for part in _embeddings(embed, stores[str(name)], rows)]
     to_classify = np.concatenate(list(_embeddings(embed, test, tested)))
     predicted, fit = classify(np.concatenate(features), labels, to_classify, settings.k, seed)
-    truth = test.labels[tested]
     tables = [score(truth, found, test.classes).assign(classifier=name) for name, found in predicted.items()]
     summary = {
-        "what": WHAT,
         "train": _counts(labels, test.classes),
-        "train_available": sum(map(len, available.values())),
+        "train_available": len(available),
         "test": _counts(truth, test.classes),
         "linear": fit,
     }
-    return FrozenFeatureScores(pd.concat(tables, ignore_index=True)[list(COLUMNS)], summary)
+    return pd.concat(tables, ignore_index=True), summary
 
 
-def draw_nuclei(
-    available: dict[str, NDArray[np.int64]], labels: dict[str, NDArray[np.int8]], limit: int, seed: int
-) -> dict[str, NDArray[np.int64]]:
-    """Draw at most `limit` nuclei in the proportions of their classes, at least one of each class.
-
-    `available` and the result are ascending indices of nuclei by store; `labels` are those of all nuclei by store.
+def draw_nuclei(available: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    """Draw at most `limit` rows in the proportions of their ``label``, at least one of each.
 
     Raises
     ------
     ConfigError
         The limit is below the number of classes.
     """
-    names = sorted(available)
-    label = np.concatenate([labels[name][available[name]] for name in names])
-    classes, counts = np.unique(label, return_counts=True)
-    if len(label) <= limit:
-        return {name: available[name] for name in names}
-    if limit < len(classes):
+    counts = available["label"].value_counts().sort_index()
+    if len(available) <= limit:
+        return available
+    if limit < len(counts):
         raise ConfigError(
-            f"frozen_features.max_nuclei: got {limit}, expected at least {len(classes)}: one of each class"
+            f"frozen_features.max_nuclei: got {limit}, expected at least {len(counts)}: one of each class"
         )
-    exact = limit * counts / len(label)
+    exact = limit * counts.to_numpy() / len(available)
     quota = np.maximum(np.floor(exact).astype(np.int64), 1)
     while quota.sum() != limit:  # the class farthest from its exact share gains or loses one
         step = 1 if quota.sum() < limit else -1
         gain = np.where((quota > 1) | (step > 0), step * (exact - quota), -np.inf)
         quota[np.argmax(gain)] += step
-    kept = np.zeros(len(label), dtype=bool)
-    for index, count in zip(classes.tolist(), quota.tolist(), strict=True):
-        rng = np.random.default_rng([seed, index])
-        kept[rng.choice(np.flatnonzero(label == index), count, replace=False)] = True
-    parts = np.split(kept, np.cumsum([len(available[name]) for name in names])[:-1])
-    return {name: available[name][part] for name, part in zip(names, parts, strict=True)}
+    kept = []
+    for label, count in zip(counts.index.tolist(), quota.tolist(), strict=True):
+        rng = np.random.default_rng([seed, label])
+        kept.append(rng.choice(np.flatnonzero(available["label"] == label), count, replace=False))
+    return available.iloc[np.sort(np.concatenate(kept))]
 
 
 def classify(
     train: NDArray[np.floating], labels: NDArray[np.integer], test: NDArray[np.floating], k: int, seed: int
-) -> tuple[dict[str, NDArray[np.int64]], dict[str, Any]]:
-    """Fit each classifier to embeddings (N, C) with classes (N,), at least two, and predict those of others (T, C).
+) -> tuple[dict[str, NDArray[np.integer]], dict[str, Any]]:
+    """Fit classifiers to embeddings (N, C) with classes (N,), at least two, and predict those of embeddings (T, C).
 
-    At most N neighbours `k` vote. Returns classes (T,) by classifier, and ``converged`` and ``iterations`` of the
-    logistic regression.
+    Returns
+    -------
+    dict
+        Classes (T,) by ``knn`` (vote of the `k` <= N nearest by cosine similarity), ``linear`` (logistic regression on
+        standardised features) and ``majority`` (the most frequent class, as the baseline of the others).
+    dict
+        ``converged`` and ``iterations`` of the logistic regression.
     """
     # the Euclidean order of unit vectors is the order of their cosines
     nearest = neighbors.KNeighborsClassifier(k, metric="euclidean", algorithm="brute")
@@ -167,45 +156,46 @@ def classify(
         "linear": linear.predict(scaler.transform(test.astype(np.float64))),
         "majority": np.full(len(test), np.bincount(labels).argmax()),
     }
-    found = {name: predicted[name].astype(np.int64) for name in CLASSIFIERS}
-    return found, {"converged": converged, "iterations": iterations}
+    return predicted, {"converged": converged, "iterations": iterations}
 
 
 def score(truth: NDArray[np.integer], predicted: NDArray[np.integer], classes: Sequence[str]) -> pd.DataFrame:
-    """Score the classes (T,) of nuclei: the rows of one classifier, see `FrozenFeatureScores`.
+    """Score the classes (T,) of nuclei.
 
-    Precision, recall and F1 are NaN without truth, and 0 with truth and no predictions.
+    Returns
+    -------
+    DataFrame
+        ``class``, `VALUES`, ``n`` (nuclei of the test fold): a row ``Accuracy`` (the share of right classes, which is
+        precision, recall and F1 over all nuclei alike), a row ``Macro`` (means over the classes with truth), and one
+        for each class; NaN for a class without truth, 0 with truth and no predictions.
     """
-    *found, true = metrics.precision_recall_fscore_support(
-        truth, predicted, labels=range(len(classes)), zero_division=0
+    *values, true = metrics.precision_recall_fscore_support(
+        truth, predicted, labels=range(len(classes)), zero_division=0.0
     )
-    values = np.stack(found, axis=1)
-    values[true == 0] = np.nan
-    accuracy = np.full(3, (truth == predicted).mean())
-    rows = np.vstack([accuracy, np.nanmean(values, axis=0), values])
+    by_class = np.where(true[:, None] > 0, np.stack(values, axis=1), np.nan)
+    rows = np.vstack([np.full(3, np.mean(truth == predicted)), by_class[true > 0].mean(axis=0), by_class])
     names = ["Accuracy", "Macro", *row_names(classes)[1:]]
-    table = pd.DataFrame(rows, columns=["precision", "recall", "f1"])
-    return table.assign(**{"class": names, "n": [true.sum(), true.sum(), *true]})
+    return pd.DataFrame(rows, columns=list(VALUES)).assign(**{"class": names, "n": [true.sum(), true.sum(), *true]})
 
 
 def write_frozen_features(
-    path: str | os.PathLike[str], scores: FrozenFeatureScores, *, experiment: str, split: int
+    path: str | os.PathLike[str], tables: Mapping[str, pd.DataFrame], *, experiment: str, split: int
 ) -> None:
-    """Write scores as TSV: ``experiment``, ``split`` and `COLUMNS`; undefined values are NA."""
-    frame = scores.table.assign(experiment=experiment, split=split)[["experiment", "split", *COLUMNS]]
-    with atomic(path) as temporary:
-        frame.to_csv(temporary, sep="\t", index=False, na_rep="NA", float_format="%.6g")
+    """Write the scores of models, by their weights, as TSV with `COLUMNS`; undefined values are NA."""
+    frames = [table.assign(experiment=experiment, split=split, weights=name) for name, table in tables.items()]
+    write_tsv(path, pd.concat(frames)[list(COLUMNS)], float_format="%.6g")
 
 
-def _labelled(store: PatchStore, split: pd.DataFrame, part: str) -> NDArray[np.int64]:
-    """Ascending indices of the labelled nuclei in the patches of a part of the split."""
+def _labelled(store: PatchStore, split: pd.DataFrame, part: str) -> pd.DataFrame:
+    """Labelled nuclei in the patches of a part of the split: ``store``, ``nucleus`` (ascending index), ``label``."""
     chosen = split.loc[(split["store"] == store.path.stem) & (split["part"] == part), "patch"]
     inside = np.zeros(len(store.box_ptr) - 1, dtype=bool)
     inside[chosen.to_numpy(dtype=np.int64)] = True
-    return np.flatnonzero(np.repeat(inside, np.diff(store.box_ptr)) & (store.labels >= 0))
+    nuclei = np.flatnonzero(np.repeat(inside, np.diff(store.box_ptr)) & (store.labels >= 0))
+    return pd.DataFrame({"store": store.path.stem, "nucleus": nuclei, "label": store.labels[nuclei]})
 
 
-def _check_numbers(train: NDArray[np.int8], n_test: int, k: int) -> None:
+def _check_numbers(train: NDArray[np.integer], n_test: int, k: int) -> None:
     classes = len(np.unique(train))
     if classes < 2 or not n_test:
         raise InputError(
@@ -216,13 +206,14 @@ def _check_numbers(train: NDArray[np.int8], n_test: int, k: int) -> None:
         raise ConfigError(f"frozen_features.k: got {k}, expected at most {len(train)}, the number of training nuclei")
 
 
-def _embeddings(embed: Embed, store: PatchStore, nuclei: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-    """Yield the embeddings (n, C) of the given nuclei, patch by patch."""
+def _embeddings(embed: Embed, store: PatchStore, labelled: pd.DataFrame) -> Iterator[NDArray[np.float32]]:
+    """Yield the embeddings (n, C) of the given nuclei of a store, patch by patch."""
+    nuclei = labelled["nucleus"].to_numpy()
     owner = np.searchsorted(store.box_ptr, nuclei, side="right") - 1
-    for patch, embeddings in embed(store, np.unique(owner)):
+    for patch, embeddings in embed(store, patches=np.unique(owner)):
         first, stop = np.searchsorted(owner, [patch, patch + 1])
         yield embeddings[nuclei[first:stop] - store.box_ptr[patch]]
 
 
-def _counts(labels: NDArray[np.int8], classes: Sequence[str]) -> dict[str, int]:
+def _counts(labels: NDArray[np.integer], classes: Sequence[str]) -> dict[str, int]:
     return {name: int((labels == index).sum()) for index, name in enumerate(classes)}

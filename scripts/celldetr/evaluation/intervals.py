@@ -9,18 +9,18 @@ _DRAWS_AT_ONCE = 1 << 22  # bounds the memory
 
 
 def intervals(
-    counts: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    counts: NDArray[np.int64], metric: str = "strict", *, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> NDArray[np.float64]:
     """Compute bootstrap percentile intervals of P, R and F.
 
     Images are drawn with replacement and their counts summed. Nuclei of one image stay together because their errors
     are not independent. The draws depend only on the seed and the number of images, so two systems scored on the same
-    fold are compared on the same resamples. Resamples without true nuclei of a class do not enter its interval.
+    fold are compared on the same resamples. Resamples in which a score is undefined do not enter its interval.
 
     Parameters
     ----------
     counts
-        Counts per image (N, R, len(COUNTS)) of `celldetr.evaluation.metrics.count_images`.
+        Counts per image (N, R, len(COUNTS)) of `celldetr.evaluation.metrics.count_images` with the same metric.
     resamples
         Number of resamples; 0 gives no intervals.
     seed
@@ -34,8 +34,9 @@ def intervals(
         Lower and upper ends (2, R, 3); NaN if the score is undefined, or without images or resamples.
     """
     n_images, n_rows, n_counts = counts.shape
+    ends = np.full((2, n_rows, 3), np.nan)
     if n_images == 0 or resamples == 0:
-        return np.full((2, n_rows, 3), np.nan)
+        return ends
     rng = np.random.default_rng(seed)
     flat = counts.reshape(n_images, -1).astype(np.float64)
     sums = np.empty((resamples, flat.shape[1]))
@@ -45,10 +46,8 @@ def intervals(
         draws = rng.integers(n_images, size=(some, n_images)) + n_images * np.arange(some)[:, None]
         weights = np.bincount(draws.ravel(), minlength=some * n_images).reshape(some, n_images)
         sums[start : start + some] = weights.astype(np.float64) @ flat
-    values = scores(sums.reshape(resamples, n_rows, n_counts))
-    ends = np.full((2, n_rows, 3), np.nan)
-    defined = ~np.isnan(values[..., 0])
-    for row in np.flatnonzero(defined.any(axis=0)):
+    values = scores(sums.reshape(resamples, n_rows, n_counts), metric)
+    for row, column in np.argwhere(~np.isnan(values).all(axis=0)):
         tail = 50 * (1 - level)
-        ends[:, row] = np.percentile(values[defined[:, row], row], [tail, 100 - tail], axis=0)
+        ends[:, row, column] = np.nanpercentile(values[:, row, column], [tail, 100 - tail])
     return ends

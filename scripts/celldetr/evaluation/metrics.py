@@ -8,8 +8,9 @@ is "Detection" (index 0) or a class (index 1 + label). With the counts of a row
 where FP and FN count pairs whose partner has another class, FPd and FNd nuclei without a partner. Detection has no FP
 and FN, so the formulas give its usual P, R and F. F is the harmonic mean of P and R.
 
-P, R and F are undefined (NaN, printed NA) in a row without true nuclei, whatever was predicted. They are 0 in a row
-with true nuclei and no predictions.
+Metric ``strict``: P, R and F are undefined (NaN, printed NA) in a row without true nuclei, whatever was predicted. They
+are 0 in a row with true nuclei and no predictions. Metric ``hovernet_compat`` is the published metric to the letter: a
+score is undefined only where its formula is 0/0, so that predictions of a class without truth score 0.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,6 @@ COUNTS = (
     "n_ignored",  # predictions of the class paired with an unlabelled nucleus
     "n_inserted",  # background points inserted (hovernet_compat only)
 )
-_COLUMN = {name: index for index, name in enumerate(COUNTS)}
 
 
 def row_names(classes: Sequence[str]) -> tuple[str, ...]:
@@ -76,59 +76,55 @@ def count_images(
     """
     assert metric in METRICS
     assert max(truth.labels.max(initial=-1), predicted.labels.max(initial=-1)) < n_classes
-    tally = _Tally(truth.n_images, n_classes)
-    truth_image, predicted_image = truth.image, predicted.image
-    true_label, predicted_label = truth.labels.astype(np.int64), predicted.labels.astype(np.int64)
-    missed = np.ones(len(true_label), dtype=bool)
-    missed[pairs.truth] = False
-    spurious = np.ones(len(predicted_label), dtype=bool)
-    spurious[pairs.predicted] = False
-
-    tally.both("n_truth", truth_image, true_label)
-    tally.both("n_predicted", predicted_image, predicted_label)
-    tally.both("fn_unpaired", truth_image[missed], true_label[missed])
-    tally.both("fp_unpaired", predicted_image[spurious], predicted_label[spurious])
-    image = truth_image[pairs.truth]
-    left, right = true_label[pairs.truth], predicted_label[pairs.predicted]
+    counts = np.zeros((truth.n_images, 1 + n_classes, len(COUNTS)), dtype=np.int64)
+    missed = np.setdiff1d(np.arange(len(truth.labels)), pairs.truth)
+    spurious = np.setdiff1d(np.arange(len(predicted.labels)), pairs.predicted)
+    _add_both(counts, "n_truth", truth.image, truth.labels)
+    _add_both(counts, "n_predicted", predicted.image, predicted.labels)
+    _add_both(counts, "fn_unpaired", truth.image[missed], truth.labels[missed])
+    _add_both(counts, "fp_unpaired", predicted.image[spurious], predicted.labels[spurious])
+    image, left, right = truth.image[pairs.truth], truth.labels[pairs.truth], predicted.labels[pairs.predicted]
     equal, labelled = left == right, left >= 0
-    tally.both("n_paired", image, left)
-    tally.detection("tp", image)
-    tally.by_class("tp", image[equal], left[equal])
-    tally.by_class("fn_paired", image[~equal], left[~equal])
-    tally.by_class("fp_paired", image[~equal & labelled], right[~equal & labelled])
-    tally.by_class("n_ignored", image[~labelled], right[~labelled])
+    _add_both(counts, "n_paired", image, left)
+    _add(counts, "tp", image)
+    _add(counts, "tp", image[equal], left[equal])
+    _add(counts, "fn_paired", image[~equal], left[~equal])
+    _add(counts, "fp_paired", image[~equal & labelled], right[~equal & labelled])
+    _add(counts, "n_ignored", image[~labelled], right[~labelled])
     if metric == "hovernet_compat":
-        _insert_background(tally, truth, predicted, radius)
-    return tally.counts
+        _insert_background(counts, truth, predicted, radius)
+    return counts
 
 
-class _Tally:
-    """Counts (N, 1 + K, len(COUNTS)), filled field by field."""
-
-    def __init__(self, n_images: int, n_classes: int) -> None:
-        self.counts = np.zeros((n_images, 1 + n_classes, len(COUNTS)), dtype=np.int64)
-
-    def detection(self, field: str, image: NDArray[np.int64], amount: int = 1) -> None:
-        self.counts[:, 0, _COLUMN[field]] += amount * np.bincount(image, minlength=len(self.counts))
-
-    def by_class(self, field: str, image: NDArray[np.int64], label: NDArray[np.int64], amount: int = 1) -> None:
-        n_images, n_rows = self.counts.shape[:2]
-        known = label >= 0
-        cell = image[known] * (n_rows - 1) + label[known]
-        found = np.bincount(cell, minlength=n_images * (n_rows - 1)).reshape(n_images, n_rows - 1)
-        self.counts[:, 1:, _COLUMN[field]] += amount * found
-
-    def both(self, field: str, image: NDArray[np.int64], label: NDArray[np.int64], amount: int = 1) -> None:
-        self.detection(field, image, amount)
-        self.by_class(field, image, label, amount)
+def _add(
+    counts: NDArray[np.int64],
+    field: str,
+    image: NDArray[np.integer],
+    label: NDArray[np.integer] | None = None,
+    amount: int = 1,
+) -> None:
+    """Add to a field of nuclei (n,): in the row of Detection, or of their class; class -1 has no row."""
+    known = np.ones(len(image), dtype=bool) if label is None else label >= 0
+    rows = np.zeros(len(image), dtype=np.int64) if label is None else 1 + label[known].astype(np.int64)
+    np.add.at(counts[..., COUNTS.index(field)], (image[known], rows), amount)
 
 
-def _insert_background(tally: _Tally, truth: NucleusCentres, predicted: NucleusCentres, radius: float) -> None:
+def _add_both(
+    counts: NDArray[np.int64], field: str, image: NDArray[np.integer], label: NDArray[np.integer], amount: int = 1
+) -> None:
+    """Add to a field of nuclei (n,) in the row of Detection and in those of their classes."""
+    _add(counts, field, image, amount=amount)
+    _add(counts, field, image, label, amount)
+
+
+def _insert_background(
+    counts: NDArray[np.int64], truth: NucleusCentres, predicted: NucleusCentres, radius: float
+) -> None:
     """Add one background point at (0, 0) to the empty side of each image that lacks truth or predictions."""
     no_truth, no_predicted = np.diff(truth.ptr) == 0, np.diff(predicted.ptr) == 0
     empty = np.flatnonzero(no_truth & no_predicted)
-    tally.detection("tp", empty)
-    tally.detection("n_inserted", empty, 2)
+    _add(counts, "tp", empty)
+    _add(counts, "n_inserted", empty, amount=2)
     sides = (
         (predicted, no_truth & ~no_predicted, "fp_unpaired", "fp_paired", "fn_unpaired"),
         (truth, no_predicted & ~no_truth, "fn_unpaired", "fn_paired", "fp_unpaired"),
@@ -137,12 +133,12 @@ def _insert_background(tally: _Tally, truth: NucleusCentres, predicted: NucleusC
         images = np.flatnonzero(lone)
         nearest = np.array([_nearest_to_origin(nuclei, int(image)) for image in images], dtype=np.int64)
         near = np.hypot(*nuclei.centres[nearest].T) <= radius
-        label = nuclei.labels[nearest[near]].astype(np.int64)
-        tally.detection("n_inserted", images)
-        tally.detection(background, images[~near])
-        tally.detection("tp", images[near])
-        tally.both(unpaired, images[near], label, -1)
-        tally.by_class(paired, images[near], label)
+        label = nuclei.labels[nearest[near]]
+        _add(counts, "n_inserted", images)
+        _add(counts, background, images[~near])
+        _add(counts, "tp", images[near])
+        _add_both(counts, unpaired, images[near], label, -1)
+        _add(counts, paired, images[near], label)
 
 
 def _nearest_to_origin(nuclei: NucleusCentres, image: int) -> int:
@@ -150,24 +146,15 @@ def _nearest_to_origin(nuclei: NucleusCentres, image: int) -> int:
     return int(start + np.hypot(*nuclei.centres[start:stop].T).argmin())
 
 
-def scores(counts: NDArray[np.number]) -> NDArray[np.float64]:
-    """Compute precision, recall and F of summed counts (formulas at the top of this module).
-
-    Parameters
-    ----------
-    counts
-        Sums over images (..., len(COUNTS)).
-
-    Returns
-    -------
-    NDArray
-        P, R, F (..., 3); NaN without true nuclei, 0 with true nuclei and no predictions.
-    """
-    values = {name: np.asarray(counts[..., index], dtype=np.float64) for name, index in _COLUMN.items()}
-    tp = values["tp"]
-    over = 2 * values["fp_paired"] + values["fp_unpaired"]
-    under = 2 * values["fn_paired"] + values["fn_unpaired"]
+def scores(counts: NDArray[np.number], metric: str = "strict") -> NDArray[np.float64]:
+    """Compute P, R and F (..., 3) of counts summed over images (..., len(COUNTS)), see the top of this module."""
+    value = dict(zip(COUNTS, np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0), strict=True))
+    tp = value["tp"]
+    over = 2 * value["fp_paired"] + value["fp_unpaired"]
+    under = 2 * value["fn_paired"] + value["fn_unpaired"]
     top = np.stack([tp, tp, 2 * tp], axis=-1)
     bottom = np.stack([tp + over, tp + under, 2 * tp + over + under], axis=-1)
-    result = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
-    return np.where(values["n_truth"][..., None] > 0, result, np.nan)
+    ratio = np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+    if metric == "hovernet_compat":
+        return ratio
+    return np.where(value["n_truth"][..., None] > 0, np.nan_to_num(ratio), np.nan)

@@ -165,20 +165,14 @@ def score_fold(
     frames = []
     for metric in METRICS:
         counts = evaluator.count(truth, predicted, len(store.classes), metric)
-        frames.append(_frame(counts, intervals(counts, resamples=resamples, seed=seed)).assign(**common))
-        frames[-1].insert(0, "metric", metric)
-        frames[-1].insert(1, "class", row_names(store.classes))
+        ends = intervals(counts, metric, resamples=resamples, seed=seed)
+        total = counts.sum(axis=0)
+        columns: dict[str, Any] = {"metric": metric, "class": row_names(store.classes)}
+        for name, value, low, high in zip(VALUES, scores(total, metric).T, *np.moveaxis(ends, 2, 1), strict=True):
+            columns |= {name: value, f"{name}_lo": low, f"{name}_hi": high}
+        columns |= dict(zip(COUNTS, total.T, strict=True))
+        frames.append(pd.DataFrame(columns | common))
     return pd.concat(frames, ignore_index=True)
-
-
-def _frame(counts: NDArray[np.int64], ends: NDArray[np.float64]) -> pd.DataFrame:
-    """Scores with their intervals, then the counts; one line per row of `counts`."""
-    total = counts.sum(axis=0)
-    columns: dict[str, Any] = {}
-    for index, name in enumerate(VALUES):
-        columns[name] = scores(total)[:, index]
-        columns[f"{name}_lo"], columns[f"{name}_hi"] = ends[:, :, index]
-    return pd.DataFrame(columns | {name: total[:, index] for index, name in enumerate(COUNTS)})
 
 
 def write_scores(

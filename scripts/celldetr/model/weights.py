@@ -64,8 +64,17 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     content = read_checkpoint(path)
     model = CellDETR(model_settings(content, path))
     load_exactly(model, content["state"], path)
-    kernel = use_sampling(model, device)
-    log.info("deformable sampling: %s", kernel)
+    return _ready(model, device)
+
+
+def random_model(settings: ModelSettings, seed: int, device: str | torch.device = "cpu") -> CellDETR:
+    """Build a model with random weights, the backbone's too, in evaluation mode."""
+    torch.manual_seed(seed)
+    return _ready(CellDETR(settings), device)
+
+
+def _ready(model: CellDETR, device: str | torch.device) -> CellDETR:
+    log.info("deformable sampling: %s", use_sampling(model, device))
     return model.to(device).eval()
 
 

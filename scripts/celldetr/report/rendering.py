@@ -1,5 +1,6 @@
 """Markdown and HTML of a `celldetr.report.tables.Table`."""
 
+import re
 from typing import NamedTuple
 
 import jinja2
@@ -13,7 +14,8 @@ DASH = "–"
 SHOWN_DECIMALS = 3
 _METRIC_WORDS = {
     "strict": "strict (only true and predicted nuclei count)",
-    "hovernet_compat": "hovernet_compat (an image without truth or predictions gets one background point at (0, 0))",
+    "hovernet_compat": "hovernet_compat (as published: an image without truth or predictions gets one background point "
+    "at (0, 0), and predictions of a class without truth score 0)",
 }
 _RULE_WORDS = {
     "both_thresholds": "nucleus score ≥ {nucleus_threshold:g} and class score ≥ {class_threshold:g}",
@@ -84,31 +86,34 @@ def _shown(text: str, measured: bool) -> str:
 
 def _best(table: Table) -> set[tuple[object, str]]:
     """Cells (row, column) with the best measured value as shown, if there are two values or more."""
-    rows = table.rows[table.rows["source"].isin((MEASURED, OURS))]
-    found: set[tuple[object, str]] = set()
-    for name in value_columns(table.classes):
-        numbers = pd.to_numeric(rows[name], errors="coerce").round(SHOWN_DECIMALS).dropna()
-        if len(numbers) > 1:
-            found |= {(index, name) for index in numbers.index[numbers == numbers.max()]}
-    return found
+    rows = table.rows.loc[table.rows["source"].isin((MEASURED, OURS)), value_columns(table.classes)]
+    numbers = rows.apply(pd.to_numeric, errors="coerce").round(SHOWN_DECIMALS)
+    best = ((numbers == numbers.max()) & (numbers.count() > 1)).stack()
+    return set(best[best].index)
+
+
+def escaped(text: str) -> str:
+    """Escape text for a cell or a line of Markdown, so that it is shown as it is; a line break becomes a space."""
+    text = re.sub(r"([\\`*\[\]<>|~&$])|(?<![^\W_])_|_(?![^\W_])", lambda found: f"\\{found[0]}", text)
+    return " ".join(text.split())
 
 
 def markdown(table: Table) -> str:
     """Render a table as Markdown."""
     sections, notes = _sections(table)
-    head = ["System", *(f"{name} {letter}" for name in table.classes for letter in LETTERS)]
+    head = ["System", *(escaped(f"{name} {letter}") for name in table.classes for letter in LETTERS)]
     lines = [f"# {_title(table)}", ""]
     if table.synthetic:
         lines += [f"> **{BANNER}**", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" + "--:|" * (len(head) - 1)]
     for title, rows in sections.items():
-        lines.append(f"| **{title}** |" + " |" * (len(head) - 1))
+        lines.append(f"| **{escaped(title)}** |" + " |" * (len(head) - 1))
         for row in rows:
-            name = f"{row.system} ({row.mark})" if row.mark else row.system
+            name = escaped(row.system) + (f" ({row.mark})" if row.mark else "")
             cells = [f"**{text}**" if best else text for text, best in row.cells]
             lines.append(f"| {' | '.join([name, *cells])} |")
-    lines += ["", caption(table), ""]
-    lines += [f"- {note}" for note in notes]
+    lines += ["", escaped(caption(table)), ""]
+    lines += [f"- {escaped(note)}" for note in notes]
     return "\n".join(lines).rstrip() + "\n"
 
 

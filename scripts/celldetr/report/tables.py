@@ -5,6 +5,7 @@ from the files of the score and frozen_features rules, one per experiment and sp
 which the class has true nuclei.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from celldetr.evaluation.frozen_features import TRAINED
+from celldetr.evaluation.metrics import COUNTS, METRICS, scores
 from celldetr.evaluation.scoring import MISSING, VALUES
 from celldetr.runtime.errors import InputError
 
@@ -26,21 +30,12 @@ DECIMALS = 4
 SPREAD = 0.01  # how far the mean F of folds may lie below the F of mean P and mean R, beyond rounding
 _PUBLISHED_TEXT = ("source", "group", "system", "note")
 _SCORED_WITH = ("score_rule", "nucleus_threshold", "class_threshold", "radius", "centres")
+_AGAIN = "delete the file and start again"
 
 
 @dataclass(frozen=True)
 class System:
-    """A measured row.
-
-    Attributes
-    ----------
-    experiment
-        Name in the configuration.
-    title
-        Name in the table.
-    ours
-        The experiment goes beyond the paper.
-    """
+    """A measured row: an experiment, its title, and whether it goes beyond the paper."""
 
     experiment: str
     title: str
@@ -111,7 +106,7 @@ def read_published(path: str | os.PathLike[str]) -> pd.DataFrame:
     table[values] = table[values].replace(list(PRINTED_MISSING), MISSING)
     for name in values:
         numbers = pd.to_numeric(table[name].replace(MISSING, "nan"), errors="coerce")
-        bad = ((table[name] != MISSING) & numbers.isna()) | (numbers < 0) | (numbers > 1)
+        bad = (table[name] != MISSING) & ~numbers.between(0, 1)
         if bad.any():
             row = table[bad].iloc[0]
             raise InputError(f"{path}: {row['system']}, {name}: got {row[name]!r}, expected a number in [0, 1]")
@@ -136,16 +131,11 @@ def value_columns(classes: Iterable[str]) -> list[str]:
 
 
 def slips(published: pd.DataFrame) -> list[tuple[str, str]]:
-    """Find printing errors: F differs from 2PR/(P+R) by more than rounding and averaging explain.
+    """Find printing errors (system, class): F differs from 2PR/(P+R) by more than rounding and averaging explain.
 
     Each of P, R and F may be off by half of its last digit. The mean of the folds' F is at most the F of the mean P
     and R, because the harmonic mean is concave, and at most `SPREAD` below it for folds that differ as those of
     PanNuke do.
-
-    Returns
-    -------
-    list
-        (system, class) of each error.
     """
     found = []
     for _, row in published.iterrows():
@@ -153,48 +143,97 @@ def slips(published: pd.DataFrame) -> list[tuple[str, str]]:
             printed = [str(row[f"{name}_{letter}"]) for letter in LETTERS]
             if set(printed) & set(PRINTED_MISSING):
                 continue
-            half = [0.5 * 10.0 ** -len(text.partition(".")[2]) for text in printed]
-            precision, recall, f1 = map(float, printed)
-            highest = _f1(precision + half[0], recall + half[1]) + half[2]
-            lowest = _f1(max(precision - half[0], 0), max(recall - half[1], 0)) - half[2] - SPREAD
-            if not lowest <= f1 <= highest:
+            half = np.array([0.5 * 10.0 ** -len(text.partition(".")[2]) for text in printed])
+            values = np.array(printed, dtype=float)
+            highest = _f1(*(values + half)[:2]) + half[2]
+            lowest = _f1(*(values - half)[:2].clip(0)) - half[2] - SPREAD
+            if not lowest <= values[2] <= highest:
                 found.append((str(row["system"]), name))
     return found
 
 
-def _f1(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+def _f1(precision: Any, recall: Any) -> Any:
+    """Harmonic mean; 0 if both are 0."""
+    return 2 * precision * recall / np.maximum(precision + recall, 1e-12)
 
 
-def read_scores(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+def read_scores(paths: Iterable[str | os.PathLike[str]], classes: Sequence[str]) -> pd.DataFrame:
     """Read the files of the score rule, one per experiment and split, into one long table.
 
     Raises
     ------
     InputError
-        Files were scored with different settings.
+        A file lacks rows of the `classes`, P, R or F contradict the counts of their row, or files were scored with
+        different settings.
     """
-    scores = _read_measured(paths, "score")
+    frames = []
+    for path in paths:
+        frame = _read_measured(path, "score", ["metric", "class"], COUNTS)
+        _check_rows(path, frame[["metric", "class"]], itertools.product(METRICS, classes))
+        counts, strict = frame[list(COUNTS)].to_numpy(), (frame["metric"] == METRICS[0]).to_numpy()
+        expected = np.where(strict[:, None], *(scores(counts, metric) for metric in METRICS))
+        _check_values(path, frame, expected, "the counts of this row")
+        frames.append(frame)
+    found = pd.concat(frames, ignore_index=True)
     for key in _SCORED_WITH:
-        if scores[key].nunique() > 1:
-            got = scores.groupby(["experiment", "split"])[key].first().to_dict()
+        if found[key].nunique() > 1:
+            got = found.groupby(["experiment", "split"])[key].first().to_dict()
             raise InputError(f"scores: {key} differs between files: {got}; score all again")
-    return scores
+    return found
 
 
-def read_frozen_features(paths: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
-    """Read the files of the frozen_features rule, one per experiment and split, into one long table."""
-    return _read_measured(paths, "frozen_features")
+def read_frozen_features(paths: Iterable[str | os.PathLike[str]], classes: Sequence[str]) -> pd.DataFrame:
+    """Read the rows of `classes` in the files of the frozen_features rule, one per experiment and split.
+
+    Raises
+    ------
+    InputError
+        A file lacks rows of the `classes`, or F does not follow from P and R.
+    """
+    frames = []
+    for path in paths:
+        frame = _read_measured(path, "frozen_features", ["weights", "classifier", "class"], ("n",))
+        frame = frame[frame["classifier"].isin(CLASSIFIER_TITLES) & ~frame["class"].isin(("Accuracy", "Macro"))]
+        keys = itertools.product(frame["weights"].unique(), CLASSIFIER_TITLES, [c for c in classes if c != "Detection"])
+        _check_rows(path, frame[["weights", "classifier", "class"]], keys)
+        values = frame[list(VALUES)].to_numpy().clip(0, 1)
+        values[:, 2] = _f1(values[:, 0], values[:, 1])
+        _check_values(path, frame, np.where(frame[["n"]] > 0, values, np.nan), "P and R in [0, 1]")
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
 
 
-def _read_measured(paths: Iterable[str | os.PathLike[str]], rule: str) -> pd.DataFrame:
-    """Read and join files of a rule; every file must have the same number of rows, or one of them was cut off."""
-    frames = {path: _read_tsv(path, f"a file of the {rule} rule", na_values=[MISSING]) for path in paths}
-    rows = max(map(len, frames.values()))
-    for path, frame in frames.items():
-        if len(frame) < rows:
-            raise InputError(f"{path}: got {len(frame)} rows, expected {rows}; delete the file and start again")
-    return pd.concat(frames.values(), ignore_index=True)
+def _read_measured(path: str | os.PathLike[str], rule: str, keys: list[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """Read a file of a rule; what should be a number and is not becomes NaN."""
+    frame = _read_tsv(path, f"a file of the {rule} rule", na_values=[MISSING])
+    numeric = [*VALUES, *numbers]
+    if missing := {"experiment", "split", *keys, *numeric} - set(frame):
+        raise InputError(f"{path}: got no columns {sorted(missing)}, expected a file of the {rule} rule; {_AGAIN}")
+    frame[numeric] = frame[numeric].apply(pd.to_numeric, errors="coerce")
+    return frame
+
+
+def _check_rows(path: str | os.PathLike[str], keys: pd.DataFrame, expected: Iterable[tuple[str, ...]]) -> None:
+    """Refuse a file that was cut off, or has other classes than the table."""
+    got, wanted = sorted(keys.astype(str).itertuples(index=False, name=None)), sorted(expected)
+    if got != wanted or not wanted:
+        raise InputError(
+            f"{path}: got {len(got)} rows with classes {sorted({key[-1] for key in got})}, expected {len(wanted)} with "
+            f"those of the published rows, {sorted({key[-1] for key in wanted})}; {_AGAIN}, or give the table a file "
+            "of published rows with the columns of these classes"
+        )
+
+
+def _check_values(path: str | os.PathLike[str], frame: pd.DataFrame, expected: NDArray[np.float64], by: str) -> None:
+    """Refuse P, R, F (rows, 3) other than `expected`, but for rounding."""
+    wrong = ~np.isclose(frame[list(VALUES)], expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        at = frame.iloc[row]
+        raise InputError(
+            f"{path}: line {frame.index[row] + 2}, {at['class']}: {VALUES[column]}: got {at[VALUES[column]]}, expected "
+            f"{expected[row, column]:.6g} by {by}; {_AGAIN}"
+        )
 
 
 def _read_tsv(path: str | os.PathLike[str], expected: str, **options: Any) -> pd.DataFrame:
@@ -220,93 +259,78 @@ def build_table(
 
     Parameters
     ----------
-    name
-        Name of the table.
+    name, metric, protocol, synthetic
+        See `Table`.
     published
         Result of `read_published`; its columns set the order of the classes.
     scores
         Result of `read_scores`.
     systems
         Measured rows, in order.
-    metric
-        One of `celldetr.evaluation.metrics.METRICS`.
-    protocol
-        How folds were split, for the caption.
     frozen_features
         Result of `read_frozen_features`: rows of their own, without values for Detection.
-    synthetic
-        The measured rows are of synthetic images.
 
     Raises
     ------
     InputError
-        The scores have other classes than the published rows.
+        A system was not scored once on each split.
     """
-    classes = published_classes(published.columns)
-    got = set(scores["class"])
-    if got != set(classes):
-        raise InputError(
-            f"{name}: scores have classes {sorted(got)}, the published rows {sorted(classes)}; give the table "
-            "a file of published rows with the columns of these classes"
-        )
-    rows = [_published_row(row, classes) for _, row in published.iterrows()]
+    classes, splits = published_classes(published.columns), sorted(set(scores["split"].tolist()))
+    rows, by_system = [_published_row(row, classes) for _, row in published.iterrows()], []
     for system in systems:
-        chosen = scores[(scores["experiment"] == system.experiment) & (scores["metric"] == metric)]
-        rows.append(_measured_row(system, chosen, classes))
+        chosen = scores[scores["experiment"] == system.experiment].sort_values("split", kind="stable")
+        by_system.append(chosen.assign(system=system.title)[["system", *chosen.columns]])
+        chosen = chosen[chosen["metric"] == metric]
+        if (got := chosen["split"].tolist()) != np.repeat(splits, len(classes)).tolist():
+            raise InputError(
+                f"{name}: got scores of {system.experiment} on splits {got[:: len(classes)]}, expected {splits}; score "
+                "it again"
+            )
+        source = OURS if system.ours else MEASURED
+        rows.append(
+            _row(source, system.title, system.experiment, chosen, classes, _notes(chosen, classes, len(splits)))
+        )
     if frozen_features is not None:
-        for (experiment, classifier), chosen in frozen_features.groupby(["experiment", "classifier"], sort=False):
-            if classifier in CLASSIFIER_TITLES:
-                title = CLASSIFIER_TITLES[classifier]
-                rows.append(_row(FROZEN, title, str(experiment), chosen, classes, FROZEN_NOTE))
+        by_model = frozen_features.groupby(["experiment", "weights", "classifier"], sort=False)
+        for key, chosen in by_model:
+            experiment, weights, classifier = map(str, key)
+            title = CLASSIFIER_TITLES[classifier] + ("" if weights == TRAINED else f", {weights} weights")
+            rows.append(_row(FROZEN, title, experiment, chosen, classes, FROZEN_NOTE))
     columns = ["source", "group", "system", "experiment", *value_columns(classes), "splits", "citation", "note"]
-    by_system = [scores[scores["experiment"] == system.experiment] for system in systems]
-    splits = [
-        frame.sort_values("split", kind="stable").assign(system=system.title)[["system", *frame.columns]]
-        for system, frame in zip(systems, by_system, strict=True)
-    ]
     table = pd.DataFrame(rows, columns=columns)
-    return Table(name, table, pd.concat(splits, ignore_index=True), classes, metric, protocol, synthetic)
+    return Table(name, table, pd.concat(by_system, ignore_index=True), classes, metric, protocol, synthetic)
 
 
 def _published_row(row: pd.Series, classes: Sequence[str]) -> dict[str, str]:
     paper = row["source"] == PAPER
     return {
-        "source": PAPER if paper else OTHER,
-        "group": row["group"],
-        "system": row["system"],
-        "experiment": "",
+        **{"source": PAPER if paper else OTHER, "group": row["group"], "system": row["system"], "experiment": ""},
         **{name: row[name] for name in value_columns(classes)},
-        "splits": MISSING,
-        "citation": "" if paper else row["source"],
-        "note": row["note"],
+        **{"splits": MISSING, "citation": "" if paper else row["source"], "note": row["note"]},
     }
 
 
-def _measured_row(system: System, scores: pd.DataFrame, classes: Sequence[str]) -> dict[str, str]:
-    n_splits = scores["split"].nunique()
+def _notes(scores: pd.DataFrame, classes: Sequence[str], n_splits: int) -> str:
+    """Say which classes have no truth in some split, or are unknown to the model."""
     notes = []
     for name in classes:
         of_class = scores[scores["class"] == name]
-        known = int(of_class[VALUES[-1]].notna().sum())
+        known = int((of_class["n_truth"] > 0).sum())
         if of_class["absent"].any():
             notes.append(f"{name}: the model has no such class")
         elif known < n_splits:
             notes.append(f"{name}: truth in {known} of {n_splits} splits")
-    source = OURS if system.ours else MEASURED
-    return _row(source, system.title, system.experiment, scores, classes, "; ".join(notes))
+    return "; ".join(notes)
 
 
 def _row(
     source: str, system: str, experiment: str, scores: pd.DataFrame, classes: Sequence[str], note: str
 ) -> dict[str, str]:
     """Return a row of means over the splits; a class that is not in `scores` has no values."""
-    values = {}
-    for name in classes:
-        means = scores.loc[scores["class"] == name, list(VALUES)].mean()
-        for letter, value in LETTERS.items():
-            values[f"{name}_{letter}"] = MISSING if np.isnan(means[value]) else f"{means[value]:.{DECIMALS}f}"
+    means = scores.groupby("class")[list(VALUES)].mean().reindex(list(classes)).to_numpy().ravel()
+    values = [MISSING if np.isnan(value) else f"{value:.{DECIMALS}f}" for value in means]
     return {
         **{"source": source, "group": "", "system": system, "experiment": experiment},
-        **values,
+        **dict(zip(value_columns(classes), values, strict=True)),
         **{"splits": str(scores["split"].nunique()), "citation": "", "note": note},
     }

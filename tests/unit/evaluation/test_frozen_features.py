@@ -70,26 +70,26 @@ class Planted:
             yield patch, self.values[store.path.stem][nuclei].astype(np.float32)
 
 
-def measure(embed, *, train=("fold1", "fold3"), test="fold2", split=None, settings=SETTINGS, seed=1):
+def measure(embed, *, train=("fold1", "fold3"), split=None, settings=SETTINGS):
     split = whole_split() if split is None else split
-    return evaluate_frozen_features(embed, [FOLDS[k] for k in train], FOLDS[test], split, settings=settings, seed=seed)
+    return evaluate_frozen_features(embed, [FOLDS[k] for k in train], FOLDS["fold2"], split, settings=settings, seed=1)
 
 
-def accuracy(found):
-    return found.table[found.table["class"] == "Accuracy"].set_index("classifier")["f1"]
+def accuracy(table):
+    return table[table["class"] == "Accuracy"].set_index("classifier")["f1"]
 
 
 def test_separable_embeddings_are_told_apart():
-    found = measure(Planted())
-    scores = found.table.set_index("classifier").loc[["knn", "linear"]]
+    table, summary = measure(Planted())
+    scores = table.set_index("classifier").loc[["knn", "linear"]]
     assert (scores[["precision", "recall", "f1"]] == 1).all(axis=None)
-    assert found.summary["linear"]["converged"]
-    share = np.bincount(FOLDS["fold2"].labels[FOLDS["fold2"].labels >= 0]).max() / found.table["n"].max()
-    assert accuracy(found)["majority"] <= share < 0.5
+    assert summary["linear"]["converged"]
+    share = np.bincount(FOLDS["fold2"].labels[FOLDS["fold2"].labels >= 0]).max() / table["n"].max()
+    assert accuracy(table)["majority"] <= share < 0.5
 
 
 def test_embeddings_without_information_score_at_chance():
-    found = accuracy(measure(Planted(informative=False), settings=FrozenFeatureSettings(k=1, max_nuclei=1000)))
+    found = accuracy(measure(Planted(informative=False), settings=FrozenFeatureSettings(k=1, max_nuclei=1000))[0])
     n = (FOLDS["fold2"].labels >= 0).sum()
     assert np.abs(found - 1 / len(CLASSES)).max() < 4 * np.sqrt(0.25 * 0.75 / n)
 
@@ -104,52 +104,43 @@ def test_only_labelled_nuclei_of_training_patches_train_and_of_test_patches_are_
         used = np.isin(owner, train) & (fold.labels >= 0)
         expected += used.sum()
         embed.values[name][~used] = np.nan
-    found = measure(embed, split=split)
-    assert (accuracy(found)[["knn", "linear"]] == 1).all()
-    assert sum(found.summary["train"].values()) == found.summary["train_available"] == expected
+    table, summary = measure(embed, split=split)
+    assert (accuracy(table)[["knn", "linear"]] == 1).all()
+    assert sum(summary["train"].values()) == summary["train_available"] == expected
     tested = FOLDS["fold2"].labels
-    assert (found.table.loc[found.table["class"] == "Accuracy", "n"] == (tested >= 0).sum()).all()
-    assert found.summary["test"] == {name: (tested == k).sum() for k, name in enumerate(CLASSES)}
+    assert (table.loc[table["class"] == "Accuracy", "n"] == (tested >= 0).sum()).all()
+    assert summary["test"] == {name: (tested == k).sum() for k, name in enumerate(CLASSES)}
     for name, asked in embed.asked.items():
         part = "test" if name == "fold2" else "train"
         assert set(asked) <= set(split.loc[(split["store"] == name) & (split["part"] == part), "patch"])
 
 
-@pytest.mark.parametrize("limit", [60, 1000])
-def test_order_of_rows_and_stores_does_not_matter(limit):
-    settings = FrozenFeatureSettings(k=3, max_nuclei=limit)
+def test_order_of_rows_and_stores_does_not_matter():
     embed = Planted(spread=2.5)
-    first = measure(embed, settings=settings)
-    shuffled = whole_split().sample(frac=1, random_state=3)
-    second = measure(embed, train=("fold3", "fold1"), split=shuffled, settings=settings)
-    pd.testing.assert_frame_equal(first.table, second.table)
-    assert first.summary == second.summary
-    assert 0.3 < accuracy(first)["knn"] < 0.98  # neither would tell anything
+    for limit in (60, 1000):
+        settings = FrozenFeatureSettings(k=3, max_nuclei=limit)
+        first = measure(embed, settings=settings)
+        shuffled = whole_split().sample(frac=1, random_state=3)
+        second = measure(embed, train=("fold3", "fold1"), split=shuffled, settings=settings)
+        pd.testing.assert_frame_equal(first[0], second[0])
+        assert first[1] == second[1]
+        assert 0.3 < accuracy(first[0])["knn"] < 0.98  # neither would tell anything
 
 
-def test_the_draw_is_stratified_and_follows_the_seed():
-    labels = {"a": np.repeat([0, 1, 2], [900, 90, 2]).astype(np.int8), "b": np.repeat([0, 1, 3], [900, 90, 1])}
-    available = {name: np.arange(len(values)) for name, values in labels.items()}
-    drawn = draw_nuclei(available, labels, 100, seed=5)
-    counts = np.bincount(np.concatenate([labels[name][chosen] for name, chosen in drawn.items()]))
-    assert counts.sum() == 100
-    assert counts.tolist() in ([89, 9, 1, 1], [90, 8, 1, 1])
-    again = draw_nuclei(dict(reversed(available.items())), labels, 100, seed=5)
-    other = draw_nuclei(available, labels, 100, seed=6)
-    assert all(np.array_equal(drawn[name], again[name]) for name in labels)
-    assert any(not np.array_equal(drawn[name], other[name]) for name in labels)
-    everything = draw_nuclei(available, labels, 5000, seed=5)
-    assert all(np.array_equal(everything[name], available[name]) for name in labels)
-
-
-def test_a_small_draw_has_every_class():
-    labels = {"a": np.repeat([0, 1, 2, 3], [200, 3, 1, 1]).astype(np.int8)}
+def test_the_draw_is_stratified_has_every_class_and_follows_the_seed():
+    available = pd.DataFrame({"label": np.repeat([0, 1, 2, 0, 1, 3], [900, 90, 2, 900, 90, 1])})
+    drawn = draw_nuclei(available, 100, seed=5)
+    assert np.bincount(drawn["label"]).tolist() in ([89, 9, 1, 1], [90, 8, 1, 1])
+    assert drawn.equals(draw_nuclei(available, 100, seed=5))
+    assert not drawn.equals(draw_nuclei(available, 100, seed=6))
+    assert drawn.index.is_monotonic_increasing
+    assert draw_nuclei(available, 5000, seed=5).equals(available)
     for limit in (4, 5, 50):
-        drawn = draw_nuclei({"a": np.arange(205)}, labels, limit, seed=0)["a"]
-        assert len(drawn) == len(set(drawn.tolist())) == limit
-        assert set(labels["a"][drawn]) == {0, 1, 2, 3}
+        drawn = draw_nuclei(available, limit, seed=0)
+        assert len(drawn.index.unique()) == limit
+        assert set(drawn["label"]) == {0, 1, 2, 3}
     with pytest.raises(ConfigError, match="max_nuclei: got 3, expected at least 4"):
-        draw_nuclei({"a": np.arange(205)}, labels, 3, seed=0)
+        draw_nuclei(available, 3, seed=0)
 
 
 def test_neighbours_are_those_by_cosine():
@@ -178,8 +169,8 @@ def test_logistic_regression_does_not_depend_on_the_scale_of_a_feature():
 
 def test_a_fit_that_has_not_converged_says_so(monkeypatch, caplog):
     monkeypatch.setattr(frozen_features, "_ITERATIONS", 1)
-    found = measure(Planted(spread=2.0))
-    assert found.summary["linear"] == {"converged": False, "iterations": 1}
+    _, summary = measure(Planted(spread=2.0))
+    assert summary["linear"] == {"converged": False, "iterations": 1}
     assert "did not converge" in caplog.text
 
 
@@ -201,16 +192,18 @@ def test_classes_without_truth_or_prediction():
     assert table["n"].tolist() == [4, 4, 2, 2, 0, 0]
 
 
-def test_missing_values_are_written_as_na(tmp_path):
+def test_models_are_written_by_their_weights_and_missing_values_as_na(tmp_path):
     split = whole_split()
     few = split[(split["store"] != "fold2") | (split["patch"] == 0)]
-    write_frozen_features(tmp_path / "a.tsv", measure(Planted(), split=few), experiment="ssl", split=2)
+    tables = {"trained": measure(Planted(), split=few)[0], "random (seed 1)": measure(Planted(False), split=few)[0]}
+    write_frozen_features(tmp_path / "a.tsv", tables, experiment="ssl", split=2)
     lines = (tmp_path / "a.tsv").read_text().splitlines()
-    assert lines[0] == "experiment\tsplit\tclassifier\tclass\tprecision\trecall\tf1\tn"
-    assert len(lines) == 1 + 3 * (2 + len(CLASSES))
-    assert {line.split("\t")[1] for line in lines[1:]} == {"2"}
+    assert lines[0] == "experiment\tsplit\tweights\tclassifier\tclass\tprecision\trecall\tf1\tn"
+    assert len(lines) == 1 + 2 * 3 * (2 + len(CLASSES))
     table = pd.read_csv(tmp_path / "a.tsv", sep="\t")
+    assert list(table["weights"].unique()) == list(tables)
     assert (table["f1"].isna() == (table["n"] == 0)).all()
+    assert lines[1].startswith("ssl\t2\ttrained\tknn\tAccuracy")
 
 
 def renamed(fold, **change):
@@ -247,10 +240,14 @@ def test_the_script_reads_a_model_and_stores(tmp_path):
     wildcards = SimpleNamespace(experiment="tiny", split="1")
     script.main(SimpleNamespace(input=inputs, output=output, params=params, wildcards=wildcards, threads=1))
     table = pd.read_csv(output.tsv, sep="\t")
-    scores = table[table["class"] == "Accuracy"].set_index("classifier")["f1"]
-    assert scores["linear"] > scores["majority"] + 0.15  # weights that were never trained see colours, too
+    assert list(table["weights"].unique()) == ["trained", "random (seed 1)"]
+    for _, of_weights in table.groupby("weights"):
+        scores = accuracy(of_weights)
+        assert scores["linear"] > scores["majority"] + 0.15  # weights that were never trained see colours, too
+    trained, untrained = (group["f1"].tolist() for _, group in table.groupby("weights", sort=False))
+    assert trained != untrained
     record = json.loads(output.provenance.read_text())
     assert record["settings"] == {"k": 3, "max_nuclei": 500, "batch_size": 8}
     assert "not a detection score" in record["frozen_features"]["what"]
     assert set(record["inputs"]) == {str(path) for path in (*vars(inputs).values(), train.path) if path != [train.path]}
-    assert sum(record["frozen_features"]["test"].values()) == len(test.labels)
+    assert sum(record["frozen_features"]["trained"]["test"].values()) == len(test.labels)

@@ -55,3 +55,7 @@ def test_undefined_stays_undefined():
     assert np.isnan(intervals(np.zeros((4, 2, len(COUNTS)), dtype=np.int64))).all()
     assert np.isnan(intervals(np.zeros((0, 2, len(COUNTS)), dtype=np.int64))).all()
     assert np.isnan(intervals(counts_of(np.random.default_rng(0), 5), resamples=0)).all()
+    false = np.zeros((4, 1, len(COUNTS)), dtype=np.int64)
+    false[..., COUNTS.index("fp_unpaired")] = 1
+    assert np.isnan(intervals(false)).all()
+    assert np.isnan(intervals(false, "hovernet_compat")[:, 0]).tolist() == [[False, True, False]] * 2

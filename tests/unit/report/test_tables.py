@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.evaluation.metrics import COUNTS, METRICS, row_names
+from celldetr.evaluation.metrics import COUNTS, METRICS, row_names, scores
 from celldetr.evaluation.scoring import VALUES, write_scores, write_tsv
 from celldetr.report.rendering import BANNER, DASH, caption, html, markdown
 from celldetr.report.tables import (
@@ -29,16 +30,20 @@ SYSTEMS = [System("deformable_detr", "Deformable DETR"), System("celldetr_s", "C
 
 
 def score_file(folder, experiment, split, values, **settings):
-    """Write scores; `values` maps class -> F (P and R follow from it); classes left out are 0.5."""
+    """Write scores; `values` maps class -> F; classes left out are 0.5 (0.49 by the other metric)."""
     names = row_names(PANNUKE_CLASSES)
     frames = []
     for offset, metric in enumerate(METRICS):
         f1 = np.array([values.get(name, 0.5) for name in names]) - 0.01 * offset
+        there = ~np.isnan(f1)
+        counts = pd.DataFrame(0, index=range(len(names)), columns=list(COUNTS))
+        counts["n_truth"], counts["tp"] = 1000 * there, np.nan_to_num(1000 * f1).round().astype(int)
+        counts["fp_unpaired"], counts["fn_unpaired"] = (1000 + d - counts["tp"] for d in (-20 * there, 20 * there))
+        counts.loc[~there, ["fp_unpaired", "fn_unpaired"]] = 0
         columns = {"metric": metric, "class": list(names)}
-        for value, shift in zip(VALUES, (0.02, -0.02, 0.0), strict=True):
-            columns |= {value: f1 + shift, f"{value}_lo": f1 + shift - 0.05, f"{value}_hi": f1 + shift + 0.05}
-        columns |= dict.fromkeys(COUNTS, 7)
-        frames.append(pd.DataFrame(columns))
+        for name, value in zip(VALUES, scores(counts.to_numpy(), metric).T, strict=True):
+            columns |= {name: value, f"{name}_lo": value - 0.05, f"{name}_hi": value + 0.05}
+        frames.append(pd.DataFrame(columns).join(counts))
     common = {
         "absent": False,
         "images": 12,
@@ -66,7 +71,8 @@ def make_scores(folder, values=None, splits=(1, 2)):
 
 def make_table(paths, *, name="table1", metric="strict", systems=SYSTEMS, **options):
     published = read_published(PUBLISHED / f"{name}.tsv")
-    return build_table(name, published, read_scores(paths), systems, metric=metric, protocol="celldetr", **options)
+    scores = read_scores(paths, ORDER)
+    return build_table(name, published, scores, systems, metric=metric, protocol="celldetr", **options)
 
 
 # ---- published rows
@@ -129,7 +135,7 @@ def test_measured_values_are_means_over_the_splits(tmp_path):
     values = {("celldetr_s", 1): {"Neoplastic": 0.6}, ("celldetr_s", 2): {"Neoplastic": 0.7}}
     table = make_table(make_scores(tmp_path, values))
     row = table.rows[table.rows["experiment"] == "celldetr_s"].iloc[0]
-    assert [row[f"Neoplastic_{letter}"] for letter in "PRF"] == ["0.6700", "0.6300", "0.6500"]
+    assert [row[f"Neoplastic_{letter}"] for letter in "PRF"] == ["0.6633", "0.6373", "0.6500"]
     assert row["splits"] == "2"
     assert list(table.rows["source"]) == ["paper"] * 7 + ["other"] * 5 + ["measured"] * 2
 
@@ -181,21 +187,49 @@ def test_files_come_back_as_written_with_every_split_metric_and_class(tmp_path):
     assert {*COUNTS, "f1_lo", "f1_hi", "images", "test_store", "radius"} <= set(back)
 
 
-def test_damaged_and_foreign_scores_are_refused(tmp_path):
+def test_cut_and_foreign_scores_are_refused(tmp_path):
     paths = make_scores(tmp_path)
     other = score_file(tmp_path, "celldetr_p", 1, {}, radius=6.0)
     with pytest.raises(InputError, match=r"radius differs between files: .*\('celldetr_p', 1\): 6"):
-        read_scores([*paths, other])
-    lines = paths[2].read_text().splitlines(keepends=True)
-    paths[2].write_text("".join(lines[:7]))
-    with pytest.raises(InputError, match=rf"^{paths[2]}: got 6 rows, expected 12; delete the file"):
-        read_scores(paths)
-    paths[2].write_text("")
-    with pytest.raises(InputError, match=rf"^{paths[2]}: got No columns"):
-        read_scores(paths)
-    paths[2].write_text("".join(lines).replace("Necrotic", "Dead"))
-    with pytest.raises(InputError, match="give the table a file of published rows"):
-        make_table(paths)
+        read_scores([*paths, other], ORDER)
+    with pytest.raises(InputError, match=r"table1: got scores of celldetr_s on splits \[2\], expected \[1, 2\]"):
+        make_table([*paths[:2], paths[3]])
+    with pytest.raises(InputError, match=r"celldetr_s on splits \[1, 1, 2\]"):
+        make_table([*paths[:3], paths[2], paths[3]])
+    text = paths[2].read_text()
+    for changed, message in (
+        ("".join(text.splitlines(keepends=True)[:7]), r"got 6 rows .*, expected 12 .*; delete the file"),
+        ("", "got No columns"),
+        (text.replace("Necrotic", "Dead"), r".*'Dead'.*give the table a file of published rows"),
+        (text.replace("\ttp\t", "\ttp_\t"), r"got no columns \['tp'\]"),
+    ):
+        paths[2].write_text(changed)
+        with pytest.raises(InputError, match=rf"^{paths[2]}: {message}"):
+            read_scores(paths, ORDER)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("f1", -5.0, "f1: got -5.0, expected 0.[0-9]+ by the counts of this row; delete the file"),
+        ("f1", 0.9876, "f1: got 0.9876, expected 0.[0-9]+"),
+        ("f1", np.nan, "f1: got nan, expected 0.[0-9]+"),
+        ("recall", "high", "recall: got nan, expected 0.[0-9]+"),
+        ("precision", 0.5101, "precision: got 0.5101, expected 0.[0-9]+"),
+        ("tp", 900, "precision: got 0.[0-9]+, expected 0.[0-9]+"),
+        ("tp", "x", "precision: got 0.[0-9]+, expected (0|nan)"),
+    ],
+)
+def test_scores_that_contradict_their_counts_are_refused(tmp_path, metric, column, value, message):
+    path = score_file(tmp_path, "celldetr_s", 1, {"Necrotic": 0.3123, "Epithelial": np.nan})
+    read_scores([path], ORDER)
+    frame = pd.read_csv(path, sep="\t").astype({column: object})
+    row = frame.index[(frame["metric"] == metric) & (frame["class"] == "Connective")][0]
+    frame.loc[row, column] = value
+    write_tsv(path, frame)
+    with pytest.raises(InputError, match=rf"^{path}: line {row + 2}, Connective: {message}"):
+        read_scores([path], ORDER)
 
 
 # ---- for people
@@ -248,10 +282,8 @@ def test_page_marks_measured_rows_and_their_best_values(tmp_path):
     assert ["CellDETR-S", "0.71", "0.70", "0.70"] in [row[:4] for row in page.rows]
 
 
-def test_banner_stands_on_synthetic_tables_only_and_names_are_escaped(tmp_path):
+def test_banner_stands_on_synthetic_tables_only(tmp_path):
     paths = make_scores(tmp_path)
-    systems = [System("deformable_detr", "<b>x</b> & y"), SYSTEMS[1]]
-    assert "<b>x</b> & y" in [row[0] for row in Page(html(make_table(paths, systems=systems))).rows]
     for synthetic in (True, False):
         table = make_table(paths, synthetic=synthetic)
         assert (BANNER in markdown(table)) == (BANNER in html(table)) == synthetic
@@ -283,13 +315,25 @@ def test_markdown_has_the_same_number_of_cells_in_each_row(tmp_path):
     assert "From result files of the CellViT repository" in text
 
 
+@pytest.mark.parametrize(
+    "title", ["a|b *c* <b>d</b> {x} _e_ f_g [h](i) `j` &lt; $k$", "two\nlines\\", "-", "CellDETR-S"]
+)
+def test_titles_are_shown_as_they_are(tmp_path, title):
+    table = make_table(make_scores(tmp_path), systems=[System("deformable_detr", title), SYSTEMS[1]])
+    assert title.replace("\n", "") in [row[0].replace("\n", "") for row in Page(html(table)).rows]
+    rendered = MarkdownIt("commonmark").enable("table").render(markdown(table))
+    page = Page(rendered)
+    assert page.rows[-2][0] == " ".join(title.split())
+    assert {len(row) for row in page.rows} == {19}
+
+
 def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
-    paths = make_scores(tmp_path)
+    values = {("deformable_detr", split): {"Necrotic": np.nan} for split in (1, 2)}
+    paths = make_scores(tmp_path, values)
     for path in paths[:2]:
         frame = pd.read_csv(path, sep="\t")
         frame.loc[frame["class"] == "Necrotic", "absent"] = True
-        frame.loc[frame["class"] == "Necrotic", list(VALUES)] = np.nan
-        frame.to_csv(path, sep="\t", index=False, na_rep="NA")
+        write_tsv(path, frame)
     table = make_table(paths)
     row = table.rows[table.rows["experiment"] == "deformable_detr"].iloc[0]
     assert row["Necrotic_F"] == "NA"
@@ -297,21 +341,29 @@ def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
     assert DASH in markdown(table)
 
 
-def test_frozen_features_are_rows_of_their_own_without_detection_and_never_the_best(tmp_path):
+def frozen_files(folder):
     paths = []
-    for split, f1 in ((1, 0.9), (2, 0.8)):
-        values = dict.fromkeys(VALUES, f1)
+    for split, right in ((1, 0.9), (2, 0.8)):
         rows = [
-            {"experiment": "ssl", "split": split, "classifier": kind, "class": name, **values, "n": 5}
+            {"experiment": "ssl", "split": split, "weights": weights, "classifier": kind, "class": name, "n": 5}
+            | dict.fromkeys(VALUES, right if weights == "trained" else 0.4)
+            for weights in ("trained", "random (seed 42)")
             for kind in ("knn", "linear", "majority")
             for name in ("Accuracy", "Macro", *row_names(PANNUKE_CLASSES)[1:])
         ]
-        paths.append(tmp_path / f"frozen_{split}.tsv")
+        paths.append(folder / f"frozen_{split}.tsv")
         write_tsv(paths[-1], pd.DataFrame(rows))
-    table = make_table(make_scores(tmp_path), name="table2", frozen_features=read_frozen_features(paths))
+    return paths
+
+
+def test_frozen_features_are_rows_of_their_own_beside_those_of_random_weights_and_never_the_best(tmp_path):
+    frozen = read_frozen_features(frozen_files(tmp_path), ORDER)
+    table = make_table(make_scores(tmp_path), name="table2", frozen_features=frozen)
     rows = table.rows[table.rows["source"] == "frozen_features"]
-    assert rows["system"].tolist() == ["Nearest neighbours", "Logistic regression"]
-    assert (rows["Connective_F"] == "0.8500").all()
+    random = "random (seed 42) weights"
+    names = ["Nearest neighbours", "Logistic regression"]
+    assert rows["system"].tolist() == [*names, *(f"{name}, {random}" for name in names)]
+    assert rows["Connective_F"].tolist() == ["0.8500"] * 2 + ["0.4000"] * 2
     assert (rows["Detection_F"] == "NA").all()
     assert (rows["splits"] == "2").all()
     text = markdown(table)
@@ -319,3 +371,16 @@ def test_frozen_features_are_rows_of_their_own_without_detection_and_never_the_b
     assert "not to be compared with rows that detect" in text
     assert "**0.85**" not in text
     assert "0.85" in text
+
+
+@pytest.mark.parametrize(("column", "value"), [("f1", 0.9876), ("f1", -5.0), ("precision", 5.0), ("n", 0)])
+def test_frozen_features_that_contradict_themselves_are_refused(tmp_path, column, value):
+    path = frozen_files(tmp_path)[0]
+    frame = pd.read_csv(path, sep="\t").astype({column: float})
+    frame.loc[3, column] = value
+    write_tsv(path, frame)
+    with pytest.raises(InputError, match=rf"^{path}: line 5, Inflammatory: \w+: got .* by P and R"):
+        read_frozen_features([path], ORDER)
+    write_tsv(path, frame.drop(index=3))
+    with pytest.raises(InputError, match=rf"^{path}: got 19 rows .*, expected 20"):
+        read_frozen_features([path], ORDER)
