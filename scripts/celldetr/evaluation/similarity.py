@@ -35,21 +35,9 @@ class DrawnSimilarities:
 
 
 def choose_readable(box_ptr: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Choose random patches with at least two nuclei; those that make a readable heat map come first.
+    """Choose random patches with at least two nuclei by the offsets (N + 1,) of their nuclei.
 
-    Parameters
-    ----------
-    box_ptr
-        Offsets (N + 1,) of the nuclei of each patch.
-    count
-        Number of patches.
-    seed
-        Seed of the draw.
-
-    Returns
-    -------
-    NDArray
-        Ascending indices (at most `count`,).
+    Those that make a readable heat map come first. Returns ascending indices (at most `count`,).
     """
     sizes = np.diff(box_ptr)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes >= 2))

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,13 +13,13 @@ from matplotlib.ticker import MaxNLocator
 from celldetr.report.style import CASING, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLOUR, cased, class_colours, styled
 from celldetr.runtime.errors import InputError
 
-Log = Sequence[dict[str, Any]]
-"""Lines of log.jsonl, one per epoch, with ``epoch``, ``train`` and ``val``; the last two may be None."""
 _LOSSES = ("nucleus", "l1", "giou", "classes", "contrastive")
 
 
-def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the log of a training run; in stage ssl, epoch 0 is the model before training.
+def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read the log of a training run: a row per epoch, columns like ``train.loss`` and ``val.detection.f1``.
+
+    In stage ssl, epoch 0 is the model before training.
 
     Raises
     ------
@@ -27,33 +27,17 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         Not a log.
     """
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return pd.json_normalize(lines).set_index("epoch")
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: got {error}, expected the log of a training run") from error
 
 
-def series(log: Log, part: str, *keys: str) -> tuple[list[int], list[float]]:
-    """Return the epochs in which a value was measured, and its values; NaN where it is undefined.
-
-    Parameters
-    ----------
-    log
-        Lines of the log.
-    part
-        ``train`` or ``val``.
-    keys
-        Path of the value in that part.
-    """
-    epochs, values = [], []
-    for line in log:
-        value = line[part]
-        if not value:
-            continue
-        for key in keys:
-            value = value[key]
-        epochs.append(line["epoch"])
-        values.append(float("nan") if value is None else value)
-    return epochs, values
+def draw_series(axes: Axes, log: pd.DataFrame, name: str, **style: Any) -> None:
+    """Draw a column of the log, if there is one, at the epochs that trained or validated; NaN leaves a gap."""
+    if name in log:
+        values = log.loc[log[f"{name.partition('.')[0]}.loss"].notna(), name].astype(float)
+        axes.plot(values.index, values, **style)
 
 
 def tidy(axes: Axes) -> None:
@@ -66,33 +50,22 @@ def tidy(axes: Axes) -> None:
 
 
 @styled
-def draw_curves(log: Log, chosen: int) -> Figure:
-    """Draw the losses and the validation scores of a run.
-
-    Parameters
-    ----------
-    log
-        Lines of `read_log`.
-    chosen
-        Epoch whose weights became the model; a dashed line marks it.
-    """
-    measured: dict[str, Any] = next((line["val"] for line in log if line["val"]), {})
+def draw_curves(log: pd.DataFrame, chosen: int) -> Figure:
+    """Draw the losses and the validation scores of a run; a dashed line marks the epoch chosen for the model."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     total, parts, found = figure.subplots(1, 3)
-    total.plot(*series(log, "train", "loss"), label="training", color=TRAIN_COLOUR)
-    if measured:
-        total.plot(*series(log, "val", "loss"), label="validation", color=VAL_COLOUR)
-        found.plot(*series(log, "val", "detection", "f1"), label="detection", color=CASING, linewidth=2)
-    for name, colour in zip((name for name in _LOSSES if name in measured), SERIES_COLOURS, strict=False):
-        parts.plot(*series(log, "val", name), label=name, color=colour)
+    draw_series(total, log, "train.loss", label="training", color=TRAIN_COLOUR)
+    draw_series(total, log, "val.loss", label="validation", color=VAL_COLOUR)
+    draw_series(found, log, "val.detection.f1", label="detection", color=CASING, linewidth=2)
+    for name, colour in zip((name for name in _LOSSES if f"val.{name}" in log), SERIES_COLOURS, strict=False):
+        draw_series(parts, log, f"val.{name}", label=name, color=colour)
     for name, colour in zip(("retrieval", "spread"), SERIES_COLOURS, strict=False):
-        if name in measured:
-            found.plot(*series(log, "val", name), label=name, color=colour, linewidth=2)
-    classes = list(measured.get("f1", {}))
+        draw_series(found, log, f"val.{name}", label=name, color=colour, linewidth=2)
+    classes = [name[7:] for name in log.columns.astype(str) if name.startswith("val.f1.")]
     for name, colour in zip(classes, class_colours(classes), strict=False):
-        lines = series(log, "val", "f1", name)
-        found.plot(*lines, label=name, color=colour, linewidth=1.4, path_effects=cased(2.4))
-    titles = ("Weighted loss, all layers", "Validation losses, last layer", "Validation F")
+        draw_series(found, log, f"val.f1.{name}", label=name, color=colour, linewidth=1.4, path_effects=cased(2.4))
+    scores = "Validation scores" if "val.retrieval" in log else "Validation F"
+    titles = ("Weighted loss, all layers", "Validation losses, last layer", scores)
     for axes, title in zip((total, parts, found), titles, strict=True):
         label = f"epoch {chosen}: the model" if axes is total else None
         axes.axvline(chosen, color="0.7", linestyle="--", linewidth=1, label=label)
@@ -100,7 +73,5 @@ def draw_curves(log: Log, chosen: int) -> Figure:
         tidy(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    if "retrieval" in measured:
-        found.set_title("Validation scores")
     found.set_ylim(0, 1)
     return figure

@@ -1,8 +1,7 @@
 """Figure 3 of the paper: where models look when they represent a nucleus."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,19 +26,8 @@ View = tuple[float, float, float, float]
 """x0, x1, y0, y1 in px."""
 
 
-@dataclass(frozen=True)
-class SystemShare:
-    """Title of a model, and its share of attention inside the true box.
-
-    Attributes
-    ----------
-    title
-        Title in the figure.
-    share
-        Mean over `nuclei`; NaN if there are none.
-    nuclei
-        True nuclei of the test fold with a detection.
-    """
+class SystemShare(NamedTuple):
+    """Title of a model, and its mean share of attention inside the true box over `nuclei` detected ones (NaN if 0)."""
 
     title: str
     share: float
@@ -52,13 +40,6 @@ def figure3(drawn: Sequence[DrawnNuclei], systems: Sequence[SystemShare]) -> Fig
 
     Points are sized and coloured by attention weight. The number below a panel is the share of the weight inside the
     true box (solid outline); the predicted box is dashed. A nucleus without a detection is marked as missed.
-
-    Parameters
-    ----------
-    drawn
-        One entry per model, all of the same nuclei of a store.
-    systems
-        Titles and shares, in the same order.
 
     Raises
     ------
@@ -164,7 +145,7 @@ def _head(axis: Axes, system: SystemShare) -> None:
     known = f"{100 * system.share:.1f} % in box, n = {system.nuclei:,}" if system.nuclei else "no nucleus detected"
     axis.set_title(known, fontsize=8, pad=4)
     place: Any = {"xytext": (0, 16), "textcoords": "offset points", "xycoords": "axes fraction", "ha": "center"}
-    axis.annotate(system.title, (0.5, 1), va="bottom", weight="bold", **place)
+    axis.annotate(system.title, (0.5, 1), va="bottom", weight="bold", parse_math=False, **place)
 
 
 def _legend(figure: Figure, axes: NDArray[Any], largest: float) -> None:

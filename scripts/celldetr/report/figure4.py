@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from celldetr.evaluation.similarity import DrawnSimilarities
-from celldetr.report.curves import Log, series, tidy
+from celldetr.report.curves import draw_series, tidy
 from celldetr.report.style import SIMILARITY_COLOURS, TRAIN_COLOUR, VAL_COLOUR, styled
 from celldetr.runtime.errors import InputError
 
@@ -29,30 +30,22 @@ _LINE: Any = {"marker": "o", "markersize": 2.5, "linewidth": 1.3}
 
 
 @styled
-def figure4b(log: Log, title: str) -> Figure:
-    """Draw the losses in training and validation per epoch: the weighted sum, and its parts without weights.
-
-    Parameters
-    ----------
-    log
-        Log of an experiment of stage ssl, see `celldetr.report.curves.read_log`.
-    title
-        Title of the experiment.
-    """
+def figure4b(log: pd.DataFrame, title: str) -> Figure:
+    """Draw the losses in training and validation per epoch: the weighted sum, and its parts without weights."""
     figure = Figure(figsize=(11.5, 2.9), layout="constrained")
     for axis, (name, heading) in zip(figure.subplots(1, len(_LOSSES)), _LOSSES.items(), strict=True):
         for part, label, colour in (("train", "training", TRAIN_COLOUR), ("val", "validation", VAL_COLOUR)):
-            axis.plot(*series(log, part, name), label=label, color=colour, **_LINE)
+            draw_series(axis, log, f"{part}.{name}", label=label, color=colour, **_LINE)
         axis.set_title(heading, fontsize=9)
         tidy(axis)
     figure.axes[0].legend(fontsize=8, frameon=False)
     figure.axes[0].set_ylabel("loss")
-    figure.suptitle(title, fontsize=10, weight="bold")
+    figure.suptitle(title, fontsize=10, weight="bold", parse_math=False)
     return figure
 
 
 @styled
-def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: Log, title: str) -> Figure:
+def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: pd.DataFrame, title: str) -> Figure:
     """Draw heat maps of the similarity of anchors to originals, and the retrieval accuracy per epoch.
 
     Parameters
@@ -91,13 +84,14 @@ def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: Log, ti
         f"{measured['patches']:,} patches of {measured['store']} (chance {measured['chance']:.1%})",
         fontsize=10,
         weight="bold",
+        parse_math=False,
     )
     return figure
 
 
-def _draw_retrieval(axis: Axes, log: Log) -> None:
+def _draw_retrieval(axis: Axes, log: pd.DataFrame) -> None:
     for (name, label), colour in zip(_RETRIEVAL.items(), SIMILARITY_COLOURS, strict=True):
-        axis.plot(*series(log, "val", name), label=label, color=colour, **_LINE)
+        draw_series(axis, log, f"val.{name}", label=label, color=colour, **_LINE)
     axis.set_title("validation patches of pretraining", fontsize=8)
     axis.set_ylim(min(0, axis.get_ylim()[0]), 1.05)
     axis.legend(fontsize=7, frameon=False, loc="center right")

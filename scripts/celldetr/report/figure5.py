@@ -18,13 +18,7 @@ _BARS_ACROSS = 4  # samples beside each other in figure 5a
 
 
 def composition(counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
-    """Tabulate nuclei per sample (rows) and class (columns, the unlabelled last).
-
-    Parameters
-    ----------
-    counts
-        Sample -> the attribute ``counts`` of its store.
-    """
+    """Tabulate the attribute ``counts`` of stores: samples (rows) by class (columns, the unlabelled last)."""
     return pd.DataFrame(counts).T.astype(np.int64)
 
 
@@ -54,15 +48,7 @@ def confusion(predictions: Predictions, store: PatchStore, nucleus_threshold: fl
 
 @styled
 def figure5a(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Draw the composition of each sample as bars; its title has the number of nuclei and the share with a type.
-
-    Parameters
-    ----------
-    table
-        Result of `composition`.
-    titles
-        Sample -> its title.
-    """
+    """Draw the `composition` of each sample as bars; its title has the number of nuclei and the share with a type."""
     across = min(len(table), _BARS_ACROSS)
     down = -(-len(table) // across)
     figure = Figure(figsize=(2.6 + 2.3 * across, 3.4 * down), layout="constrained")
@@ -77,7 +63,9 @@ def figure5a(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
         axis.set_yticks(places, list(table.columns))
         axis.margins(x=0.22)
         share = 1 - row[UNLABELLED] / max(1, row.sum())
-        axis.set_title(f"{titles[str(sample)]}\n{row.sum():,} nuclei, {share:.0%} with a type", fontsize=8)
+        axis.set_title(
+            f"{titles[str(sample)]}\n{row.sum():,} nuclei, {share:.0%} with a type", fontsize=8, parse_math=False
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="x", labelsize=7)
     axes[0].set_xlabel("nuclei in patches")
@@ -86,15 +74,7 @@ def figure5a(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
 @styled
 def figure5b(table: pd.DataFrame, title: str) -> Figure:
-    """Draw the confusion of types; rows sum to 1 and are labelled with the number of true nuclei.
-
-    Parameters
-    ----------
-    table
-        Result of `confusion`.
-    title
-        Title of the experiment.
-    """
+    """Draw a `confusion` of types; rows sum to 1 and are labelled with the number of true nuclei."""
     totals = table.sum(axis=1)
     shares = table.div(totals.replace(0, np.nan), axis=0).to_numpy(float)
     figure = Figure(figsize=(6.4, 5.0), layout="constrained")

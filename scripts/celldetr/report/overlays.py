@@ -17,21 +17,9 @@ _COLUMNS = 3  # pairs of panels beside each other
 
 
 def choose_patches(box_ptr: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Choose random patches with nuclei; patches without nuclei fill up if there are too few.
+    """Choose random patches with nuclei by the offsets (N + 1,) of their nuclei; others fill up if there are too few.
 
-    Parameters
-    ----------
-    box_ptr
-        Offsets (N + 1,) of the nuclei of each patch.
-    count
-        Number of patches.
-    seed
-        Seed of the draw.
-
-    Returns
-    -------
-    NDArray
-        Ascending indices (at most `count`,).
+    Returns ascending indices (at most `count`,).
     """
     sizes = np.diff(box_ptr)
     order = np.random.default_rng(seed).permutation(len(sizes))
@@ -60,8 +48,6 @@ def overlays(
         Boxes (n, 4), xyxy px, and labels (n,) of each patch.
     predictions
         Detections of the whole fold.
-    title
-        Title of the picture.
 
     Raises
     ------

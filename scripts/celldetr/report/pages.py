@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from celldetr.report.style import CASING
+from celldetr.report.style import CASING, class_colours
 from celldetr.runtime.files import atomic
+from celldetr.store import PatchStore
 
 SIDE = 256
 """Side of a picture on the page, px; it is drawn at twice that size."""
@@ -31,6 +32,22 @@ figcaption { margin-top: .2rem } img { max-width: 100% }
 {% block body %}{% endblock %}
 </body></html>
 """
+_PARTS = """
+{% macro table(head, rows, texts=1) %}
+<table><tr>{% for name in head %}<th{% if loop.index > texts %} class="n"{% endif %}>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>
+{%- for cell in row %}<td{% if loop.index > texts %} class="n"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endmacro %}
+{% macro key(colours) %}
+<p class="key">Boxes:{% for name, colour in colours %}
+<span style="background:{{ colour }}; outline: 1px solid #999"></span>{{ name }}{% endfor %}</p>
+{% endmacro %}
+{% macro gallery(pictures) %}
+{% for caption, data in pictures %}<figure><img width="SIDE" height="SIDE" alt="{{ caption }}"
+src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
+{% endmacro %}
+""".replace("SIDE", str(SIDE))
 
 
 def write_page(path: str | os.PathLike[str], body: str, values: Mapping[str, Any]) -> None:
@@ -41,18 +58,29 @@ def write_page(path: str | os.PathLike[str], body: str, values: Mapping[str, Any
     path
         HTML file.
     body
-        Jinja template of everything below the title.
+        Jinja template of everything below the title; it can use the macros ``table``, ``key`` and ``gallery``.
     values
         Values for the template: ``title``, and those used in the body.
     """
-    sources = {"page": _PAGE, "this": f'{{% extends "page" %}}{{% block body %}}{body}{{% endblock %}}'}
+    imports = '{% extends "page" %}{% from "parts" import table, key, gallery %}'
+    sources = {"page": _PAGE, "parts": _PARTS, "this": f"{imports}{{% block body %}}{body}{{% endblock %}}"}
     environment = jinja2.Environment(loader=jinja2.DictLoader(sources), autoescape=True)
     with atomic(path) as temporary:
         temporary.write_text(environment.get_template("this").render(values), encoding="utf-8")
 
 
+def patch_pictures(store: PatchStore, indices: Iterable[int], caption: str) -> list[tuple[str, str]]:
+    """Return captions and pictures of patches; `caption` is formatted with ``index``, ``nuclei`` and patch columns."""
+    colours, found = class_colours(store.classes), []
+    for index in indices:
+        patch = store.read(int(index))
+        text = caption.format(index=index, nuclei=len(patch.labels), **store.patches.iloc[index])
+        found.append((text, patch_picture(patch.image, patch.boxes, patch.labels, colours)))
+    return found
+
+
 def patch_picture(
-    image: NDArray[np.uint8], boxes: NDArray[np.float32], labels: NDArray[np.int8], colours: tuple[str, ...]
+    image: NDArray[np.uint8], boxes: NDArray[np.float32], labels: NDArray[np.int8], colours: Sequence[str]
 ) -> str:
     """Draw a patch (S, S, 3) with its boxes (n, 4) xyxy px, each in the colour of its label (-1: the last colour)."""
     scale = 2 * SIDE / len(image)

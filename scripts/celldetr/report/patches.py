@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw
+from scipy import ndimage
 
-from celldetr.report.pages import SIDE, embed, patch_picture, write_page
+from celldetr.report.pages import embed, patch_pictures, write_page
 from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR, class_colours
 from celldetr.runtime.files import atomic
 from celldetr.slides.grid import PatchGrid
@@ -22,17 +22,13 @@ _OVERVIEW = 1400  # px; longest side of the picture of the slide
 
 _BODY = """
 <p>{{ patches }} patches of {{ size }} px at {{ mpp }} um per px, from {{ source }}.</p>
-<table><tr><th>what</th><th></th><th class="n">count</th></tr>
-{% for kind, name, count in rows %}<tr><td>{{ kind }}</td><td>{{ name }}</td>
-<td class="n">{{ "{:,}".format(count) }}</td></tr>{% endfor %}</table>
+{{ table(["what", "", "count"], rows, 2) }}
 <h2>The slide</h2>
 <p>Green outline: tissue. Blue squares: patches that were taken.</p>
 <img alt="the slide with its tissue and patches" src="data:image/jpeg;base64,{{ overview }}">
 <h2>Patches</h2>
-<p class="key">Boxes:{% for name, colour in key %}
-<span style="background:{{ colour }}; outline: 1px solid #999"></span>{{ name }}{% endfor %}</p>
-{% for caption, data in pictures %}<figure><img width="{{ side }}" height="{{ side }}" alt="{{ caption }}"
-src="data:image/jpeg;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>{% endfor %}
+{{ key(colours) }}
+{{ gallery(pictures) }}
 """
 _UNREADABLE = "<p class='warning'>{{ file }} cannot be opened; no patches are taken from it.</p>"
 
@@ -52,35 +48,18 @@ def write_report(
     picture: Image.Image,
     rows: Sequence[tuple[str, str, int]],
 ) -> None:
-    """Write the page: counts, the slide, and some patches with their boxes.
-
-    Parameters
-    ----------
-    path
-        HTML file.
-    store
-        Patches that were cut.
-    title
-        Title of the page.
-    source
-        Name of the slide's file.
-    picture
-        The slide, see `overview`.
-    rows
-        Kind, name and count.
-    """
-    colours = class_colours(store.classes)
+    """Write the page: counts, the `overview` of the slide in file `source`, and some patches with their boxes."""
+    shown = np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int))
     values: dict[str, Any] = {
         "title": title,
         "patches": f"{len(store):,}",
         "size": store.patch_size,
         "mpp": store.mpp,
         "source": source,
-        "rows": rows,
+        "rows": [(kind, name, f"{count:,}") for kind, name, count in rows],
         "overview": embed(picture),
-        "key": list(zip((*store.classes, "no label"), colours, strict=True)),
-        "pictures": _pictures(store, colours),
-        "side": SIDE,
+        "colours": list(zip((*store.classes, "no label"), class_colours(store.classes), strict=True)),
+        "pictures": patch_pictures(store, shown, "patch {index} at {x}, {y} px: {nuclei} nuclei"),
     }
     write_page(path, _BODY, values)
 
@@ -114,32 +93,12 @@ def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
         np.clip((np.arange(count) + 0.5) * scale / tissue.cell, 0, limit - 1).astype(int)
         for count, limit in zip(size[::-1], tissue.inside.shape, strict=True)
     )
-    pixels[_rim(tissue.inside[np.ix_(rows, columns)])] = ImageColor.getrgb(TISSUE_COLOUR)
+    inside = tissue.inside[np.ix_(rows, columns)]
+    rim = ndimage.binary_dilation(inside) ^ ndimage.binary_erosion(inside, border_value=1)
+    pixels[rim] = ImageColor.getrgb(TISSUE_COLOUR)
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     ratio = grid.mpp / grid.image_mpp / scale
     for x, y in grid.corners * ratio:
         draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=PATCH_COLOUR)
     return picture
-
-
-def _rim(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Cells on both sides of an edge of a mask."""
-    rim = np.zeros_like(mask)
-    across, down = mask[:, 1:] != mask[:, :-1], mask[1:] != mask[:-1]
-    rim[:, 1:] |= across
-    rim[:, :-1] |= across
-    rim[1:] |= down
-    rim[:-1] |= down
-    return rim
-
-
-def _pictures(store: PatchStore, colours: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Captions and pictures of a few patches, evenly spread over the store."""
-    found = []
-    for index in np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int)):
-        patch = store.read(int(index))
-        row = store.patches.iloc[index]
-        caption = f"patch {index} at {row['x']}, {row['y']} px: {len(patch.labels)} nuclei"
-        found.append((caption, patch_picture(patch.image, patch.boxes, patch.labels, colours)))
-    return found

@@ -1,6 +1,7 @@
 """Summary of a Xenium split: a table of counts and a page."""
 
 import os
+from typing import Any
 
 import pandas as pd
 
@@ -16,14 +17,9 @@ _BODY = """
 <p>Split by {{ by }}: {{ patches }} patches and {{ nuclei }} nuclei ({{ labelled }} with a label) in
 {{ samples }} samples; {{ left_out }} patches on borders between blocks are left out. The paper has
 {{ paper_patches }} patches and over {{ paper_cells }} labelled cells.</p>
-<table><tr><th>what</th>{% for part in parts %}<th class="n">{{ part }}</th>{% endfor %}<th class="n">all</th></tr>
-{% for name, cells in rows %}<tr><td>{{ name }}</td>
-{% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{{ table(["what"] + parts + ["all"], rows) }}
 <h2>Samples</h2>
-<table><tr><th>sample</th>{% for part in parts %}<th class="n">{{ part }}</th>{% endfor %}
-<th class="n">left out</th></tr>
-{% for name, cells in samples_rows %}<tr><td>{{ name }}</td>
-{% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{{ table(["sample"] + parts + ["left out"], samples_rows) }}
 """
 
 
@@ -41,37 +37,37 @@ def write_counts(path: str | os.PathLike[str], counts: pd.DataFrame, split: Xeni
 
 def write_split_page(path: str | os.PathLike[str], counts: pd.DataFrame, split: XeniumSplit) -> None:
     """Write the counts per part and sample as a page."""
-    classes = _classes(counts)
-    parts = counts["part"].tolist()
-    rows = [
-        (name, [f"{value:,}" for value in (*counts[name], counts[name].sum())])
-        for name in ("patches", "nuclei", *classes)
-    ]
-    labelled = counts[classes].to_numpy().sum(axis=1)
-    nuclei = counts["nuclei"].to_numpy()
-    shares = [*zip(labelled, nuclei, strict=True), (labelled.sum(), nuclei.sum())]
-    rows.insert(2, ("share with a label", [f"{some / whole:.1%}" if whole else "-" for some, whole in shares]))
-    by_sample = pd.crosstab(split.table["store"], split.table["part"]).reindex(columns=parts, fill_value=0)
-    samples = [
-        (name, [f"{value:,}" for value in (*by_sample.reindex([name], fill_value=0).iloc[0], left)])
-        for name, left in split.left_out.items()
-    ]
+    parts, classes = counts["part"].tolist(), _classes(counts)
+    table = counts.set_index("part")[["patches", "nuclei", *classes]].T
+    table["all"] = table.sum(axis=1)
+    labelled, nuclei = table.loc[classes].sum(), table.loc["nuclei"]
+    rows = [_row(*line) for line in table.itertuples()]
+    shares = [f"{some / whole:.1%}" if whole else "-" for some, whole in zip(labelled, nuclei, strict=True)]
+    rows.insert(2, ("share with a label", *shares))
+    by_sample = pd.crosstab(split.table["store"], split.table["part"]).reindex(
+        index=list(split.left_out), columns=parts, fill_value=0
+    )
+    by_sample["left out"] = pd.Series(split.left_out)
     values = {
         "title": "Split of the Xenium patches",
         "warnings": split.warnings,
         "by": split.by,
         "patches": f"{counts['patches'].sum():,}",
-        "nuclei": f"{nuclei.sum():,}",
-        "labelled": f"{labelled.sum():,}",
+        "nuclei": f"{nuclei['all']:,}",
+        "labelled": f"{labelled['all']:,}",
         "samples": len(split.left_out),
         "left_out": f"{sum(split.left_out.values()):,}",
         "paper_patches": f"{PAPER_PATCHES:,}",
         "paper_cells": f"{PAPER_CELLS:,}",
         "parts": parts,
         "rows": rows,
-        "samples_rows": samples,
+        "samples_rows": [_row(*line) for line in by_sample.itertuples()],
     }
     write_page(path, _BODY, values)
+
+
+def _row(name: Any, *values: Any) -> tuple[str, ...]:
+    return (str(name), *(f"{value:,}" for value in values))
 
 
 def _classes(counts: pd.DataFrame) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from celldetr.config.classes import PANNUKE_CLASSES
@@ -19,6 +20,10 @@ def losses(epoch, *names):
     return {name: 1 / (epoch + 1) for name in ("loss", "nucleus", "l1", "giou", *names)}
 
 
+def table(lines):
+    return pd.json_normalize(lines).set_index("epoch")
+
+
 def ssl_log():
     """Make the log of three epochs of pretraining; epoch 0 was only validated."""
     lines = []
@@ -26,7 +31,7 @@ def ssl_log():
         scores = {"retrieval": 0.2 * epoch, "own": 0.9, "others": 0.1, "spread": 0.5, "detection": {"f1": None}}
         train = losses(epoch, "contrastive") if epoch else None
         lines.append({"epoch": epoch, "train": train, "val": {**losses(epoch, "contrastive"), **scores}})
-    return lines
+    return table(lines)
 
 
 def supervised_log():
@@ -36,7 +41,7 @@ def supervised_log():
         f1 = {name: None if name == "necrotic" else 0.1 * epoch for name in PANNUKE_CLASSES}
         val = {**losses(epoch, "classes"), "detection": {"f1": 0.15 * epoch}, "f1": f1} if epoch % 2 else None
         lines.append({"epoch": epoch, "train": losses(epoch, "classes"), "val": val})
-    return lines
+    return table(lines)
 
 
 def lines_of(axes):
@@ -52,18 +57,19 @@ def test_learning_curves_draw_the_numbers_of_the_log_and_mark_the_epoch_of_the_m
     assert lines_of(found)["epithelial"].get_color() == CLASS_COLOURS["epithelial"]
     assert np.isnan(lines_of(found)["necrotic"].get_ydata()).all()
     assert {"retrieval", "spread"} <= set(lines_of(draw_curves(ssl_log(), 3).axes[2]))
-    without = [{**line, "val": None} for line in supervised_log()]
-    save(draw_curves(without, 5), tmp_path / "a.png")
+    without = table([{"epoch": 1, "train": losses(1, "classes"), "val": None}])
+    save(draw_curves(without, 1), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_logs_are_read_and_other_files_are_refused_by_name(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in ssl_log()))
-    assert read_log(path) == ssl_log()
-    path.write_text(path.read_text()[:-4])
-    with pytest.raises(InputError, match=r"log\.jsonl: got .*expected the log of a training run"):
-        read_log(path)
+    path, lines = tmp_path / "log.jsonl", [{"epoch": k, "train": {"loss": 0.5}, "val": None} for k in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_log(path)["train.loss"].tolist() == [0.5, 0.5]
+    for damaged in (path.read_text()[:-4], "{}\n"):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=r"log\.jsonl: got .*expected the log of a training run"):
+            read_log(path)
 
 
 def test_figure_4b_draws_the_numbers_of_the_log():
