@@ -195,7 +195,7 @@ def experiment_of(mode: str, batch: int) -> Experiment:
     model = {"mode": {"ssl": "parallel", "st": "parallel"}.get(mode, mode), "classes": list(PANNUKE_CLASSES)}
     stage = "supervised"
     if mode == "ssl":
-        stage, model = "ssl", {**model, "classes": [], "projection": 128}
+        stage, model = "ssl", {**model, "classes": [], "projection": 128, "representation": {"positions": False}}
     if mode == "st":
         stage, model = "st", {**model, "classes": list(ST_TYPES), "queries": 400}
     training = {"batch_size": batch, "precision": "fp32", "noise": {"share": 0.6}}

@@ -6,9 +6,9 @@ from celldetr.config.experiment import BackboneSettings, ModelSettings, Represen
 from celldetr.model.celldetr import CellDETR
 
 
-def small_settings(mode, *, tokens=0, self_attention="after_first", offset_init="authors", **changes):
-    """Return the settings of a model of one mode."""
-    representation = {"self_attention": self_attention, "global_tokens": tokens, "offset_init": offset_init}
+def small_settings(mode, *, tokens=0, **changes):
+    """Return the settings of a model of one mode; some of the changes are those of the representation decoder."""
+    own = {name: changes.pop(name) for name in ("self_attention", "offset_init", "positions") if name in changes}
     sizes = {
         "classes": ("a", "b", "c"),
         "d_model": 32,
@@ -19,7 +19,7 @@ def small_settings(mode, *, tokens=0, self_attention="after_first", offset_init=
         "decoder_layers": 2,
         "queries": 10,
         "backbone": BackboneSettings(block="basic", layers=(1, 1, 1, 1), width=8, stages=(2, 3), norm="group"),
-        "representation": RepresentationSettings(layers=3, **representation),
+        "representation": RepresentationSettings(layers=3, global_tokens=tokens, **own),
     }
     return ModelSettings(mode=mode, **{**sizes, **changes})
 

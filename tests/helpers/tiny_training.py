@@ -88,7 +88,7 @@ def make_experiment(mode="sequential", model=None, **training):
 
 def make_ssl_experiment(model=None, **training):
     """Smallest model of contrastive pretraining."""
-    parts = {"classes": [], "projection": 8, "representation": {"layers": 2, "global_tokens": 1}}
+    parts = {"classes": [], "projection": 8, "representation": {"layers": 2, "positions": False, "global_tokens": 1}}
     experiment = make_experiment("parallel", {"representation": {"layers": 2}}, **training).to_dict()
     experiment["model"] |= parts | (model or {})
     return Experiment.from_dict({**experiment, "stage": "ssl"})

@@ -46,7 +46,16 @@ class RepresentationSettings(Settings):
         "authors",
         description="start of the sampling points; authors: saturated tanh; spread: over 1/8 to 7/8 of the half box",
     )
-    global_tokens: NonNegativeInt = Field(0, description="context tokens: boxes of the whole image (mode parallel)")
+    positions: bool = Field(
+        True,
+        description="self-attention sees the locations of nuclei; false in contrastive pretraining (paper, 3.3) and in "
+        "all that uses its frozen decoder",
+    )
+    global_tokens: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="context tokens: boxes of the whole image (mode parallel); without positions, nuclei do not attend "
+        "to them",
+    )
 
 
 class SharedModelSettings(Settings):
@@ -247,6 +256,11 @@ class Experiment(Settings):
                 "model.mode": (model.mode, "parallel", model.mode == "parallel"),
                 "model.projection": (model.projection, "at least 1 (paper: 128)", model.projection > 0),
                 "model.classes": (list(model.classes), "none, nothing is labelled", not model.classes),
+                "model.representation.positions": (
+                    model.representation.positions,
+                    "false (paper, 3.3)",
+                    not model.representation.positions,
+                ),
                 "training.probe": (probe, "none, there is no class head", probe == "none"),
             }
         else:

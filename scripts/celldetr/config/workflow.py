@@ -252,7 +252,8 @@ class Config(Settings):
         if block.initial in self.experiments:
             theirs = merge(self.model.to_dict(), _given(self.experiments[block.initial].model))
             weightless: dict[str, Any] = {"dropout": 0, "kernel": 0, "projection": 0}
-            weightless["representation"] = {"global_tokens": 0}
+            if training["probe"] != "head":  # a frozen decoder is used as it was trained
+                weightless["representation"] = {"positions": True, "global_tokens": 0}
             differ = [key for key in model if merge(model, weightless)[key] != merge(theirs, weightless)[key]]
             if differ:
                 raise ConfigError(

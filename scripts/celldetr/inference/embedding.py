@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from celldetr.model.boxes import xyxy_to_cxcywh
@@ -67,9 +66,8 @@ def embed_boxes(
 ) -> list[NDArray[np.float32]]:
     """Embed the nuclei in given boxes, in float32, with dropout and gradients off.
 
-    Nuclei are embedded as the model was trained: among the given nuclei of their image and the model's global tokens.
-    A model with the projection head of contrastive pretraining embeds them as the originals there: without locations
-    in self-attention, and without global tokens (paper, 3.3). Images do not influence each other.
+    Nuclei are embedded as the model was trained: among the given nuclei of their image, see `CellDETR.represent`.
+    Images do not influence each other.
 
     Parameters
     ----------
@@ -99,17 +97,9 @@ def embed_boxes(
     given = (xyxy_to_cxcywh(padded) / images.shape[1]).to(device)
     valid = (torch.arange(given.shape[1]) < counts[:, None]).to(device)
     pixels = float_images(torch.from_numpy(images).to(device))
-    contrastive = model.settings.projection > 0
-    mask = _originals(valid, model.representation.global_tokens) if contrastive else None
     with evaluating(model):
-        embeddings = model.represent(model.encode(pixels), given, valid, mask=mask, positions=not contrastive)
+        embeddings = model.represent(model.encode(pixels), given, valid)
     if not embeddings.isfinite().all():
         raise InputError("got embeddings that are not finite: the training of the model diverged; train it again")
     embeddings = embeddings.float().cpu()
     return [of_image[:count].numpy() for of_image, count in zip(embeddings, counts.tolist(), strict=True)]
-
-
-def _originals(valid: Tensor, tokens: int) -> Tensor:
-    """Self-attention mask without anchors (B, S + tokens, S + tokens): each slot sees the nuclei and itself."""
-    seen = torch.nn.functional.pad(valid, (0, tokens))
-    return seen[:, None] | torch.eye(seen.shape[1], dtype=torch.bool, device=valid.device)

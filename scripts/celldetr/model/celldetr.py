@@ -137,36 +137,14 @@ class CellDETR(nn.Module):
         return Detections(logits, boxes)
 
     def represent(
-        self,
-        features: Features,
-        boxes: Tensor,
-        valid: Tensor | None = None,
-        *,
-        mask: Tensor | None = None,
-        positions: bool = True,
+        self, features: Features, boxes: Tensor, valid: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Embed the nuclei in given boxes; not in mode ``baseline``.
+        """Embed the nuclei in given boxes: (B, R, C), zero at padding; not in mode ``baseline``.
 
-        Parameters
-        ----------
-        features
-            From `encode`.
-        boxes
-            (B, R, 4), cxcywh in [0, 1]; R = 0 is legal. They are detached.
-        valid
-            (B, R), False at padding, which has no influence; None: all are nuclei.
-        mask, positions
-            See `RepresentationDecoder.forward`.
-
-        Returns
-        -------
-        Tensor
-            (B, R, C), zero at padding.
+        Training, prediction and every evaluation of embeddings have the same self-attention: whether it sees positions
+        and global tokens is part of the model's settings. For arguments see `RepresentationDecoder.forward`.
         """
-        embeddings, _ = self.representation(
-            features.memory, features.shapes, boxes, valid, mask=mask, positions=positions
-        )
-        return embeddings
+        return self.representation(*features, boxes, valid, mask)[0]
 
     def classify(self, embeddings: Tensor) -> Tensor:
         """Turn embeddings (..., C) into class logits (..., K), K = 0 without classes; not in mode ``baseline``."""
@@ -246,4 +224,4 @@ class CellDETR(nn.Module):
             counts = torch.tensor([len(query) for query in kept]).to(boxes.device, non_blocking=True)
             valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
             rows = [torch.arange(len(query), device=boxes.device) for query in kept]
-        return rows, *self.representation(features.memory, features.shapes, boxes, valid)
+        return rows, *self.representation(*features, boxes, valid)

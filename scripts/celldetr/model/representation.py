@@ -21,7 +21,9 @@ FULL_IMAGE = (0.5, 0.5, 1.0, 1.0)
 class RepresentationDecoder(CheckpointedLayers):
     """Turn given boxes into embeddings.
 
-    Without self-attention, global tokens cannot reach a nucleus and are left out.
+    Contrastive pretraining trains without positions in self-attention, so that nuclei cannot be told apart by location,
+    and its global token is attended by no nucleus (paper, 3.3): without positions, as without self-attention, global
+    tokens cannot reach a nucleus and are left out.
     """
 
     def __init__(self, settings: ModelSettings, levels: int) -> None:
@@ -30,7 +32,8 @@ class RepresentationDecoder(CheckpointedLayers):
         attends = [options.self_attention == "after_first" and index > 0 for index in range(options.layers)]
         self.size_project = nn.Linear(2, channels)
         self.location_project = nn.Linear(2, channels)
-        self.global_tokens = options.global_tokens if any(attends) and settings.mode == "parallel" else 0
+        reached = any(attends) and options.positions and settings.mode == "parallel"
+        self.global_tokens = options.global_tokens if reached else 0
         self.layers = nn.ModuleList(
             DecoderLayer(settings, levels, self_attention=attend, constrained=True) for attend in attends
         )
@@ -41,9 +44,7 @@ class RepresentationDecoder(CheckpointedLayers):
         shapes: Shapes,
         boxes: Tensor,
         valid: Tensor | None = None,
-        *,
         mask: Tensor | None = None,
-        positions: bool = True,
     ) -> tuple[Tensor, SamplingPoints]:
         """Represent nuclei.
 
@@ -56,12 +57,8 @@ class RepresentationDecoder(CheckpointedLayers):
         valid
             False at padding (B, R); None: every box is a nucleus. The values of padding have no influence.
         mask
-            Which box (last dimension) a box may attend to, bool (R, R) or (B, R, R); None: every one. Global tokens
-            then attend to all and are attended by all, unless the mask has their rows and columns too, after those of
-            the boxes: (R + tokens, R + tokens). Padding is never attended to, and every slot attends to itself.
-        positions
-            Whether self-attention gets the locations; the deformable attention always does. Contrastive pretraining
-            leaves them out, so that nuclei cannot be told apart by location (paper, 3.3).
+            Which box (last dimension) a box may attend to, bool (B, R, R); None: every one. Global tokens attend to all
+            and are attended by all. Padding is never attended to, and every slot attends to itself.
 
         Returns
         -------
@@ -76,16 +73,7 @@ class RepresentationDecoder(CheckpointedLayers):
             x = self.size_project(slots[..., 2:])
             location = self.location_project(slots[..., :2])
         for layer in self.layers:
-            x, points = self.run(
-                layer,
-                x,
-                slots,
-                memory,
-                shapes,
-                self_position=location if positions else None,
-                cross_position=location,
-                mask=allowed,
-            )
+            x, points = self.run(layer, x, location, slots, memory, shapes, allowed)
         x = x[:, :count]
         if valid is not None:
             x = x.masked_fill(~valid[..., None], 0)
@@ -117,7 +105,6 @@ class RepresentationDecoder(CheckpointedLayers):
         allowed = torch.ones(1, count, count, dtype=torch.bool, device=slots.device)
         if mask is not None:
             missing = count - mask.shape[-1]
-            mask = mask if mask.dim() == 3 else mask[None]
             allowed = allowed & F.pad(mask, (0, missing, 0, missing), value=True)
         if real is not None:
             allowed = allowed & real[:, None]

@@ -175,7 +175,10 @@ class Encoder(CheckpointedLayers):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention (optional), deformable attention to the memory, feed-forward layer."""
+    """Self-attention (optional), deformable attention to the memory, feed-forward layer.
+
+    `constrained`: a layer of the representation decoder; its self-attention sees positions if the settings say so.
+    """
 
     def __init__(
         self, settings: ModelSettings, levels: int, *, self_attention: bool = True, constrained: bool = False
@@ -185,6 +188,7 @@ class DecoderLayer(nn.Module):
             self.self_attention = SelfAttention(settings.d_model, settings.heads, settings.dropout)
             self.norm_self = nn.LayerNorm(settings.d_model)
         self.has_self_attention = self_attention
+        self.positions = settings.representation.positions or not constrained
         self.cross_attention = DeformableAttention(settings, levels, constrained=constrained)
         self.norm_cross = nn.LayerNorm(settings.d_model)
         self.dropout = nn.Dropout(settings.dropout)
@@ -193,23 +197,22 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        position: Tensor,
         reference: Tensor,
         memory: Tensor,
         shapes: Shapes,
-        *,
-        self_position: Tensor | None,
-        cross_position: Tensor,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, SamplingPoints]:
         """Transform queries (B, Q, C); returns them, and the points that the deformable attention sampled.
 
-        For reference, memory and shapes see `DeformableAttention.forward`, for the mask `SelfAttention.forward`. The
-        positions, (B, Q, C) or (Q, C), are added to queries and keys of self-attention, and to queries of the
-        deformable attention.
+        The position, (B, Q, C) or (Q, C), is added to queries and keys of self-attention and to queries of the
+        deformable attention. For reference, memory and shapes see `DeformableAttention.forward`, for the mask
+        `SelfAttention.forward`.
         """
         if self.has_self_attention:
-            x = self.norm_self(x + self.dropout(self.self_attention(x, self_position, mask)))
-        attended, points = self.cross_attention(x + cross_position, reference, memory, shapes)
+            attended = self.self_attention(x, position if self.positions else None, mask)
+            x = self.norm_self(x + self.dropout(attended))
+        attended, points = self.cross_attention(x + position, reference, memory, shapes)
         x = self.norm_cross(x + self.dropout(attended))
         return self.ffn(x), points
 
@@ -262,7 +265,7 @@ class DetectionDecoder(CheckpointedLayers):
         x = content.expand(len(memory), -1, -1)
         logits, boxes = [], []
         for layer, classify, move in zip(self.layers, self.class_embed, self.bbox_embed, strict=True):
-            x, points = self.run(layer, x, reference, memory, shapes, self_position=position, cross_position=position)
+            x, points = self.run(layer, x, position, reference, memory, shapes)
             with full_precision(memory):
                 exact = x.to(self.query_embed.weight.dtype)
                 moved, before = move(exact), inverse_sigmoid(reference)

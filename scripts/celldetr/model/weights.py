@@ -114,6 +114,8 @@ def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     """
     settings = dict(_model_file(path, content)["settings"])
     settings.pop("fast", None)  # earlier versions saved how to compute; it changes no weights
+    if settings.get("projection"):  # and took this setting from the stage
+        settings["representation"] = {"positions": False} | settings["representation"]
     try:
         return ModelSettings.from_dict(settings, "settings")
     except ConfigError as error:

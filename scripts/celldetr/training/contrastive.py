@@ -53,14 +53,11 @@ class Views(NamedTuple):
         """True at anchors in images with at least two originals (B, S)."""
         return self.anchor & (self.counts[:, None] >= 2)
 
-    def mask(self, tokens: int) -> Tensor:
-        """Self-attention mask (B, S + tokens, S + tokens) bool: row attends to column.
-
-        Every slot attends to the originals and to itself; no other slot attends to an anchor or a global token.
-        """
-        seen = functional.pad(self.original, (0, tokens))
-        itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-        return seen[:, None] | itself
+    @property
+    def mask(self) -> Tensor:
+        """Self-attention mask (B, S, S) bool, row attends to column: every slot to the originals, and to itself."""
+        seen = self.original[:, None]
+        return seen | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
 
 
 def training_uniforms(batch: Batch, seed: int) -> Tensor:
@@ -106,9 +103,8 @@ def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once
 
 
 def project_views(model: CellDETR, features: Features, views: Views) -> Tensor:
-    """Projected embeddings (B, S, P) of the views, without positions in self-attention."""
-    mask = views.mask(model.representation.global_tokens)
-    return model.project(model.represent(features, views.boxes, views.valid, mask=mask, positions=False))
+    """Projected embeddings (B, S, P) of the views."""
+    return model.project(model.represent(features, views.boxes, views.valid, views.mask))
 
 
 def similarities(projected: Tensor, views: Views) -> Tensor:

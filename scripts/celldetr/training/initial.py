@@ -44,17 +44,25 @@ def build_model(experiment: Experiment, backbone: Path | None, initial: Path | N
     if backbone is not None:
         initial_weights(model, backbone)
     if initial is not None:
-        _start_from(model, initial)
+        _start_from(model, initial, frozen=settings.probe == "head")
     use_activation_checkpointing(model, settings.activation_checkpointing)
     kernel = use_sampling(model, device, compiled=settings.compile)
     log.info("deformable sampling: %s", kernel)
     return model.to(device)
 
 
-def _start_from(model: CellDETR, path: Path) -> None:
-    """Take over the weights of a model of another mode or other classes as far as they fit, and log what does not."""
+def _start_from(model: CellDETR, path: Path, *, frozen: bool) -> None:
+    """Take over the weights of a model of another mode or other classes as far as they fit, and log what does not.
+
+    If the representation decoder stays `frozen`, its settings must be those that it was trained with.
+    """
     content, settings = read_checkpoint(path), model.settings
     theirs = model_settings(content, path) if "format" in content else settings
+    if frozen and theirs.representation != settings.representation:
+        raise InputError(
+            f"model.representation: got {settings.representation.to_dict()}, but {path}, whose decoder stays frozen "
+            f"(training.probe: head), was trained with {theirs.representation.to_dict()}; give the same"
+        )
     fresh = []
     if (theirs.mode == "baseline") != (settings.mode == "baseline"):
         fresh += ["class_head", "representation", "decoder.class_embed"]

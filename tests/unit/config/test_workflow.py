@@ -192,6 +192,16 @@ def test_settings_survive_json():
             300,
             "st_finetune.model: got other queries than experiment st_pretrain",
         ),
+        (
+            "experiments.ssl_probe.model.representation.positions",
+            True,
+            "ssl_probe.model: got other representation than experiment ssl_pretrain",
+        ),
+        (
+            "experiments.ssl_pretrain.model.representation.positions",
+            True,
+            "experiments.ssl_pretrain.model.representation.positions: got True, expected false",
+        ),
         ("experiments.st_zero_shot.mode", "parallel", "stage: got zero_shot with ['mode'], expected none"),
         ("experiments.st_zero_shot.initial", "imagenet", "initial: got 'imagenet', expected an experiment or a model"),
         ("experiments.celldetr_s.mode", None, "experiments.celldetr_s: mode: missing"),

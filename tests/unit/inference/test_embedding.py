@@ -4,17 +4,25 @@ import numpy as np
 import pytest
 import torch
 from small_model import small_model
+from tiny_training import make_experiment, make_split, make_ssl_experiment
 
+from celldetr.config.experiment import NoiseSettings
 from celldetr.inference.embedding import embed_boxes, embed_patches
+from celldetr.inference.similarity import measure_similarity
 from celldetr.model.boxes import xyxy_to_cxcywh
+from celldetr.model.celldetr import CellDETR, float_images
+from celldetr.model.weights import load_model, save_model
 from celldetr.runtime.errors import InputError
-from celldetr.training.contrastive import Views
+from celldetr.training.data import PatchData, TrainingBatches
+from celldetr.training.initial import build_model
+from celldetr.training.ssl import SslStage
+from celldetr.training.supervised import SupervisedStage
 
 MODELS = {
     "sequential": {"mode": "sequential"},
     "parallel": {"mode": "parallel"},
     "tokens": {"mode": "parallel", "tokens": 3},
-    "contrastive": {"mode": "parallel", "projection": 8, "tokens": 1, "classes": ()},
+    "contrastive": {"mode": "parallel", "projection": 8, "tokens": 1, "positions": False, "classes": ()},
 }
 
 
@@ -30,14 +38,57 @@ def alone(model, store, index):
     image = torch.from_numpy(patch.image).permute(2, 0, 1)[None].float() / 255
     boxes = xyxy_to_cxcywh(torch.from_numpy(patch.boxes))[None] / store.patch_size
     with torch.no_grad():
-        features = model.encode(image)
-        if not model.settings.projection:
-            return model.represent(features, boxes)[0].numpy()
-        n = boxes.shape[1]
-        slots = torch.arange(n)[None]
-        views = Views(boxes, slots, slots >= 0, slots < 0, torch.tensor([n]))
-        mask = views.mask(model.representation.global_tokens)
-        return model.represent(features, boxes, views.valid, mask=mask, positions=False)[0].numpy()
+        return model.represent(model.encode(image), boxes)[0].numpy()
+
+
+def entering(head):
+    """List the embeddings (B, S, C) that enter a head of a model from now on."""
+    seen = []
+    head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    return seen
+
+
+def test_pretraining_probe_frozen_features_and_similarity_embed_alike(store, tmp_path):
+    """One frozen decoder: wherever its embeddings are used, self-attention sees the same nuclei, without positions."""
+    pretraining = make_ssl_experiment()
+    torch.manual_seed(3)
+    model = CellDETR(pretraining.model).eval()
+    for parameter in model.representation.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # so that it matters who sees whom and where
+    save_model(tmp_path / "ssl.pt", model, pretraining.model)
+    decoder = {"classes": list(store.classes), "representation": pretraining.model.representation.to_dict()}
+    probing = make_experiment("parallel", decoder, probe="head")
+    probe, frozen = build_model(probing, None, tmp_path / "ssl.pt", "cpu"), load_model(tmp_path / "ssl.pt")
+    data = PatchData([store], make_split(store, store.n_patches, 0), "train")
+    batch, noise = TrainingBatches(data, store.n_patches, seed=1)[0], NoiseSettings(low=0.1, high=0.4)
+    images, limits = float_images(batch.images), {"nucleus_threshold": 0.4, "radius": 12.0}
+    seen = {"pretraining": entering(model.projection), "probe": entering(probe.class_head)}
+    SslStage(pretraining, model, data, data, **limits).compute(images, batch.targets, batch)
+    stage = SupervisedStage(probing, probe, data, data, **limits)
+    stage.train()
+    stage.compute(images, batch.targets, batch)
+    seen["similarity"] = entering(frozen.projection)
+    measure_similarity(frozen, store, patches=np.array([0]), seed=1, noise=noise, batch_size=store.n_patches)
+    expected = dict(embed_patches(frozen, store, batch_size=4, device="cpu"))
+    for name, (embeddings, *_) in seen.items():
+        patches = range(store.n_patches) if name == "similarity" else batch.patches.tolist()
+        for row, patch in enumerate(patches):
+            found = embeddings[row, : len(expected[patch])]  # originals, before their anchors
+            np.testing.assert_allclose(found, expected[patch], atol=1e-4, err_msg=name)
+    other = load_model(tmp_path / "ssl.pt")
+    other.representation.layers[1].positions = True
+    moved = dict(embed_patches(other, store, batch_size=4, device="cpu"))
+    assert np.abs(moved[3] - expected[3]).max() > 1e-2
+
+
+def test_a_probe_of_a_decoder_that_was_trained_otherwise_is_refused(tmp_path):
+    pretraining = make_ssl_experiment().model
+    save_model(tmp_path / "ssl.pt", CellDETR(pretraining), pretraining)
+    probing = make_experiment("parallel", {"representation": {"layers": 2}}, probe="head")
+    with pytest.raises(InputError, match=r"got .*'positions': True.*ssl.pt.*stays frozen.*'positions': False"):
+        build_model(probing, None, tmp_path / "ssl.pt", "cpu")
+    tuning = probing.model_copy(update={"training": make_experiment().training})
+    assert build_model(tuning, None, tmp_path / "ssl.pt", "cpu").settings.representation.positions
 
 
 @pytest.mark.parametrize("kind", MODELS)

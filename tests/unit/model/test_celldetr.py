@@ -158,33 +158,30 @@ def test_a_new_model_starts_at_the_prior_with_boxes_of_nuclear_size():
 
 def test_mask_hides_boxes_from_each_other():
     """Anchors after originals (contrastive pretraining): an anchor sees the originals and itself alone."""
-    model = build("parallel", tokens=1)
+    model = build("parallel", positions=False)
     features = model.encode(images(1))
-    mask = torch.zeros(6, 6, dtype=torch.bool)
-    mask[:, :3] = True  # three originals, two anchors, one token
+    mask = torch.zeros(1, 5, 5, dtype=torch.bool)
+    mask[..., :3] = True  # three originals, two anchors
     given, other = boxes(1, 5), boxes(1, 5)
     other[:, 4] = boxes(1, 5, seed=2)[:, 4]
-    first, second = (model.represent(features, some, mask=mask, positions=False) for some in (given, other))
+    first, second = (model.represent(features, some, mask=mask) for some in (given, other))
     torch.testing.assert_close(first[:, :4], second[:, :4], rtol=0, atol=1e-12)
     assert not torch.allclose(first[:, 4], second[:, 4])
-    per_image = model.represent(features, given, mask=mask.expand(1, 6, 6), positions=False)
-    torch.testing.assert_close(per_image, first)
-    boxes_only = model.represent(features, given, mask=mask[:5, :5], positions=False)
-    assert not torch.allclose(boxes_only, first), "without rows and columns of their own, tokens are seen by all"
+    originals = model.represent(features, given[:, :3])
+    torch.testing.assert_close(first[:, :3], originals, rtol=0, atol=1e-12)
 
 
 def test_positions_are_of_self_attention_only():
     given = boxes(1, 3)
     for kind, alike in (("none", True), ("after_first", False)):
-        model = build("parallel", tokens=0, self_attention=kind)
-        features = model.encode(images(1))
-        first, second = (model.represent(features, given, positions=value) for value in (True, False))
+        models = [build("parallel", tokens=0, self_attention=kind, positions=value) for value in (True, False)]
+        first, second = (model.represent(model.encode(images(1)), given) for model in models)
         assert torch.allclose(first, second, rtol=0, atol=1e-12) == alike
 
 
-def test_global_tokens_are_context_of_the_parallel_mode():
-    for mode, alike in (("sequential", True), ("parallel", False)):
-        first, second = build(mode, tokens=0), build(mode, tokens=3)
+def test_global_tokens_are_context_of_the_parallel_mode_with_positions():
+    for mode, positions, alike in (("sequential", True, True), ("parallel", True, False), ("parallel", False, True)):
+        first, second = (build(mode, tokens=tokens, positions=positions) for tokens in (0, 3))
         second.load_state_dict(first.state_dict())
         found = [model.represent(model.encode(images(1)), boxes(1, 3)) for model in (first, second)]
         assert torch.equal(*found) == alike

@@ -11,7 +11,7 @@ from small_model import small_settings
 from celldetr.config.experiment import BackboneSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.weights import initial_weights, load_model, save_model
+from celldetr.model.weights import initial_weights, load_model, model_settings, save_model
 from celldetr.runtime.errors import InputError
 
 SMALL = small_settings("parallel", tokens=1, backbone=BackboneSettings(layers=(1, 1, 1, 1), width=8, stages=(2, 3)))
@@ -42,6 +42,15 @@ def test_saved_model_comes_back_the_same(path):
 def test_settings_of_an_earlier_version_that_change_no_weights_are_dropped(path):
     change(path, settings={"fast": True})
     assert load_model(path).settings == SMALL
+    representation = SMALL.representation.to_dict()
+    del representation["positions"]  # earlier versions had it in the stage: of contrastive pretraining, false
+    change(path, settings={"projection": 0, "representation": representation})
+    assert load_model(path).settings == SMALL
+    contrastive = model_settings(
+        {"format": 1, "settings": {**SMALL.to_dict(), "projection": 8, "representation": representation}, "state": {}},
+        path,
+    )
+    assert not contrastive.representation.positions
     change(path, settings={"hedas": 3})
     with pytest.raises(InputError, match="hedas"):
         load_model(path)

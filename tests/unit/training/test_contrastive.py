@@ -74,24 +74,23 @@ def test_every_anchor_is_noised_and_keeps_its_centre_in_its_nucleus():
 
 
 def test_mask_is_the_one_of_the_paper():
-    """2 nuclei, 2 anchors of them, 2 slots of padding (an image beside it has 3), and a global token."""
+    """2 nuclei, 2 anchors of them, and 2 slots of padding (an image beside it has 3)."""
     _, views = views_of([2, 3], once=True)
-    x = [  # originals 0 and 1, anchors 2 and 3, padding 4 and 5, token 6
-        [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0],
-        [1, 1, 0, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 0, 1],
+    x = [  # originals 0 and 1, anchors 2 and 3, padding 4 and 5
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
     ]
-    assert torch.equal(views.mask(1)[0], torch.tensor(x, dtype=torch.bool))
+    assert torch.equal(views.mask[0], torch.tensor(x, dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(4)
-    built = CellDETR(make_ssl_experiment({"dropout": 0.0, "representation": {"layers": 3, "global_tokens": 1}}).model)
+    built = CellDETR(make_ssl_experiment({"dropout": 0.0, "representation": {"layers": 3, "positions": False}}).model)
     for name, parameter in built.named_parameters():
         if "self_attention" in name and parameter.dim() > 1:  # so that who sees whom matters
             torch.nn.init.normal_(parameter, std=0.5)
