@@ -12,7 +12,7 @@ from celldetr.report.patches import overview, write_report, write_rows
 from celldetr.runtime.rule import run_rule
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.store import open_store
-from celldetr.xenium.patches import SampleFiles, extract_sample, summary_rows
+from celldetr.xenium.patches import SampleFiles, extract_sample
 
 
 def main(snakemake):
@@ -31,13 +31,12 @@ def main(snakemake):
         seed=params.seed,
         workers=snakemake.threads,
     )
-    store = open_store(output.store)
-    rows = summary_rows(found, store.labels)
-    write_rows(output.summary_tsv, rows)
+    write_rows(output.summary_tsv, found.rows)
     with open_pyramid(files.he, found.grid.image_mpp) as image:
         picture = overview(image, found.grid, found.tissue)
     title = f"Patches of {sample} ({params.tissue})"
-    write_report(output.summary_html, store, title=title, source=files.he.name, picture=picture, rows=rows)
+    store = open_store(output.store)
+    write_report(output.summary_html, store, title=title, source=files.he.name, picture=picture, rows=found.rows)
 
 
 if "snakemake" in globals():

@@ -35,12 +35,11 @@ class SampleFiles:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Patches of a sample, for its summary."""
+    """Patches of a sample."""
 
     grid: PatchGrid
     tissue: Raster
-    nuclei: SlideNuclei  # nuclei on the H&E, px of the grid
-    dropped: Mapping[str, int]  # reason -> nuclei or cells in no patch
+    rows: list[tuple[str, str, int]]  # kind, name, count: the summary
 
 
 def extract_sample(
@@ -56,18 +55,7 @@ def extract_sample(
     seed: int,
     workers: int,
 ) -> Extraction:
-    """Cut a registered, labelled sample into patches.
-
-    Parameters
-    ----------
-    out
-        Store to write; its classes are the ten cell types.
-    group, tissue
-        Slide or donor of the sample, and its organ.
-    size, mpp
-        Side of a patch in px, and size of its pixels in um.
-    workers
-        Threads.
+    """Cut a registered, labelled sample into patches of `size` px of `mpp` um; the classes are the ten cell types.
 
     Raises
     ------
@@ -75,25 +63,24 @@ def extract_sample(
         A file is damaged, the files are of different samples, or no patch meets the thresholds.
     """
     registration = read_registration(files.registration)
+    he_mpp = registration.he_mpp
     placed, dropped = place_nuclei(read_nuclei(files.outs), read_cells(files.cells), registration, mpp)
-    with open_pyramid(files.he, registration.he_mpp) as image:
-        tissue_raster = tissue_mask(image, registration.he_mpp)
-        scale = registration.he_mpp / mpp
-        nuclei = placed.on_slide((image.size[0] * scale, image.size[1] * scale))
-        with open_pyramid(dapi_path(files.outs), registration.pixel_size, plane=0) as dapi:
-            covered = imaged(dapi, registration.pixel_size, tissue_raster, registration.matrix)
+    dapi_image = open_pyramid(dapi_path(files.outs), registration.pixel_size, plane=0)
+    with open_pyramid(files.he, he_mpp) as image, dapi_image as dapi:
+        tissue_raster = tissue_mask(image, he_mpp)
+        nuclei = placed.on_slide((image.size[0] * he_mpp / mpp, image.size[1] * he_mpp / mpp))
         grid = patch_grid(
             image.size,
-            registration.he_mpp,
+            he_mpp,
             nuclei,
             size=size,
             mpp=mpp,
             tissue=tissue_raster,
             settings=settings,
             seed=seed,
-            imaged=covered,
+            imaged=imaged(dapi, registration.pixel_size, tissue_raster, registration.matrix),
         )
-        where = {"file": files.he.name, "size": list(image.size), "mpp": registration.he_mpp}
+        where = {"file": files.he.name, "size": list(image.size), "mpp": he_mpp}
     if not len(grid):
         raise InputError(
             f"{sample}: got no patch; the grid has "
@@ -101,10 +88,7 @@ def extract_sample(
             + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
             "types, or lower xenium.patches.min_tissue and min_labelled"
         )
-    dropped |= {
-        "nuclei outside of the H&E image": len(placed) - len(nuclei),
-        **grid.dropped(len(nuclei)),
-    }
+    dropped |= {"nuclei outside of the H&E image": len(placed) - len(nuclei), **grid.dropped(len(nuclei))}
     attrs = {
         "image": where,
         "dropped": dropped,
@@ -123,7 +107,7 @@ def extract_sample(
         attrs=attrs,
         workers=workers,
     )
-    return Extraction(grid, tissue_raster, nuclei, dropped)
+    return Extraction(grid, tissue_raster, _summary(grid, nuclei.labels, dropped))
 
 
 def place_nuclei(
@@ -157,15 +141,16 @@ def place_nuclei(
     return SlideNuclei(placed[good], labels[good]), dropped
 
 
-def summary_rows(found: Extraction, labels: NDArray[np.int8]) -> list[tuple[str, str, int]]:
-    """Rows (kind, name, count) of a sample's summary; `labels` are those of the nuclei in the patches."""
+def _summary(grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """Rows (kind, name, count); `labels` are those of all nuclei on the H&E."""
+    inside = labels[grid.boxes.nuclei]
     return [
-        ("total", "patches", len(found.grid)),
-        ("total", "nuclei in patches", len(labels)),
-        ("total", "cut nuclei in patches", int(found.grid.boxes.cut.sum())),
-        ("total", "labelled nuclei in patches", int((labels != NO_LABEL).sum())),
-        ("total", "nuclei on the H&E", len(found.nuclei)),
-        *(("class", name, count) for name, count in class_counts(labels, ST_TYPES).items()),
-        *(("dropped", name, count) for name, count in found.dropped.items()),
-        *(("not taken", f"patches {name}", count) for name, count in found.grid.passed_over.items()),
+        ("total", "patches", len(grid)),
+        ("total", "nuclei in patches", len(inside)),
+        ("total", "cut nuclei in patches", int(grid.boxes.cut.sum())),
+        ("total", "labelled nuclei in patches", int((inside != NO_LABEL).sum())),
+        ("total", "nuclei on the H&E", len(labels)),
+        *(("class", name, count) for name, count in class_counts(inside, ST_TYPES).items()),
+        *(("dropped", name, count) for name, count in dropped.items()),
+        *(("not taken", f"patches {name}", count) for name, count in grid.passed_over.items()),
     ]

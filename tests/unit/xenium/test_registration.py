@@ -233,7 +233,7 @@ def test_likely_mistakes_are_named_and_undone(name):
 def test_a_right_matrix_is_plausible_and_reflection_is_noted(flip):
     matrix, size = planted(20, 1.3, flip=flip)
     judged = check_plausible(matrix, MPP, PIXEL, SETTINGS, size, (2160, 1780))
-    assert judged.problems == ()
+    assert not judged.problems
     assert any("mirrored" in note for note in judged.notes) == flip
 
 

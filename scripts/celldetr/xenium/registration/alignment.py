@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,8 @@ def read_alignment(path: str | os.PathLike[str]) -> Alignment:
     """Read an alignment file: a 3 x 3 matrix without header, or a table of keypoints.
 
     Keypoints pair a point of the Xenium image (``fixedX``, ``fixedY``) with a point of the H&E (``alignmentX``,
-    ``alignmentY``), px; the matrix is their least-squares fit.
-
-    Raises
-    ------
-    InputError
-        The file has another format, fewer than 3 keypoints, or all keypoints lie on a line.
+    ``alignmentY``), px; the matrix is their least-squares fit. Raises InputError if the file has another format, fewer
+    than 3 keypoints, or all of them on a line.
     """
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as handle:
@@ -61,10 +57,10 @@ def _fit_keypoints(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) 
     short = [number for number, row in enumerate(rows[1:], 2) if len(row) <= max(columns)]
     if short:
         raise InputError(f"{path}: row {short[0]} has too few columns, expected values of {', '.join(KEYPOINTS)}")
-    points = _numbers([[row[column] for column in columns] for row in rows[1:]], path).reshape(-1, 4)
-    fixed, moving = points[:, :2], points[:, 2:]
+    points = _numbers([[row[column] for column in columns] for row in rows[1:]], path)
     if len(points) < 3:
         raise InputError(f"{path}: got {len(points)} keypoints, expected 3 or more; set more of them")
+    fixed, moving = points[:, :2], points[:, 2:]
     for name, side in (("alignment", moving), ("fixed", fixed)):
         spread = np.linalg.svd(side - side.mean(axis=0), compute_uv=False)
         if spread[1] < 1e-3 * spread[0] or spread[0] == 0:
@@ -87,10 +83,9 @@ def _numbers(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> Flo
 class Plausibility:
     """Judgement of a matrix without the images."""
 
-    problems: tuple[str, ...]  # reasons why the matrix cannot be right; empty if it can
-    notes: tuple[str, ...]  # unusual properties
-    mistakes: Mapping[str, Floats]
-    """What the file may hold instead of the right matrix -> corrected matrix (3, 3); only the images can confirm it."""
+    problems: list[str]  # reasons why the matrix cannot be right; empty if it can
+    notes: list[str]  # unusual properties
+    mistakes: dict[str, Floats]  # what the file may hold instead -> corrected matrix (3, 3), for the images to confirm
 
 
 def check_plausible(
@@ -103,8 +98,7 @@ def check_plausible(
 ) -> Plausibility:
     """Judge a matrix (3, 3), H&E level-0 px -> Xenium px, by its scale, its shear, and the overlap of the two images.
 
-    `he_mpp` (None if unknown) and `pixel_size` are um per px of the H&E and the Xenium image; the sizes are width and
-    height in px.
+    `he_mpp` may be None; the sizes are width and height in px.
     """
     problems = list(_problems(matrix, he_mpp, pixel_size, settings))
     overlap = _overlap(matrix, he_size, xenium_size)
@@ -122,7 +116,7 @@ def check_plausible(
         if _overlap(corrected, he_size, xenium_size) >= _CLEAR_OVERLAP
         and not any(_problems(corrected, he_mpp, pixel_size, settings))
     }
-    return Plausibility(tuple(problems), tuple(notes), mistakes)
+    return Plausibility(problems, notes, mistakes)
 
 
 def _problems(matrix: Floats, he_mpp: float | None, pixel_size: float, settings: RegistrationSettings) -> Iterator[str]:
@@ -161,7 +155,6 @@ def _corrections(matrix: Floats, he_mpp: float | None, pixel_size: float) -> dic
 
 def _overlap(matrix: Floats, he_size: tuple[int, int], xenium_size: tuple[int, int]) -> float:
     """Area that the two images share, over the smaller area."""
-    width, height = he_size
-    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=np.float64)
-    he, xenium = shapely.Polygon(apply(matrix, corners)), shapely.box(0, 0, *xenium_size)
+    he = shapely.transform(shapely.box(0, 0, *he_size), lambda corners: apply(matrix, corners))
+    xenium = shapely.box(0, 0, *xenium_size)
     return float(he.intersection(xenium).area / min(he.area, xenium.area))
