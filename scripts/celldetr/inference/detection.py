@@ -25,8 +25,9 @@ from celldetr.runtime.errors import ConfigError
 from celldetr.runtime.files import atomic
 from celldetr.slides.boxes import visible_boxes
 from celldetr.slides.cutting import read_blocks
-from celldetr.slides.damage import DamagedSlide, log_damage, open_slide
+from celldetr.slides.damage import log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, stripe_order
+from celldetr.slides.tiff import DamagedSlide
 from celldetr.slides.tissue import Raster, tissue_mask
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,6 @@ _PIECE_UM, _PIECE_PX = 64.0, 16  # a damaged region as small as either is given 
 _NAMED = 10  # damaged places that are named in the log and in the store
 
 
-class DamagedSlide(InputError):
-    """The file of a slide exists but cannot be opened."""
-
-
 def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, skip: bool = False) -> Pyramid:
     """Open a colour slide with a known pixel size.
 
@@ -39,16 +35,16 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, s
     Raises
     ------
     DamagedSlide
-        The file cannot be opened.
+        The file cannot be read as an image.
     InputError
-        There is no such file, it is not in colour, or its pixel size is unknown.
+        See `open_pyramid`; or the image is not in colour, or its pixel size is unknown.
     """
     if not Path(path).is_file():
         raise InputError(f"{slide}: {path}: no such file")
     try:
         image = open_pyramid(path, mpp)
     except InputError as error:
-        raise DamagedSlide(f"{slide}: {error}") from error
+        raise type(error)(f"{slide}: {error}") from error
     problem = ""
     if image.channels != 3:
         problem = "got an image with one channel, expected colour (H&E)"

@@ -10,10 +10,11 @@ from celldetr.config.slides import SlidePatchSettings
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import cut_patches
-from celldetr.slides.damage import DamagedSlide, log_damage, open_slide
+from celldetr.slides.damage import log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, patch_grid
 from celldetr.slides.outlines import NucleusFile, read_nucleus_file
 from celldetr.slides.pyramid import Pyramid
+from celldetr.slides.tiff import DamagedSlide
 from celldetr.slides.tissue import Raster, tissue_mask
 from celldetr.store import PatchStore, StoreWriter
 

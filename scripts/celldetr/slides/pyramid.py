@@ -8,26 +8,23 @@ coordinates. Only the tiles that a region touches are decoded.
 """
 
 import contextlib
-import functools
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import openslide
-import tifffile
 from numpy.typing import NDArray
+from tifffile import TiffFile
 
 from celldetr.runtime.errors import InputError
+from celldetr.slides.tiff import DamagedSlide, level_pages, number, stated_pixel_size, tile_planes
 
-_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
 _PLAUSIBLE_MPP = (0.02, 20.0)  # um; a resolution tag beyond this range is for printing (72 dpi), not from a microscope
-_CACHE_BYTES = 48 << 20  # decoded tiles kept for each level
+_OVAL = 0.02  # largest relative difference between width and height of a pixel
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
     ----------
     path
         A slide that OpenSlide reads; or TIFF or OME-TIFF, tiled or in strips, colour as (y, x, 3), (3, y, x), (4, y, x)
-        or (1, y, x, 3).
+        or (1, y, x, 3). The largest image of the file is taken, with its smaller copies.
     mpp
         Size of a level-0 pixel in um; replaces what the file says.
     plane
@@ -128,8 +125,10 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
 
     Raises
     ------
+    DamagedSlide
+        It cannot be read as an image.
     InputError
-        There is no such file, or it cannot be read as an image.
+        There is no such file, its colours or samples cannot be read as what they are, or its pixels are not square.
     """
     file = Path(path)
     if not file.is_file():
@@ -148,14 +147,15 @@ class _Slide(Pyramid):
         self._slide = self._open()
         self._downsamples = [float(down) for down in self._slide.level_downsamples]
         self.levels = _levels(self._slide.level_dimensions)
-        self.mpp = mpp or _plausible(self._slide.properties.get(openslide.PROPERTY_NAME_MPP_X))
+        keys = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+        self.mpp = mpp or _pixel_size(path, *(self._slide.properties.get(key) for key in keys))
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
 
     def _open(self) -> openslide.OpenSlide:
         try:
             return openslide.OpenSlide(str(self.path))
         except openslide.OpenSlideError as error:
-            raise InputError(f"{self.path}: OpenSlide cannot open it ({error}); is the file complete?") from error
+            raise DamagedSlide(f"{self.path}: OpenSlide cannot open it ({error}); is the file complete?") from error
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         x0, y0, x1, y1 = box
@@ -181,20 +181,21 @@ class _Tiff(Pyramid):
         self.path = path
         with contextlib.ExitStack() as opened:
             try:
-                # ignore OME metadata: it may name other files (channels of a morphology image) that are not here
-                self._file = opened.enter_context(tifffile.TiffFile(path, is_ome=False))
+                self._file = opened.enter_context(TiffFile(path))
                 self._read_structure(mpp, plane)
             except (InputError, MemoryError):
                 raise
             except Exception as error:  # tifffile raises many kinds for a damaged structure
-                raise InputError(f"{path}: cannot be read as TIFF ({error}); is the file complete?") from error
+                with path.open("rb") as file:
+                    page = b"<html" in file.read(1024).lower()
+                reason = "it is a web page (HTML); get the slide again" if page else f"{error}; is the file complete?"
+                raise DamagedSlide(f"{path}: cannot be read as TIFF: {reason}") from error
             opened.pop_all()
 
     def _read_structure(self, mpp: float | None, plane: int | None) -> None:
-        series = self._file.series[0]
-        pages = [[page.aspage() for page in level.pages if page is not None] for level in series.levels]
-        first = pages[0][0]
-        self._planes = [_tile_planes(page_list, plane, self.path) for page_list in pages]
+        levels = level_pages(self._file)
+        first = levels[0][0]
+        self._planes = [tile_planes(pages, plane, self.path) for pages in levels]
         self.channels = sum(reader.samples for reader in self._planes[0])
         self.dtype = np.dtype(first.dtype)
         if self.channels == 3 and self.dtype != np.uint8:
@@ -205,23 +206,11 @@ class _Tiff(Pyramid):
                 "negative values or NaN); convert the image"
             )
         self.background = 255 if self.channels == 3 else 0
-        self.levels = _levels([(level[0].imagewidth, level[0].imagelength) for level in pages])
-        self.mpp = mpp or self._mpp(first)
-
-    def _mpp(self, page: tifffile.TiffPage) -> float | None:
-        text = self._file.pages.first.description or ""
-        if "OME" in text[:2000] and "PhysicalSizeX" in text:
-            return _ome_mpp(text)
-        tag = page.tags.get("XResolution")
-        unit = {2: 25400.0, 3: 10000.0}.get(int(page.resolutionunit or 1))
-        if tag is None or unit is None or not tag.value[0]:
-            return None
-        return _plausible(unit * tag.value[1] / tag.value[0])
+        self.levels = _levels([(pages[0].imagewidth, pages[0].imagelength) for pages in levels])
+        self.mpp = mpp or _pixel_size(self.path, *stated_pixel_size(self._file, first))
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
-        if self.channels == 1:
-            self._planes[level][0].fill(box, out[..., None])
-            return
+        out = out.reshape(*out.shape[:2], self.channels)
         start = 0
         for reader in self._planes[level]:
             reader.fill(box, out[..., start : start + reader.samples])
@@ -248,116 +237,20 @@ def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def _tile_planes(pages: Sequence[tifffile.TiffPage], plane: int | None, path: Path) -> list["_Tiles"]:
-    """Readers of the planes of a level: colour in one reader or in three, or a single plane."""
-    first = pages[0]
-    if first.samplesperpixel in (3, 4) and first.planarconfig == 1:
-        samples = slice(0, 3) if plane is None else slice(plane, plane + 1)
-        parts = [(first, 0, samples)]
-        count = samples.stop - samples.start
-    else:
-        separate = first.samplesperpixel > 1
-        parts = [(first, index, slice(1)) for index in range(first.samplesperpixel)] if separate else []
-        parts = parts or [(page, 0, slice(1)) for page in pages]
-        if plane is not None and len(parts) > 1:
-            parts = parts[plane : plane + 1]
-        if len(parts) == 4:
-            parts = parts[:3]  # the fourth is alpha
-        count = len(parts)
-    if count not in (1, 3):
-        raise InputError(f"{path}: got {count} planes, expected a colour image or one plane")
-    return [_Tiles(*part, cache=_CACHE_BYTES // len(parts)) for part in parts]
+def _pixel_size(path: Path, width: object, height: object) -> float | None:
+    """Size of a pixel in um from what a file states; None if no microscope has such pixels.
 
-
-class _Tiles:
-    """Tiles (or strips) of a page.
-
-    Parameters
-    ----------
-    page
-        TIFF page.
-    plane
-        Index of the plane if the page stores its planes one after another.
-    samples
-        Samples of a pixel to read.
-    cache
-        Bytes of decoded tiles to keep; at least two tiles are kept.
+    Raises
+    ------
+    InputError
+        Pixels are not square.
     """
-
-    def __init__(self, page: tifffile.TiffPage, plane: int, samples: slice, *, cache: int) -> None:
-        self._page, self._samples = page, samples
-        self.samples = samples.stop - (samples.start or 0)
-        self._path = page.parent.filehandle.path
-        self._width = page.tilewidth if page.is_tiled else page.imagewidth
-        self._height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
-        self._across = -(-page.imagewidth // self._width)
-        down = -(-page.imagelength // self._height)
-        self._offset = plane * self._across * down
-        there = min(len(page.dataoffsets), len(page.databytecounts))
-        if there < self._offset + self._across * down:
-            raise InputError(
-                f"{self._path}: the level {page.imagewidth} x {page.imagelength} px needs more than its {there} tiles; "
-                "the file is damaged: get it again"
-            )
-        self._tables = page.jpegtables
-        self._handle = page.parent.filehandle.fileno()
-        self._decode = page.decode
-        stored = page.samplesperpixel if page.planarconfig == 1 else 1
-        tile_bytes = self._width * self._height * stored * np.dtype(page.dtype).itemsize
-        self.tile = functools.lru_cache(maxsize=max(2, cache // tile_bytes))(self._read_tile)
-
-    def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
-        """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
-        x0, y0, x1, y1 = box
-        for row in range(y0 // self._height, -(-y1 // self._height)):
-            for column in range(x0 // self._width, -(-x1 // self._width)):
-                tile = self.tile(row, column)
-                if tile is None:
-                    continue
-                left, top = column * self._width, row * self._height
-                a0, b0 = max(x0, left), max(y0, top)
-                a1, b1 = min(x1, left + tile.shape[1]), min(y1, top + tile.shape[0])
-                out[b0 - y0 : b1 - y0, a0 - x0 : a1 - x0] = tile[b0 - top : b1 - top, a0 - left : a1 - left]
-
-    def _read_tile(self, row: int, column: int) -> NDArray[Any] | None:
-        """Pixels (rows, columns, samples) of a tile; None if it is not in the file (empty glass)."""
-        index = self._offset + row * self._across + column
-        offset, count = self._page.dataoffsets[index], self._page.databytecounts[index]
-        if not count:
-            return None
-        data = os.pread(self._handle, count, offset)
-        try:
-            if len(data) != count:
-                raise ValueError(f"the file ends after {len(data)} of its {count} bytes")
-            tile, _, shape = self._decode(data, index, jpegtables=self._tables)
-        except Exception as error:  # each codec raises its own kind of exception
-            raise InputError(
-                f"{self._path}: the tile in row {row}, column {column} of the level {self._page.imagewidth} x "
-                f"{self._page.imagelength} px cannot be decoded ({error}); the file is damaged: get it again"
-            ) from error
-        if tile is None:
-            return None
-        pixels: NDArray[Any] = tile.reshape(tile.shape[-3:])[: shape[1], : shape[2]]
-        return pixels[..., self._samples]
-
-
-def _ome_mpp(text: str) -> float | None:
-    """Pixel size in um from OME metadata (its first image)."""
-    try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError:
+    x, y = number(width), number(height)
+    if x is None or not _PLAUSIBLE_MPP[0] <= x <= _PLAUSIBLE_MPP[1]:
         return None
-    pixels = next((node for node in root.iter() if re.sub(r"^\{.*\}", "", node.tag) == "Pixels"), None)
-    if pixels is None or "PhysicalSizeX" not in pixels.attrib:
-        return None
-    unit = _UM_PER_UNIT.get(pixels.attrib.get("PhysicalSizeXUnit", ""))
-    return None if unit is None else _plausible(float(pixels.attrib["PhysicalSizeX"]) * unit)
-
-
-def _plausible(value: object) -> float | None:
-    """Pixel size in um as a number; None if no microscope has such pixels."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return number if _PLAUSIBLE_MPP[0] <= number <= _PLAUSIBLE_MPP[1] else None
+    if y and abs(x / y - 1) > _OVAL:
+        raise InputError(
+            f"{path}: got pixels of {x:.4g} x {y:.4g} um, expected square ones; resample the image, or give the right "
+            "um per px in column mpp (he_mpp) of the sheet if the file is wrong"
+        )
+    return x

@@ -14,8 +14,9 @@ from slide_files import damage_tiles
 import choose_slide_patches
 import extract_slide
 from celldetr.runtime.errors import InputError
-from celldetr.slides.damage import DamagedSlide, open_slide
+from celldetr.slides.damage import open_slide
 from celldetr.slides.pyramid import _Tiff
+from celldetr.slides.tiff import DamagedSlide
 from celldetr.store import open_store
 from celldetr.store.splits import read_split
 

@@ -1,5 +1,8 @@
 """Images read by region: whatever the layout, the pixels are those that were written, and damage is named."""
 
+import struct
+
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -10,6 +13,7 @@ from slide_files import damage_tiles
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import open_pyramid
+from celldetr.slides.tiff import DamagedSlide
 
 HEIGHT, WIDTH = 173, 259
 TILE = {"tile": (64, 32)}
@@ -61,15 +65,27 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_gives_the_pixels_of_every_level(tmp_path, name):
     array, options = LAYOUTS[name]
-    several = not name.startswith(("zyxs", "pages of planes")) or name.endswith("ome")
-    path = write(tmp_path / "he.tif", halves(array, 3 if several else 1), **options)
+    path = write(tmp_path / "he.tif", halves(array), **options)
     with open_pyramid(path) as image:
         assert (image.size, image.channels, image.dtype) == ((WIDTH, HEIGHT), 3, np.uint8)
-        assert len(image.levels) == (3 if several else 1)
-        for index, (level, expected) in enumerate(zip(image.levels, halves(IMAGE), strict=False)):
+        for index, (level, expected) in enumerate(zip(image.levels, halves(IMAGE), strict=True)):
             assert (level.width, level.height) == (expected.shape[1], expected.shape[0])
             assert level.downsample == 2**index  # 259 px become 130 and 65: rounded, and still two and four wide
             assert np.array_equal(image.read(index, 0, 0, level.width, level.height), expected)
+
+
+FOREIGN = ("ImageJ=1.53t\nimages=3\nchannels=3\nunit=micron\n", '{"shape": [346, 518, 3]}')
+
+
+@pytest.mark.parametrize("description", FOREIGN)
+@pytest.mark.parametrize("subifds", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
+def test_descriptions_of_the_file_it_was_converted_from_do_not_matter(tmp_path, description, subifds, separate):
+    array, options = LAYOUTS["planes in a page" if separate else "yxs"]
+    options = {**options, "description": description, "subifds": subifds}
+    with open_pyramid(write(tmp_path / "he.tif", halves(array), **options)) as image:
+        assert [level.downsample for level in image.levels] == [1, 2, 4]
+        assert np.array_equal(image.read(2, 0, 0, 65, 44), IMAGE[::4, ::4])
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +123,60 @@ def test_tiles_that_are_left_out_are_background(tmp_path):
         assert np.array_equal(found.read(0, 0, 0, 128, 128), image)
 
 
-def test_jpeg_tiles_look_like_what_was_written(tmp_path):
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
+def write_tiles(path, images, **options):
+    """Write a page of compressed tiles of 64 x 64 px, row by row."""
+    with tifffile.TiffWriter(path) as writer:
+        writer.write(iter(images), shape=(128, 128, 3), dtype=np.uint8, tile=(64, 64), metadata=None, **options)
+    return path
+
+
+def test_ycbcr_of_jpeg_and_of_jpeg_2000_become_rgb(tmp_path):
+    y, x = np.mgrid[:128, :128]
     smooth = np.stack([100 + x / 3, 200 - y / 3, 120 + (x + y) / 5], axis=-1).astype(np.uint8)
     luma = np.asarray(Image.fromarray(smooth).convert("YCbCr"))  # tifffile does not convert
-    for written, more in ((smooth, RGB), (luma, {"photometric": "ycbcr", "subsampling": (2, 2)})):
-        jpeg = {"tile": (64, 64), "compression": "jpeg", "compressionargs": {"level": 95}}
-        with open_pyramid(write(tmp_path / "he.tif", [written], **jpeg, **more)) as image:
-            difference = np.abs(image.read(0, 0, 0, WIDTH, HEIGHT).astype(int) - smooth)
-            assert difference.mean() < 2
+    jpeg = {"tile": (64, 64), "compression": "jpeg", "compressionargs": {"level": 95}}
+    tiles = [imagecodecs.jpeg2k_encode(luma[y : y + 64, x : x + 64], level=0, mct=False, codecformat="j2k")
+             for y in (0, 64) for x in (0, 64)]  # fmt: skip
+    paths = [
+        write(tmp_path / "rgb.tif", [smooth], **jpeg, **RGB),
+        write(tmp_path / "ycbcr.tif", [luma], **jpeg, photometric="ycbcr", subsampling=(2, 2)),
+        write_tiles(tmp_path / "2000.tif", tiles, compression=33003, photometric="ycbcr"),
+    ]
+    for path in paths:
+        with open_pyramid(path) as image:
+            assert np.abs(image.read(0, 0, 0, 128, 128).astype(int) - smooth).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((99, 99, 4), {"photometric": "separated"}, "SEPARATED with compression NONE, expected RGB"),
+        ((99, 99, 3), {"photometric": "cielab"}, "CIELAB"),
+        ((99, 99, 3), {"photometric": "ycbcr", "subsampling": (1, 1), "compression": "deflate"}, "YCBCR.*DEFLATE"),
+        ((99, 99), {"photometric": "miniswhite"}, "MINISWHITE"),
+        ((99, 99, 3), {"photometric": "rgb", "compression": "jpegxl"}, "JPEGXL"),
+    ],
+)
+def test_colours_that_are_not_converted_are_refused_by_name(tmp_path, shape, options, message):
+    path = write(tmp_path / "he.tif", [np.zeros(shape, np.uint8)], **TILE, **options)
+    with pytest.raises(InputError, match=rf"he\.tif: got colours.*{message}") as caught:
+        open_pyramid(path)
+    assert not isinstance(caught.value, DamagedSlide)
+
+
+def test_tiles_that_fill_the_memory_are_refused_before_they_are_decoded(tmp_path):
+    tile = bytearray(imagecodecs.jpeg8_encode(np.zeros((64, 64, 3), np.uint8)))
+    frame = tile.index(b"\xff\xc0")
+    tile[frame + 5 : frame + 9] = struct.pack(">HH", 9000, 9000)
+    path = write_tiles(tmp_path / "jpeg.tif", [bytes(tile)] * 4, compression="jpeg", photometric="ycbcr")
+    with open_pyramid(path) as image, pytest.raises(InputError, match="it holds 9000 x 9000 px, expected 64 x 64"):
+        image.read(0, 0, 0, 9, 9)
+    path = write(tmp_path / "large.tif", [IMAGE], compression="deflate", **RGB, tile=(16, 16))
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for name in ("TileWidth", "TileLength"):
+            file.pages[0].tags[name].overwrite(16_384)
+    with pytest.raises(InputError, match="takes 0.8 GiB, expected at most 0.5"):
+        open_pyramid(path)
 
 
 def test_a_damaged_tile_is_named_and_the_others_are_read(tmp_path):
@@ -133,8 +194,11 @@ def test_files_that_are_no_images_are_refused(tmp_path):
         open_pyramid(tmp_path / "none.tif")
     for name, data in (("text.tif", b"no image" * 20), ("empty.tif", b""), ("stub.tif", whole[:6])):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(DamagedSlide, match=name):
             open_pyramid(tmp_path / name)
+    (tmp_path / "web.svs").write_bytes(b"<!DOCTYPE html>\n<HTML><body>Log in</body></HTML>")
+    with pytest.raises(DamagedSlide, match=r"web\.svs: .*it is a web page \(HTML\)"):
+        open_pyramid(tmp_path / "web.svs")
     (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"cut\.tif"), open_pyramid(tmp_path / "cut.tif") as image:
         image.read(0, 0, 0, WIDTH, HEIGHT)
@@ -150,9 +214,16 @@ def test_files_that_are_no_images_are_refused(tmp_path):
             open_pyramid(plane, plane=0)
 
 
-def ome(pixels):
-    namespace = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
-    return {"description": f'<OME xmlns="{namespace}"><Image><Pixels {pixels}/></Image></OME>'.encode()}
+def ome(sizes, first=""):
+    images = f'{first}<Image><Pixels SizeX="{WIDTH}" SizeY="{HEIGHT}" {sizes}/></Image>'
+    return {"description": f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">{images}</OME>'.encode()}
+
+
+def centimetre(x, y):
+    return {"resolution": (1e4 / x, 1e4 / y), "resolutionunit": "CENTIMETER"}
+
+
+MACRO = '<Image><Pixels SizeX="240" SizeY="80" PhysicalSizeX="16" PhysicalSizeY="16"/></Image>'
 
 
 @pytest.mark.parametrize(
@@ -161,9 +232,13 @@ def ome(pixels):
         (ome('PhysicalSizeX="0.2738"'), 0.2738),
         (ome('PhysicalSizeX="0.2738" PhysicalSizeXUnit="µm"'), 0.2738),
         (ome('PhysicalSizeX="273.8" PhysicalSizeXUnit="nm"'), 0.2738),
+        (ome('PhysicalSizeX="0.2738" PhysicalSizeY="0.2738"', MACRO), 0.2738),
+        (ome("", MACRO), None),
         (ome('PhysicalSizeX="1" PhysicalSizeXUnit="pixel"'), None),
+        (ome('PhysicalSizeX=""'), None),
+        (ome('PhysicalSizeX="0,25" PhysicalSizeY="0,25"'), None),
         (ome(""), None),
-        ({"resolution": (1e4 / 0.5, 1e4 / 0.5), "resolutionunit": "CENTIMETER"}, 0.5),
+        (centimetre(0.5, 0.505), 0.5),
         ({"resolution": (25400 / 0.25, 25400 / 0.25), "resolutionunit": "INCH"}, 0.25),
         ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),  # of a printer
         ({"resolution": (4, 4), "resolutionunit": "NONE"}, None),
@@ -176,6 +251,29 @@ def test_pixel_sizes_are_read_in_every_unit(tmp_path, options, expected):
         assert image.mpp == (None if expected is None else pytest.approx(expected, rel=1e-4))
     with open_pyramid(path, 0.3) as image:
         assert image.mpp == 0.3
+
+
+@pytest.mark.parametrize(
+    "options", [ome('PhysicalSizeX="0.25" PhysicalSizeY="0.5"'), centimetre(0.25, 0.5), centimetre(0.25, 0.256)]
+)
+def test_pixels_that_are_not_square_are_refused_unless_a_size_is_given(tmp_path, options):
+    path = write(tmp_path / "he.tif", [IMAGE], **RGB, **TILE, **options)
+    with pytest.raises(InputError, match=r"pixels of 0\.25 x 0\.\d+ um, expected square ones"):
+        open_pyramid(path)
+    with open_pyramid(path, 0.25) as image:
+        assert image.mpp == 0.25
+
+
+def test_the_slide_is_the_largest_image_of_the_file(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "he.tif") as writer:
+        writer.write(IMAGE[::9, ::9].copy(), **RGB)  # a thumbnail in strips
+        writer.write(np.zeros((40, 120, 3), np.uint8), **RGB, **TILE, **centimetre(16, 16))  # the whole glass
+        for level in halves(IMAGE):
+            writer.write(level, **RGB, **TILE, **(centimetre(0.5, 0.5) if level is IMAGE else {}))
+    with open_pyramid(tmp_path / "he.tif") as image:
+        assert (image.size, image.mpp) == ((WIDTH, HEIGHT), pytest.approx(0.5))
+        assert [level.downsample for level in image.levels] == [1, 2, 4]
+        assert np.array_equal(image.read(0, 0, 0, WIDTH, HEIGHT), IMAGE)
 
 
 def test_the_coarsest_level_that_is_fine_enough_is_chosen(tmp_path):

@@ -1,0 +1,207 @@
+"""Pages and tiles of TIFF images: which pages are the levels of the slide, and the pixels of their tiles."""
+
+import functools
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tifffile import COMPRESSION, PHOTOMETRIC, TIFF, TiffFile, TiffPage
+
+from celldetr.runtime.errors import InputError
+
+_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
+_CACHE_BYTES = 48 << 20  # decoded tiles kept for each level
+_TILE_BYTES = 512 << 20  # largest decoded tile; Pillow opens no larger image in colour
+_JPEG = {COMPRESSION.JPEG, COMPRESSION.ALT_JPEG, COMPRESSION.JPEG_LOSSY}
+_YCBCR = COMPRESSION.APERIO_JP2000_YCBC  # JPEG 2000 whose samples are Y, Cb and Cr
+_JPEG_2000 = {_YCBCR, COMPRESSION.APERIO_JP2000_RGB, COMPRESSION.JPEG_2000_LOSSY, COMPRESSION.JPEG2000}
+_IMAGES = {*_JPEG, *_JPEG_2000, COMPRESSION.PNG, COMPRESSION.WEBP}  # tiles that have a header with a size of their own
+
+
+class DamagedSlide(InputError):
+    """The file of an image exists but cannot be opened."""
+
+
+def level_pages(file: TiffFile) -> list[list[TiffPage]]:
+    """Pages (one, or one for each plane) of each level of the largest image, the finest level first.
+
+    Descriptions of ImageJ, OME or tifffile may be those of another file that this one was converted from: the pages
+    themselves tell. Levels have the shape of the largest page; a macro image or a label does not.
+    """
+    pages = []
+    for page in file.pages:
+        pages.append(page.aspage())
+        for number, offset in enumerate(page.subifds or ()):
+            file.filehandle.seek(offset)
+            pages.append(TiffPage(file, (page.index, number)))
+    first = max(pages, key=lambda page: page.imagewidth * page.imagelength)
+    levels: dict[tuple[int, int], list[TiffPage]] = {}
+    for page in pages:
+        width, height = page.imagewidth, page.imagelength
+        skew = abs(height * first.imagewidth - width * first.imagelength)  # both sides may be rounded
+        if _layout(page) == _layout(first) and skew < first.imagewidth + first.imagelength:
+            levels.setdefault((width, height), []).append(page)
+    planes = len(levels[first.imagewidth, first.imagelength])
+    return [levels[size] for size in sorted(levels, reverse=True) if len(levels[size]) == planes]
+
+
+def _layout(page: TiffPage) -> tuple[object, ...]:
+    return page.samplesperpixel, page.dtype, page.planarconfig, page.photometric, page.is_tiled
+
+
+def _check_colours(page: TiffPage, path: Path) -> None:
+    """Refuse colours that tifffile does not turn into RGB, and compressed tiles whose size is only known too late."""
+    plain = page.photometric in (PHOTOMETRIC.RGB, PHOTOMETRIC.MINISBLACK)
+    known = page.photometric == PHOTOMETRIC.YCBCR and page.compression in {*_JPEG, _YCBCR}
+    if not (plain or known) or (page.compression in TIFF.IMAGE_COMPRESSIONS and page.compression not in _IMAGES):
+        colours, codec = (getattr(value, "name", value) for value in (page.photometric, page.compression))
+        raise InputError(
+            f"{path}: got colours {colours} with compression {codec}, expected RGB, gray values, or YCbCr in JPEG; "
+            "convert the image (e.g. vips colourspace, then vips tiffsave --tile --pyramid)"
+        )
+
+
+def tile_planes(pages: Sequence[TiffPage], plane: int | None, path: Path) -> list["Tiles"]:
+    """Readers of the planes of a level: colour in one reader or in three, or a single plane."""
+    first, gray = pages[0], slice(0, 1)
+    _check_colours(first, path)
+    if first.samplesperpixel in (3, 4) and first.planarconfig == 1:
+        parts = [(first, 0, slice(0, 3) if plane is None else slice(plane, plane + 1))]
+    elif first.samplesperpixel > 1:
+        parts = [(first, index, gray) for index in range(first.samplesperpixel)]
+    else:
+        parts = [(page, 0, gray) for page in pages]
+    if plane is not None and len(parts) > 1:
+        parts = parts[plane : plane + 1]
+    if len(parts) == 4:
+        parts = parts[:3]  # the fourth is alpha
+    count = sum(samples.stop - samples.start for _, _, samples in parts)
+    if count not in (1, 3):
+        raise InputError(f"{path}: got {count} planes, expected a colour image or one plane")
+    return [Tiles(*part, cache=_CACHE_BYTES // len(parts)) for part in parts]
+
+
+class Tiles:
+    """Tiles (or strips) of a page.
+
+    Parameters
+    ----------
+    page
+        TIFF page.
+    plane
+        Index of the plane if the page stores its planes one after another.
+    samples
+        Samples of a pixel to read.
+    cache
+        Bytes of decoded tiles to keep; at least two tiles are kept.
+    """
+
+    def __init__(self, page: TiffPage, plane: int, samples: slice, *, cache: int) -> None:
+        self._page, self._samples = page, samples
+        self.samples = samples.stop - samples.start
+        self._path = page.parent.filehandle.path
+        self._name = f"of the level {page.imagewidth} x {page.imagelength} px"
+        self._width = page.tilewidth if page.is_tiled else page.imagewidth
+        self._height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+        self._across = -(-page.imagewidth // self._width)
+        tiles = self._across * -(-page.imagelength // self._height)
+        self._offset = plane * tiles
+        there = min(len(page.dataoffsets), len(page.databytecounts))
+        if there < self._offset + tiles:
+            raise DamagedSlide(
+                f"{self._path}: got {there} tiles {self._name}, expected {self._offset + tiles}; the file is damaged: "
+                "get it again"
+            )
+        stored = page.samplesperpixel if page.planarconfig == 1 else 1
+        tile_bytes = self._width * self._height * stored * np.dtype(page.dtype).itemsize
+        if tile_bytes > _TILE_BYTES:
+            raise InputError(
+                f"{self._path}: a tile or strip {self._name} takes {tile_bytes / 2**30:.1f} GiB, expected at most "
+                f"{_TILE_BYTES / 2**30:g}; convert the image (e.g. vips tiffsave --tile --pyramid)"
+            )
+        self._tables = page.jpegtables
+        self._handle = page.parent.filehandle.fileno()
+        self._decode = page.decode
+        self.tile = functools.lru_cache(maxsize=max(2, cache // tile_bytes))(self._read_tile)
+
+    def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
+        """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
+        x0, y0, x1, y1 = box
+        for row in range(y0 // self._height, -(-y1 // self._height)):
+            for column in range(x0 // self._width, -(-x1 // self._width)):
+                tile = self.tile(row, column)
+                if tile is None:
+                    continue
+                left, top = column * self._width, row * self._height
+                a0, b0 = max(x0, left), max(y0, top)
+                a1, b1 = min(x1, left + tile.shape[1]), min(y1, top + tile.shape[0])
+                out[b0 - y0 : b1 - y0, a0 - x0 : a1 - x0] = tile[b0 - top : b1 - top, a0 - left : a1 - left]
+
+    def _read_tile(self, row: int, column: int) -> NDArray[Any] | None:
+        """Pixels (rows, columns, samples) of a tile; None if it is not in the file (empty glass)."""
+        index = self._offset + row * self._across + column
+        offset, count = self._page.dataoffsets[index], self._page.databytecounts[index]
+        if not count:
+            return None
+        data = os.pread(self._handle, count, offset)
+        try:
+            if len(data) != count:
+                raise ValueError(f"the file ends after {len(data)} of its {count} bytes")
+            if self._page.compression in _IMAGES:
+                width, height = Image.open(io.BytesIO(data)).size
+                if width > self._width or height > self._height:
+                    raise ValueError(f"it holds {width} x {height} px, expected {self._width} x {self._height}")
+            tile, _, shape = self._decode(data, index, jpegtables=self._tables)
+        except Exception as error:  # each codec raises its own kind of exception
+            raise InputError(
+                f"{self._path}: the tile in row {row}, column {column} {self._name} cannot be decoded ({error}); the "
+                "file is damaged: get it again"
+            ) from error
+        if tile is None:
+            return None
+        pixels: NDArray[Any] = tile.reshape(tile.shape[-3:])[: shape[1], : shape[2]]
+        if self._page.compression == _YCBCR:
+            size = (pixels.shape[1], pixels.shape[0])
+            pixels = np.asarray(Image.frombytes("YCbCr", size, pixels[..., :3].tobytes()).convert("RGB"))
+        return pixels[..., self._samples]
+
+
+def stated_pixel_size(file: TiffFile, page: TiffPage) -> tuple[float | None, float | None]:
+    """Width and height of a pixel of a page in um, as the OME metadata or the resolution tags state it."""
+    text = file.pages.first.description or ""
+    if "OME" in text[:2000] and "PhysicalSizeX" in text:
+        return _ome_size(text, page)
+    unit = {2: 25400.0, 3: 10000.0}.get(int(page.resolutionunit or 1))
+    x, y = (page.tags.valueof(name, (0, 1)) for name in ("XResolution", "YResolution"))
+    return (unit * x[1] / x[0], unit * y[1] / y[0]) if unit and x[0] and y[0] else (None, None)
+
+
+def _ome_size(text: str, page: TiffPage) -> tuple[float | None, float | None]:
+    """Width and height of a pixel in um from the OME metadata of the image that has the size of a page."""
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError:
+        return None, None
+    for pixels in root.iterfind(".//{*}Pixels"):
+        if (pixels.get("SizeX"), pixels.get("SizeY")) == (str(page.imagewidth), str(page.imagelength)):
+            return _um(pixels, "PhysicalSizeX"), _um(pixels, "PhysicalSizeY")
+    return None, None
+
+
+def _um(pixels: ElementTree.Element, key: str) -> float | None:
+    unit, value = _UM_PER_UNIT.get(pixels.get(f"{key}Unit", "")), number(pixels.get(key))
+    return None if unit is None or value is None else value * unit
+
+
+def number(value: object) -> float | None:
+    """Turn what a file states into a number; None if it is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
