@@ -3,7 +3,6 @@
 Cells may hold several sources, separated by `` | `` and tried in order. Lines that begin with # are comments.
 """
 
-import csv
 import os
 import re
 from pathlib import Path
@@ -133,12 +132,10 @@ UsableRow = TypeVar("UsableRow", XeniumRow, SlideRow)
 
 
 def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[str, Row]:
-    """Read and check a sheet.
+    """Read a sheet: a TSV file in UTF-8 with a line of column names; an empty cell takes the default.
 
     Parameters
     ----------
-    path
-        TSV file in UTF-8 with a line of column names; an empty cell takes the default.
     kind
         Settings of a row.
     key
@@ -160,28 +157,45 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); expected a TSV file in UTF-8") from error
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    try:
-        table = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except csv.Error as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); expected a TSV file") from error
+    table = [line.split("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    columns = ", ".join(kind.model_fields)
     if not table:
-        raise ConfigError(
-            f"{file}: got an empty sheet, expected a line with the columns {', '.join(kind.model_fields)}"
-        )
+        raise ConfigError(f"{file}: got an empty sheet, expected a line with the columns {columns}")
     names = [name.strip() for name in table[0]]
-    _check_columns(file, names, kind)
-    rows: dict[str, Row] = {}
+    unknown = [name for name in names if name not in kind.model_fields]
+    missing = [name for name, field in kind.model_fields.items() if field.is_required() and name not in names]
+    if unknown or missing or len(set(names)) < len(names):
+        raise ConfigError(
+            f"{file}: columns: unknown {unknown or 'none'}, missing {missing or 'none'}; expected each once, of: "
+            f"{columns}; is the file separated by tabs?"
+        )
+    rows, taken = dict[str, Row](), set[str]()
     for number, cells in enumerate(table[1:], start=1):
+        where = f"{file}: row {number}"
         if len(cells) > len(names):
-            raise ConfigError(f"{file}: row {number}: got {len(cells)} cells, expected at most {len(names)}")
+            raise ConfigError(f"{where}: got {len(cells)} cells, expected at most {len(names)}")
         values = {name: cell.strip() for name, cell in zip(names, cells, strict=False) if cell.strip()}
-        row = _row(file, number, values, kind)
+        row = _row(where, values, kind)
         name = str(getattr(row, key))
-        if name.lower() in {other.lower() for other in rows}:
-            raise ConfigError(f"{file}: row {number}: {key}: got {name!r} twice, expected a name of its own")
+        if name.lower() in taken:
+            raise ConfigError(f"{where}: {key}: got {name!r} twice, expected a name of its own")
+        taken.add(name.lower())
         rows[name] = row
     return rows
+
+
+def _row(where: str, values: dict[str, str], kind: type[Row]) -> Row:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        words = re.sub(r"^(Value error, |Input should be |String should )", "", problem["msg"])
+        expected = words if words.startswith("expected") else f"expected {words}"
+        if problem["loc"]:
+            column = str(problem["loc"][0])
+            empty = problem["type"] == "missing"
+            expected = f"{column}: " + ("empty; expected a value" if empty else f"got {values[column]!r}, {expected}")
+        raise ConfigError(f"{where}: {expected}") from error
 
 
 def locate(path: str, root: Path) -> Path:
@@ -190,14 +204,7 @@ def locate(path: str, root: Path) -> Path:
 
 
 def used_samples(paths: XeniumSettings | None, root: Path) -> tuple[dict[str, XeniumRow], dict[str, ReferenceRow]]:
-    """Read both sheets; return the samples in use and the references that they need.
-
-    Parameters
-    ----------
-    paths
-        Names of the sheets; both results are empty without them.
-    root
-        Folder of the workflow, see `locate`.
+    """Read both sheets; return the samples in use and the references that they need; none without sheets.
 
     Raises
     ------
@@ -206,15 +213,16 @@ def used_samples(paths: XeniumSettings | None, root: Path) -> tuple[dict[str, Xe
     """
     if paths is None:
         return {}, {}
-    sheet, used = _used(paths.samples, root, XeniumRow, "sample")
-    references = read_sheet(locate(paths.references, root), ReferenceRow, "reference")
+    used = _used(paths.samples, root, XeniumRow, "sample")
+    sheet = locate(paths.references, root)
+    references = read_sheet(sheet, ReferenceRow, "reference")
     for name, row in used.items():
         if row.reference not in references:
             raise ConfigError(
-                f"{sheet}: {name}: reference: got {row.reference!r}, expected one of {sorted(references)}, or another "
-                f"row in {locate(paths.references, root)}"
+                f"{locate(paths.samples, root)}: {name}: reference: got {row.reference!r}, expected one of "
+                f"{sorted(references)}, or another row in {sheet}"
             )
-    return used, {name: references[name] for name in dict.fromkeys(row.reference for row in used.values())}
+    return used, {row.reference: references[row.reference] for row in used.values()}
 
 
 def used_slides(path: str | None, root: Path) -> dict[str, SlideRow]:
@@ -225,37 +233,12 @@ def used_slides(path: str | None, root: Path) -> dict[str, SlideRow]:
     ConfigError
         The sheet is not valid (`read_sheet`), or no slide is in use.
     """
-    return {} if path is None else _used(path, root, SlideRow, "slide")[1]
+    return {} if path is None else _used(path, root, SlideRow, "slide")
 
 
-def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> tuple[Path, dict[str, UsableRow]]:
-    """Return where a sheet is and its rows with ``use`` = yes."""
+def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> dict[str, UsableRow]:
     sheet = locate(path, root)
     used = {name: row for name, row in read_sheet(sheet, kind, key).items() if row.use}
     if not used:
         raise ConfigError(f"{sheet}: column use: got 'yes' in no row, expected at least one")
-    return sheet, used
-
-
-def _check_columns(file: Path, columns: list[str], kind: type[Settings]) -> None:
-    unknown = [name for name in columns if name not in kind.model_fields]
-    missing = [name for name, field in kind.model_fields.items() if field.is_required() and name not in columns]
-    if unknown or missing or len(set(columns)) < len(columns):
-        raise ConfigError(
-            f"{file}: columns: unknown {unknown or 'none'}, missing {missing or 'none'}; expected each once, of: "
-            f"{', '.join(kind.model_fields)}; is the file separated by tabs?"
-        )
-
-
-def _row(file: Path, number: int, values: dict[str, str], kind: type[Row]) -> Row:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        column = str(problem["loc"][0]) if problem["loc"] else ""
-        if problem["type"] == "missing":
-            raise ConfigError(f"{file}: row {number}: {column}: empty; expected a value") from error
-        words = re.sub(r"^(Value error, |Input should be |String should )", "", problem["msg"])
-        got = f"got {values.get(column, '')!r}, " if column else ""
-        expected = words if words.startswith("expected") else f"expected {words}"
-        raise ConfigError(f"{file}: row {number}: {f'{column}: ' if column else ''}{got}{expected}") from error
+    return used

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import celldetr
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_json
 
 PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "kornia", "snakemake")
 _MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "example"}
@@ -126,15 +125,13 @@ def imported_files(file: Path, root: Path) -> list[Path]:
 
 def git_revision() -> str:
     """Git revision of this library, with '+' if it was edited since; 'unknown' outside a checkout."""
-    git = ["git", "-C", str(Path(celldetr.__file__).parent)]
+    command = ["git", "-C", str(Path(celldetr.__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=40"]
     try:
-        revision, changes = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(
+            [*command, "--dirty=+"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return revision + ("+" if changes else "")
 
 
 def versions() -> dict[str, str]:
@@ -153,12 +150,10 @@ def write_provenance(
     inputs: Iterable[str | os.PathLike[str]] = (),
     **extra: Any,
 ) -> None:
-    """Write the provenance JSON that stands beside a model or a table.
+    """Write the JSON file that says where a model or a table came from.
 
     Parameters
     ----------
-    path
-        File to write.
     settings
         Settings of the step (JSON values).
     inputs
@@ -176,5 +171,4 @@ def write_provenance(
         "inputs": {str(item): sha256(item) for item in inputs},
         **extra,
     }
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(path, record)

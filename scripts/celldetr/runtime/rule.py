@@ -73,9 +73,6 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     snakemake
         The object that Snakemake gives to a script (`input`, `output`, `params`, `log`, `threads`, `resources`).
     """
-    if not snakemake.log:
-        _run(main, snakemake, time.time())
-        return
     path = Path(snakemake.log[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,24 +89,20 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
             contextlib.redirect_stdout(_Tee(sys.stdout, log)),
             contextlib.redirect_stderr(_Tee(sys.stderr, log)),
         ):
-            _run(main, snakemake, path.stat().st_mtime)
+            logging.basicConfig(
+                stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+            )
+            try:
+                _check_times(getattr(snakemake, "input", ()), path.stat().st_mtime)
+                main(snakemake)
+            except Exception as error:
+                _fail(error)
     finally:
         del os.environ[LOG_VARIABLE]
         if not watched:
             faulthandler.disable()
         with contextlib.suppress(OSError):
             log.close()
-
-
-def _run(main: Callable[[Any], None], snakemake: Any, now: float) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-    try:
-        _check_times(getattr(snakemake, "input", ()), now)
-        main(snakemake)
-    except Exception as error:
-        _fail(error)
 
 
 def _fail(error: Exception) -> NoReturn:

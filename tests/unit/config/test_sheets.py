@@ -7,42 +7,50 @@ from types import SimpleNamespace
 
 import pytest
 
-from celldetr.config.sheets import ReferenceRow, XeniumRow, locate, read_sheet, used_samples
+from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow, locate, read_sheet, used_samples, used_slides
+from celldetr.config.slides import SlideSettings
 from celldetr.config.workflow import schemas
 from celldetr.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 ROW = {"sample": "a", "use": "yes", "tissue": "lung", "group": "s1", "reference": "r", "outs": "o.zip", "he": "h.tif"}
+SLIDE = {"slide": "a", "use": "yes", "tissue": "lung", "group": "a", "file": "a.tif", "nuclei": "a.parquet"}
+REFERENCE = {"reference": "other", "file": "r.h5ad", "label_column": "cell_type", "mapping": "m.tsv"}
 
 
-def write(path, *rows, columns=None, end="\n"):
-    columns = columns or list(ROW)
-    lines = ["# a comment", "\t".join(columns)]
-    lines += ["\t".join(str(row.get(name, "")) for name in columns) for row in rows]
+def write(path, *rows, end="\n"):
+    """Write rows whose columns are those of the first one."""
+    lines = ["# a comment", "\t".join(rows[0])]
+    lines += ["\t".join(str(row.get(name, "")) for name in rows[0]) for row in rows]
     path.write_bytes((end.join(lines) + end).encode())
     return path
 
 
 @pytest.mark.parametrize("folder", [ROOT / "config", ROOT / "config" / "example"])
-def test_shipped_sheets_are_right_and_complete(folder):
+def test_shipped_samples_are_right_and_complete(folder):
     prefix = folder.relative_to(ROOT).as_posix()
     paths = SimpleNamespace(samples=f"{prefix}/xenium.tsv", references=f"{prefix}/references.tsv")
     samples, references = used_samples(paths, ROOT)
-    assert samples
-    assert references
-    for row in references.values():
-        assert (ROOT / row.mapping).is_file()
+    assert {row.reference for row in samples.values()} == set(references)
+    assert all((ROOT / row.mapping).is_file() for row in references.values())
     for row in read_sheet(ROOT / paths.samples, XeniumRow, "sample").values():
-        assert row.tissue
         assert all(url.startswith(("https://", "example-input/")) for url in (*row.outs, *row.he, *row.alignment))
 
 
 def test_the_lung_sample_of_the_paper_is_pinned():
     row = read_sheet(ROOT / "config" / "xenium.tsv", XeniumRow, "sample")["Xenium_V1_humanLung_Cancer_FFPE"]
-    assert row.he_mpp == 0.2738
+    assert (row.he_mpp, len(row.outs)) == (0.2738, 2)
     assert row.outs_sha256.startswith("865c3805")
     assert row.alignment_sha256.startswith("9b8e47bf")
-    assert len(row.outs) == 2
+
+
+def test_shipped_slides_are_right():
+    assert [row.detect for row in used_slides("config/example/slides.tsv", ROOT).values()] == [False, True]
+    rows = used_slides(SlideSettings().sheet, ROOT)
+    assert all(row.hest and row.nuclei == ("hest",) and row.mpp for row in rows.values())
+    for tissue in ("kidney", "lung", "prostate"):
+        assert len({row.group for row in rows.values() if row.tissue == tissue}) >= 2
+    assert all(name == row.hest for name, row in read_sheet(ROOT / "config/slides.tsv", SlideRow, "slide").items())
 
 
 def test_schema_files_are_those_of_the_classes():
@@ -53,8 +61,9 @@ def test_schema_files_are_those_of_the_classes():
 
 def test_cells_are_read(tmp_path):
     row = {**ROW, "outs": "https://x/o.zip | /data/o.zip", "he_mpp": "0.27", "note": 'said "so"'}
-    path = write(tmp_path / "s.tsv", row, {**ROW, "sample": "b", "use": "no"}, columns=[*row], end="\r\n")
-    rows = read_sheet(path, XeniumRow, "sample")
+    rows = read_sheet(
+        write(tmp_path / "s.tsv", row, {**ROW, "sample": "b", "use": "no"}, end="\r\n"), XeniumRow, "sample"
+    )
     assert list(rows) == ["a", "b"]
     assert rows["a"].outs == ("https://x/o.zip", "/data/o.zip")
     assert (rows["a"].he_mpp, rows["a"].alignment, rows["a"].note) == (0.27, (), 'said "so"')
@@ -67,19 +76,62 @@ def test_cells_are_read(tmp_path):
         ({"sample": "../up"}, "row 1: sample: got '../up', expected match pattern"),
         ({"sample": ""}, "row 1: sample: empty; expected a value"),
         ({"use": "maybe"}, "row 1: use: got 'maybe', expected a valid boolean"),
+        ({"use": "no"}, "column use: got 'yes' in no row"),
         ({"he_mpp": "half"}, "row 1: he_mpp: got 'half', expected a valid number"),
         ({"he_mpp": "250"}, "row 1: he_mpp: got '250', expected less than 20"),
         ({"outs_sha256": "xyz"}, "row 1: outs_sha256: got 'xyz'"),
         ({"outs": " | "}, "row 1: outs: got '|'"),
         ({"colour": "red"}, "columns: unknown ['colour'], missing none"),
+        ({}, "a: reference: got 'r', expected one of ['other']"),
     ],
 )
-def test_mistakes_are_named_with_row_and_column(tmp_path, change, message):
-    row = {**ROW, **change}
-    path = write(tmp_path / "s.tsv", row, columns=list(row))
+def test_mistakes_in_samples_are_named(tmp_path, change, message):
+    write(tmp_path / "r.tsv", REFERENCE)
+    path = write(tmp_path / "s.tsv", {**ROW, **change})
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        read_sheet(path, XeniumRow, "sample")
+        used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hest": "TENX1"}, "either file or hest"),
+        ({"file": ""}, "either file or hest"),
+        ({"file": "a.MRXS"}, "pyramidal TIFF"),
+        ({"nuclei": "hest"}, "column hest"),
+        ({"nuclei": "detect | a.parquet"}, "'detect' alone"),
+        ({"nuclei": "detect", "nuclei_unit": "um"}, "nuclei_unit"),
+        ({"nuclei": "detect", "nuclei_sha256": "01234567"}, "nuclei_sha256"),
+        ({"hest": "../x", "file": ""}, "hest"),
+    ],
+)
+def test_mistakes_in_slides_are_named(tmp_path, change, message):
+    path = write(tmp_path / "slides.tsv", {**SLIDE, **change})
+    with pytest.raises(ConfigError, match=message) as caught:
+        used_slides("slides.tsv", tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"file": ""}, {"cellxgene_collection": "c", "cellxgene_dataset": "d"}])
+def test_a_reference_has_one_source(tmp_path, change):
+    with pytest.raises(ConfigError, match="expected either file, or cellxgene_collection and cellxgene_dataset"):
+        read_sheet(write(tmp_path / "r.tsv", {**REFERENCE, **change}), ReferenceRow, "reference")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sample,use\na,yes\n", "is the file separated by tabs"),
+        (b"\n# nothing\n", "got an empty sheet"),
+        (b"\xff\xfe\x00", "expected a TSV file in UTF-8"),
+        ("\t".join(ROW).encode() + b"\n" + b"x\t" * 8, "row 1: got 9 cells, expected at most 7"),
+    ],
+)
+def test_files_that_are_no_sheets(tmp_path, content, message):
+    (tmp_path / "s.tsv").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_sheet(tmp_path / "s.tsv", XeniumRow, "sample")
 
 
 def test_names_are_unique_on_every_disk(tmp_path):
@@ -88,45 +140,9 @@ def test_names_are_unique_on_every_disk(tmp_path):
         read_sheet(path, XeniumRow, "sample")
 
 
-def test_sheets_without_tabs_rows_or_content(tmp_path):
-    path = tmp_path / "s.tsv"
-    path.write_text("sample,use\na,yes\n")
-    with pytest.raises(ConfigError, match="is the file separated by tabs"):
-        read_sheet(path, XeniumRow, "sample")
-    path.write_text("\n# nothing\n")
-    with pytest.raises(ConfigError, match="got an empty sheet"):
-        read_sheet(path, XeniumRow, "sample")
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="expected a TSV file in UTF-8"):
-        read_sheet(path, XeniumRow, "sample")
-    write(path, ROW).write_text(path.read_text() + "\t".join(["x"] * 9) + "\n")
-    with pytest.raises(ConfigError, match="row 2: got 9 cells, expected at most 7"):
-        read_sheet(path, XeniumRow, "sample")
-
-
-def test_samples_in_use_need_a_reference(tmp_path):
-    reference = {"reference": "other", "file": "r.h5ad", "label_column": "cell_type", "mapping": "m.tsv"}
-    write(tmp_path / "r.tsv", reference, columns=list(reference))
-    paths = SimpleNamespace(samples="s.tsv", references="r.tsv")
-    write(tmp_path / "s.tsv", ROW)
-    with pytest.raises(ConfigError, match=r"a: reference: got 'r', expected one of \['other'\]"):
-        used_samples(paths, tmp_path)
-    write(tmp_path / "s.tsv", {**ROW, "use": "no"})
-    with pytest.raises(ConfigError, match="column use: got 'yes' in no row"):
-        used_samples(paths, tmp_path)
-    assert used_samples(None, tmp_path) == ({}, {})
-
-
 def test_a_sheet_is_taken_from_the_working_folder_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert locate("config/xenium.tsv", ROOT) == ROOT / "config" / "xenium.tsv"
     (tmp_path / "config").mkdir()
     write(tmp_path / "config" / "xenium.tsv", ROW)
     assert list(read_sheet(locate("config/xenium.tsv", ROOT), XeniumRow, "sample")) == ["a"]
-
-
-@pytest.mark.parametrize("change", [{"file": ""}, {"cellxgene_collection": "c", "cellxgene_dataset": "d"}])
-def test_a_reference_has_one_source(tmp_path, change):
-    row = {"reference": "r", "file": "r.h5ad", "label_column": "t", "mapping": "m.tsv", **change}
-    with pytest.raises(ConfigError, match="expected either file, or cellxgene_collection and cellxgene_dataset"):
-        read_sheet(write(tmp_path / "r.tsv", row, columns=list(row)), ReferenceRow, "reference")

@@ -37,42 +37,12 @@ def test_shipped_files_are_valid_for_the_classes_and_for_the_schema(path):
 
 def test_shipped_configuration_is_complete_and_states_the_defaults():
     shipped = read()
-    defaults = Config.from_dict(
-        {
-            "pannuke": {f"fold{fold}": shipped["pannuke"][f"fold{fold}"] for fold in (1, 2, 3)},
-            "imagenet": shipped["imagenet"],
-            "xenium": {},
-            "slides": {},
-            "experiments": shipped["experiments"],
-        }
-    ).to_dict()
-    for block in (
-        "seed",
-        "patch",
-        "pannuke",
-        "xenium",
-        "slides",
-        "frozen_features",
-        "figure4",
-        "model",
-        "training",
-        "inference",
-        "evaluation",
-        "overlays",
-        "example",
-    ):
-        whole = json.loads(json.dumps(shipped[block]))
-        if block == "pannuke":
-            for source in ("fold1", "fold2", "fold3"):
-                assert defaults[block].pop(source) == whole.pop(source)
-        assert whole == defaults[block], block
-
-
-def test_matching_costs_are_those_of_the_paper_in_every_stage():
-    config = Config.from_dict(read())
-    for name in ("celldetr_s", "ssl_pretrain", "st_pretrain"):
-        assert config.experiment(name).training.matching.to_dict() == {"nucleus": 2.0, "l1": 5.0, "giou": 2.0}
-    assert config.experiment("ssl_pretrain").training.losses.nucleus == 1.0
+    folds = {name: source for name, source in shipped["pannuke"].items() if name.startswith("fold")}
+    blocks = {"pannuke": folds, "imagenet": shipped["imagenet"], "xenium": {}, "slides": {}}
+    defaults = Config.from_dict({**blocks, "experiments": shipped["experiments"]}).to_dict()
+    for name in set(shipped) - {"experiments", "tables", "figure3", "imagenet"}:
+        left_out = dict.fromkeys(folds) if name == "pannuke" else {}
+        assert merge({"": shipped[name]}, {"": left_out}) == merge({"": defaults[name]}, {"": left_out}), name
 
 
 def test_a_partial_configuration_lies_over_the_paper():
@@ -108,48 +78,26 @@ def test_base_none_stands_alone():
         load_config({"base": "all"}, ROOT)
 
 
-def test_recipe_of_the_paper():
-    for name, mode, weight in (
-        ("deformable_detr", "baseline", 1.6),
-        ("celldetr_s", "sequential", 1.6),
-        ("celldetr_p", "parallel", 3.2),
-    ):
-        experiment = Config.from_dict(read()).experiment(name)
-        assert experiment.model.mode == mode
-        assert experiment.training.losses.classes == weight
-        assert (experiment.training.lr, experiment.training.backbone_lr) == (8e-5, 8e-6)
-        assert (experiment.training.epochs, experiment.training.warmup_steps, experiment.model.queries) == (
-            100,
-            600,
-            900,
-        )
+RECIPES = {  # paper, table 1 and 4.3 to 4.4: mode, class loss, epochs, learning rates, warm-up, queries
+    "deformable_detr": ("baseline", 1.6, 100, 8e-5, 8e-6, 600, 900),
+    "celldetr_s": ("sequential", 1.6, 100, 8e-5, 8e-6, 600, 900),
+    "celldetr_p": ("parallel", 3.2, 100, 8e-5, 8e-6, 600, 900),
+    "ssl_pretrain": ("parallel", 1.6, 30, 1e-4, 1e-5, 5000, 900),
+    "ssl_finetune": ("parallel", 3.2, 80, 3e-5, 3e-6, 600, 900),
+    "st_pretrain": ("parallel", 3.2, 20, 1e-4, 1e-5, 600, 400),
+    "st_finetune": ("parallel", 3.2, 80, 3e-5, 3e-6, 600, 400),
+}
 
 
-def test_recipe_of_the_spatial_stage():
-    config = Config.from_dict(read())
-    pretrain, finetune = config.experiment("st_pretrain"), config.experiment("st_finetune")
-    assert pretrain.stage == "st"
-    assert pretrain.model.classes == ST_TYPES
-    assert finetune.model.classes == PANNUKE_CLASSES
-    for experiment, epochs, lr in ((pretrain, 20, 1e-4), (finetune, 80, 3e-5)):
-        assert (experiment.model.mode, experiment.model.queries) == ("parallel", 400)
-        assert (experiment.training.epochs, experiment.training.lr) == (epochs, lr)
-        assert experiment.training.backbone_lr == pytest.approx(lr / 10)
-    noise = pretrain.training.noise
-    assert (noise.share, noise.low, noise.high) == (0.6, 0.1, 0.3)
-    assert finetune.training.noise.share == 0
-    assert (pretrain.training.augmentation.flip, pretrain.training.augmentation.hed) == (0, 1)
-    assert config.splits("st_pretrain") == (1,)
-    assert config.splits("st_finetune") == (1, 2, 3)
-    assert config.classes("st_zero_shot") == PANNUKE_CLASSES
-
-
-def test_overrides_reach_their_experiment_alone():
-    values = with_value("experiments.celldetr_s.training.noise.share", 0.6)
-    config = Config.from_dict(values)
-    assert config.experiment("celldetr_s").training.noise.share == 0.6
-    assert config.experiment("celldetr_s").training.noise.high == 0.4
-    assert config.experiment("celldetr_p") == Config.from_dict(read()).experiment("celldetr_p")
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_those_of_the_paper(name):
+    found = Config.from_dict(read()).experiment(name)
+    recipe = found.training
+    rates = (recipe.lr, recipe.backbone_lr, recipe.warmup_steps)
+    assert (found.model.mode, recipe.losses.classes, recipe.epochs, *rates, found.model.queries) == RECIPES[name]
+    assert recipe.matching.to_dict() == {"nucleus": 2.0, "l1": 5.0, "giou": 2.0}
+    assert recipe.losses.nucleus == (1.0 if name == "ssl_pretrain" else 2.0)
+    assert found.model.classes == {"st": ST_TYPES, "ssl": ()}.get(found.stage, PANNUKE_CLASSES)
 
 
 def test_settings_survive_json():
