@@ -71,31 +71,6 @@ def test_imagenet_weights_reach_the_model(work):
     assert "results/raw/weights/resnet50.pth" in record["inputs"]
 
 
-def test_two_drivers_in_one_folder_are_refused(work):
-    split = work.work / "results" / "pannuke" / "split1.tsv"
-    split.unlink()
-    first = subprocess.Popen(
-        work.command(split.relative_to(work.work)),
-        env=work.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=work.source,
-    )
-    try:
-        until = time.monotonic() + 120
-        while not list(work.work.glob(".snakemake/locks/*")) and first.poll() is None and time.monotonic() < until:
-            time.sleep(0.005)
-        first.send_signal(signal.SIGSTOP)
-        assert list(work.work.glob(".snakemake/locks/*"))
-        second = work.snakemake("results/slides/split.tsv", "--forcerun", "choose_slide_patches")
-        assert second.returncode != 0
-        assert "cannot be locked" in second.stdout
-    finally:
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(600) == 0
-    assert split.is_file()
-
-
 def plan(folder, change, *targets):
     """Dry-run the small example in an empty folder with one change."""
     path = folder / "config.yaml"

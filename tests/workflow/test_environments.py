@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 
+import programs
 import pytest
 import yaml
 from programs import ROOT, run
@@ -18,12 +19,10 @@ PACKAGE_OF = {
     "spatialdata_io": "spatialdata-io",
     "yaml": "pyyaml",
 }
-RULES = {}
-for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
-    for block in re.split(r"\n\s*rule ", file.read_text(encoding="utf-8"))[1:]:
-        environment = re.search(r"envs/(\w+)\.yaml", block)
-        script = re.search(r"scripts/(\w+)\.py", block)
-        RULES[block.split(":")[0]] = (environment[1], script[1])
+RULES = {
+    name: (re.search(r"envs/(\w+)\.yaml", block)[1], re.search(r"scripts/(\w+)\.py", block)[1])
+    for name, block in programs.RULES.items()
+}
 
 
 def pins(environment):
@@ -64,20 +63,12 @@ def test_environment_holds_what_the_rule_imports(rule):
     assert needed <= set(pins(environment)), f"envs/{environment}.yaml lacks packages; see envs/pin.py"
 
 
-@pytest.mark.parametrize("environment", ["data", "report", "spatial"])
-def test_no_torch_where_nothing_needs_it(environment):
-    assert not {"torch", "kornia"} & set(pins(environment))
-
-
-@pytest.mark.parametrize("environment", ["training", "cells"])
-def test_no_tacco_where_nothing_needs_it(environment):
-    assert not {"tacco", "scanpy", "spatialdata"} & set(pins(environment))
-
-
-@pytest.mark.parametrize("environment", ["data", "report", "spatial", "training", "cells"])
-def test_pins_are_those_of_the_lock(environment):
+@pytest.mark.parametrize("environment", sorted({environment for environment, _ in RULES.values()}))
+def test_pins_are_those_of_the_lock_and_no_others(environment):
     lock = set((ROOT / "envs" / "lock.txt").read_text(encoding="utf-8").splitlines())
     assert set(pins(environment).values()) <= lock
+    unneeded = {"tacco", "scanpy", "spatialdata"} if environment in ("training", "cells") else {"torch", "kornia"}
+    assert not unneeded & set(pins(environment))
     text = (ROOT / "envs" / f"{environment}.yaml").read_text(encoding="utf-8")
     done = run(sys.executable, "-c", f"import pin; print(pin.text({environment!r}), end='')", cwd=ROOT / "envs")
     assert done.stdout == text, "run `python envs/pin.py`"

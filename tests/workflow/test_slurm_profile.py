@@ -3,7 +3,7 @@
 import re
 
 import yaml
-from programs import ROOT
+from programs import ROOT, RULES
 
 PROFILE = ROOT / "workflow" / "profiles" / "slurm" / "config.yaml"
 SITE = ("slurm_account", "slurm_partition", "gpu_model")
@@ -11,11 +11,7 @@ SITE = ("slurm_account", "slurm_partition", "gpu_model")
 
 def asked_by_rules():
     """Memory (MB) and time (minutes) that stand in the rules, by rule and resource; none for a rule without."""
-    found = {}
-    for file in sorted((ROOT / "workflow" / "rules").glob("*.smk")):
-        for block in re.split(r"\n\s*rule ", file.read_text(encoding="utf-8"))[1:]:
-            found[block.split(":")[0]] = dict(re.findall(r"^ +(mem_mb|runtime)=(\d+),", block, re.M))
-    return found
+    return {name: dict(re.findall(r"^ +(mem_mb|runtime)=(\d+),", block, re.M)) for name, block in RULES.items()}
 
 
 def test_each_attempt_of_each_rule_gets_more_than_the_one_before():

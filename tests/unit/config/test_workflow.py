@@ -98,6 +98,16 @@ def test_recipes_are_those_of_the_paper(name):
     assert recipe.matching.to_dict() == {"nucleus": 2.0, "l1": 5.0, "giou": 2.0}
     assert recipe.losses.nucleus == (1.0 if name == "ssl_pretrain" else 2.0)
     assert found.model.classes == {"st": ST_TYPES, "ssl": ()}.get(found.stage, PANNUKE_CLASSES)
+    noise = (0.6, 0.1, 0.3) if name == "st_pretrain" else (0.0, 0.1, 0.4)
+    assert (recipe.noise.share, recipe.noise.low, recipe.noise.high) == noise
+    assert (recipe.augmentation.flip, recipe.augmentation.hed) == ((0, 1) if found.stage in ("st", "ssl") else (0.5, 0))
+
+
+def test_overrides_reach_their_experiment_alone():
+    config = Config.from_dict(with_value("experiments.celldetr_s.training.noise.share", 0.6))
+    noise = config.experiment("celldetr_s").training.noise
+    assert (noise.share, noise.high) == (0.6, 0.4)
+    assert config.experiment("celldetr_p") == Config.from_dict(read()).experiment("celldetr_p")
 
 
 def test_settings_survive_json():
