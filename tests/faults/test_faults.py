@@ -24,7 +24,7 @@ WAITS_FOR_A_THREAD = re.compile(r'threading\.py", line \d+ in start$|/pyarrow/',
 def leftovers(folder):
     """Temporary files and folders below a folder."""
     files = [path for part in ("results", "example-input") for path in (folder / part).rglob(".*")]
-    return [path for path in files if path.name.endswith((".incomplete", ".part"))]
+    return [path for path in files if ".incomplete." in path.name or path.name.endswith(".part")]
 
 
 def fails(attempt, *words):

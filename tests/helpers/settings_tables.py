@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from celldetr.config.base import MOST
 from celldetr.config.workflow import schemas
 
 README = Path(__file__).parents[2] / "config" / "README.md"
@@ -28,7 +29,7 @@ def kind(prop):
         return f"list of {len(items)} {TYPES[items[0]['type']]}s" if items else f"list of {kind(prop['items'])}"
     if prop["type"] == "object":
         return "mapping"
-    limits = [f"{sign} {prop[name]:g}" for name, sign in LIMITS.items() if name in prop]
+    limits = [f"{sign} {prop[name]}" for name, sign in LIMITS.items() if name in prop and prop[name] < MOST]
     return ", ".join([TYPES[prop["type"]], *limits])
 
 

@@ -46,8 +46,8 @@ try:
     from celldetr.config.classes import ST_TO_PANNUKE
     from celldetr.config.pannuke import FOLDS, fold_parts
     from celldetr.config.sheets import locate, used_samples, used_slides
-    from celldetr.config.workflow import load_config
-    from celldetr.runtime.errors import ConfigError
+    from celldetr.config.workflow import load_config, refuse_repeated_keys
+    from celldetr.runtime.errors import ConfigError, masked
     from celldetr.runtime.provenance import source_hash
 except ImportError as error:
     raise WorkflowError(
@@ -56,11 +56,15 @@ except ImportError as error:
     ) from error
 
 try:
+    for file in workflow.configfiles:
+        refuse_repeated_keys(Path(file))
     CONFIG = load_config(config, ROOT)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
     SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
 except ConfigError as error:
-    raise WorkflowError(f"The configuration is not valid:\n{error}") from error
+    raise WorkflowError(
+        f"The configuration is not valid:\n{masked(str(error))}"
+    ) from None
 
 
 wildcard_constraints:
@@ -73,9 +77,34 @@ wildcard_constraints:
     reference="|".join(map(re.escape, REFERENCES)) or "none",
 
 
+def require_accounting() -> None:
+    """Stop if jobs go to Slurm and `sacct` fails, which Snakemake asks for their state: it would wait for ever."""
+    settings = workflow.executor_settings
+    if getattr(settings, "status_command", None) != "sacct":
+        return
+    try:
+        done = subprocess.run(
+            ["sacct", "-X", "--noheader"], capture_output=True, text=True, timeout=120
+        )
+    except FileNotFoundError:  # Snakemake takes squeue then
+        return
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess("sacct", 1, "", "no answer in 120 s")
+    if done.returncode:
+        raise WorkflowError(
+            f"sacct fails ({done.stderr.strip()}): Snakemake would never see a job end. On a cluster without "
+            "accounting set `slurm-status-command: squeue` in the profile, or give --slurm-status-command squeue."
+        )
+
+
 def code(script: str) -> str:
     """Hash of a rule's script and of the library code that it uses: editing either reruns the rule."""
     return source_hash(ROOT / "scripts" / f"{script}.py")
+
+
+def as_it_is(value):
+    """A text of the user in which Snakemake must not look for wildcards: braces stand for themselves."""
+    return lambda wildcards: value
 
 
 def own_file(path: str) -> str:

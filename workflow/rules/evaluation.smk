@@ -238,9 +238,9 @@ if CONFIG.figure3 is not None:
             mem_mb=2000,
             runtime=10,
         params:
-            titles=[
-                CONFIG.experiments[name].title for name in CONFIG.figure3.experiments
-            ],
+            titles=as_it_is(
+                [CONFIG.experiments[name].title for name in CONFIG.figure3.experiments]
+            ),
             code=code("figure3"),
         message:
             "Drawing figure 3"

@@ -78,8 +78,8 @@ rule download_slide_nuclei:
 rule detect_slide:
     input:
         file="results/raw/slides/{slide}.tif",
-        model=initial_model(
-            CONFIG.slides.detection.model, str(CONFIG.pannuke.splits[0])
+        model=as_it_is(
+            initial_model(CONFIG.slides.detection.model, str(CONFIG.pannuke.splits[0]))
         ),
     output:
         "results/slides/{slide}/detected.parquet",
@@ -229,7 +229,7 @@ if experiment_of("ssl") is not None:
             mem_mb=1000,
             runtime=10,
         params:
-            title=CONFIG.experiments[experiment_of("ssl")].title,
+            title=as_it_is(CONFIG.experiments[experiment_of("ssl")].title),
             code=code("figure4b"),
         message:
             "Drawing figure 4b"
@@ -259,7 +259,7 @@ if experiment_of("ssl") is not None:
             mem_mb=1000,
             runtime=10,
         params:
-            title=CONFIG.experiments[experiment_of("ssl")].title,
+            title=as_it_is(CONFIG.experiments[experiment_of("ssl")].title),
             code=code("figure4c"),
         message:
             "Drawing figure 4c"

@@ -3,7 +3,7 @@
 
 rule download_imagenet:
     input:
-        local_files(CONFIG.imagenet.urls),
+        as_it_is(local_files(CONFIG.imagenet.urls)),
     output:
         "results/raw/weights/resnet50.pth",
     log:

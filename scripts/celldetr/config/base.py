@@ -2,22 +2,49 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from celldetr.runtime.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+MOST = 1_000_000_000
+"""Largest integer of a setting without a limit of its own."""
+Count = Annotated[int, Field(ge=1, le=MOST)]
+NotNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+SmallCount = Annotated[int, Field(ge=1, le=100)]
+Channels = Annotated[int, Field(ge=1, le=16_384)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bytes = Annotated[int, Field(ge=1, le=10**15)]
+Mpp = Annotated[float, Field(gt=0.02, lt=20)]
+"""Size of a pixel, um."""
 Precision = Literal["auto", "bf16", "tf32", "fp32"]
 PRECISION = "auto: bf16 on GPUs that have it, tf32 on other GPUs, fp32 on a CPU; fp32 never rounds to TF32"
-Range = tuple[NotNegative, NotNegative]
 
+MOST_VALUES = 100_000
 _VALUES = "expected numbers, text, lists and mappings with text keys, without cycles"
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"got {list(values)}, expected each of them once")
+    return values
+
+
+Names = Annotated[tuple[str, ...], AfterValidator(_each_once), Field(json_schema_extra={"uniqueItems": True})]
+"""Names of experiments, each once."""
+Splits = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=3)], ...],
+    AfterValidator(_each_once),
+    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+]
+"""Splits of PanNuke, each once."""
 
 
 class Settings(BaseModel):
@@ -41,6 +68,8 @@ class Settings(BaseModel):
         ConfigError
             Unknown or missing keys, wrong types, values out of range; a line for each.
         """
+        if sum(1 for _ in zip(range(MOST_VALUES), _inside(values), strict=False)) == MOST_VALUES:
+            raise ConfigError(f"{where or 'config'}: got {MOST_VALUES} values or more; does it repeat an anchor?")
         try:
             text = json.dumps(values, default=_not_json)
         except (TypeError, ValueError, RecursionError) as error:
@@ -58,12 +87,26 @@ class Settings(BaseModel):
         return self.model_dump(mode="json")
 
 
+def _inside(values: object) -> Iterable[object]:
+    """Yield all values inside mappings and lists; without end if they hold themselves."""
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+
+
 def _not_json(value: object) -> str:
     raise ConfigError(f"config: got {value!r}, expected a number, text, list or mapping; put it in quotes")
 
 
 def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> str:
-    path = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple["))]
+    path = [
+        str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal[", "tuple[", "[key]"))
+    ]
     key = ".".join([part for part in (where, *path) if part]) or "config"
     kind, got = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
@@ -75,11 +118,24 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
         return f"{key}: missing; every configuration needs it"
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}"
-    hint = ""
-    if isinstance(got, str) and kind in ("float_type", "int_type"):
-        hint = "; YAML reads 1e-4 as text: write 1.0e-4" if "e" in got.lower() else "; write it without quotes"
-    expected = problem["msg"].removeprefix("Input should be ")
+    hint = _hint(got, kind) if isinstance(got, str) and kind in ("float_type", "int_type") else ""
+    expected = re.sub("^(Input should be|[A-Z][a-z]+ should) ", "", problem["msg"])
     return f"{key}: got {got!r}, expected {expected}{hint}"
+
+
+def _hint(text: str, kind: str) -> str:
+    """Return how a number must be written that YAML reads as text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return ""
+    digits, e, exponent = text.strip().lower().partition("e")
+    if not e:
+        return "; write it without quotes"
+    if kind == "int_type":
+        return f"; write {value:.0f}"
+    point, sign = "" if "." in digits else ".0", "" if exponent[0] in "+-" else "+"
+    return f"; YAML reads {text} as text: write {digits}{point}e{sign}{exponent}"
 
 
 def _keys(cls: type[BaseModel], seen: set[type] | None = None) -> set[str]:

@@ -1,17 +1,18 @@
 """Settings of prediction and evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, model_validator
 
-from celldetr.config.base import PRECISION, Count, Positive, Precision, Settings, Share
+from celldetr.config.base import MOST, PRECISION, BatchSize, Count, Positive, Precision, Settings, Share
+from celldetr.config.classes import PANNUKE_CLASSES
 
 
 class InferenceSettings(Settings):
     """How a trained model predicts."""
 
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
-    batch_size: Count = Field(16, description="patches per batch")
+    batch_size: BatchSize = Field(16, description="patches per batch")
     precision: Precision = Field("tf32", description=PRECISION)
 
 
@@ -39,7 +40,7 @@ class EvaluationSettings(_CountingSettings):
     centres: Literal["box", "mask"] = Field(
         "box", description="centres of the true nuclei in the test: of the box, or of the mask"
     )
-    resamples: NonNegativeInt = Field(1000, description="bootstrap resamples of the confidence intervals")
+    resamples: int = Field(1000, ge=0, le=1_000_000, description="bootstrap resamples of the confidence intervals")
 
 
 class ScoringSettings(_CountingSettings):
@@ -52,6 +53,12 @@ class FrozenFeatureSettings(Settings):
     """Simple classifiers on the frozen embeddings of true boxes: k nearest neighbours and logistic regression."""
 
     k: Count = Field(20, description="nearest training nuclei that vote on the class")
-    max_nuclei: Annotated[int, Field(ge=2)] = Field(
+    max_nuclei: Annotated[int, Field(ge=len(PANNUKE_CLASSES), le=MOST)] = Field(
         20_000, description="most training nuclei; more are subsampled in the proportions of their classes"
     )
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.k > self.max_nuclei:
+            raise ValueError(f"k: got {self.k}, expected at most max_nuclei ({self.max_nuclei})")
+        return self

@@ -2,9 +2,21 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-from celldetr.config.base import PRECISION, Count, NotNegative, Positive, Precision, Range, Settings, Share
+from celldetr.config.base import (
+    PRECISION,
+    BatchSize,
+    Channels,
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    Precision,
+    Seed,
+    Settings,
+    Share,
+    SmallCount,
+)
 from celldetr.runtime.errors import ConfigError
 
 Kernel = Literal["auto", "reference"]
@@ -14,13 +26,15 @@ class BackboneSettings(Settings):
     """Residual network that turns a patch into feature maps (paper: ResNet-50)."""
 
     block: Literal["bottleneck", "basic"] = Field("bottleneck", description="kind of residual block")
-    layers: tuple[Count, Count, Count, Count] = Field((3, 4, 6, 3), description="blocks in stages 1 to 4")
-    width: Count = Field(64, description="channels of the first stage; doubled by each further stage")
+    layers: tuple[SmallCount, SmallCount, SmallCount, SmallCount] = Field(
+        (3, 4, 6, 3), description="blocks in stages 1 to 4"
+    )
+    width: Channels = Field(64, description="channels of the first stage; doubled by each further stage")
     stages: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
         (1, 2, 3, 4), min_length=1, description="stages whose features are used; stage s has stride 2^(s+1) px"
     )
-    extra_levels: Annotated[int, Field(ge=0, le=2)] = Field(
-        0, description="coarser levels from 3x3 convolutions of stride 2 (COCO Deformable DETR: 1)"
+    extra_levels: int = Field(
+        0, ge=0, le=2, description="coarser levels from 3x3 convolutions of stride 2 (COCO Deformable DETR: 1)"
     )
     norm: Literal["frozen_batch", "group"] = Field(
         "frozen_batch", description="frozen_batch: for pretrained weights; group: to train from scratch"
@@ -36,7 +50,7 @@ class BackboneSettings(Settings):
 class RepresentationSettings(Settings):
     """Representation decoder (paper, 3.2)."""
 
-    layers: Count = Field(3, description="number of layers; the first has no self-attention")
+    layers: SmallCount = Field(3, description="number of layers; the first has no self-attention")
     self_attention: Literal["after_first", "none"] = Field(
         "after_first",
         description="after_first: from layer 2 on (published numbers); none: each embedding depends on its box and "
@@ -51,8 +65,10 @@ class RepresentationSettings(Settings):
         description="self-attention sees the locations of nuclei; false in contrastive pretraining (paper, 3.3) and in "
         "all that uses its frozen decoder",
     )
-    global_tokens: Annotated[int, Field(ge=0, le=1000)] = Field(
+    global_tokens: int = Field(
         0,
+        ge=0,
+        le=1000,
         description="context tokens: boxes of the whole image (mode parallel); without positions, nuclei do not attend "
         "to them",
     )
@@ -61,15 +77,15 @@ class RepresentationSettings(Settings):
 class SharedModelSettings(Settings):
     """Sizes and options of the model that all experiments share."""
 
-    d_model: Count = Field(256, description="channels of tokens and cell embeddings")
-    heads: Count = Field(8, description="attention heads; divides d_model")
-    points: Count = Field(4, description="sampling points per head and level")
-    ffn: Count = Field(1024, description="hidden channels of the feed-forward layers")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="dropout in the transformer")
-    encoder_layers: Count = Field(6, description="layers of the encoder")
-    decoder_layers: Count = Field(3, description="layers of the detection decoder")
-    queries: Annotated[int, Field(ge=1, le=32767)] = Field(
-        900, description="queries of the detection decoder: most nuclei found in a patch"
+    d_model: Channels = Field(256, description="channels of tokens and cell embeddings")
+    heads: SmallCount = Field(8, description="attention heads; divides d_model")
+    points: SmallCount = Field(4, description="sampling points per head and level")
+    ffn: Channels = Field(1024, description="hidden channels of the feed-forward layers")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in the transformer")
+    encoder_layers: SmallCount = Field(6, description="layers of the encoder")
+    decoder_layers: SmallCount = Field(3, description="layers of the detection decoder")
+    queries: int = Field(
+        900, ge=1, le=32767, description="queries of the detection decoder: most nuclei found in a patch"
     )
     position_offset: Share = Field(
         0.0, description="offset in the position code; 0.5 for COCO Deformable DETR checkpoints"
@@ -79,8 +95,8 @@ class SharedModelSettings(Settings):
         description="deformable sampling; auto: the fastest form for the device, with channels-last convolutions; "
         "reference: plain grid_sample, same result, slower",
     )
-    projection: NonNegativeInt = Field(
-        0, description="outputs of the projection head (stage ssl; paper: 128); 0: no head"
+    projection: int = Field(
+        0, ge=0, le=16_384, description="outputs of the projection head (stage ssl; paper: 128); 0: no head"
     )
     backbone: BackboneSettings = Field(BackboneSettings(), description="residual network")
     representation: RepresentationSettings = Field(RepresentationSettings(), description="representation decoder")
@@ -120,7 +136,7 @@ class NoiseSettings(Settings):
         0.0, description="share of boxes with noise (mode parallel); in contrastive pretraining all anchors have noise"
     )
     low: Share = Field(0.1, description="smallest relative change of a box")
-    high: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="largest relative change of a box")
+    high: float = Field(0.4, ge=0, lt=1, description="largest relative change of a box")
     enlarge: Share = Field(0.5, description="probability that a side grows rather than shrinks (rho)")
 
     @model_validator(mode="after")
@@ -156,28 +172,30 @@ class AugmentationSettings(Settings):
     elastic: Share = Field(0.2, description="probability of an elastic deformation")
     flip: Share = Field(0.5, description="probability of a horizontal and of a vertical flip, each")
     blur: Share = Field(0.2, description="probability of a Gaussian blur")
-    blur_kernel: Annotated[int, Field(ge=3)] = Field(9, description="side of the blur kernel, px, odd")
-    blur_sigma: Range = Field((0.2, 1.0), description="smallest and largest sigma of the blur, px")
+    blur_kernel: int = Field(9, ge=3, le=31, description="side of the blur kernel, px, odd")
+    blur_sigma: tuple[Positive, Positive] = Field((0.2, 1.0), description="smallest and largest sigma of the blur, px")
     jitter: Share = Field(0.2, description="probability of a colour jitter")
     brightness: Share = Field(0.25, description="largest relative change of brightness")
     contrast: Share = Field(0.1, description="largest relative change of contrast")
     saturation: Share = Field(0.25, description="largest relative change of saturation")
-    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.05, description="largest change of hue, turns")
+    hue: float = Field(0.05, ge=0, le=0.5, description="largest change of hue, turns")
     hed: Share = Field(0.0, description="probability of a stain jitter in hematoxylin-eosin-DAB space")
     hed_alpha: Share = Field(0.05, description="stains are multiplied by 1 +- hed_alpha")
     hed_beta: Share = Field(0.05, description="stains are shifted by +- hed_beta")
 
     @model_validator(mode="after")
-    def _odd(self) -> Self:
+    def _blur(self) -> Self:
         if self.blur_kernel % 2 == 0:
             raise ValueError(f"blur_kernel: got {self.blur_kernel}, expected an odd number")
+        if self.blur_sigma[0] > self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma: got {list(self.blur_sigma)}, expected the smaller one first")
         return self
 
 
 class ContrastiveSettings(Settings):
     """Loss of contrastive pretraining (paper, 3.3)."""
 
-    temperature: Positive = Field(0.1, description="divides the cosine similarities")
+    temperature: float = Field(0.1, ge=0.001, description="divides the cosine similarities")
     negatives: Literal["image", "batch"] = Field(
         "image", description="negatives of an anchor: nuclei of its image (paper), or of all images of a step"
     )
@@ -187,11 +205,11 @@ class ContrastiveSettings(Settings):
 class SharedTrainingSettings(Settings):
     """Recipe of a training run."""
 
-    epochs: Count = Field(100, description="epochs")
-    batch_size: Count = Field(16, description="patches per step, over all GPUs")
+    epochs: int = Field(100, ge=1, le=100_000, description="epochs")
+    batch_size: BatchSize = Field(16, description="patches per step, over all GPUs")
     lr: Positive = Field(8e-5, description="learning rate")
     backbone_lr: NotNegative = Field(8e-6, description="learning rate of the backbone")
-    warmup_steps: NonNegativeInt = Field(600, description="steps of linear warm-up; then cosine to 0")
+    warmup_steps: NotNegativeInt = Field(600, description="steps of linear warm-up; then cosine to 0")
     warmup_from: Share = Field(0.1, description="share of the learning rate at the first step")
     weight_decay: NotNegative = Field(1e-4, description="weight decay of AdamW")
     gradient_clip: NotNegative = Field(0.1, description="largest norm of the gradient; 0: no limit")
@@ -203,8 +221,8 @@ class SharedTrainingSettings(Settings):
         "gpu",
         description="where the patches are kept; gpu: or ram if they do not fit; none: read from disk in each epoch",
     )
-    workers: NonNegativeInt = Field(4, description="loader processes with cache: none")
-    gpus: Count = Field(1, description="GPUs of one training run, which share a batch")
+    workers: int = Field(4, ge=0, le=1000, description="loader processes with cache: none")
+    gpus: int = Field(1, ge=1, le=1000, description="GPUs of one training run, which share a batch")
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="torch.compile of the deformable sampling; auto: on GPUs with a C compiler and without deformops",
@@ -233,7 +251,7 @@ class SharedTrainingSettings(Settings):
 class TrainingSettings(SharedTrainingSettings):
     """Recipe of one run with its seed."""
 
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
 
 
 TrainedStage = Literal["supervised", "st", "ssl"]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from celldetr.config.base import Count, Settings
+from celldetr.config.base import Bytes, Settings, Splits
 
 FOLDS = (1, 2, 3)
 _TEST_FOLD = {1: 2, 2: 1, 3: 3}
@@ -35,7 +35,7 @@ class SourceSettings(Settings):
     urls: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         min_length=1, description="http(s) URLs, file URLs or local paths, tried in order"
     )
-    bytes: Count | None = Field(None, description="size of the file, bytes; null: not checked")
+    bytes: Bytes | None = Field(None, description="size of the file, bytes; null: not checked")
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = Field(
         None, description="SHA-256 in hex, the first 8 digits or more; null: not checked"
     )
@@ -49,11 +49,9 @@ class PanNukeSettings(Settings):
         description="celldetr: split n tests on fold 2, 1, 3, the other two train and validate together; official: "
         "split n trains, validates and tests on folds 1/2/3, 2/1/3, 3/2/1",
     )
-    splits: tuple[Annotated[int, Field(ge=1, le=3)], ...] = Field(
-        (1, 2, 3), min_length=1, description="splits that are run"
-    )
-    train_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.8, description="share of the two folds that trains; the rest validates (protocol celldetr)"
+    splits: Splits = Field((1, 2, 3), description="splits that are run")
+    train_share: float = Field(
+        0.8, gt=0, lt=1, description="share of the two folds that trains; the rest validates (protocol celldetr)"
     )
     fold1: SourceSettings = Field(description="archive of fold 1")
     fold2: SourceSettings = Field(description="archive of fold 2")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from celldetr.config.base import Settings
+from celldetr.config.base import Bytes, Mpp, Settings
 from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
@@ -23,9 +23,12 @@ def _sources(cell: Any) -> Any:
 
 Name = Annotated[str, Field(pattern=NAME, max_length=100)]
 Sources = Annotated[tuple[str, ...], BeforeValidator(_sources)]
-Bytes = Annotated[int, Field(ge=1)] | None
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None
-Mpp = Annotated[float, Field(gt=0.02, lt=20)] | None
+_TAKEN = {
+    "sample": {"split.tsv", "split_summary.tsv", "split_summary.html", "test.zarr", "spatialdata"},
+    "slide": {"split.tsv", "summary.tsv"},
+}
+"""Names of files of the workflow beside the folders of samples and of slides, or inside them."""
 
 
 class XeniumRow(Settings):
@@ -38,12 +41,12 @@ class XeniumRow(Settings):
     version: str = Field("", description="version of the Xenium software; not used")
     reference: Name = Field(description="row of the sheet of references that gives the cell types")
     outs: Sources = Field(min_length=1, description="Xenium output, zip archive or folder: URLs or paths")
-    outs_bytes: Bytes = Field(None, description="size of the archive, bytes")
+    outs_bytes: Bytes | None = Field(None, description="size of the archive, bytes")
     outs_sha256: Sha256 = Field(None, description="SHA-256 of the archive; checked if the whole archive is downloaded")
     he: Sources = Field(min_length=1, description="H&E image: URLs or paths")
-    he_bytes: Bytes = Field(None, description="size of the H&E image, bytes")
+    he_bytes: Bytes | None = Field(None, description="size of the H&E image, bytes")
     he_sha256: Sha256 = Field(None, description="SHA-256 of the H&E image")
-    he_mpp: Mpp = Field(None, description="um per px of the H&E image, if the file lacks it or is wrong")
+    he_mpp: Mpp | None = Field(None, description="um per px of the H&E image, if the file lacks it or is wrong")
     alignment: Sources = Field(
         (), description="alignment file of Xenium Explorer, 3x3 matrix or keypoints (CSV); empty: estimated"
     )
@@ -59,7 +62,7 @@ class ReferenceRow(Settings):
     file: Sources = Field((), description="the .h5ad: URLs or paths")
     cellxgene_collection: str = Field("", description="id of a CELLxGENE collection, instead of file")
     cellxgene_dataset: str = Field("", description="version id, id or title of the dataset in that collection")
-    bytes: Bytes = Field(None, description="size of the file, bytes")
+    bytes: Bytes | None = Field(None, description="size of the file, bytes")
     sha256: Sha256 = Field(None, description="SHA-256 of the file")
     label_column: str = Field(min_length=1, description="column of obs with the labels")
     mapping: str = Field(min_length=1, description="table (TSV) with the cell type of each label, or - to leave it out")
@@ -87,9 +90,9 @@ class SlideRow(Settings):
     hest: Annotated[str, Field(pattern=r"^([A-Z]+[0-9]+)?$")] = Field(
         "", description="id in HEST-1k (e.g. TENX105), instead of file; needs a Hugging Face token"
     )
-    bytes: Bytes = Field(None, description="size of the slide, bytes")
+    bytes: Bytes | None = Field(None, description="size of the slide, bytes")
     sha256: Sha256 = Field(None, description="SHA-256 of the slide")
-    mpp: Mpp = Field(None, description="um per px of level 0, if the file lacks it or is wrong")
+    mpp: Mpp | None = Field(None, description="um per px of level 0, if the file lacks it or is wrong")
     nuclei: Sources = Field(
         min_length=1,
         description="outlines of nuclei (GeoParquet, GeoJSON, Parquet of CellViT or HEST): URLs or paths; hest: those "
@@ -179,6 +182,8 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
         name = str(getattr(row, key))
         if name.lower() in taken:
             raise ConfigError(f"{where}: {key}: got {name!r} twice, expected a name of its own")
+        if name.lower() in _TAKEN.get(key, ()):
+            raise ConfigError(f"{where}: {key}: got {name!r}, which is a file of the workflow; expected another name")
         taken.add(name.lower())
         rows[name] = row
     return rows

@@ -2,21 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
-from celldetr.config.base import Count, NotNegative, Settings, Share
+from celldetr.config.base import MOST, BatchSize, Count, NotNegative, NotNegativeInt, Settings, Share
 
 
 class SlidePatchSettings(Settings):
     """Which patches of a slide are taken."""
 
-    stride: Annotated[float, Field(gt=0, le=1)] = Field(
+    stride: Annotated[float, Field(ge=0.05, le=1)] = Field(
         1.0, description="distance between patches as a share of their side; 1: side by side, 0.5: half overlapping"
     )
     min_tissue: Share = Field(0.25, description="smallest share of a patch that is tissue")
-    min_nuclei: NonNegativeInt = Field(1, description="fewest nuclei in a patch (contrastive learning needs two)")
-    min_visible: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.1, description="smallest share of a nucleus that must lie in a patch; the visible part is boxed"
+    min_nuclei: NotNegativeInt = Field(1, description="fewest nuclei in a patch (contrastive learning needs two)")
+    min_visible: float = Field(
+        0.1, gt=0, le=1, description="smallest share of a nucleus that must lie in a patch; the visible part is boxed"
     )
     max_patches: Count | None = Field(None, description="most patches of a slide, drawn with the seed; null: all")
 
@@ -28,7 +28,7 @@ class SlidePatchSettings(Settings):
 class PatchSettings(SlidePatchSettings):
     """Which patches of a sample with cell types are taken."""
 
-    min_labelled: NonNegativeInt = Field(5, description="fewest nuclei with a cell type in a patch")
+    min_labelled: NotNegativeInt = Field(5, description="fewest nuclei with a cell type in a patch")
 
 
 class DetectionSettings(Settings):
@@ -36,7 +36,7 @@ class DetectionSettings(Settings):
 
     model: str = Field("celldetr_p", description="experiment or model file (.pt) that detects the nuclei")
     margin_um: NotNegative = Field(8.0, description="border of a tile in which detections are discarded, um")
-    batch_size: Count = Field(16, description="tiles per batch")
+    batch_size: BatchSize = Field(16, description="tiles per batch")
 
 
 class SlideSettings(Settings):
@@ -50,7 +50,7 @@ class SlideSettings(Settings):
     )
     patches: SlidePatchSettings = Field(SlidePatchSettings(), description="which patches are taken")
     detection: DetectionSettings = Field(DetectionSettings(), description="nuclei of slides without outlines")
-    total: Annotated[int, Field(ge=2)] = Field(
-        64_000, description="patches of all slides together, with equal shares of the tissues"
+    total: int = Field(
+        64_000, ge=2, le=MOST, description="patches of all slides together, with equal shares of the tissues"
     )
-    val_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of these patches that validates")
+    val_share: float = Field(0.05, gt=0, lt=1, description="share of these patches that validates")

@@ -5,15 +5,16 @@ the JSON schemas of workflow/schemas; a test compares them.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from celldetr.config.base import Count, NotNegative, Positive, Settings, merge, partial
+from celldetr.config.base import Count, Mpp, Names, NotNegative, Positive, Seed, Settings, merge, partial
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.evaluation import EvaluationSettings, FrozenFeatureSettings, InferenceSettings, ScoringSettings
 from celldetr.config.experiment import (
@@ -25,7 +26,7 @@ from celldetr.config.experiment import (
     SharedTrainingSettings,
     TrainingSettings,
 )
-from celldetr.config.pannuke import PanNukeSettings, SourceSettings
+from celldetr.config.pannuke import FOLDS, PanNukeSettings, SourceSettings
 from celldetr.config.sheets import Name, ReferenceRow, SlideRow, XeniumRow
 from celldetr.config.slides import SlideSettings
 from celldetr.config.xenium import XeniumSettings
@@ -35,14 +36,23 @@ from celldetr.runtime.errors import ConfigError
 class PatchSizeSettings(Settings):
     """Size and resolution of the patches that models see."""
 
-    size: Annotated[int, Field(ge=32, multiple_of=32)] = Field(256, description="side of a patch, px; multiple of 32")
-    mpp: Positive = Field(0.25, description="resolution, um per px")
+    size: int = Field(256, ge=32, le=1024, multiple_of=32, description="side of a patch, px; multiple of 32")
+    mpp: Mpp = Field(0.25, description="resolution, um per px")
+
+
+def _one_line(title: str) -> str:
+    if not title.strip() or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", title):
+        raise ValueError(f"got {title!r}, expected a line of text")
+    return title
+
+
+Title = Annotated[str, Field(max_length=200), AfterValidator(_one_line)]
 
 
 class ExperimentSettings(Settings):
     """A named training run: what differs from the shared blocks `model` and `training`."""
 
-    title: str = Field(description="name in tables and figures")
+    title: Title = Field(description="name in tables and figures")
     stage: Literal["supervised", "st", "ssl", "zero_shot"] = Field(
         "supervised",
         description="supervised: PanNuke; ssl: contrastive pretraining on slides without labels; st: cell types of "
@@ -80,12 +90,10 @@ class ExperimentSettings(Settings):
 class TableSettings(Settings):
     """A table of measured rows beside the published ones."""
 
-    experiments: tuple[str, ...] = Field(min_length=1, description="experiments with a row each")
-    ours: tuple[str, ...] = Field((), description="experiments beyond the paper; their rows are marked as ours")
-    published: str = Field(description="file with the published rows")
-    frozen_features: tuple[str, ...] = Field(
-        (), description="experiments whose frozen embeddings are classified, in extra rows"
-    )
+    experiments: Names = Field(min_length=1, description="experiments with a row each")
+    ours: Names = Field((), description="experiments beyond the paper; their rows are marked as ours")
+    published: str = Field(min_length=1, description="file with the published rows")
+    frozen_features: Names = Field((), description="experiments whose frozen embeddings are classified, in extra rows")
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -96,8 +104,8 @@ class TableSettings(Settings):
 class Figure3Settings(Settings):
     """Figure 3: attention of a few test nuclei."""
 
-    experiments: tuple[str, ...] = Field(min_length=1, description="experiments shown")
-    split: Annotated[int, Field(ge=1, le=3)] = Field(1, description="split whose test fold is used")
+    experiments: Names = Field(min_length=1, description="experiments shown")
+    split: int = Field(1, ge=1, le=3, description="split whose test fold is used")
     nuclei: Count = Field(4, description="number of nuclei drawn")
 
 
@@ -133,7 +141,16 @@ class ExampleSettings(Settings):
         default_factory=dict, description="slides by name: width and height of the tissue, um"
     )
     reference_cells: Count = Field(3000, description="number of cells in the scRNA-seq reference")
-    seed: NonNegativeInt = Field(0, description="seed of all drawings")
+    seed: Seed = Field(0, description="seed of all drawings")
+
+
+def _not_a_word(name: str) -> str:
+    if name in ("none", "imagenet"):
+        raise ValueError(f"got {name!r}, which is a value of `initial`; expected another name")
+    return name
+
+
+ExperimentName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100), AfterValidator(_not_a_word)]
 
 
 class Config(Settings):
@@ -144,7 +161,7 @@ class Config(Settings):
         description="paper: this file is laid over config/config.yaml; none: this file stands alone, and a key that it "
         "leaves out takes its default",
     )
-    seed: NonNegativeInt = Field(42, description="seed of splits, training and bootstrap")
+    seed: Seed = Field(42, description="seed of splits, training and bootstrap")
     patch: PatchSizeSettings = Field(PatchSizeSettings(), description="size of the patches")
     pannuke: PanNukeSettings = Field(description="PanNuke archives and splits")
     imagenet: SourceSettings = Field(description="ResNet-50 weights of torchvision, for `initial: imagenet`")
@@ -154,10 +171,8 @@ class Config(Settings):
     training: SharedTrainingSettings = Field(SharedTrainingSettings(), description="the recipe that experiments share")
     inference: InferenceSettings = Field(InferenceSettings(), description="how models predict")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="how predictions are scored")
-    experiments: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ExperimentSettings] = Field(
-        min_length=1, description="training runs by name"
-    )
-    tables: dict[Annotated[str, Field(pattern=r"^table[0-9]+$")], TableSettings] = Field(
+    experiments: dict[ExperimentName, ExperimentSettings] = Field(min_length=1, description="training runs by name")
+    tables: dict[Annotated[str, Field(pattern=r"^table[0-9]{1,3}$")], TableSettings] = Field(
         default_factory=dict, description="tables by name"
     )
     figure3: Figure3Settings | None = Field(None, description="attention maps; null: none")
@@ -170,53 +185,90 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
+        for name in self.experiments:
+            self._check_initial(name)
+            self._check_data(name)
+            if self.experiments[name].stage != "zero_shot":
+                self.experiment(name)
         self._check_names()
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
-        for name, block in self.experiments.items():
-            for stage, source in (("st", "xenium"), ("ssl", "slides")):
-                if block.stage == stage and getattr(self, source) is None:
-                    raise ValueError(f"experiments.{name}.stage: got {stage!r}, but the block {source} is missing")
-            self._check_initial(name)
-            if block.stage != "zero_shot":
-                self.experiment(name)
+        half = self.patch.size * self.patch.mpp / 2
+        if self.slides is not None and self.slides.detection.margin_um > half - self.patch.mpp:
+            raise ValueError(
+                f"slides.detection.margin_um: got {self.slides.detection.margin_um}, expected less than half the side "
+                f"of a patch ({half:g} um)"
+            )
+        for fold in FOLDS if self.example is not None else ():
+            if all("://" in url for url in self.pannuke.fold(fold).urls):
+                raise ValueError(f"pannuke.fold{fold}.urls: got URLs, expected a path to which the example writes")
         return self
 
     def _check_names(self) -> None:
-        """Refuse tables and figures of experiments that do not exist or cannot be shown there."""
-        tested: dict[str, tuple[str, ...]] = {}
-        frozen: dict[str, tuple[str, ...]] = {}
+        """Refuse tables, figures and detection with experiments that do not exist or cannot do it."""
+        stages = {name: block.stage for name, block in self.experiments.items()}
+        tested = {name for name, stage in stages.items() if stage in ("supervised", "zero_shot")}
+        supervised = {name for name in tested if stages[name] == "supervised"}
+        embeds = {
+            name for name, block in self.experiments.items() if stages[name] != "zero_shot" and block.mode != "baseline"
+        }
+        uses: list[tuple[str, tuple[str, ...], set[str], str]] = []
         for name, table in self.tables.items():
             if twice := set(table.experiments) & set(table.ours):
                 raise ValueError(f"tables.{name}.ours: got {sorted(twice)}, which are in experiments too")
-            tested |= {f"tables.{name}.experiments": table.experiments, f"tables.{name}.ours": table.ours}
-            frozen[f"tables.{name}.frozen_features"] = table.frozen_features
+            for key in ("experiments", "ours"):
+                uses.append((f"tables.{name}.{key}", getattr(table, key), tested, "that are tested on PanNuke"))
+            uses.append(
+                (f"tables.{name}.frozen_features", table.frozen_features, embeds, "with a representation decoder")
+            )
         if self.figure3 is not None:
-            tested["figure3.experiments"] = self.figure3.experiments
-        for key, names in (tested | frozen).items():
-            if unknown := [name for name in names if name not in self.experiments]:
-                raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(self.experiments)}")
-            elsewhere = [name for name in names if self.experiments[name].stage in ("st", "ssl")]
-            if elsewhere and key in tested:
-                raise ValueError(f"{key}: got {elsewhere}, expected experiments that are tested on PanNuke")
-            without = [name for name in names if self.experiments[name].mode == "baseline"]
-            if without and key in frozen:
-                raise ValueError(f"{key}: got {without}, expected experiments with a representation decoder")
+            uses.append(("figure3.experiments", self.figure3.experiments, supervised, "trained on PanNuke's classes"))
+        if self.slides is not None and not self.slides.detection.model.endswith(".pt"):
+            free = {name for name in stages if all(stages[each] != "ssl" for each in self._line(name))}
+            uses.append(
+                ("slides.detection.model", (self.slides.detection.model,), free, "that need no patches of these slides")
+            )
+        for key, names, fit, expected in uses:
+            if unknown := [name for name in names if name not in stages]:
+                raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(stages)}")
+            if wrong := [name for name in names if name not in fit]:
+                raise ValueError(f"{key}: got {wrong}, expected experiments {expected}")
+
+    def _line(self, name: str) -> list[str]:
+        """Return an experiment, the one that it starts from, and so on."""
+        line = [name]
+        while (initial := self.experiments[line[-1]].initial) in self.experiments:
+            if initial in line:
+                raise ValueError(f"experiments.{name}.initial: got {' <- '.join([*line, initial])}, expected no circle")
+            line.append(initial)
+        return line
 
     def _check_initial(self, name: str) -> None:
-        """Refuse initial models that do not exist, train nothing, or start from this experiment."""
-        where, seen = f"experiments.{name}.initial", [name]
-        while (initial := self.experiments[seen[-1]].initial) in self.experiments:
-            if initial in seen:
-                raise ValueError(f"{where}: got {' <- '.join([*seen, initial])}, expected no circle")
-            if self.experiments[initial].stage == "zero_shot":
-                raise ValueError(f"{where}: got {initial!r}, which trains no model; expected an experiment that does")
-            seen.append(initial)
-        if initial not in ("none", "imagenet") and not initial.endswith(".pt"):
+        """Refuse initial models that do not exist, train nothing, or cannot do what this experiment needs."""
+        where, block = f"experiments.{name}.initial", self.experiments[name]
+        line = self._line(name)
+        stages = [self.experiments[initial].stage for initial in line[1:]]
+        if "zero_shot" in stages:
+            got = line[1 + stages.index("zero_shot")]
+            raise ValueError(f"{where}: got {got!r}, which trains no model; expected an experiment that does")
+        last = self.experiments[line[-1]].initial
+        if last not in ("none", "imagenet") and not last.endswith(".pt"):
             raise ValueError(
-                f"{where}: got {initial!r}, expected none, imagenet, a file name ending in .pt, or one of the "
+                f"{where}: got {last!r}, expected none, imagenet, a file name ending in .pt, or one of the "
                 f"experiments {sorted(self.experiments)}"
             )
+        if block.stage == "zero_shot" and stages[:1] == ["ssl"]:
+            raise ValueError(f"{where}: got {line[1]!r}, whose model has no classes; expected one of stage st")
+
+    def _check_data(self, name: str) -> None:
+        """Refuse an experiment without the patches that it needs."""
+        block = self.experiments[name]
+        for stage, source in (("st", "xenium"), ("ssl", "slides")):
+            if block.stage == stage and getattr(self, source) is None:
+                raise ValueError(f"experiments.{name}.stage: got {stage!r}, but the block {source} is missing")
+        without = block.stage == "st" and self.xenium is not None and self.xenium.split.val == 0
+        if without and self.experiment(name).training.select == "best_val":
+            raise ValueError(f"xenium.split.val: got 0, expected more: experiment {name} has training.select: best_val")
 
     @property
     def scoring(self) -> ScoringSettings:
@@ -249,6 +301,13 @@ class Config(Settings):
             BackboneSettings(norm="frozen_batch").to_dict() | {"stages": 0, "extra_levels": 0}
         ):
             raise ConfigError(f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50")
+        if training["probe"] != "none":
+            start = self.experiments.get(block.initial)
+            if block.initial in ("none", "imagenet") or (start is not None and start.mode == "baseline"):
+                raise ConfigError(
+                    f"{where}.training.probe: got {training['probe']!r} with initial {block.initial!r}, expected none, "
+                    "or an initial model with a representation decoder: the rest of the model keeps its weights"
+                )
         if block.initial in self.experiments:
             theirs = merge(self.model.to_dict(), _given(self.experiments[block.initial].model))
             weightless: dict[str, Any] = {"dropout": 0, "kernel": 0, "projection": 0}
@@ -274,6 +333,36 @@ def _given(block: BaseModel) -> dict[str, Any]:
     """Return the keys that a file gives, without defaults."""
     values: dict[str, Any] = block.model_dump(mode="json", exclude_unset=True)
     return values
+
+
+def refuse_repeated_keys(path: Path) -> None:
+    """Refuse a YAML or JSON file in which a mapping gives a key twice: the last value would win in silence.
+
+    Raises
+    ------
+    ConfigError
+        It names the key and both lines.
+    """
+    try:
+        waiting = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return  # Snakemake reads it too, and says what is wrong
+    seen = set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if isinstance(node, yaml.MappingNode):
+            lines = dict[str, int]()
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise ConfigError(f"{path}: line {line}: got {name!r} again (also in line {lines[name]}); keep one")
+                lines[name] = line
+                waiting.append(value)
 
 
 def load_config(given: Mapping[str, Any], root: Path) -> Config:

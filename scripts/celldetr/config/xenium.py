@@ -1,10 +1,10 @@
 """Settings of Xenium samples: registration, cell types, patches and their split."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-from celldetr.config.base import Count, NotNegative, Positive, Settings, Share
+from celldetr.config.base import MOST, Count, NotNegative, NotNegativeInt, Positive, Settings, Share
 from celldetr.config.slides import PatchSettings
 
 
@@ -23,7 +23,7 @@ class RegistrationSettings(Settings):
     scale_range: tuple[float, float] = Field(
         (1.0, 1.8), description="Xenium px per H&E px, searched if the size of an H&E pixel is unknown"
     )
-    angle_step: float = Field(5.0, gt=0, le=15, description="step of the search over the full circle, degrees")
+    angle_step: float = Field(5.0, ge=0.5, le=15, description="step of the search over the full circle, degrees")
     max_distance: float = Field(
         3.0, gt=0, description="gate: largest median distance from an H&E nucleus to the nearest DAPI nucleus, um"
     )
@@ -40,16 +40,16 @@ class RegistrationSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         low, high = self.scale_range
-        if not 0 < low <= high:
-            raise ValueError(f"scale_range: got {low}, {high}; expected two positive numbers, the smaller one first")
+        if not 0.01 <= low <= high <= 100:
+            raise ValueError(f"scale_range: got {low}, {high}; expected 0.01 to 100, the smaller one first")
         return self
 
 
 class CellTypeSettings(Settings):
     """Cell types from gene expression; a cell below one of the limits stays without a type."""
 
-    min_shared_genes: Annotated[int, Field(ge=2)] = Field(
-        50, description="fewest genes that the panel and the reference must share"
+    min_shared_genes: int = Field(
+        50, ge=2, le=MOST, description="fewest genes that the panel and the reference must share"
     )
     prior: Literal["sample", "reference"] = Field(
         "sample",
@@ -59,7 +59,7 @@ class CellTypeSettings(Settings):
     lamb: Positive = Field(0.1, description="strength of that prior (lamb of TACCO)")
     min_fraction: Share = Field(0.5, description="smallest fraction of the type of a labelled cell")
     min_margin: Share = Field(0.2, description="smallest distance between the largest and the second fraction")
-    min_transcripts: NonNegativeInt = Field(10, description="fewest transcripts of the shared genes in a labelled cell")
+    min_transcripts: NotNegativeInt = Field(10, description="fewest transcripts of the shared genes in a labelled cell")
     require_agreement: bool = Field(True, description="true: label a cell only if both annotators agree on its type")
 
 

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import socket
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from celldetr.runtime.errors import InputError
 
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 """Errors besides OSError that reading a damaged zip archive raises."""
+_OLD_SECONDS = 7 * 86_400  # longer than any job runs
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,13 +26,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it on success, remove it on error.
 
-    The caller writes a file or makes a folder at the temporary path. Its name depends on `path` alone, so that the next
-    try removes what a killed process left behind.
+    The caller writes a file or makes a folder at the temporary path. Each process has one of its own, so that two jobs
+    with one output do not mix; what killed processes of this machine left, and what is a week old, is removed.
 
     Parameters
     ----------
     path
-        Final name. An existing file is replaced in one step; an existing folder is removed just before the rename.
+        Final name. An existing file or folder is replaced.
 
     Raises
     ------
@@ -38,16 +41,40 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.incomplete")
+    prefix = f".{final.name}.incomplete."
+    _remove_leftovers(final.parent, prefix)
+    temporary = final.with_name(f"{prefix}{socket.gethostname()}.{os.getpid()}")
+    replaced = temporary.with_name(f"{temporary.name}.old")
     remove(temporary)
     try:
         with naming(final):
             yield temporary
-        if final.is_dir():
-            remove(final)
+        if final.is_dir():  # a folder cannot take the name of one that holds files
+            os.replace(final, replaced)
         os.replace(temporary, final)
     finally:
         remove(temporary)  # after an error, or if both names are hard links to one file, which are not renamed
+        remove(replaced)
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    for path in folder.iterdir():
+        if path.name.startswith(prefix):
+            host, _, process = path.name.removeprefix(prefix).removesuffix(".old").rpartition(".")
+            with contextlib.suppress(OSError):  # another job removes it, too
+                old = time.time() - path.lstat().st_mtime > _OLD_SECONDS
+                if old or (host == socket.gethostname() and not _runs(int(process))):
+                    remove(path)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
 
 
 @contextlib.contextmanager

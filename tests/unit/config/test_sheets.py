@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +139,30 @@ def test_names_are_unique_on_every_disk(tmp_path):
     path = write(tmp_path / "s.tsv", ROW, {**ROW, "sample": "A"})
     with pytest.raises(ConfigError, match="row 2: sample: got 'A' twice"):
         read_sheet(path, XeniumRow, "sample")
+
+
+@pytest.mark.parametrize(("kind", "row", "folder"), [(XeniumRow, ROW, "xenium"), (SlideRow, SLIDE, "slides")])
+def test_names_of_files_of_the_workflow_are_refused(tmp_path, kind, row, folder):
+    """A sample `split.tsv` would put its folder where the table of the split belongs."""
+    rules = (ROOT / "workflow" / "rules" / f"{folder}.smk").read_text(encoding="utf-8")
+    beside = set(re.findall(rf'"results/{folder}/([^/{{}}"]+)"', rules))
+    inside = set(re.findall(rf'"results/{folder}/{{\w+}}/(\w+)\.zarr"', rules))
+    assert "split.tsv" in beside
+    key = next(iter(row))
+    for name in {*beside, *inside, "SPLIT.tsv"}:
+        with pytest.raises(ConfigError, match=f"row 1: {key}: got '{name}', which is a file of the workflow"):
+            read_sheet(write(tmp_path / "s.tsv", {**row, key: name}), kind, key)
+    assert list(read_sheet(write(tmp_path / "s.tsv", {**row, key: "split"}), kind, key)) == ["split"]
+
+
+def test_many_rows_are_read_in_linear_time(tmp_path):
+    def seconds(count):
+        path = write(tmp_path / "s.tsv", *({**SLIDE, "slide": f"a{number}"} for number in range(count)))
+        start = time.process_time()
+        assert len(read_sheet(path, SlideRow, "slide")) == count
+        return time.process_time() - start
+
+    assert seconds(8000) < 30 * min(seconds(1000) for _ in range(3))
 
 
 def test_a_sheet_is_taken_from_the_working_folder_first(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import yaml
 from celldetr.config.base import merge
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.experiment import Experiment
-from celldetr.config.workflow import Config, load_config, schemas
+from celldetr.config.workflow import Config, load_config, refuse_repeated_keys, schemas
 from celldetr.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -115,6 +115,37 @@ def test_settings_survive_json():
     assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
 
 
+FAIL_LATE = [  # accepted, these would fail after hours of work, or give something else than was asked for
+    ("slides.detection.model", "celldetr_q"),
+    ("slides.detection.model", "ssl_finetune"),  # it is trained on patches of the slides
+    ("slides.detection.margin_um", 32.0),
+    ("figure3.experiments", ["st_zero_shot"]),
+    ("figure3.experiments", ["celldetr_p", "celldetr_p"]),
+    ("tables.table1.experiments", ["celldetr_s", "celldetr_s"]),
+    ("tables.table1.ours", ["celldetr_plus", "celldetr_plus"]),
+    ("tables.table2.frozen_features", ["ssl_pretrain", "ssl_pretrain"]),
+    ("tables.table2.frozen_features", ["st_zero_shot"]),
+    ("tables.table2.frozen_features", ["deformable_detr"]),
+    ("tables.table1.published", ""),
+    ("pannuke.splits", [1, 1]),
+    ("experiments.st_zero_shot.initial", "ssl_pretrain"),  # it has no classes
+    ("experiments.none", {"title": "None", "mode": "sequential"}),
+    ("experiments.celldetr_s.title", "two\nlines"),
+    ("training.noise.high", 1.0),
+    ("training.augmentation.blur_kernel", 301),
+    ("training.contrastive.temperature", 1e-300),
+    ("seed", 2**31),
+    ("patch.size", 32 * 10**9),
+    ("patch.mpp", 250.0),
+    ("model.encoder_layers", 10**9),
+    ("training.epochs", 10**40),
+    ("slides.patches.stride", 1e-9),
+    ("xenium.registration.angle_step", 1e-9),
+    ("frozen_features.max_nuclei", 4),
+    ("evaluation.resamples", 10**12),
+]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -130,6 +161,9 @@ def test_settings_survive_json():
         ("training.epochs", True, "training.epochs: got True, expected a valid integer"),
         ("training.gpus", 3, "batch_size: got 16, expected a multiple of gpus"),
         ("training.augmentation.blur_kernel", 8, "blur_kernel: got 8, expected an odd number"),
+        ("training.augmentation.blur_sigma", [0.0, 1.0], "augmentation.blur_sigma.0: got 0.0, expected greater than 0"),
+        ("training.augmentation.blur_sigma", [1.0, 0.2], "blur_sigma: got [1.0, 0.2], expected the smaller one first"),
+        ("frozen_features.k", 30_000, "k: got 30000, expected at most max_nuclei (20000)"),
         ("training.noise.low", 0.9, "low: got 0.9, expected at most high"),
         ("model.heads", 7, "d_model: got 256, expected a multiple of heads"),
         ("model.backbone.stages", [2, 1], "stages: got [2, 1], expected increasing stages"),
@@ -169,11 +203,71 @@ def test_settings_survive_json():
         ("pannuke.fold1.sha256", "abc", "pannuke.fold1.sha256: got 'abc'"),
         ("pannuke.fold1.urls", [], "pannuke.fold1.urls: got []"),
         ("evaluation.score", "sum", "evaluation.score: got 'sum', expected 'both_thresholds', 'class' or 'product'"),
+        ("training.lr", "1.0e9", "YAML reads 1.0e9 as text: write 1.0e+9"),
+        ("training.epochs", "1e4", "training.epochs: got '1e4', expected a valid integer; write 10000"),
+        ("training.epochs", "ten", "training.epochs: got 'ten', expected a valid integer"),
+        *((key, value, f"{key}: got") for key, value in FAIL_LATE),
     ],
 )
 def test_mistakes_are_named_with_their_key(path, value, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Config.from_dict(with_value(path, value))
+
+
+def test_initial_models_need_what_an_experiment_takes_from_them():
+    probe = {"title": "Probe", "mode": "parallel", "training": {"probe": "representation"}}
+    for initial in ("ssl_pretrain", "celldetr_s", "mine.pt"):
+        Config.from_dict(with_value("experiments.probe", {**probe, "initial": initial}))
+    for initial in ("imagenet", "none", "deformable_detr"):
+        with pytest.raises(
+            ConfigError, match=r"experiments\.probe\.training\.probe: got 'representation' with initial"
+        ):
+            Config.from_dict(with_value("experiments.probe", {**probe, "initial": initial}))
+    for initial in ("celldetr_p", "mine.pt"):
+        Config.from_dict(with_value("experiments.st_zero_shot.initial", initial))
+
+
+def test_the_example_writes_its_archives():
+    example = read(ROOT / "config" / "example" / "config.yaml")
+    example["pannuke"]["fold2"] = {"urls": ["https://example.org/fold_2.zip"]}
+    with pytest.raises(ConfigError, match=r"pannuke\.fold2\.urls: got URLs, expected a path"):
+        Config.from_dict(example)
+
+
+def test_validation_needs_patches():
+    split = {"train": 0.8, "val": 0.0, "test": 0.2}
+    with pytest.raises(ConfigError, match="xenium.split.val: got 0, expected more: experiment st_pretrain has"):
+        Config.from_dict(with_value("xenium.split", split))
+    last = merge(with_value("xenium.split", split), {"experiments": {"st_pretrain": {"training": {"select": "last"}}}})
+    Config.from_dict(last)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\npatch: {size: 64}\nseed: 2\n", "line 3: got 'seed' again (also in line 1); keep one"),
+        ("a:\n  - b: 1\n    c: 2\n    b: 3\n", "line 4: got 'b' again (also in line 2)"),
+        ('{"a": 1,\n"a": 2}', "line 2: got 'a' again (also in line 1)"),
+    ],
+)
+def test_a_key_that_a_file_gives_twice_is_named_with_its_lines(tmp_path, text, message):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"my.yaml: {message}")):
+        refuse_repeated_keys(tmp_path / "my.yaml")
+
+
+def test_keys_that_differ_or_are_merged_are_no_repetition(tmp_path):
+    (tmp_path / "my.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, x: 2}\nc: [*a, *a, {x: 3}]\n")
+    for path in (*FILES, tmp_path / "my.yaml"):
+        refuse_repeated_keys(path)
+
+
+def test_anchors_that_multiply_are_refused_before_they_fill_the_memory():
+    bomb = [1] * 10
+    for _ in range(20):
+        bomb = [bomb] * 10
+    with pytest.raises(ConfigError, match="config: got 100000 values or more; does it repeat an anchor"):
+        Config.from_dict(with_value("seed", bomb))
 
 
 def test_missing_blocks_are_all_named():

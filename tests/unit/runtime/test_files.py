@@ -1,6 +1,9 @@
 """Files of results: complete or not there."""
 
+import os
 import re
+import socket
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +30,43 @@ def test_output_appears_only_when_complete(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_process_left_is_replaced(tmp_path):
+def test_two_jobs_with_one_output_do_not_mix(tmp_path, monkeypatch):
+    """One outlived its driver; each publishes what it wrote itself, as a whole."""
     target = tmp_path / "folder"
-    with atomic(target) as temporary:
-        temporary.mkdir()
-        (temporary / "new").write_text("1")
-    with atomic(target) as temporary:
-        assert not temporary.exists()
-        temporary.mkdir()
-    assert list(target.iterdir()) == []
+
+    def write(process):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        with atomic(target) as temporary:
+            temporary.mkdir()
+            (temporary / "first").write_text(str(process))
+            yield
+            (temporary / "second").write_text(str(process))
+
+    processes = (os.getpid(), os.getppid())
+    jobs = [write(process) for process in processes]
+    for job in jobs:
+        next(job)
+    for job, process in zip(jobs, processes, strict=True):
+        assert list(job) == []
+        assert {path.name: path.read_text() for path in target.iterdir()} == {
+            "first": str(process),
+            "second": str(process),
+        }
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_kept(tmp_path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    here, names = socket.gethostname(), [f"{os.getppid()}", f"{killed.pid}", f"{killed.pid}.old"]
+    left = [tmp_path / f".a.incomplete.{host}.{name}" for host in (here, "elsewhere") for name in names]
+    old = tmp_path / ".a.incomplete.elsewhere.77"
+    for path in (*left, old):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    with atomic(tmp_path / "a") as temporary:
+        temporary.touch()
+    assert set(tmp_path.iterdir()) == {tmp_path / "a", left[0], *left[3:]}
 
 
 def test_a_link_to_the_same_file_is_written_again(tmp_path):
