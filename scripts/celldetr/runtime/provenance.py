@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import celldetr
+from celldetr.runtime.errors import masked
 from celldetr.runtime.files import write_json
 
 PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "kornia", "snakemake")
@@ -150,7 +152,7 @@ def write_provenance(
     inputs: Iterable[str | os.PathLike[str]] = (),
     **extra: Any,
 ) -> None:
-    """Write the JSON file that says where a model or a table came from.
+    """Write the JSON file that says where a model or a table came from, without the credentials of URLs.
 
     Parameters
     ----------
@@ -171,4 +173,4 @@ def write_provenance(
         "inputs": {str(item): sha256(item) for item in inputs},
         **extra,
     }
-    write_json(path, record)
+    write_json(path, json.loads(masked(json.dumps(record))))

@@ -155,14 +155,12 @@ def test_names_of_files_of_the_workflow_are_refused(tmp_path, kind, row, folder)
     assert list(read_sheet(write(tmp_path / "s.tsv", {**row, key: "split"}), kind, key)) == ["split"]
 
 
-def test_many_rows_are_read_in_linear_time(tmp_path):
-    def seconds(count):
-        path = write(tmp_path / "s.tsv", *({**SLIDE, "slide": f"a{number}"} for number in range(count)))
-        start = time.process_time()
-        assert len(read_sheet(path, SlideRow, "slide")) == count
-        return time.process_time() - start
-
-    assert seconds(8000) < 30 * min(seconds(1000) for _ in range(3))
+def test_many_rows_are_read_quickly(tmp_path):
+    """Every call of Snakemake reads the sheets; a check of each name against all others would take 7 s here."""
+    path = write(tmp_path / "s.tsv", *({**SLIDE, "slide": f"a{number}"} for number in range(10_000)))
+    start = time.process_time()
+    assert len(read_sheet(path, SlideRow, "slide")) == 10_000
+    assert time.process_time() - start < 2
 
 
 def test_a_sheet_is_taken_from_the_working_folder_first(tmp_path, monkeypatch):

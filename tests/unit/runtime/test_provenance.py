@@ -79,10 +79,11 @@ def test_words_and_layout_do_not_count(copy):
 def test_provenance_file_says_where_a_result_came_from(tmp_path):
     source = tmp_path / "input.txt"
     source.write_text("abc")
-    provenance.write_provenance(tmp_path / "p.json", settings={"lr": 0.1}, inputs=[source], seed=3)
+    settings = {"lr": 0.1, "urls": ["https://me:S3cret@host/a?sig=S3cret", "https://host/b"]}
+    provenance.write_provenance(tmp_path / "p.json", settings=settings, inputs=[source], seed=3)
     record = json.loads((tmp_path / "p.json").read_text())
     assert record["inputs"][str(source)] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert record["settings"] == {"lr": 0.1}
+    assert record["settings"] == {"lr": 0.1, "urls": ["https://***@host/a?***", "https://host/b"]}
     assert record["seed"] == 3
     assert record["versions"]["python"] == sys.version.split()[0]
     assert len(record["git_revision"]) >= 7
