@@ -1,0 +1,125 @@
+"""What is planned: targets, profiles, many samples; and what is refused before anything runs."""
+
+import json
+import re
+import resource
+
+import pytest
+import yaml
+from programs import ROOT, run
+from small_run import counted_jobs, small_config
+
+from celldetr.config.base import merge
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CPU_SECONDS = 30
+SLIDES, SAMPLES = 200, 50
+
+
+def plan(folder, changes, *targets, base=None):
+    """Dry-run the small example, or another configuration, in an empty folder with some changes."""
+    text = json.dumps(merge(base or small_config(), changes)) if isinstance(changes, dict) else changes
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    command = ["snakemake", "--snakefile", ROOT / "workflow" / "Snakefile", "--configfile", path]
+    return run(*command, "--directory", folder, "--cores", 1, "--dry-run", *(targets or ["all"]))
+
+
+def jobs_of(done):
+    assert done.returncode == 0, done.stdout[-3000:]
+    return counted_jobs(done.stdout)
+
+
+def paper():
+    return yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"epocs": 2}}, "training.epocs: unknown key; did you mean 'epochs'?"),
+        ({"xenium": {"samples": "xenium.tsv"}}, "row 2: sample: got '../drawn_2'"),
+        ("seed: 1\nseed: 2\n", "config.yaml: line 2: got 'seed' again (also in line 1)"),
+        ({"imagenet": {"bytes": "https://me:S3cret@host/?sig=S3cret"}}, "imagenet.bytes: got 'https://***@host/?***'"),
+    ],
+)
+def test_a_mistake_stops_before_anything_runs(tmp_path, changes, message):
+    text = (ROOT / "config" / "example" / "xenium.tsv").read_text(encoding="utf-8")
+    (tmp_path / "xenium.tsv").write_text(text.replace("drawn_2\tyes", "../drawn_2\tyes"), encoding="utf-8")
+    done = plan(tmp_path, changes)
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert "S3cret" not in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_braces_in_texts_of_the_user_are_no_wildcards(tmp_path):
+    titles = {name: {"title": f"{{x}} of {name} {{"} for name in small_config()["experiments"]}
+    jobs = jobs_of(plan(tmp_path, {"experiments": titles, "imagenet": {"urls": ["my{x}.pth"]}}))
+    assert {"figure3", "figure4b", "figure4c", "figure5b", "table", "overlays"} <= set(jobs)
+
+
+def test_a_single_target_builds_only_its_ancestors(tmp_path):
+    jobs = jobs_of(plan(tmp_path, {}, "results/pannuke/split1.tsv"))
+    assert set(jobs) == {"make_example", "download_pannuke", "convert_pannuke", "split_pannuke"}
+    done = plan(tmp_path, {}, "results/table3.tsv")
+    assert jobs_of(done)["train"] == 2
+    assert not re.search("celldetr_[sp]|deformable_detr", done.stdout)
+
+
+def test_profiles_plan_from_a_clone_as_typed(tmp_path):
+    jobs = jobs_of(run("snakemake", "--profile", "slurm", "-n", "all"))
+    assert (jobs["train"], jobs["download_pannuke"], jobs["register_xenium"], jobs["extract_slide"]) == (20, 3, 4, 15)
+    assert "make_example" in jobs_of(run("snakemake", "--profile", "example", "--directory", tmp_path, "-n", "all"))
+
+
+def test_what_goes_beyond_the_paper_runs_when_it_is_listed(tmp_path):
+    jobs = jobs_of(plan(tmp_path, {"tables": {"table1": {"ours": ["celldetr_plus"]}}}, base=paper()))
+    assert (jobs["train"], jobs["score"], jobs["overlays"]) == (23, 25, 25)
+
+
+def widen(sheet, key, count, folder):
+    """Write a sheet with `count` rows in use, each a copy of one of the paper's under a name of its own."""
+    lines = (ROOT / "config" / sheet).read_text(encoding="utf-8").splitlines()
+    columns, *rows = (line.split("\t") for line in lines if line.strip() and not line.startswith("#"))
+    used = [row for row in (dict(zip(columns, row, strict=False)) for row in rows) if row["use"] == "yes"]
+    written = ["\t".join(columns)]
+    for number in range(count):
+        row = {**used[number % len(used)], key: f"{key}_{number}", "group": f"group_{number}"}
+        written.append("\t".join(row.get(column, "") for column in columns))
+    path = folder / sheet
+    path.write_text("\n".join(written) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_many_slides_and_samples_are_planned_quickly(tmp_path):
+    def used():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    sheets = {
+        "slides": {"sheet": widen("slides.tsv", "slide", SLIDES, tmp_path)},
+        "xenium": {"samples": widen("xenium.tsv", "sample", SAMPLES, tmp_path)},
+    }
+    before = used()
+    jobs = jobs_of(plan(tmp_path, sheets, base=paper()))
+    assert used() - before < CPU_SECONDS
+    assert (jobs["extract_slide"], jobs["annotate_xenium"]) == (SLIDES, SAMPLES)
+
+
+def test_slurm_without_accounting_stops_before_a_job_is_sent(tmp_path):
+    """Snakemake asks sacct for the state of its jobs; if that fails, it would wait for ever."""
+    programs = {"sbatch": f"touch {tmp_path}/sent; echo 1", "squeue": "exit 0", "scontrol": "exit 0", "sinfo": "exit 0"}
+    programs["sacct"] = 'case "$*" in *version*) ;; *) echo "accounting storage is disabled" >&2; exit 1;; esac'
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "config.yaml").write_text(json.dumps(small_config()), encoding="utf-8")
+    given = ["--profile", "slurm", "--configfile", tmp_path / "config.yaml", "--directory", tmp_path / "work"]
+    environment = {"PATH": f"{tmp_path}:{run('sh', '-c', 'printf %s $PATH').stdout}"}
+    done = run("snakemake", *given, "results/references/drawn.h5ad", environment=environment, timeout=200)
+    assert done.returncode != 0
+    assert "sacct fails (accounting storage is disabled)" in done.stdout
+    assert "set `slurm-status-command: squeue` in the profile" in done.stdout
+    assert not (tmp_path / "sent").exists()
