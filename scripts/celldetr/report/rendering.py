@@ -20,7 +20,7 @@ _METRIC_WORDS = {
 _RULE_WORDS = {
     "both_thresholds": "nucleus score ≥ {nucleus_threshold:g} and class score ≥ {class_threshold:g}",
     "class": "class score ≥ {class_threshold:g}",
-    "product": "nucleus score × class score ≥ {class_threshold:g}",
+    "product": "nucleus score × class score ≥ {class_threshold:g} (a baseline has one score, which counts once)",
 }
 _SECTIONS = {
     PAPER: "Published in the paper",
@@ -64,18 +64,15 @@ def _sections(table: Table) -> tuple[dict[str, list[_Row]], list[str]]:
     """Rows by the title of their section, and the notes with their marks."""
     best = _best(table)
     sections: dict[str, list[_Row]] = {}
-    notes: list[str] = []
+    marks: dict[str, str] = {}
     for index, row in table.rows.iterrows():
-        in_paper = row["source"] == PAPER and row["group"]
-        title = _SECTIONS[row["source"]] + (f": {row['group']}" if in_paper else "")
-        note = "; ".join(text for text in (f"From {row['citation']}" if row["citation"] else "", row["note"]) if text)
-        if note and note not in notes:
-            notes.append(note)
-        mark = _MARKS[notes.index(note) % len(_MARKS)] if note else ""
+        title = _SECTIONS[row["source"]] + (f": {row['group']}" if row["source"] == PAPER and row["group"] else "")
+        note = "; ".join(text for text in (row["citation"] and f"From {row['citation']}", row["note"]) if text)
+        mark = marks.setdefault(note, _MARKS[len(marks) % len(_MARKS)]) if note else ""
         measured = row["source"] in (MEASURED, OURS, FROZEN)
         cells = [(_shown(row[name], measured), (index, name) in best) for name in value_columns(table.classes)]
         sections.setdefault(title, []).append(_Row(row["system"], mark, measured, cells))
-    return sections, [f"{_MARKS[number % len(_MARKS)]}: {note}" for number, note in enumerate(notes)]
+    return sections, [f"{mark}: {note}" for note, mark in marks.items()]
 
 
 def _shown(text: str, measured: bool) -> str:

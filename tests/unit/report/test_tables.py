@@ -105,10 +105,9 @@ def test_known_slips_are_found_and_flagged_and_nothing_else():
 def test_spot_checks_against_the_printed_tables():
     first, second, third = (read_published(PUBLISHED / f"table{n}.tsv").set_index("system") for n in (1, 2, 3))
     assert first.loc["CellDETR-S", ["Necrotic_P", "Necrotic_R", "Necrotic_F"]].tolist() == ["0.49", "0.40", "0.43"]
-    assert first.loc["Mask-RCNN", ["Detection_P", "Detection_R", "Detection_F"]].tolist() == ["0.76", "0.68", "0.72"]
     assert first.loc["CellViT-SAM-H", ["Neoplastic_P", "Detection_F"]].tolist() == ["0.718", "0.829"]
     assert second.loc["Full fine-tuning", ["Epithelial_F", "Detection_F"]].tolist() == ["0.72", "0.83"]
-    assert third.loc["Zero Shot", ["Necrotic_P", "Necrotic_R", "Necrotic_F"]].tolist() == ["NA"] * 3
+    assert third.loc["Zero Shot", "Necrotic_P"] == "NA"
 
 
 @pytest.mark.parametrize(
@@ -173,18 +172,14 @@ def test_a_class_without_truth_in_a_split_is_left_out_of_the_mean(tmp_path):
     assert row["note"] == "Epithelial: truth in 0 of 2 splits; Necrotic: truth in 1 of 2 splits"
 
 
-def test_files_come_back_as_written_with_every_split_metric_and_class(tmp_path):
+def test_the_table_comes_back_as_written_with_every_split_metric_and_class(tmp_path):
     table = make_table(make_scores(tmp_path, {("celldetr_s", 1): {"Necrotic": np.nan}}))
     write_tsv(tmp_path / "table1.tsv", table.rows)
     back = pd.read_csv(tmp_path / "table1.tsv", sep="\t", dtype=str, keep_default_na=False)
     pd.testing.assert_frame_equal(back, table.rows)
     keys = table.splits[["system", "split", "metric", "class"]]
     assert len(keys) == len(keys.drop_duplicates()) == 2 * 2 * 2 * 6
-    assert list(keys["system"].unique()) == ["Deformable DETR", "CellDETR-S"]
-    write_tsv(tmp_path / "splits.tsv", table.splits)
-    back = pd.read_csv(tmp_path / "splits.tsv", sep="\t")
-    pd.testing.assert_frame_equal(back, table.splits, check_dtype=False)
-    assert {*COUNTS, "f1_lo", "f1_hi", "images", "test_store", "radius"} <= set(back)
+    assert {*COUNTS, "f1_lo", "f1_hi", "images", "test_store", "radius"} <= set(table.splits)
 
 
 def test_cut_and_foreign_scores_are_refused(tmp_path):
@@ -307,14 +302,6 @@ def test_caption_says_how_it_was_measured(tmp_path):
     assert text in "".join(Page(html(table)).text)
 
 
-def test_markdown_has_the_same_number_of_cells_in_each_row(tmp_path):
-    text = markdown(make_table(make_scores(tmp_path)))
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {1 + 1 + 18}
-    assert "- a: Connective_F: printed 0.47" in text
-    assert "From result files of the CellViT repository" in text
-
-
 @pytest.mark.parametrize(
     "title", ["a|b *c* <b>d</b> {x} _e_ f_g [h](i) `j` &lt; $k$", "two\nlines\\", "-", "CellDETR-S"]
 )
@@ -325,6 +312,8 @@ def test_titles_are_shown_as_they_are(tmp_path, title):
     page = Page(rendered)
     assert page.rows[-2][0] == " ".join(title.split())
     assert {len(row) for row in page.rows} == {19}
+    assert "a: Connective_F: printed 0.47" in "".join(page.text)
+    assert "From result files of the CellViT repository" in "".join(page.text)
 
 
 def test_classes_that_a_model_does_not_have_are_dashes_with_a_note(tmp_path):
