@@ -49,7 +49,10 @@ def test_nothing_reruns_when_nothing_changed(work):
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
-        ({"evaluation": {"radius_um": 5.0}}, {"score", "attention", "table", "figure3", "figure5b"}),
+        (
+            {"evaluation": {"radius_um": 5.0}},  # the chosen epoch of every model, and what a model detects on a slide
+            {"detect_slide", "extract_slide", "choose_slide_patches"} | AFTER_SLIDES | FIGURES,
+        ),
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
         (
@@ -65,6 +68,8 @@ def test_nothing_reruns_when_nothing_changed(work):
         ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_PATCHES - {"figure5a"}),
         ({"slides": {"total": 30}}, {"choose_slide_patches"} | AFTER_SLIDES),
         ({"figure4": {"patches": 1}}, {"similarity", "figure4c"}),
+        ({"experiments": {"celldetr_p": {"title": "a|b *c* <b> {x} _d_ $e$"}}}, {"table", "figure3"}),
+        ({"experiments": {"ssl_pretrain": {"title": "a|b *c* <b> {x} _d_ $e$"}}}, {"figure4b", "figure4c"}),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, dict) else "",
 )
