@@ -6,9 +6,9 @@ Params: titles (sample -> title).
 
 from pathlib import Path
 
-from celldetr.evaluation.scoring import write_tsv
 from celldetr.report.figure5 import composition, figure5a
 from celldetr.report.style import save
+from celldetr.runtime.files import write_tsv
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 

@@ -5,9 +5,9 @@ Input: ``predictions`` (Parquet of the predict rule), ``store`` (the test patche
 """
 
 from celldetr.evaluation.predictions import read_predictions
-from celldetr.evaluation.scoring import write_tsv
 from celldetr.report.figure5 import confusion, figure5b
 from celldetr.report.style import save
+from celldetr.runtime.files import write_tsv
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 

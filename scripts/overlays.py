@@ -17,12 +17,14 @@ DPI = 120  # a picture for each experiment and split: the report must stay small
 
 def main(snakemake):
     store = open_store(snakemake.input.store)
+    predictions = read_predictions(snakemake.input.predictions)
+    predictions.check_store(store)
     patches = choose_patches(store.box_ptr, snakemake.params.patches, snakemake.params.seed)
     figure = overlays(
         store.images(patches),
         patches,
         [store.boxes_of(int(patch)) for patch in patches],
-        read_predictions(snakemake.input.predictions),
+        predictions,
         title=f"{snakemake.wildcards.experiment}, split {snakemake.wildcards.split}: "
         f"test patches of {Path(snakemake.input.store).stem}",
     )

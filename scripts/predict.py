@@ -7,7 +7,6 @@ transfer, else None).
 """
 
 import logging
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,6 @@ def main(snakemake):
     metadata = {
         "experiment": snakemake.wildcards.experiment,
         "split": int(snakemake.wildcards.split),
-        "test_store": Path(snakemake.input.store).stem,
         "model_sha256": sha256(snakemake.input.model),
         "git_revision": git_revision(),
         "versions": versions(),

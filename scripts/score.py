@@ -1,16 +1,17 @@
 """Score the predictions of a test fold.
 
-Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold).
+Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold), ``model`` (the file that
+made the predictions).
 Output: TSV, a row per metric and class: precision, recall, F1 with 95 % intervals, counts, settings.
 """
 
 import logging
-from pathlib import Path
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold, write_scores
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.provenance import sha256
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
@@ -20,25 +21,27 @@ log = logging.getLogger("score")
 def main(snakemake):
     params = snakemake.params
     predictions = read_predictions(snakemake.input.predictions)
-    origin = {key: predictions.metadata.get(key) for key in ("experiment", "split", "test_store")}
     expected = {
         "experiment": snakemake.wildcards.experiment,
         "split": int(snakemake.wildcards.split),
-        "test_store": Path(snakemake.input.store).stem,
+        "model_sha256": sha256(snakemake.input.model),
     }
-    if origin != expected:
+    got = {key: predictions.metadata.get(key) for key in expected}
+    if got != expected:
         raise InputError(
-            f"{snakemake.input.predictions}: got predictions of {origin}, expected {expected}; predict this split again"
+            f"{snakemake.input.predictions}: got predictions of {got}, expected {expected}; predict this split again"
         )
+    store = open_store(snakemake.input.store)
     scores = score_fold(
         predictions,
-        open_store(snakemake.input.store),
+        store,
         ScoringSettings.from_dict(params.scoring),
         centres=params.centres,
         resamples=params.resamples,
         seed=params.seed,
     )
-    write_scores(snakemake.output[0], scores, **expected)
+    origin = {"experiment": expected["experiment"], "split": expected["split"], "test_store": store.path.stem}
+    write_scores(snakemake.output[0], scores, **origin)
     found = scores[scores["class"] == "Detection"].set_index("metric")
     log.info("detection\n%s", found[["precision", "recall", "f1", "n_truth", "n_predicted"]].to_string())
 

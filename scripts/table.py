@@ -8,7 +8,6 @@ Output: ``tsv`` (a row per system), ``splits`` (every split, metric and class), 
 
 from pathlib import Path
 
-from celldetr.evaluation.scoring import write_tsv
 from celldetr.report.rendering import html, markdown
 from celldetr.report.tables import (
     System,
@@ -18,7 +17,7 @@ from celldetr.report.tables import (
     read_published,
     read_scores,
 )
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import atomic, write_tsv
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 

@@ -1,6 +1,7 @@
 """A test fold without images, and detections with planted scores, for the tests of evaluation and report."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class Fold:
     centroids: np.ndarray
     classes: tuple = CLASSES
     mpp: float = 0.25
+    digest: str = "d1"
+    path: Path = Path("fold2.zarr")
 
     @property
     def n_patches(self):
@@ -42,5 +45,5 @@ def detections(patch, boxes, labels, n_patches, *, nucleus=0.9, best=0.8, classe
         class_scores=scores,
         classes=classes,
         n_patches=n_patches,
-        metadata={"nucleus_threshold": 0.4, "mode": "parallel", **metadata},
+        metadata={"nucleus_threshold": 0.4, "mode": "parallel", "store_digest": "d1", "test_store": "fold2"} | metadata,
     )

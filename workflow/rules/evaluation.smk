@@ -36,6 +36,7 @@ rule score:
     input:
         predictions="results/predictions/{experiment}/split{split}.parquet",
         store=test_store,
+        model=lambda wildcards: model_file(wildcards.experiment, wildcards.split),
     output:
         "results/scores/{experiment}/split{split}.tsv",
     log:

@@ -44,7 +44,7 @@ class EvaluationSettings(_CountingSettings):
 
 
 class ScoringSettings(_CountingSettings):
-    """What validation and test share: see `celldetr.evaluation.scoring.Evaluator`."""
+    """What validation and test share: see `celldetr.evaluation.evaluator.Evaluator`."""
 
     nucleus_threshold: Share = 0.4
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from sklearn import exceptions, linear_model, metrics, neighbors, preprocessing
 
 from celldetr.config.evaluation import FrozenFeatureSettings
-from celldetr.evaluation.metrics import row_names
-from celldetr.evaluation.scoring import VALUES, write_tsv
+from celldetr.evaluation.metrics import VALUES, row_names
 from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.files import write_tsv
 from celldetr.store import PatchStore
 
 COLUMNS = ("experiment", "split", "weights", "classifier", "class", *VALUES, "n")

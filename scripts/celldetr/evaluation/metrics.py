@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from celldetr.evaluation.matching import NucleusCentres, Pairs
 
 METRICS = ("strict", "hovernet_compat")
+VALUES = ("precision", "recall", "f1")
 COUNTS = (
     "n_truth",  # true nuclei of the row
     "n_predicted",  # predictions of the row
@@ -147,7 +148,7 @@ def _nearest_to_origin(nuclei: NucleusCentres, image: int) -> int:
 
 
 def scores(counts: NDArray[np.number], metric: str = "strict") -> NDArray[np.float64]:
-    """Compute P, R and F (..., 3) of counts summed over images (..., len(COUNTS)), see the top of this module."""
+    """Compute `VALUES` (..., 3) of counts summed over images (..., len(COUNTS)), see the top of this module."""
     value = dict(zip(COUNTS, np.moveaxis(np.asarray(counts, dtype=np.float64), -1, 0), strict=True))
     tp = value["tp"]
     over = 2 * value["fp_paired"] + value["fp_unpaired"]

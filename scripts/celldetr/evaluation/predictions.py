@@ -3,8 +3,8 @@
 One row per detection whose nucleus score reached the inference threshold. Columns: ``patch`` int32 (index in the store
 of the test fold), ``query`` int16, ``x0 y0 x1 y1`` float32 (px, half-open), ``nucleus_score`` float32,
 ``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score). The schema metadata holds a JSON
-object under the key ``celldetr`` with at least ``classes``, ``n_patches`` and ``nucleus_threshold``. A patch without
-detections has no rows.
+object under the key ``celldetr`` with at least ``classes``, ``n_patches``, ``nucleus_threshold``, ``store_digest`` and
+the ``mode`` of the model. A patch without detections has no rows.
 """
 
 import json
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
+from celldetr.store import PatchStore
 
 METADATA_KEY = b"celldetr"
 _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
@@ -83,18 +84,18 @@ class Predictions:
         arrays: dict[str, Any] = {name: getattr(self, name)[keep] for name in names}
         return replace(self, **arrays)
 
-    def check_store(self, classes: tuple[str, ...], n_patches: int) -> None:
-        """Check that the detections are of a store with these classes and this number of patches.
+    def check_store(self, store: PatchStore) -> None:
+        """Check that the detections are of this store.
 
         Raises
         ------
         InputError
-            They were made on another store.
+            They were made on another store, or on this one before its content changed.
         """
-        if (self.classes, self.n_patches) != (tuple(classes), n_patches):
+        if (got := self.metadata.get("store_digest")) != store.digest:
             raise InputError(
-                f"predictions: got {self.n_patches} patches with classes {list(self.classes)}, expected those of the "
-                f"test store: {n_patches} patches with classes {list(classes)}; predict this split again"
+                f"predictions: got those of store {self.metadata.get('test_store')} with digest {got}, expected "
+                f"{store.path} with {store.digest}; predict this split again"
             )
 
 

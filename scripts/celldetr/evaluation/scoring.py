@@ -1,71 +1,21 @@
-"""The evaluator of validation and test, and the scores of one experiment on one split as one long table."""
+"""Scores of one experiment on one split: predictions and truth in, one long table out."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from celldetr.config.evaluation import ScoringSettings
+from celldetr.evaluation.evaluator import Evaluator
 from celldetr.evaluation.intervals import intervals
-from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
-from celldetr.evaluation.metrics import COUNTS, METRICS, count_images, row_names, scores
+from celldetr.evaluation.matching import NucleusCentres
+from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, row_names, scores
 from celldetr.evaluation.predictions import Predictions
 from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_tsv
 from celldetr.store import PatchStore
-
-MISSING = "NA"
-VALUES = ("precision", "recall", "f1")
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """Which detections count, and how they pair with the truth: one for validation and test.
-
-    Attributes
-    ----------
-    settings
-        Score rule, thresholds and radius.
-    mpp
-        Resolution of the patches, um per px.
-    mode
-        Mode of the model. In mode ``baseline`` the detection decoder classifies, so that the nucleus score is the
-        largest class score: it does not enter a product again.
-    """
-
-    settings: ScoringSettings
-    mpp: float
-    mode: str
-
-    @property
-    def radius(self) -> float:
-        """Largest distance of a pair, px."""
-        return self.settings.radius_um / self.mpp
-
-    def keep(self, nucleus_score: NDArray[np.floating], class_scores: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Return which detections (D,) count, by nucleus scores (D,) and class scores (D, K).
-
-        Without classes (K = 0) the nucleus score alone decides.
-        """
-        settings = self.settings
-        if not class_scores.shape[1]:
-            return nucleus_score >= settings.nucleus_threshold
-        best = class_scores.max(axis=1)
-        if settings.score == "class" or (settings.score == "product" and self.mode == "baseline"):
-            return best >= settings.class_threshold
-        if settings.score == "product":
-            return nucleus_score * best >= settings.class_threshold
-        return (nucleus_score >= settings.nucleus_threshold) & (best >= settings.class_threshold)
-
-    def count(
-        self, truth: NucleusCentres, predicted: NucleusCentres, n_classes: int, metric: str = "strict"
-    ) -> NDArray[np.int64]:
-        """Pair the nuclei and count them per image (N, 1 + n_classes, len(COUNTS)), see `count_images`."""
-        pairs = pair_nuclei(truth, predicted, self.radius)
-        return count_images(truth, predicted, pairs, n_classes, metric=metric, radius=self.radius)
 
 
 def truth_nuclei(store: PatchStore, centres: str = "box") -> NucleusCentres:
@@ -140,7 +90,7 @@ def score_fold(
     ConfigError
         Detections that would count were not written.
     """
-    predictions.check_store(store.classes, store.n_patches)
+    predictions.check_store(store)
     metadata = predictions.metadata
     if settings.nucleus_threshold < metadata["nucleus_threshold"]:
         raise ConfigError(
@@ -181,9 +131,3 @@ def write_scores(
     """Write the scores of an experiment on a split as TSV; undefined values are NA."""
     origin: dict[str, Any] = {"experiment": experiment, "split": split, "test_store": test_store}
     write_tsv(path, scores.assign(**origin)[[*origin, *scores.columns]], float_format="%.6g")
-
-
-def write_tsv(path: str | os.PathLike[str], frame: pd.DataFrame, *, float_format: str | None = None) -> None:
-    """Write a table as TSV without its index; undefined values are NA."""
-    with atomic(path) as temporary:
-        frame.to_csv(temporary, sep="\t", index=False, na_rep=MISSING, float_format=float_format)

@@ -84,7 +84,12 @@ def predict_fold(
             mapped = np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
             query = _numpy(found.query)
             rows.append((np.full(len(query), index), query, clipped, _numpy(found.nucleus_score), mapped))
-    own = {"nucleus_threshold": nucleus_threshold, "mode": model.settings.mode}
+    own = {
+        "test_store": store.path.stem,
+        "store_digest": store.digest,
+        "nucleus_threshold": nucleus_threshold,
+        "mode": model.settings.mode,
+    }
     patch, queries, boxes, nucleus, scores = (np.concatenate(column) for column in zip(*rows, strict=True))
     predictions = Predictions(
         patch,

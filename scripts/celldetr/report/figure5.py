@@ -34,7 +34,7 @@ def confusion(predictions: Predictions, store: PatchStore, nucleus_threshold: fl
     InputError
         The predictions were made on another store.
     """
-    predictions.check_store(store.classes, store.n_patches)
+    predictions.check_store(store)
     kept = predictions.select(predictions.nucleus_score >= nucleus_threshold)
     truth, predicted = truth_nuclei(store), predicted_nuclei(kept)
     pairs = pair_nuclei(truth, predicted, radius_um / store.mpp)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jinja2
 import pandas as pd
 
-from celldetr.evaluation.scoring import MISSING
 from celldetr.report.tables import FROZEN, LETTERS, MEASURED, OTHER, OURS, PAPER, Table, value_columns
+from celldetr.runtime.files import MISSING
 
 BANNER = "Synthetic example data; says nothing about tissue."
 DASH = "–"

@@ -16,9 +16,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from celldetr.evaluation.frozen_features import TRAINED
-from celldetr.evaluation.metrics import COUNTS, METRICS, scores
-from celldetr.evaluation.scoring import MISSING, VALUES
+from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, scores
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import MISSING
 
 PAPER, OTHER, MEASURED, OURS, FROZEN = "paper", "other", "measured", "ours", "frozen_features"
 """Values of the column ``source``."""

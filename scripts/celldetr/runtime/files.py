@@ -12,10 +12,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celldetr.runtime.errors import InputError
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MISSING = "NA"
+"""Undefined value in a table."""
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 """Errors besides OSError that reading a damaged zip archive raises."""
 _OLD_SECONDS = 7 * 86_400  # longer than any job runs
@@ -108,6 +113,12 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON values."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tsv(path: str | os.PathLike[str], frame: "DataFrame", *, float_format: str | None = None) -> None:
+    """Write a table as TSV without its index; undefined values are `MISSING`."""
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, sep="\t", index=False, na_rep=MISSING, float_format=float_format)
 
 
 def write_npz(path: str | os.PathLike[str], content: Any) -> None:

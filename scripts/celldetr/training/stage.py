@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
+from celldetr.evaluation.evaluator import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
-from celldetr.evaluation.scoring import Evaluator
 from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, float_images
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.augment import augment, draw

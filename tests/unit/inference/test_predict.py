@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small_model import small_model
 from torch import nn
 
+import score
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
@@ -15,6 +17,8 @@ from celldetr.inference.attention import share_inside
 from celldetr.inference.predict import attend_patches, predict_fold
 from celldetr.model.celldetr import ImagePredictions
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.provenance import sha256
+from celldetr.store import StoreWriter
 
 FAR = ScoringSettings(radius_um=7.5)
 LIMITS = {"nucleus_threshold": 0.4, "batch_size": 4}
@@ -69,6 +73,38 @@ def test_predictions_are_in_order_and_clipped(store, tmp_path, batch_size):
 
     frame = score_fold(found, store, FAR, resamples=5)
     assert (frame.loc[frame["metric"] == "strict", "f1"].dropna() == 1).all()
+
+
+def test_only_predictions_of_this_model_split_and_store_are_scored(store, tmp_path):
+    model, other = tmp_path / "model.pt", tmp_path / "other.pt"
+    model.write_bytes(b"weights")
+    other.write_bytes(b"other weights")
+    origin = {"experiment": "planted", "split": 1, "model_sha256": sha256(model)}
+    predict_fold(Planted(store), store, tmp_path / "a.parquet", metadata=origin, **LIMITS)
+
+    def run(model_file=model, store_path=store.path, experiment="planted", split="1"):
+        inputs = SimpleNamespace(predictions=tmp_path / "a.parquet", store=store_path, model=model_file)
+        params = {"scoring": FAR.to_dict(), "centres": "box", "resamples": 0, "seed": 0}
+        wildcards = SimpleNamespace(experiment=experiment, split=split)
+        output = [tmp_path / "scores.tsv"]
+        score.main(SimpleNamespace(input=inputs, params=SimpleNamespace(**params), wildcards=wildcards, output=output))
+
+    run()
+    assert set(pd.read_csv(tmp_path / "scores.tsv", sep="\t")["test_store"]) == {"fold1"}
+    with pytest.raises(InputError, match=r"a.parquet: got predictions of .*'split': 1.*, expected .*'split': 2"):
+        run(split="2")
+    with pytest.raises(InputError, match="'experiment': 'planted'.* expected .*'experiment': 'celldetr_s'"):
+        run(experiment="celldetr_s")
+    with pytest.raises(InputError, match="'model_sha256': .*; predict this split again"):
+        run(model_file=other)
+    twin = StoreWriter(tmp_path / "fold1.zarr", patch_size=store.patch_size, classes=store.classes, mpp=store.mpp)
+    with twin as writer:
+        boxes, labels = zip(*(store.boxes_of(index) for index in range(store.n_patches)), strict=True)
+        images = 255 - store.images(np.arange(store.n_patches))
+        columns = {name: store.patches[name].to_numpy() for name in store.patches}
+        writer.append(images, boxes, labels, centroids=None, patches=columns)
+    with pytest.raises(InputError, match="got those of store fold1 with digest .*, expected .*fold1.zarr with"):
+        run(store_path=tmp_path / "fold1.zarr")
 
 
 MAP = {"T": "inflammatory", "B": "inflammatory", "Malignant": "neoplastic"}

@@ -48,7 +48,7 @@ def test_confusion_refuses_predictions_of_other_patches():
     truth = fold([0, 1])
     found = predict(truth, [0], [0])
     with pytest.raises(InputError, match="predict this split again"):
-        confusion(replace(found, n_patches=2), truth, 0.4, radius_um=1.5)
+        confusion(found, replace(truth, digest="d2"), 0.4, radius_um=1.5)
 
 
 def test_composition_and_pictures(tmp_path):

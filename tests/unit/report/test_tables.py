@@ -10,8 +10,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.evaluation.metrics import COUNTS, METRICS, row_names, scores
-from celldetr.evaluation.scoring import VALUES, write_scores, write_tsv
+from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, row_names, scores
+from celldetr.evaluation.scoring import write_scores
 from celldetr.report.rendering import BANNER, DASH, caption, html, markdown
 from celldetr.report.tables import (
     System,
@@ -23,6 +23,7 @@ from celldetr.report.tables import (
     slips,
 )
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import write_tsv
 
 PUBLISHED = Path(__file__).parents[3] / "config" / "published"
 ORDER = ("Neoplastic", "Epithelial", "Inflammatory", "Connective", "Necrotic", "Detection")
