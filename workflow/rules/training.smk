@@ -16,7 +16,7 @@ rule download_imagenet:
         mem_mb=1000,
         runtime=60,
     params:
-        source=lambda wildcards: CONFIG.imagenet.to_dict(),
+        source=CONFIG.imagenet.to_dict(),
     message:
         "Downloading the ImageNet weights of the backbone"
     script:

@@ -353,9 +353,7 @@ rule figure5a:
         mem_mb=2000,
         runtime=10,
     params:
-        titles=lambda wildcards: {
-            sample: f"{sample} ({row.tissue})" for sample, row in SAMPLES.items()
-        },
+        titles={sample: f"{sample} ({row.tissue})" for sample, row in SAMPLES.items()},
         code=code("figure5a"),
     message:
         "Drawing figure 5a"
