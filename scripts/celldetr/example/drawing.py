@@ -21,36 +21,17 @@ Pixels = tuple[NDArray[np.intp], ...]  # rows and columns
 _GROUND = 0.7  # um; grid on which the ground between the nuclei is computed
 _COAT = 1.6  # um; reach of a nucleus' coat of cytoplasm
 _SPOTS = 8  # most nucleoli or globules of a nucleus
+_BLUR, _NOISE = 0.22, 2.5  # um, by the optics; grey values, of the sensor: standard deviations
 _PIXEL_BLUR = 0.4  # px; a pixel's own extent softens the edges of masks
 _DAPI_BLUR = 0.3  # um
 _DAPI_LEVEL = 2600.0  # grey values of a nucleus of 1 unit of hematoxylin
 _DAPI_GLASS, _DAPI_TISSUE = 110.0, 90.0  # grey values of the empty frame, and added by tissue
 
 
-@dataclass(frozen=True)
-class Stain:
-    """How a section was stained and scanned; colours are red, green and blue."""
-
-    hematoxylin: Array  # (3,) optical density (natural logarithm) of a unit of stain
-    eosin: Array  # (3,) likewise
-    light: Array  # (3,) share of light that empty glass lets through
-    blur: float = 0.22  # um; standard deviation of the blur by the optics
-    noise: float = 2.5  # grey values; standard deviation of the noise of the sensor
-
-
-def draw_stain(rng: np.random.Generator) -> Stain:
-    """Draw the stain of a section; sections differ."""
-    spread = rng.standard_normal(11)
-    hematoxylin = np.array([0.72, 0.88, 0.34]) * (1 + 0.05 * spread[0:3]) * np.exp(0.10 * spread[3])
-    eosin = np.array([0.14, 0.78, 0.38]) * (1 + 0.07 * spread[4:7]) * np.exp(0.14 * spread[7])
-    light = np.clip(np.array([0.955, 0.945, 0.955]) + 0.010 * spread[8:11], 0.0, 1.0)
-    return Stain(hematoxylin, eosin, light)
-
-
 def draw_he(
-    rng: np.random.Generator, scene: Scene, mpp: float, *, stain: Stain, rim: int = 0
+    rng: np.random.Generator, scene: Scene, mpp: float, *, rim: int = 0
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Draw a scene as an H&E image with `rim` px of empty glass around it.
+    """Draw a scene as an H&E image, in a stain of its own, with `rim` px of empty glass around it.
 
     Returns
     -------
@@ -59,6 +40,7 @@ def draw_he(
     nuclei : (H, W) int32
         1 + index in `scene.nuclei` of the uppermost nucleus at the pixel's centre, 0 for none.
     """
+    spread = rng.standard_normal(11)
     width, height = (int(np.ceil(extent / mpp)) + 2 * rim for extent in scene.size)
     canvas = _Canvas((height, width), mpp, rim)
     eosin, hematoxylin, membranes, between = _draw_ground(rng, scene, canvas)
@@ -67,7 +49,7 @@ def draw_he(
     del membranes, between
     nuclei = label_image(canvas.px(scene.nuclei.outlines), canvas.shape)
     _draw_nuclei(rng, scene.nuclei, canvas, nuclei, eosin, hematoxylin)
-    return _develop(rng, scene, canvas, stain, eosin, hematoxylin), nuclei
+    return _develop(rng, scene, canvas, spread, eosin, hematoxylin), nuclei
 
 
 def draw_dapi(
@@ -115,16 +97,13 @@ class _Canvas:
 
 def _noise(rng: np.random.Generator, cell: tuple[float, float], first: NDArray[Any], second: NDArray[Any]) -> Floats:
     """Smooth noise in [-1, 1] at points of any shape, with bumps of a size `cell` along the first and second axis."""
-    places = [_smooth(first / cell[0]), _smooth(second / cell[1])]
+    places = [first / cell[0], second / cell[1]]
+    whole = [np.floor(place) for place in places]
+    # bent, so that linear interpolation is smooth
+    places = [low + _step(place - low, 0.0, 1.0) for place, low in zip(places, whole, strict=True)]
     places = [place - np.floor(place.min(initial=0.0)) for place in places]
     lattice = rng.uniform(-1, 1, [int(place.max(initial=0.0)) + 2 for place in places])
     return np.asarray(ndimage.map_coordinates(lattice, places, order=1, output=np.float32))
-
-
-def _smooth(places: Array) -> Array:
-    """Bend places in a lattice so that linear interpolation there is smooth."""
-    whole = np.floor(places)
-    return whole + _step(places - whole, 0.0, 1.0)
 
 
 def _interpolate(values: NDArray[np.floating], y: Array, x: Array) -> Floats:
@@ -278,20 +257,27 @@ def _spots(
 
 
 def _develop(
-    rng: np.random.Generator, scene: Scene, canvas: _Canvas, stain: Stain, eosin: Floats, hematoxylin: Floats
+    rng: np.random.Generator, scene: Scene, canvas: _Canvas, spread: Array, eosin: Floats, hematoxylin: Floats
 ) -> NDArray[np.uint8]:
-    """Turn stain into light: (H, W, 3) uint8, with glass outside of the tissue."""
+    """Turn stain into light: (H, W, 3) uint8, with glass outside of the tissue.
+
+    `spread` (11,), standard normal, says how stain and light of this section differ from those of others.
+    """
+    # optical density (natural logarithm) of a unit of stain, and share of light of empty glass, in red, green and blue
+    hematoxylin_rgb = np.array([0.72, 0.88, 0.34]) * (1 + 0.05 * spread[0:3]) * np.exp(0.10 * spread[3])
+    eosin_rgb = np.array([0.14, 0.78, 0.38]) * (1 + 0.07 * spread[4:7]) * np.exp(0.14 * spread[7])
+    glass = np.clip(np.array([0.955, 0.945, 0.955]) + 0.010 * spread[8:11], 0.0, 1.0)
     tissue = np.ones(canvas.shape, dtype=np.float32)
     if canvas.rim:
         tissue = label_image([canvas.px(scene.border)], canvas.shape).astype(np.float32)
         tissue = ndimage.uniform_filter(tissue, max(1, round(2.0 / canvas.mpp)))
-    sigma = float(np.hypot(stain.blur / canvas.mpp, _PIXEL_BLUR))
+    sigma = float(np.hypot(_BLUR / canvas.mpp, _PIXEL_BLUR))
     image = np.empty((*canvas.shape, 3), dtype=np.uint8)
     for channel in range(3):
-        density = hematoxylin * np.float32(stain.hematoxylin[channel]) + eosin * np.float32(stain.eosin[channel])
+        density = hematoxylin * np.float32(hematoxylin_rgb[channel]) + eosin * np.float32(eosin_rgb[channel])
         light = ndimage.gaussian_filter(1 + tissue * (np.exp(-density) - 1), sigma, truncate=3.0)
-        light *= np.float32(255 * stain.light[channel])
+        light *= np.float32(255 * glass[channel])
         noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-        light += np.float32(stain.noise) * (0.4 + 0.6 * tissue) * noise
+        light += np.float32(_NOISE) * (0.4 + 0.6 * tissue) * noise
         image[..., channel] = np.clip(light + np.float32(0.5), 0, 255)
     return image

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from celldetr.example.drawing import draw_he, draw_stain
+from celldetr.example.drawing import draw_he
 from celldetr.example.tissue import Scene, grow_scene
 from celldetr.runtime.files import atomic
 
@@ -63,7 +63,7 @@ def write_fold(
 
 def _cut_scene(rng: np.random.Generator, scene: Scene, mpp: float, images: NDArray[np.uint8], masks: Masks) -> None:
     """Draw a scene and cut it into images (N, S, S, 3) and masks (N, S, S, 6); ids ascend with gaps, as real ones."""
-    drawn, nuclei = draw_he(rng, scene, mpp, stain=draw_stain(rng))
+    drawn, nuclei = draw_he(rng, scene, mpp)
     channels = np.append(-1, scene.nuclei.classes)
     start, size = round(_MARGIN / mpp), images.shape[1]
     for place in range(len(images)):

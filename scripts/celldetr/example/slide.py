@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.drawing import draw_he, draw_stain
+from celldetr.example.drawing import draw_he
 from celldetr.example.images import write_pyramid
 from celldetr.example.styles import Array
 from celldetr.example.tissue import grow_scene
@@ -65,7 +65,7 @@ def write_slide(
     scene = grow_scene(rng, size_um, irregular=True)
     border, nuclei = (points / mpp + rim for points in (scene.border, scene.nuclei.outlines))
     pen = _draw_stroke(rng, border, _PEN_OUT / mpp)
-    image, _ = draw_he(rng, scene, mpp, stain=draw_stain(rng), rim=rim)
+    image, _ = draw_he(rng, scene, mpp, rim=rim)
     _draw_pen(image, pen, _PEN / mpp)
     with atomic(path) as temporary:
         write_pyramid(temporary, image, mpp=mpp, step=4, tile=256)

@@ -17,16 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def dataset_url(collection: str, dataset: str, *, api: str = API) -> str:
-    """Find the .h5ad of a dataset.
+    """Find the .h5ad of a dataset of a collection (its id).
 
-    Parameters
-    ----------
-    collection
-        Id of the collection.
-    dataset
-        Version id of the dataset (which pins it), its id, or its exact title.
-    api
-        Address of the curation API.
+    `dataset` is a version id, which pins the file, the id of a dataset, or its exact title.
 
     Raises
     ------

@@ -53,18 +53,9 @@ def fetch(
     is continued from any mirror; without one only from the same URL, and only if the server confirms by ETag or date
     that the file has not changed.
 
-    Parameters
-    ----------
-    urls
-        http(s) or file URLs, or local paths; tried in order.
-    destination
-        File to write.
-    size
-        Expected size in bytes.
-    sha256
-        Expected checksum in hex, or its first digits (at least 8). Without one the first bytes must fit the suffix.
-    headers
-        Sent with each request, e.g. an authorisation; a redirection to another host does not receive that.
+    `urls` are http(s) or file URLs, or local paths; tried in order. `size` (bytes) and `sha256` (hex, or its first
+    digits, at least 8) are what is expected; without a checksum the first bytes must fit the suffix. `headers` are sent
+    with each request, e.g. an authorisation, which a redirection to another host does not receive.
 
     Raises
     ------

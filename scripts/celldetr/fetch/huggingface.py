@@ -37,14 +37,7 @@ def fetch_hest(
 ) -> Path:
     """Get one file of HEST-1k, resumed and verified, by the Hub's own size and checksum where none is given.
 
-    Parameters
-    ----------
-    path
-        In the repository, see `slide_path` and `nuclei_path`.
-    destination
-        File to write.
-    size, sha256
-        As in `celldetr.fetch.download.fetch`.
+    `path` lies in the repository, see `slide_path` and `nuclei_path`; `size` and `sha256` as in `fetch`.
 
     Raises
     ------

@@ -47,18 +47,9 @@ def fetch_members(
     ``.{name}.part`` beside the destination and not requested again. A server that does not send parts of files sends
     the archive. A local folder is linked or copied.
 
-    Parameters
-    ----------
-    urls
-        http(s) or file URLs, or local paths, of a zip archive, or local folders; tried in order.
-    destination
-        Folder to write.
-    choose
-        See `Choose`; names are relative to the folder that holds `marker`.
-    marker
-        Name of a member in the top folder of the data.
-    size, sha256
-        Size in bytes and checksum of the archive, if known.
+    `urls` are http(s) or file URLs, or local paths, of a zip archive, or local folders; tried in order. The names that
+    `choose` gets are relative to the folder that holds the member `marker`. `size` (bytes) and `sha256` are those of
+    the archive.
 
     Raises
     ------
@@ -156,15 +147,10 @@ def _crc(path: Path) -> int:
 
 
 class _RemoteFile(AbstractBufferedFile):
-    """A file on a server, read in blocks by range requests.
+    """A file on a server, read in blocks by range requests; raises `_NoRanges` if the server does not answer these.
 
     The buffer is fsspec's, the requests are ours: fsspec's own HTTP file does not repeat a failed request, does not
     notice that the file changes while it is read, and ignores the proxies and certificates of the environment.
-
-    Raises
-    ------
-    _NoRanges
-        The server answers a range request with the whole file, or does not state the size of the file.
     """
 
     def __init__(self, url: str, session: requests.Session) -> None:

@@ -36,13 +36,6 @@ class NpyMember:
 
     Each member has its own file handle, so that several threads can read several members.
 
-    Parameters
-    ----------
-    path
-        Archive.
-    name
-        Member.
-
     Raises
     ------
     InputError

@@ -58,33 +58,15 @@ class MaskNuclei:
 
 @dataclass
 class FoldSummary:
-    """Counts of a converted fold.
-
-    Attributes
-    ----------
-    images
-        Number of images.
-    nuclei
-        Class -> number of nuclei.
-    tissues
-        Tissue -> number of images.
-    most
-        Most nuclei in one image.
-    odd
-        Oddity (`ODDITIES`) -> number of pixels, nuclei or images.
-    odd_images
-        Oddity -> number of images that have it.
-    examples
-        Oddity -> a few images that have it.
-    """
+    """Counts of a converted fold."""
 
     images: int = 0
-    nuclei: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PANNUKE_CLASSES, 0))
-    tissues: dict[str, int] = field(default_factory=dict)
-    most: int = 0
-    odd: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))
-    odd_images: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))
-    examples: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in ODDITIES})
+    nuclei: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PANNUKE_CLASSES, 0))  # by class
+    tissues: dict[str, int] = field(default_factory=dict)  # images by tissue
+    most: int = 0  # nuclei in one image
+    odd: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))  # pixels, nuclei or images
+    odd_images: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ODDITIES, 0))  # images that have it
+    examples: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in ODDITIES})  # a few of these
 
     def add(self, nuclei: MaskNuclei, tissue: str) -> None:
         """Count the next image."""
@@ -122,21 +104,10 @@ def convert_fold(
 ) -> FoldSummary:
     """Convert the archive of a fold to a patch store; memory holds a few images and one shard of the store.
 
-    Parameters
-    ----------
-    archive
-        Zip in the published layout: ``Fold N/images/foldN/{images,types}.npy``, ``Fold N/masks/foldN/masks.npy``. Files
-        that are no arrays (licence, read-me) are ignored.
-    out
-        Store to write.
-    fold
-        Number of the fold.
-    patch_size
-        Side of the images in px.
-    mpp
-        Pixel size in um.
-    sha256
-        Checksum of the archive. If it is that of an official archive, the result must have the official counts.
+    The archive is a zip in the published layout: ``Fold N/images/foldN/{images,types}.npy`` and
+    ``Fold N/masks/foldN/masks.npy``; files that are no arrays (licence, read-me) are ignored. `patch_size` is the side
+    of the images in px, `mpp` um per px. If `sha256` is the checksum of an official archive, the result must have the
+    official counts.
 
     Raises
     ------
@@ -295,12 +266,8 @@ def _to_uint8(image: NDArray[Any], where: str) -> NDArray[np.uint8]:
 def nuclei_of(masks: NDArray[Any], where: str = "masks") -> MaskNuclei:
     """Find the nuclei of one image.
 
-    Parameters
-    ----------
-    masks
-        Ids per class channel, background last (S, S, 6), of any type with whole numbers.
-    where
-        Name for error messages.
+    `masks` (S, S, 6) hold ids per class channel, background last, of any type with whole numbers; `where` names them in
+    errors.
 
     Raises
     ------

@@ -12,23 +12,10 @@ from celldetr.runtime.errors import InputError
 def pannuke_split(
     n_patches: Mapping[str, int], split: int, *, protocol: str, train_share: float, seed: int
 ) -> pd.DataFrame:
-    """Assign every patch of the folds to a part.
+    """Make a split table (see `celldetr.store.splits`): a row per patch of ``fold1``, ``fold2`` and ``fold3``.
 
-    Parameters
-    ----------
-    n_patches
-        Number of patches of ``fold1``, ``fold2``, ``fold3``.
-    split, protocol
-        See `celldetr.config.pannuke.fold_parts`.
-    train_share
-        Share of the patches of the two other folds that trains; the rest validates (protocol celldetr).
-    seed
-        Seed of that draw; each split has its own draw.
-
-    Returns
-    -------
-    DataFrame
-        A split table, see `celldetr.store.splits`; a row per patch.
+    For `split` and `protocol` see `celldetr.config.pannuke.fold_parts`. With the protocol celldetr a `train_share` of
+    the two other folds trains, the rest validates; each split has its own draw of `seed`.
 
     Raises
     ------

@@ -10,7 +10,7 @@ import shapely
 
 import make_example
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.drawing import draw_he, draw_stain
+from celldetr.example.drawing import draw_he
 from celldetr.example.images import label_image
 from celldetr.example.pannuke import TISSUES, write_fold
 from celldetr.example.tissue import grow_scene
@@ -41,7 +41,7 @@ def drawn():
     for index in range(6):
         rng = np.random.default_rng([11, index])
         scene = grow_scene(rng, (120, 120), "balanced")
-        scenes.append((scene, *draw_he(rng, scene, 0.25, stain=draw_stain(rng))))
+        scenes.append((scene, *draw_he(rng, scene, 0.25)))
     return scenes
 
 

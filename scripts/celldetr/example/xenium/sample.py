@@ -11,7 +11,7 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from celldetr.config.classes import PANNUKE_CLASSES
-from celldetr.example.drawing import draw_dapi, draw_he, draw_stain
+from celldetr.example.drawing import draw_dapi, draw_he
 from celldetr.example.images import label_image, write_pyramid
 from celldetr.example.styles import Array
 from celldetr.example.tissue import Scene, SceneNuclei, grow_scene
@@ -110,10 +110,17 @@ def write_xenium(
     target, rim = Path(folder), int(np.ceil(rim_um / he_mpp))
     outs, he_image = target / "outs", target / f"{name}_he_image.ome.tif"
     packed = target / f"{name}_outs.zip" if archive else None
+    to_px = _TO_PX @ to_um
+    labels = label_image(_apply(to_px, scene.nuclei.outlines), xenium_size[::-1])
+    dapi = draw_dapi(rng, scene.nuclei, labels, _apply(to_px, scene.border), PIXEL_SIZE)
     with atomic(outs) as temporary:
-        write_outs(temporary, layout, cells, _draw_dapi(rng, scene, to_um, xenium_size))
-    he_size = _write_he(rng, he_image, scene, he_mpp, rim)
-    matrix, error = _he_to_xenium(to_um, he_mpp, rim), file_error.matrix(_apply(to_um, scene.border).mean(axis=0))
+        write_outs(temporary, layout, cells, dapi)
+    image, _ = draw_he(rng, scene, he_mpp, rim=rim)
+    with atomic(he_image) as temporary:
+        write_pyramid(temporary, image, mpp=he_mpp, step=2, tile=256, ome={"axes": "YXS"})
+    he_size = image.shape[1], image.shape[0]
+    matrix = to_px @ np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
+    error = file_error.matrix(_apply(to_um, scene.border).mean(axis=0))
     written = _TO_PX @ error @ np.linalg.inv(_TO_PX) @ matrix
     table = _write_alignment(rng, target / f"{name}_he_imagealignment.csv", written, he_size, alignment)
     if packed:
@@ -170,29 +177,9 @@ def _draw_cells(
     return scene, segmented, classes, types, cells
 
 
-def _draw_dapi(
-    rng: np.random.Generator, scene: Scene, to_um: Array, xenium_size: tuple[int, int]
-) -> NDArray[np.uint16]:
-    labels = label_image(_apply(_TO_PX @ to_um, scene.nuclei.outlines), xenium_size[::-1])
-    return draw_dapi(rng, scene.nuclei, labels, _apply(_TO_PX @ to_um, scene.border), PIXEL_SIZE)
-
-
-def _write_he(rng: np.random.Generator, path: Path, scene: Scene, mpp: float, rim: int) -> tuple[int, int]:
-    """Draw and write the H&E image; returns its width and height."""
-    image, _ = draw_he(rng, scene, mpp, stain=draw_stain(rng), rim=rim)
-    with atomic(path) as temporary:
-        write_pyramid(temporary, image, mpp=mpp, step=2, tile=256, ome={"axes": "YXS"})
-    return image.shape[1], image.shape[0]
-
-
 def _apply(matrix: Array, points: Array) -> Array:
     """Move points (..., 2) by a (3, 3) matrix."""
     return np.asarray(points @ matrix[:2, :2].T + matrix[:2, 2])
-
-
-def _he_to_xenium(to_um: Array, he_mpp: float, rim: int) -> Array:
-    """(3, 3) matrix H&E px -> Xenium px of a matrix scene um -> Xenium um."""
-    return _TO_PX @ to_um @ np.array([[he_mpp, 0, -rim * he_mpp], [0, he_mpp, -rim * he_mpp], [0, 0, 1]])
 
 
 def _place_frame(border: Array, affine: AffinePlan) -> tuple[Array, tuple[int, int]]:
