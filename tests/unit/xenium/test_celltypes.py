@@ -16,7 +16,7 @@ from celldetr.report.cell_types import cell_types_figure
 from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
 from celldetr.xenium.celltypes.annotate import annotate, correlation, on_genes, tacco_ot, two_passes
-from celldetr.xenium.celltypes.labels import REASONS, best, label_cells, read_cells, write_cells
+from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS, best, label_cells, read_cells, write_cells
 from celldetr.xenium.celltypes.qc import agreement, marker_figures, quality, reannotate, thin
 
 GENES = 60
@@ -142,6 +142,22 @@ def test_composition_of_the_sample_is_the_better_prior(reference):
         assert start.sum() == pytest.approx(1)
     assert start["T"] > 2 * start["Malignant"]  # that of the whole reference, although its sample is balanced
     assert errors["sample"] < 0.8 * errors["reference"]
+
+
+def test_a_type_without_counts_of_the_shared_genes_is_left_out(sample, reference, caplog):
+    counts = reference.X.tolil()
+    counts[(reference.obs["type"] == "NK").to_numpy()] = 0
+    without = anndata.AnnData(sparse.csr_matrix(counts), obs=reference.obs, var=reference.var, uns=reference.uns)
+    found = annotate(sample, without, SETTINGS, seed=0)
+    assert "no counts of the shared genes in NK: no cell can get this type" in caplog.text
+    assert (found.table["fraction_NK"] == 0).all()
+    assert annotate(sample, without, CellTypeSettings(prior="reference"), seed=0).prior["NK"] == 0
+    rest = sample.obs["truth"].to_numpy() != "NK"
+    assert (best(found.table[list(FRACTIONS)]) == truth(sample))[rest].mean() > 0.9
+    assert reannotate(without, sample.X.sum(axis=1).A1, SETTINGS, 0)["f1"]["NK"] == 0
+    without.X = sparse.csr_matrix(without.shape, dtype=np.float32)
+    with pytest.raises(InputError, match="counts of the shared genes in 0 types"):
+        annotate(sample, without, SETTINGS, seed=0)
 
 
 def test_lamb_holds_on_to_the_prior(sample, reference):

@@ -70,12 +70,25 @@ def two_passes(
 
     `cells` and `reference` hold raw counts of the shared genes; uns["composition"] of the reference is type -> cells of
     the whole reference, from which it was drawn. Returns the fractions by optimal transport, those by correlation, and
-    the prior (type -> share of the transcripts).
+    the prior (type -> share of the transcripts). Types without counts are left out.
+
+    Raises
+    ------
+    InputError
+        Fewer than two types have counts.
     """
+    kinds = reference.obs["type"].astype(str)
+    counts = Series(totals(reference)).groupby(kinds.to_numpy()).sum()
+    empty = counts.index[counts == 0].tolist()
+    if len(counts) - len(empty) < 2:
+        raise InputError(f"reference: got counts of the shared genes in {len(counts) - len(empty)} types, expected 2")
+    if empty:
+        log.warning("reference: no counts of the shared genes in %s: no cell can get this type", ", ".join(empty))
+        reference = reference[~kinds.isin(empty).to_numpy()]
     second = correlation(cells, reference)
     if settings.prior == "sample":
-        kinds = best(second)
-        weight = Series(totals(cells)).groupby(kinds).sum().reindex(range(len(ST_TYPES)), fill_value=0.0)
+        found = best(second)
+        weight = Series(totals(cells)).groupby(found).sum().reindex(range(len(ST_TYPES)), fill_value=0.0)
     else:
         # cells of a type in the whole reference times its transcripts per cell
         per_cell = Series(totals(reference)).groupby(reference.obs["type"].to_numpy(str)).mean()
