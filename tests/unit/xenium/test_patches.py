@@ -13,7 +13,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
 from celldetr.xenium.celltypes.labels import write_cells
 from celldetr.xenium.patches import place_nuclei
-from celldetr.xenium.registration.result import Quality, Registration
+from celldetr.xenium.registration.result import Attempt, Quality, RegionQuality, Registration
 
 SIZE, MPP = 64, 0.5
 
@@ -30,9 +30,13 @@ def sample(tmp_path_factory):
     truth = write_xenium(
         folder, seed=3, size_um=(300, 260), rim_um=30, he_mpp=0.4, affine=AffinePlan(rotation_deg=25, shift_um=(9, -7))
     )
-    figures = dict.fromkeys(("distance", "chance", "contrast", "z", "inside", "he_nuclei", "regions_passed"), 1)
-    quality = Quality(passed=True, failures=(), regions=(), **figures)
-    registration = Registration(matrix=truth.matrix, pixel_size=truth.pixel_size, origin="file", quality=quality)
+    figures = {"passed": True, "distance": 0.5, "chance": 5, "contrast": 1, "inside": 1, "he_nuclei": 9}
+    region = RegionQuality(x=1, y=1, nuclei=9, **figures)
+    quality = Quality(failures=(), z=9, regions_passed=1, regions=(region,), **figures)
+    attempt = Attempt(name="file", matrix=truth.matrix, quality=quality)
+    registration = Registration(
+        matrix=truth.matrix, pixel_size=truth.pixel_size, origin="file", quality=quality, attempts=(attempt,)
+    )
     registration.write(folder / "registration.json")
     labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
     write_cells(folder / "cells.parquet", pd.DataFrame({"cell_id": truth.cell_ids, "label": labels}), {})

@@ -25,7 +25,7 @@ from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import Grid, colour, match_blocks, sample
 from celldetr.xenium.registration.nuclei import SPACING, DapiNuclei, find_blobs
 from celldetr.xenium.registration.register import register
-from celldetr.xenium.registration.result import read_registration
+from celldetr.xenium.registration.result import Registration, read_registration
 
 SETTINGS = RegistrationSettings(regions=3, window=120)
 
@@ -275,8 +275,37 @@ def test_a_registration_comes_back_from_its_file(scene, tmp_path):
     assert np.allclose(again.he_to_um() @ again.um_to_he(), np.eye(3))
     point = np.array([[1000.0, 500.0]])
     assert np.allclose(apply(again.he_to_um(), point), apply(again.matrix, point) * PIXEL)
-    (tmp_path / "r.json").write_text(json.dumps(found.to_dict() | {"matrix": [[1, 0, 0], [0, 1, 0]]}))
-    with pytest.raises(InputError, match="run the registration again"):
+
+
+@pytest.fixture(scope="module")
+def written(scene):
+    return run(scene, scene.matrix, refine="never").to_dict()
+
+
+def turned(content):
+    """Another matrix, with the parts that belong to it."""
+    found = Registration.model_validate(content)
+    return found.model_copy(update={"matrix": found.matrix @ affine(rotation(1.0))}).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: {"matrix": [[1, 0, 0], [0, 1, 0]]}, "no readable registration"),
+        (lambda content: {"quality": {**content["quality"], "passed": False}}, "that does not pass"),
+        (lambda content: {"quality": {**content["quality"], "failures": ["too far"]}}, r"not pass \(too far\)"),
+        (lambda content: {"matrix": (SWAP @ content["matrix"]).tolist()}, "whose rotation_degrees is"),
+        (lambda content: {"pixel_size": 0.4}, "whose he_mpp is 0.27"),
+        (lambda content: {"he_mpp": None}, "whose he_mpp is None"),
+        (lambda content: {"quality": {**content["quality"], "regions_passed": 0.5}}, "whose regions_passed is 0.5"),
+        (turned, "none of its attempts"),
+    ],
+)
+def test_a_registration_that_failed_or_contradicts_itself_is_refused(written, tmp_path, change, message):
+    (tmp_path / "r.json").write_text(json.dumps(written))
+    assert read_registration(tmp_path / "r.json").to_dict() == written
+    (tmp_path / "r.json").write_text(json.dumps(written | change(written)))
+    with pytest.raises(InputError, match=rf"r\.json: got .*{message}.*run .* again"):
         read_registration(tmp_path / "r.json")
 
 

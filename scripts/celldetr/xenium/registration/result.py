@@ -2,10 +2,12 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from celldetr.config.base import Settings
@@ -115,11 +117,43 @@ class Registration(Settings):
 
 
 def read_registration(path: str | os.PathLike[str]) -> Registration:
-    """Read a file of `Registration.write`; raises InputError if it holds no registration."""
+    """Read a file of `Registration.write`.
+
+    Raises
+    ------
+    InputError
+        It holds no registration, or one that did not pass, or a matrix that the figures in the file contradict.
+    """
     try:
-        return Registration.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, InputError) as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = Registration.model_validate(content)
+        problem = next(_contradictions(found, content), None)
+    except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
         raise InputError(f"{path}: got no readable registration ({error}); run the registration again") from error
+    if problem:
+        raise InputError(
+            f"{path}: got a registration {problem}; run it again, and give a matrix of your own as alignment file"
+        )
+    return found
+
+
+def _contradictions(found: Registration, content: Mapping[str, Any]) -> Iterator[str]:
+    """Reasons not to use a registration: it did not pass, or parts of the file disagree."""
+    quality = found.quality
+    if not quality.passed or quality.failures:
+        yield f"that does not pass ({'; '.join(quality.failures) or quality.summary()})"
+    judged = [region.passed for region in quality.regions if region.inside >= 0.5]
+    written = {**content.get("parts", {}), "he_mpp": content.get("he_mpp"), "regions_passed": quality.regions_passed}
+    computed = {
+        **asdict(decompose(found.matrix)),
+        "he_mpp": found.he_mpp,
+        "regions_passed": sum(judged) / max(len(judged), 1),
+    }
+    for key, value in computed.items():
+        if not np.isclose(value, written.get(key) or 0, rtol=1e-6, atol=1e-9):
+            yield f"whose {key} is {written.get(key)}, while its matrix and regions give {value:.6g}"
+    if not any(item.quality == quality and np.allclose(item.matrix, found.matrix) for item in found.attempts):
+        yield "whose matrix and figures are those of none of its attempts"
 
 
 def _text(value: float | None, digits: int = 2) -> str:
