@@ -98,6 +98,16 @@ def test_raw_counts_are_found_beside_normalised_values(tmp_path, place):
     assert list(reference.var_names) == list(raw.var_names)
 
 
+def test_of_several_raw_counts_those_of_most_genes_are_taken(tmp_path):
+    table = data()
+    table.layers["counts"] = table.X.copy()
+    table.raw = table[:, :30].copy()
+    table.X = sparse.csr_matrix(np.log1p(normalised(table.X.toarray())))
+    reference, summary = prepare(tmp_path / "a.h5ad", table)
+    assert summary["counts_from"] == "layers/counts"
+    assert reference.n_vars == GENES
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -131,7 +141,15 @@ def test_rows_are_read_from_every_layout(tmp_path, monkeypatch, layout):
     rows = np.array([0, 3, 4, 5, 30, 49])
     monkeypatch.setattr("celldetr.xenium.celltypes.counts._BLOCK", 4)  # several blocks
     with h5py.File(tmp_path / "a.h5ad") as file:
-        np.testing.assert_array_equal(read_rows(file["X"], rows).toarray(), counts[rows])
+        np.testing.assert_array_equal(read_rows(file["X"], rows, counts.shape).toarray(), counts[rows])
+    if layout is np.asarray:
+        return
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:  # as older programs wrote it
+        for name in list(file["X"].attrs):
+            del file["X"].attrs[name]
+        np.testing.assert_array_equal(read_rows(file["X"], rows, counts.shape).toarray(), counts[rows])
+        with pytest.raises(InputError, match="without the attribute encoding-type, .*write the file again"):
+            read_rows(file["X"], rows, (50, 50))
 
 
 def without(*names):

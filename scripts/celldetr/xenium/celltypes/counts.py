@@ -12,15 +12,17 @@ from scipy import sparse
 from celldetr.runtime.errors import InputError
 
 LOCATIONS = {"raw/X": "raw/var", "layers/counts": "var", "layers/raw_counts": "var", "X": "var"}
-"""Matrices that may hold raw counts, in this order, and the table of their genes."""
+"""Matrices that may hold raw counts, and the table of their genes; of those with most genes, the first counts."""
 _PROBE = 1000  # rows that are checked to choose a matrix
 _MIN_SPREAD = 0.1  # standard deviation of the totals over their mean; several times that in measured cells
 _MIN_SIZE = 20  # genes of a cell, and cells, that tell something about normalisation
 _BLOCK = 500  # columns, or dense rows, that are read at once
 
 
-def read_raw_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tuple[str, DataFrame, sparse.csr_matrix]:
-    """Find the matrix with raw counts in an open .h5ad and read increasing rows of it; `where` names the file.
+def read_raw_counts(
+    file: h5py.File, rows: NDArray[np.int64], cells: int, where: Path
+) -> tuple[str, DataFrame, sparse.csr_matrix]:
+    """Find the matrix with raw counts in an open .h5ad of `cells` cells and read increasing rows of it.
 
     Returns its location (key of `LOCATIONS`), the table of its genes, and counts (rows, genes) as of `read_rows`.
 
@@ -30,16 +32,16 @@ def read_raw_counts(file: h5py.File, rows: NDArray[np.int64], where: Path) -> tu
         No matrix holds raw counts; the message gives the reason for each.
     """
     probe = rows[np.unique(np.linspace(0, len(rows) - 1, min(_PROBE, len(rows))).astype(np.int64))]
+    tables = {place: read_elem(file[genes]) for place, genes in LOCATIONS.items() if place in file and genes in file}
     refused = []
-    for location, genes in LOCATIONS.items():
-        if location not in file or genes not in file:
-            continue
-        problem = why_not_raw(read_rows(file[location], probe))
+    for location, table in sorted(tables.items(), key=lambda item: -len(item[1])):
+        shape = cells, len(table)
+        problem = why_not_raw(read_rows(file[location], probe, shape))
         if problem is None:
-            matrix = read_rows(file[location], rows)
+            matrix = read_rows(file[location], rows, shape)
             problem = why_not_raw(matrix)
         if problem is None:
-            return location, read_elem(file[genes]), matrix
+            return location, table, matrix
         refused.append(f"{location}: {problem}")
     raise InputError(
         f"{where}: got no raw counts ({'; '.join(refused) or 'no matrix at all'}); expected whole numbers as counted, "
@@ -81,14 +83,28 @@ def why_not_raw(matrix: sparse.csr_matrix) -> str | None:
     return None
 
 
-def read_rows(element: h5py.Group | h5py.Dataset, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-    """Read increasing rows (R,) of a matrix of anndata, dense, CSR or CSC, without loading the others.
+def read_rows(element: h5py.Group | h5py.Dataset, rows: NDArray[np.int64], shape: tuple[int, int]) -> sparse.csr_matrix:
+    """Read increasing rows (R,) of a matrix (cells, genes) of anndata, dense, CSR or CSC, without loading the others.
 
     Returns csr_matrix (R, genes), float32, without stored zeros.
+
+    Raises
+    ------
+    InputError
+        An older program wrote a sparse square matrix, and did not note whether by rows or by columns.
     """
     if isinstance(element, h5py.Dataset):
         starts = range(0, len(rows), _BLOCK)
         matrix = sparse.vstack([sparse.csr_matrix(element[rows[start : start + _BLOCK]]) for start in starts])
+    elif not {"encoding-type", "h5sparse_format"} & set(element.attrs):
+        if shape[0] == shape[1]:
+            raise InputError(
+                f"{element.name}: got a sparse matrix of {shape[0]} cells and genes without the attribute "
+                "encoding-type, expected csr_matrix or csc_matrix: write the file again with anndata 0.7 or newer"
+            )
+        layout = sparse.csr_matrix if len(element["indptr"]) - 1 == shape[0] else sparse.csc_matrix
+        whole = layout(tuple(element[name][:] for name in ("data", "indices", "indptr")), shape)
+        matrix = whole.tocsr()[rows]
     else:
         backed = sparse_dataset(element)
         if backed.format == "csr":

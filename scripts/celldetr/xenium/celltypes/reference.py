@@ -89,7 +89,7 @@ def prepare_reference(
         labels = _labels(file, where, label_column)
         numbers, types = _count(labels, mapping, f"{where}: obs[{label_column!r}]")
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
-        location, genes, matrix = read_raw_counts(file, rows, where)
+        location, genes, matrix = read_raw_counts(file, rows, len(labels), where)
     symbols, ids = symbols_and_ids(genes, f"{where}: genes of {location}")
     matrix, symbols, ids, summed = sum_duplicates(matrix, symbols, ids)
     names = labels[rows].astype(str)
