@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,7 @@ from celldetr.store.reader import (
     shard_path,
 )
 
+_THREADS = 4  # that compress and hash, which needs no lock of the interpreter
 # all chunks are written, those of zeros too: a missing file is then an error
 _STORED: Any = {"compressors": ZstdCodec(level=1, checksum=True), "config": {"write_empty_chunks": True}}
 
@@ -84,6 +86,7 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         self._temporary = self._stack.enter_context(atomic(self.path))
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(_THREADS))
         self._stack.push(lambda kind, error, trace: None if error else self._finish())
         return self
 
@@ -130,10 +133,9 @@ class StoreWriter:
             self._centroids.append(np.asarray(centroid, np.float32).reshape(count, 2))
         for name, column in self._columns.items():
             column.extend(patches[name])
-        for image in images:
-            raw = image.tobytes()
-            self._images_hash.update(hashlib.sha256(raw).digest())
-            self._chunks.append(ZSTD.encode(raw))
+        for chunk, digest in self._pool.map(_encode, images):
+            self._images_hash.update(digest)
+            self._chunks.append(chunk)
             self.n_patches += 1
             if len(self._chunks) == PATCHES_PER_SHARD:
                 self._write_shard()
@@ -213,6 +215,11 @@ class StoreWriter:
                     f"patch {patch}: box {boxes[first].tolist()}, centroid {centroids[first].tolist()}, label "
                     f"{labels[first]}"
                 )
+
+
+def _encode(image: NDArray[np.uint8]) -> tuple[bytes, bytes]:
+    raw = image.tobytes()
+    return ZSTD.encode(raw), hashlib.sha256(raw).digest()
 
 
 def select(
