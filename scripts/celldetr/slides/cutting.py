@@ -65,12 +65,8 @@ def cut_patches(
         (M,) classes of the slide's nuclei.
     out
         Store to write.
-    classes
-        Names of the labels.
-    source, group, tissue
-        Columns of the store's table of patches.
-    attrs
-        Further attributes of the store; `patches_passed_over` and damaged patches are added.
+    classes, source, group, tissue, attrs
+        See `StoreWriter`; attributes `patches_passed_over` and damaged patches are added.
     workers
         Threads. Each holds a few blocks of patches and a cache of tiles in memory.
     skip
@@ -87,12 +83,12 @@ def cut_patches(
         A patch cannot be decoded and `skip` is false.
     """
     damaged: dict[int, str] = {}
+    names = {"source": source, "group": group, "tissue": tissue}
     with StoreWriter(out, patch_size=grid.size, classes=classes, mpp=grid.mpp, attrs=attrs) as writer:
         for block in read_blocks(image, grid, size=_BLOCK, workers=workers, skip=skip):
             damaged |= block.damaged
             members = [grid.boxes.of(patch) for patch in block.numbers]
             x, y = grid.level0[block.numbers].T
-            names = {"source": source, "group": group, "tissue": tissue}
             writer.append(
                 block.pixels,
                 [grid.boxes.boxes[chosen] for chosen in members],
@@ -116,13 +112,14 @@ def read_blocks(
     """Yield the patches of a grid in order, `size` at a time; threads read a few blocks ahead. See `cut_patches`."""
     idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
 
-    def read(numbers: NDArray[np.int64]) -> Block:
+    def read(start: int) -> Block:
+        numbers = range(start, min(start + size, len(grid)))
         pixels = np.empty((len(numbers), grid.size, grid.size, 3), np.uint8)
         good: list[int] = []
         damaged: dict[int, str] = {}
         image = idle.get()
         try:
-            for number in numbers.tolist():
+            for number in numbers:
                 try:
                     pixels[len(good)] = read_patch(image, grid, *grid.corners[number].tolist())
                 except InputError as error:
@@ -142,7 +139,7 @@ def read_blocks(
         waiting: deque[Future[Block]] = deque()
         try:
             for start in range(0, len(grid), size):
-                waiting.append(pool.submit(read, np.arange(start, min(start + size, len(grid)))))
+                waiting.append(pool.submit(read, start))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:

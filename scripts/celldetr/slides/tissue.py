@@ -39,15 +39,7 @@ class Raster:
     """Side of a cell, um."""
 
     def share(self, corners: NDArray[np.floating], side: float) -> NDArray[np.float64]:
-        """Fraction (N,) of each square that is inside; squares may cut cells.
-
-        Parameters
-        ----------
-        corners
-            (N, 2) x, y of the squares' first corners, level-0 px.
-        side
-            Side of the squares, level-0 px.
-        """
+        """Fraction (N,) of each square that is inside, for first corners (N, 2) and a side in level-0 px."""
         height, width = self.inside.shape
         integral = np.zeros((height + 1, width + 1))
         integral[1:, 1:] = self.inside.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
@@ -65,14 +57,7 @@ class Raster:
 
 
 def tissue_mask(image: Pyramid, mpp: float) -> Raster:
-    """Find the tissue; the image is read block by block.
-
-    Parameters
-    ----------
-    image
-        Colour image.
-    mpp
-        Size of a level-0 pixel in um.
+    """Find the tissue of a colour image with level-0 pixels of `mpp` um; the image is read block by block.
 
     Raises
     ------
@@ -106,9 +91,8 @@ def _cell_means(image: Pyramid, mpp: float) -> tuple[NDArray[np.float32], float]
             rows, columns = min(step, down - row), min(step, across - column)
             pixels = image.read(level, column * factor, row * factor, columns * factor, rows * factor)
             shape = (rows, factor, columns, factor, image.channels)
-            means[row : row + rows, column : column + columns] = pixels.reshape(shape).mean(
-                axis=(1, 3), dtype=np.float32
-            )
+            block = means[row : row + rows, column : column + columns]
+            pixels.reshape(shape).mean(axis=(1, 3), dtype=np.float32, out=block)
     return means, factor * grid.downsample
 
 
@@ -119,9 +103,8 @@ def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     pen = ndimage.binary_dilation(_pen(density), iterations=_PEN_RIM)
     smooth = ndimage.gaussian_filter(density, (1, 1, 0))
     spread = smooth.max(axis=-1) - smooth.min(axis=-1)
-    stained = ~pen & (spread > _threshold(spread[~pen]))
     smallest = _SMALLEST_UM2 / mpp**2
-    stained = _without_small(stained, smallest)
+    stained = _without_small(~pen & (spread > _threshold(spread[~pen])), smallest)
     return ~_without_small(~stained, smallest) & ~pen
 
 
@@ -136,9 +119,8 @@ def _threshold(spread: NDArray[np.floating]) -> float:
     if not spread.size:
         return _SPREAD[1]
     threshold = _otsu(spread)
-    lowest, highest = _SPREAD
     pale = spread[spread <= threshold]
-    return lowest if pale.mean() > lowest else float(np.clip(threshold, lowest, highest))
+    return _SPREAD[0] if pale.mean() > _SPREAD[0] else float(np.clip(threshold, *_SPREAD))
 
 
 def _pen(density: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -177,10 +159,8 @@ def imaged(other: Pyramid, pixel: float, raster: Raster, to_other: NDArray[np.fl
 
     Parameters
     ----------
-    other
-        Image with one channel (DAPI).
-    pixel
-        Size of a level-0 pixel of that image in um.
+    other, pixel
+        Image with one channel (DAPI), and the size of its level-0 pixels in um.
     raster
         Map whose cells are used.
     to_other
