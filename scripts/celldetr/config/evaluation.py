@@ -35,7 +35,10 @@ class EvaluationSettings(_CountingSettings):
     """How predictions are scored, in validation and test."""
 
     metric: Literal["strict", "hovernet_compat"] = Field(
-        "strict", description="metric of the tables; the files *_splits.tsv hold both"
+        "strict",
+        description="metric of the tables; the files *_splits.tsv hold both. hovernet_compat: as published, with a "
+        "point at (0, 0) on an empty side of an image, and a value wherever the formula gives one; strict: without "
+        "the point, and without a value for a class without truth",
     )
     centres: Literal["box", "mask"] = Field(
         "box", description="centres of the true nuclei in the test: of the box, or of the mask"

@@ -93,7 +93,10 @@ class TableSettings(Settings):
     experiments: Names = Field(min_length=1, description="experiments with a row each")
     ours: Names = Field((), description="experiments beyond the paper; their rows are marked as ours")
     published: str = Field(min_length=1, description="file with the published rows")
-    frozen_features: Names = Field((), description="experiments whose frozen embeddings are classified, in extra rows")
+    frozen_features: Names = Field(
+        (),
+        description="experiments whose frozen embeddings are classified, in extra rows beside those of random weights",
+    )
 
     @property
     def systems(self) -> tuple[str, ...]:
