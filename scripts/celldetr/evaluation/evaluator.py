@@ -15,22 +15,15 @@ from celldetr.evaluation.metrics import count_images
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Counts detections against the truth.
+    """Counts the detections of a model against the truth.
 
-    Attributes
-    ----------
-    settings
-        Score rule, thresholds and radius.
-    mpp
-        Resolution of the patches, um per px.
-    mode
-        Mode of the model. In mode ``baseline`` the detection decoder classifies, so that the nucleus score is the
-        largest class score: it does not enter a product again.
+    In mode ``baseline`` the detection decoder classifies, so that the nucleus score is the largest class score: it does
+    not enter a product again.
     """
 
     settings: ScoringSettings
-    mpp: float
-    mode: str
+    mpp: float  # of the patches, um per px
+    mode: str  # of the model
 
     @property
     def radius(self) -> float:

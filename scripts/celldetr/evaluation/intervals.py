@@ -9,29 +9,16 @@ _DRAWS_AT_ONCE = 1 << 22  # bounds the memory
 
 
 def intervals(
-    counts: NDArray[np.int64], metric: str = "strict", *, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    counts: NDArray[np.int64], metric: str = "strict", *, resamples: int = 1000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Compute bootstrap percentile intervals of P, R and F.
+    """Compute 95 % bootstrap percentile intervals of P, R and F.
 
     Images are drawn with replacement and their counts summed. Nuclei of one image stay together because their errors
     are not independent. The draws depend only on the seed and the number of images, so two systems scored on the same
     fold are compared on the same resamples. Resamples in which a score is undefined do not enter its interval.
 
-    Parameters
-    ----------
-    counts
-        Counts per image (N, R, len(COUNTS)) of `celldetr.evaluation.metrics.count_images` with the same metric.
-    resamples
-        Number of resamples; 0 gives no intervals.
-    seed
-        Seed of the draws.
-    level
-        Coverage.
-
-    Returns
-    -------
-    NDArray
-        Lower and upper ends (2, R, 3); NaN if the score is undefined, or without images or resamples.
+    `counts` (N, R, len(COUNTS)) are those of `celldetr.evaluation.metrics.count_images` with the same metric.
+    Returns lower and upper ends (2, R, 3); NaN if the score is undefined, or without images or resamples.
     """
     n_images, n_rows, n_counts = counts.shape
     ends = np.full((2, n_rows, 3), np.nan)
@@ -48,6 +35,5 @@ def intervals(
         sums[start : start + some] = weights.astype(np.float64) @ flat
     values = scores(sums.reshape(resamples, n_rows, n_counts), metric)
     for row, column in np.argwhere(~np.isnan(values).all(axis=0)):
-        tail = 50 * (1 - level)
-        ends[:, row, column] = np.nanpercentile(values[:, row, column], [tail, 100 - tail])
+        ends[:, row, column] = np.nanpercentile(values[:, row, column], [2.5, 97.5])
     return ends

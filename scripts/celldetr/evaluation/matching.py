@@ -10,21 +10,11 @@ from scipy.spatial.distance import cdist
 
 @dataclass(frozen=True)
 class NucleusCentres:
-    """Centres and labels of the nuclei of a fold, image by image.
+    """Centres and labels of the nuclei of a fold, image by image."""
 
-    Attributes
-    ----------
-    ptr
-        The nuclei of image i are ``ptr[i]:ptr[i + 1]`` (N + 1,).
-    centres
-        Centres (M, 2), x then y, px.
-    labels
-        0-based class (M,); -1 = unlabelled nucleus.
-    """
-
-    ptr: NDArray[np.int64]
-    centres: NDArray[np.float64]
-    labels: NDArray[np.integer]
+    ptr: NDArray[np.int64]  # the nuclei of image i are ptr[i]:ptr[i + 1] (N + 1,)
+    centres: NDArray[np.float64]  # (M, 2) x then y, px
+    labels: NDArray[np.integer]  # 0-based class (M,); -1 = unlabelled nucleus
 
     def __post_init__(self) -> None:
         assert self.centres.shape == (len(self.labels), 2)

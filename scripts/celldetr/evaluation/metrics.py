@@ -60,20 +60,16 @@ def count_images(
     truth, predicted
         Nuclei of the fold; every prediction has a label.
     pairs
-        Result of `pair_nuclei` with the same radius.
-    n_classes
-        Number of classes K.
+        Result of `pair_nuclei` with the same `radius`, px.
     metric
         ``strict`` inserts nothing. ``hovernet_compat`` gives each image that lacks truth or predictions one background
         point at (0, 0) on the empty side, as HoVer-Net and CellViT do. The point has no class. It can pair for
         Detection, and then the class error of its partner is counted as paired, not as unpaired.
-    radius
-        Largest distance of a pair, px.
 
     Returns
     -------
     NDArray
-        Counts (N, 1 + K, len(COUNTS)).
+        Counts (N, 1 + n_classes, len(COUNTS)).
     """
     assert metric in METRICS
     assert max(truth.labels.max(initial=-1), predicted.labels.max(initial=-1)) < n_classes

@@ -28,36 +28,16 @@ _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 
 @dataclass(frozen=True)
 class Predictions:
-    """D detections of a fold, ordered by patch, then query.
+    """D detections of a fold, ordered by patch, then query."""
 
-    Attributes
-    ----------
-    patch
-        Index of the patch in the store (D,).
-    query
-        Index of the query that made the detection (D,), below 32,768.
-    boxes
-        Boxes (D, 4), xyxy px, half-open.
-    nucleus_score
-        Sigmoid score that the box holds a nucleus (D,).
-    class_scores
-        Sigmoid scores (D, K).
-    classes
-        Class names in the order of `class_scores`.
-    n_patches
-        Patches that were predicted, with or without detections.
-    metadata
-        All metadata of the file (experiment, split, nucleus_threshold, ...).
-    """
-
-    patch: NDArray[np.integer]
-    query: NDArray[np.integer]
-    boxes: NDArray[np.floating]
-    nucleus_score: NDArray[np.floating]
-    class_scores: NDArray[np.floating]
-    classes: tuple[str, ...]
-    n_patches: int
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    patch: NDArray[np.integer]  # index in the store (D,)
+    query: NDArray[np.integer]  # that made the detection (D,), below 32,768
+    boxes: NDArray[np.floating]  # (D, 4) xyxy px, half-open
+    nucleus_score: NDArray[np.floating]  # sigmoid score that the box holds a nucleus (D,)
+    class_scores: NDArray[np.floating]  # sigmoid scores (D, K)
+    classes: tuple[str, ...]  # in the order of `class_scores`
+    n_patches: int  # that were predicted, with or without detections
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of the file: experiment, split, ...
 
     def __len__(self) -> int:
         return len(self.patch)

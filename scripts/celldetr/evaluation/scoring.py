@@ -21,12 +21,7 @@ from celldetr.store import PatchStore
 def truth_nuclei(store: PatchStore, centres: str = "box") -> NucleusCentres:
     """Return all true nuclei of a store; none is rounded, shifted or dropped.
 
-    Parameters
-    ----------
-    store
-        Patch store of the test fold.
-    centres
-        ``box``: centre of the box; ``mask``: centroid of the annotated mask.
+    `centres` are those of the ``box``, or the centroids of the annotated ``mask``.
 
     Raises
     ------
@@ -63,18 +58,8 @@ def score_fold(
 ) -> pd.DataFrame:
     """Score the predictions of a test fold with both metrics.
 
-    Parameters
-    ----------
-    predictions
-        All detections of the fold.
-    store
-        Patch store of the test fold.
-    settings
-        Which detections count, and the largest distance of a pair.
-    centres
-        Centres of the true nuclei, see `truth_nuclei`. The centre of a prediction is always that of its box.
-    resamples, seed
-        Bootstrap, see `celldetr.evaluation.intervals.intervals`.
+    `centres` of the true nuclei: see `truth_nuclei`; the centre of a prediction is always that of its box. `resamples`
+    and `seed` of the bootstrap: see `celldetr.evaluation.intervals`.
 
     Returns
     -------

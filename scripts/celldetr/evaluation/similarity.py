@@ -16,19 +16,12 @@ READABLE = (6, 40)
 class DrawnSimilarities:
     """Cosine similarity of the anchors of P patches to all originals of their patch.
 
-    Attributes
-    ----------
-    patch
-        Index of each patch in the store (P,).
-    counts
-        Nuclei n of each patch (P,).
-    similarity
-        (P, N, N); row i, column j: the anchor of nucleus i and the original of nucleus j, in [-1, 1]. NaN from n on.
+    Row i, column j of `similarity`: the anchor of nucleus i and the original of nucleus j, in [-1, 1]; NaN from n on.
     """
 
-    patch: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    similarity: NDArray[np.float32]
+    patch: NDArray[np.int64]  # index in the store (P,)
+    counts: NDArray[np.int64]  # nuclei n of each patch (P,)
+    similarity: NDArray[np.float32]  # (P, N, N)
 
     def __len__(self) -> int:
         return len(self.patch)

@@ -48,16 +48,7 @@ def figure4b(log: pd.DataFrame, title: str) -> Figure:
 def figure4c(drawn: DrawnSimilarities, measured: Mapping[str, Any], log: pd.DataFrame, title: str) -> Figure:
     """Draw heat maps of the similarity of anchors to originals, and the retrieval accuracy per epoch.
 
-    Parameters
-    ----------
-    drawn
-        Patches to draw, at least one.
-    measured
-        ``store``, ``retrieval``, ``chance``, ``anchors`` and ``patches`` of the similarity rule.
-    log
-        Log of the experiment.
-    title
-        Title of the experiment.
+    `measured`: ``store``, ``retrieval``, ``chance``, ``anchors`` and ``patches`` of the similarity rule.
 
     Raises
     ------

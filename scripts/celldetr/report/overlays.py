@@ -38,16 +38,8 @@ def overlays(
 ) -> Figure:
     """Draw patches twice, with the true and with the predicted boxes, coloured by class.
 
-    Parameters
-    ----------
-    images
-        Patches (B, S, S, 3).
-    patches
-        Their indices in the store (B,).
-    truth
-        Boxes (n, 4), xyxy px, and labels (n,) of each patch.
-    predictions
-        Detections of the whole fold.
+    Patches `images` (B, S, S, 3) with their indices `patches` in the store (B,); `truth`: boxes (n, 4), xyxy px, and
+    labels (n,) of each; `predictions` of the whole fold.
 
     Raises
     ------

@@ -48,31 +48,21 @@ class Table:
 
     Attributes
     ----------
-    name
-        Name of the table, e.g. ``table1``.
     rows
         Text of the table, a row per system: ``source`` (paper, other, measured, ours, frozen_features), ``group``,
         ``system``, ``experiment``, ``{Class}_{P,R,F}`` with NA for missing values, ``splits`` (number of averaged
         splits), ``citation``, ``note``.
     splits
         All measured splits, metrics and classes with intervals and counts, a row each.
-    classes
-        Names of the column groups, in order.
-    metric
-        Metric of the measured rows.
-    protocol
-        How folds were split.
-    synthetic
-        The measured rows are of synthetic images.
     """
 
-    name: str
+    name: str  # e.g. table1
     rows: pd.DataFrame
     splits: pd.DataFrame
-    classes: tuple[str, ...]
-    metric: str
-    protocol: str
-    synthetic: bool = False
+    classes: tuple[str, ...]  # column groups, in order
+    metric: str  # of the measured rows
+    protocol: str  # how folds were split
+    synthetic: bool = False  # the measured rows are of synthetic images
 
     @property
     def scored_with(self) -> dict[str, Any]:
@@ -255,20 +245,9 @@ def build_table(
     frozen_features: pd.DataFrame | None = None,
     synthetic: bool = False,
 ) -> Table:
-    """Put published and measured rows side by side.
+    """Put published and measured rows side by side; the columns of the published rows set the order of the classes.
 
-    Parameters
-    ----------
-    name, metric, protocol, synthetic
-        See `Table`.
-    published
-        Result of `read_published`; its columns set the order of the classes.
-    scores
-        Result of `read_scores`.
-    systems
-        Measured rows, in order.
-    frozen_features
-        Result of `read_frozen_features`: rows of their own, without values for Detection.
+    `frozen_features` are rows of their own, without values for Detection.
 
     Raises
     ------
