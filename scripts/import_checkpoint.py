@@ -29,7 +29,9 @@ def main() -> None:
         "--mode", choices=["baseline", "sequential", "parallel"], required=True, help="mode of the model"
     )
     parser.add_argument("--classes", help="class names in the order of the logits, separated by commas")
-    parser.add_argument("--global-tokens", type=int, help="global tokens, parallel mode (default: authors 50, coco 0)")
+    parser.add_argument(
+        "--global-tokens", type=int, help="global tokens, parallel mode (default: as the code that wrote it)"
+    )
     parser.add_argument("--heads", type=int, default=8, help="attention heads (default: 8)")
     args = parser.parse_args()
     imported = import_checkpoint(

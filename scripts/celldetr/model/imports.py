@@ -24,13 +24,14 @@ Source = Literal["authors", "coco"]
 Weights = Mapping[str, Tensor]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AUTHORS_TOKENS = 50
-"""Global tokens of the authors' parallel mode."""
+AUTHORS_TOKENS, CONTRASTIVE_TOKENS = 50, 1
+"""Global tokens of the authors' parallel mode, and of their contrastive pretraining."""
 
 _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^detr\.", ""),
     (r"^transformer\.", ""),
     (r"^decouple_class_embed\.", "class_head."),
+    (r"^contrastive_project\.", "projection."),
     (r"^wh_project\.", "representation.size_project."),
     (r"^xy_project\.", "representation.location_project."),
     (r"^decouple_decoder\.inital_layer\.", "representation.layers.0."),
@@ -52,7 +53,6 @@ _RENAMED: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 _UNUSED = [
     (r"transformer\.decoder\.bbox_embed\.", "a second name of bbox_embed"),
     (r"inital_layer\.(self_attn|norm2)\.", "the first representation layer has no self-attention"),
-    (r"^contrastive_project\.", "head of the contrastive loss, not part of this model"),
     (r"\.num_batches_tracked$", "frozen batch norm counts no batches"),
 ]
 
@@ -87,13 +87,15 @@ def import_checkpoint(
         ``authors``: {"model_state_dict": ...} of the CellDETR repository. ``coco``: {"model": ...} of the Deformable
         DETR repository, ResNet-50, four levels, with iterative box refinement.
     mode
-        Mode of the model; the authors' sequential and parallel checkpoints cannot be told apart. From ``coco``,
-        ``baseline`` takes the whole detector; the other modes take all but its class layers, and their representation
-        decoder starts from random values.
+        Mode of the model; the authors' sequential and parallel checkpoints cannot be told apart. Those of contrastive
+        pretraining, which have a projection head, are parallel, without classes and positions in self-attention. From
+        ``coco``, ``baseline`` takes the whole detector; the other modes take all but its class layers, and their
+        representation decoder starts from random values.
     classes
         Class names in the order of the logits; None: PanNuke's for five, else ``class_0``, ``class_1``, ...
     global_tokens
-        Global tokens of the parallel mode, which are not in the file; None: 50 for ``authors``, 0 for ``coco``.
+        Global tokens of the parallel mode, which are not in the file; None: 50 for ``authors`` (contrastive: 1), 0 for
+        ``coco``.
     heads
         Attention heads, which cannot be inferred from shapes.
 
@@ -114,13 +116,13 @@ def import_checkpoint(
     if source == "coco":
         model.image_mean.copy_(torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         model.image_std.copy_(torch.tensor(IMAGENET_STD).view(3, 1, 1))
-    unused = {name: reason for name in weights if (reason := _unused(name, source, mode))}
+    unused = {name: reason for name in weights if (reason := _unused(name, source, settings))}
     used = {name: _renamed(name) for name in weights if name not in unused}
     own = model.state_dict()
     unknown = [old for old, new in used.items() if new not in own]
     if unknown:
         raise InputError(f"{path}: {unknown[:8]} have no place in our model; is it another variant or a later version?")
-    fresh = {name: reason for name in own if (reason := _fresh(name, source, mode))}
+    fresh = {name: reason for name in own if (reason := _fresh(name, source, settings.mode))}
     load_exactly(
         model, {new: weights[old].float() for old, new in used.items()} | {name: own[name] for name in fresh}, path
     )
@@ -148,10 +150,12 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _unused(name: str, source: Source, mode: Mode) -> str | None:
+def _unused(name: str, source: Source, settings: ModelSettings) -> str | None:
     """Reason why the model does not use a tensor of the file; None if it does."""
-    if source == "coco" and mode != "baseline" and name.startswith("class_embed."):
+    if source == "coco" and settings.mode != "baseline" and name.startswith("class_embed."):
         return "logits of COCO's classes; this mode has one logit, the nucleus score"
+    if settings.projection and name.startswith("decouple_class_embed."):
+        return "contrastive pretraining does not train it"
     return next((reason for pattern, reason in _UNUSED if re.search(pattern, name)), None)
 
 
@@ -223,17 +227,25 @@ def _settings(
             f"heads: got {heads}, which does not divide {channels} channels and {logits // levels} points"
         )
     decoupled = any(name.startswith("decouple_decoder.") for name in core)
-    if source == "authors" and decoupled == (mode == "baseline"):
+    contrastive = any(name.startswith("contrastive_project.") for name in core)
+    if source == "authors" and decoupled == (mode == "baseline") or contrastive and mode != "parallel":
+        expected = "parallel" if contrastive else "sequential or parallel" if decoupled else "baseline"
         raise InputError(
             f"{path}: got {'a' if decoupled else 'no'} representation decoder (decouple_decoder.*) and mode {mode!r}, "
-            f"expected mode {'sequential or parallel' if decoupled else 'baseline'}"
+            f"expected mode {expected}"
         )
     head = "decouple_class_embed.weight" if decoupled else "class_embed.0.weight"
     known = source == "authors" or mode == "baseline"
-    tokens = (AUTHORS_TOKENS if source == "authors" else 0) if global_tokens is None else global_tokens
+    if global_tokens is None:
+        global_tokens = {"authors": CONTRASTIVE_TOKENS if contrastive else AUTHORS_TOKENS, "coco": 0}[source]
+    representation = {
+        "layers": 1 + _count(core, r"^decouple_decoder\.layers\.(\d+)\.") if decoupled else 3,
+        "positions": not contrastive,
+        "global_tokens": global_tokens if mode == "parallel" else 0,
+    }
     return ModelSettings(
         mode=mode,
-        classes=_class_names(classes, size(head) if known else None),
+        classes=_class_names(classes, 0 if contrastive else size(head) if known else None),
         d_model=channels,
         heads=heads,
         points=logits // (heads * levels),
@@ -242,11 +254,9 @@ def _settings(
         decoder_layers=_count(core, r"^transformer\.decoder\.layers\.(\d+)\."),
         queries=size("query_embed.weight"),
         position_offset=0.5 if source == "coco" else 0.0,
+        projection=size("contrastive_project.2.weight") if contrastive else 0,
         backbone=_backbone(core, levels, path),
-        representation=RepresentationSettings(
-            layers=1 + _count(core, r"^decouple_decoder\.layers\.(\d+)\.") if decoupled else 3,
-            global_tokens=tokens if mode == "parallel" else 0,
-        ),
+        representation=RepresentationSettings.from_dict(representation, "representation"),
     )
 
 

@@ -7,9 +7,9 @@ A model file holds {"format": 1, "settings": {...}, "classes": [...], "state": {
 import argparse
 import logging
 import os
-import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _SCALAR: Any = np.float64(0).__reduce__()[0]
 _PLAIN: list[Any] = [
     argparse.Namespace,
+    (OrderedDict, "util.config.config.ConfigDict"),  # the authors' settings; their class is not needed
     np.dtype,
     *{type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)},
     _SCALAR,
@@ -62,7 +63,10 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         Not a model file, or its weights do not fit its settings.
     """
     content = read_checkpoint(path)
-    model = CellDETR(model_settings(content, path))
+    settings = model_settings(content, path)
+    if 2 * _least_weights(settings) > Path(path).stat().st_size:  # at least two bytes each
+        raise InputError(f"{path}: its settings describe a larger model than it has weights for; is it complete?")
+    model = CellDETR(settings)
     load_exactly(model, content["state"], path)
     return _ready(model, device)
 
@@ -76,6 +80,17 @@ def random_model(settings: ModelSettings, seed: int, device: str | torch.device 
 def _ready(model: CellDETR, device: str | torch.device) -> CellDETR:
     log.info("deformable sampling: %s", use_sampling(model, device))
     return model.to(device).eval()
+
+
+def _least_weights(settings: ModelSettings) -> int:
+    """Count most weights of a model before memory is taken for them."""
+    channels, backbone = settings.d_model, settings.backbone
+    layers = settings.encoder_layers + settings.decoder_layers
+    layers += settings.representation.layers if settings.mode != "baseline" else 0
+    of_layer = 2 * channels * (channels + settings.ffn) + channels * settings.heads * settings.points
+    blocks = enumerate(backbone.layers[: max(backbone.stages)])
+    convolutions = sum(count * 9 * (backbone.width * 2**stage) ** 2 for stage, count in blocks)
+    return layers * of_layer + channels * (2 * settings.queries + settings.projection) + convolutions
 
 
 def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Collection[str] = ()) -> list[str]:
@@ -155,31 +170,34 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a checkpoint")
     try:
-        _check_sums(path)
+        _check_archive(path)
         with torch.serialization.safe_globals(_PLAIN):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).split("\n", 1)[0])
-        raise InputError(
-            f"{path}: not read, because it is damaged, not a PyTorch file, or holds objects that could run code "
-            f"({reason.strip()}); expected tensors and plain values: save the weights alone and use that file"
-        ) from error
     except MemoryError:
         raise
-    except Exception as error:  # torch raises many types for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # torch raises many types for damaged files, with advice to read them without care
+        said = str(error)
+        if unsafe := re.search(r"GLOBAL (\S+)", said):
+            raise InputError(
+                f"{path}: not read, because it holds {unsafe[1]}, which could run code; expected tensors and plain "
+                "values: save the weights alone and use that file"
+            ) from None
+        said = said.rpartition("WeightsUnpickler error: ")[2].strip().split("\n", 1)[0][:200]
+        reason = type(error).__name__ if "weights_only" in said or not said else said
         raise InputError(
             f"{path}: cannot be read as a PyTorch file ({reason}); is it complete? Download or write it again"
-        ) from error
+        ) from None
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: got a {type(content).__name__}, expected a mapping with weights")
     return content
 
 
-def _check_sums(path: str | os.PathLike[str]) -> None:
+def _check_archive(path: str | os.PathLike[str]) -> None:
     """Compare the checksums that PyTorch writes but does not read: a flipped bit would be another weight."""
     if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are no zip archives and have no checksums
         with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("it is compressed, which PyTorch does not do")
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} in it has a wrong checksum")
@@ -226,6 +244,8 @@ def _why_unfit(tensor: Any, own: Tensor) -> str | None:
         return f"got a {type(tensor).__name__}, expected a tensor"
     if tensor.shape != own.shape:
         return f"got {tuple(tensor.shape)}, expected {tuple(own.shape)}"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return "holds fewer values than its shape says"
     if tensor.is_floating_point() != own.is_floating_point():
         return f"got {tensor.dtype}, expected {own.dtype}"
     return None if tensor.isfinite().all() else "holds values that are not finite"

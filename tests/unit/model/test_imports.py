@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from golden_weights import FIXTURES, authors_shapes, celldetr_shapes, deformable_detr_shapes, weights
 from plain_deformable_detr import detect
+from torch.nn import functional as F
 
 from celldetr.model.celldetr import IMAGE_MEAN, IMAGE_STD
 from celldetr.model.imports import IMAGENET_MEAN, IMAGENET_STD, import_checkpoint
@@ -204,12 +207,60 @@ def test_source_mode_classes_and_heads_that_do_not_fit_are_refused(tmp_path, coc
         import_checkpoint(coco_file, "coco", "baseline", heads=5)
 
 
-def test_contrastive_head_of_the_authors_is_listed(tmp_path):
-    shapes = celldetr_shapes() | {"contrastive_project.0.weight": (512, 32), "contrastive_project.0.bias": (512,)}
-    torch.save({"model_state_dict": weights(shapes)}, tmp_path / "ssl.pth")
-    found = import_checkpoint(tmp_path / "ssl.pth", "authors", "parallel", global_tokens=1)
-    assert "contrastive" in found.unused["contrastive_project.0.weight"]
-    assert found.model.representation.global_tokens == 1
+def authors_settings(kind, monkeypatch):
+    """Make settings of a class that is known only while they are written, as in the authors' code."""
+    module = types.ModuleType("util.config.config")
+    methods = {"__module__": module.__name__}
+    if kind is dict:  # as the packages whose dictionaries have attributes
+        methods |= {"__getnewargs__": lambda self: tuple(self.items()), "__getstate__": lambda self: self}
+    module.ConfigDict = type("ConfigDict", (kind,), methods)
+    for name in ("util", "util.config", "util.config.config"):
+        monkeypatch.setitem(sys.modules, name, module)
+    made = module.ConfigDict()
+    if kind is dict:
+        made.update(lr=1e-4, model=module.ConfigDict(layers=[3, 4]))
+    else:
+        made.lr, made.model = 1e-4, (3, 4)
+    return made
+
+
+@pytest.mark.parametrize("kind", [dict, object])
+@pytest.mark.parametrize("hostile", [False, True])
+def test_checkpoints_with_the_authors_settings_object_are_read_without_their_code(tmp_path, monkeypatch, kind, hostile):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "contrastive.pth"
+    head = {"contrastive_project.0": (64, 32), "contrastive_project.2": (16, 64)}
+    shapes = celldetr_shapes() | {f"{name}.weight": shape for name, shape in head.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in head.items()}
+    with monkeypatch.context() as patch:
+        settings = authors_settings(kind, patch)
+        if hostile:
+            settings.__dict__["extra"] = Hostile()
+            if kind is dict:
+                settings["extra"] = Hostile()
+        torch.save({"epoch": 3, "model_state_dict": weights(shapes), "config": settings}, path)
+    if hostile:
+        with pytest.raises(InputError, match=r"it holds \S*mkdir, which could run code") as error:
+            import_checkpoint(path, "authors", "parallel")
+        assert "weights_only" not in str(error.value)
+        assert not (tmp_path / "ran").exists()
+        return
+    found = import_checkpoint(path, "authors", "parallel")
+    assert set(found.used) | set(found.unused) == set(shapes)
+    assert found.used["contrastive_project.2.weight"] == "projection.2.weight"
+    assert found.unused["decouple_class_embed.weight"] == "contrastive pretraining does not train it"
+    settings = found.model.settings
+    assert (settings.projection, settings.classes) == (16, ())
+    assert (settings.representation.positions, settings.representation.global_tokens) == (False, 1)
+    x, given = torch.randn(4, 32), weights(shapes)
+    parts = [given[f"{name}.{part}"] for name in head for part in ("weight", "bias")]
+    expected = F.linear(F.linear(x, *parts[:2]).relu(), *parts[2:])
+    torch.testing.assert_close(found.model.project(x), expected)
+    with pytest.raises(InputError, match="mode 'sequential', expected mode parallel"):
+        import_checkpoint(path, "authors", "sequential")
 
 
 def test_import_script_writes_a_model_file_and_the_list_of_tensors(tmp_path, coco_file):

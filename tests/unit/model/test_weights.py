@@ -9,6 +9,7 @@ import torch
 from small_model import small_settings
 
 from celldetr.config.experiment import BackboneSettings
+from celldetr.model import weights
 from celldetr.model.backbone import Backbone
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import initial_weights, load_model, model_settings, save_model
@@ -68,6 +69,7 @@ def test_weights_that_do_not_fit_are_refused(path):
         (torch.zeros(4, 3), r"level_embed: got \(4, 3\)"),
         (torch.zeros(2, 32, dtype=torch.int64), "level_embed: got torch.int64"),
         (torch.full((2, 32), torch.nan), "level_embed: holds values that are not finite"),
+        (torch.zeros(1).expand(2, 32), "level_embed: holds fewer values than its shape"),
         ([0.0], "level_embed: got a list"),
     ):
         change(path, state={"level_embed": value})
@@ -122,6 +124,23 @@ def saved(value, **options):
     return file.getvalue()
 
 
+def deflated(content):
+    """Compress an archive: a small file that takes much memory."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("size", ["d_model", "ffn", "queries", "encoder_layers", "points"])
+def test_settings_of_a_larger_model_than_the_weights_take_no_memory(path, monkeypatch, size):
+    change(path, settings={size: 30_000})
+    monkeypatch.setattr(weights, "CellDETR", None)
+    with pytest.raises(InputError, match="describe a larger model than it has weights for"):
+        load_model(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -134,22 +153,25 @@ def saved(value, **options):
 )
 def test_no_file_runs_code(tmp_path, capsys, content):
     (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(InputError, match="could run code"):
+    with pytest.raises(InputError, match="it holds print, which could run code") as error:
         load_model(tmp_path / "model.pt")
+    assert "weights_only" not in str(error.value)
     assert "run" not in capsys.readouterr().out
 
 
 def test_files_that_are_no_model_files_are_refused(path):
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        weights = max(archive.infolist(), key=lambda member: member.file_size)
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
         flipped = bytearray(whole)
-        flipped[weights.header_offset + weights.file_size] ^= 1
+        flipped[largest.header_offset + largest.file_size] ^= 1
     for content, message in (
         (bytes(flipped), "wrong checksum"),
         (whole[:-5000], "cannot be read as a PyTorch file"),
         (b"", "cannot be read as a PyTorch file"),
-        (b"no weights", "not a PyTorch file"),
+        (b"no weights", "cannot be read as a PyTorch file"),
+        (b"<html><body>404", r"cannot be read as a PyTorch file \(Unsupported operand 60\)"),
+        (deflated(whole), "it is compressed"),
         (saved(torch.zeros(3)), "got a Tensor, expected a mapping"),
         (saved({"weights": 1}), r"got keys \['weights'\] and format None, expected a model file of format 1"),
         (saved({"format": 2, "settings": {}, "state": {}}), "format 2"),
