@@ -17,8 +17,9 @@ from celldetr.training.loop import Run, train
 def main(snakemake):
     given, params = snakemake.input, snakemake.params
     initial, backbone = ([*map(Path, files), None][0] for files in (given.initial, given.backbone))
+    recipe = {**params.experiment["training"], "workers": snakemake.resources.workers}
     run = Run(
-        Experiment.from_dict(params.experiment),
+        Experiment.from_dict({**params.experiment, "training": recipe}),
         tuple(map(Path, given.stores)),
         read_split(given.split),
         Path(snakemake.output.model).parent,

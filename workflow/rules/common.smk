@@ -44,9 +44,9 @@ os.environ.update(
 
 try:
     from celldetr.config.classes import ST_TO_PANNUKE
+    from celldetr.config.load import load_config
     from celldetr.config.pannuke import FOLDS, fold_parts
     from celldetr.config.sheets import locate, used_samples, used_slides
-    from celldetr.config.workflow import load_config, refuse_repeated_keys
     from celldetr.runtime.errors import ConfigError, masked
     from celldetr.runtime.provenance import source_hash
 except ImportError as error:
@@ -56,9 +56,7 @@ except ImportError as error:
     ) from error
 
 try:
-    for file in workflow.configfiles:
-        refuse_repeated_keys(Path(file))
-    CONFIG = load_config(config, ROOT)
+    CONFIG = load_config(config, ROOT, workflow.configfiles)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
     SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
 except ConfigError as error:
@@ -233,6 +231,13 @@ def initial_model(initial: str, split: str) -> str:
     if initial not in CONFIG.experiments:
         return initial
     return model_file(initial, split if int(split) in CONFIG.splits(initial) else "1")
+
+
+def run_settings(experiment: str) -> dict:
+    """Settings of a training run; the number of its loader processes is a resource, and changes nothing."""
+    settings = CONFIG.experiment(experiment).to_dict()
+    del settings["training"]["workers"]
+    return settings
 
 
 def initial_weights(wildcards, kind: str) -> list[str]:

@@ -44,8 +44,11 @@ rule train:
         gpu=lambda wildcards: CONFIG.experiment(wildcards.experiment).training.gpus,
         mem_mb=32000,
         runtime=2880,
+        workers=lambda wildcards: CONFIG.experiment(
+            wildcards.experiment
+        ).training.workers,
     params:
-        experiment=lambda wildcards: CONFIG.experiment(wildcards.experiment).to_dict(),
+        experiment=lambda wildcards: run_settings(wildcards.experiment),
         scoring=CONFIG.scoring.to_dict(),
         code=code("train"),
     message:

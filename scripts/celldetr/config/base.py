@@ -1,6 +1,7 @@
 """Blocks of settings: frozen, typed, and refused with an error that names the key if a value is wrong."""
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -68,7 +69,7 @@ class Settings(BaseModel):
         ConfigError
             Unknown or missing keys, wrong types, values out of range; a line for each.
         """
-        if sum(1 for _ in zip(range(MOST_VALUES), _inside(values), strict=False)) == MOST_VALUES:
+        if sum(1 for _ in itertools.islice(_inside(values), MOST_VALUES)) == MOST_VALUES:
             raise ConfigError(f"{where or 'config'}: got {MOST_VALUES} values or more; does it repeat an anchor?")
         try:
             text = json.dumps(values, default=_not_json)

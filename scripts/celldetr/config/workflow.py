@@ -7,11 +7,9 @@ the JSON schemas of workflow/schemas; a test compares them.
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from celldetr.config.base import Count, Mpp, Names, NotNegative, Positive, Seed, Settings, merge, partial
@@ -336,62 +334,6 @@ def _given(block: BaseModel) -> dict[str, Any]:
     """Return the keys that a file gives, without defaults."""
     values: dict[str, Any] = block.model_dump(mode="json", exclude_unset=True)
     return values
-
-
-def refuse_repeated_keys(path: Path) -> None:
-    """Refuse a YAML or JSON file in which a mapping gives a key twice: the last value would win in silence.
-
-    Raises
-    ------
-    ConfigError
-        It names the key and both lines.
-    """
-    try:
-        waiting = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return  # Snakemake reads it too, and says what is wrong
-    seen = set[int]()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        if isinstance(node, yaml.MappingNode):
-            lines = dict[str, int]()
-            for key, value in node.value:
-                name, line = str(key.value), key.start_mark.line + 1
-                if name in lines:
-                    raise ConfigError(f"{path}: line {line}: got {name!r} again (also in line {lines[name]}); keep one")
-                lines[name] = line
-                waiting.append(value)
-
-
-def load_config(given: Mapping[str, Any], root: Path) -> Config:
-    """Lay a user's settings over the paper's and check them.
-
-    Mappings are merged key by key; lists and values replace those of the paper; null removes a block. With
-    ``base: none`` the settings stand alone.
-
-    Parameters
-    ----------
-    given
-        Settings of the user's files and command line; empty for the paper itself.
-    root
-        Folder of the workflow; its config/config.yaml is the paper.
-
-    Raises
-    ------
-    ConfigError
-        As `Settings.from_dict`.
-    """
-    paper = yaml.safe_load((root / "config" / "config.yaml").read_text(encoding="utf-8"))
-    config = dict(given) if given.get("base") == "none" else merge(paper, given)
-    for key in ("experiments", "tables"):
-        if isinstance(named := config.get(key), Mapping):
-            config[key] = {name: block for name, block in named.items() if block is not None}
-    return Config.from_dict(config)
 
 
 def schemas() -> dict[str, str]:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from settings_tables import README, TABLE, blocks, filled
 
-from celldetr.config.workflow import load_config
+from celldetr.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
 SNIPPETS = [

@@ -11,7 +11,8 @@ import yaml
 from celldetr.config.base import merge
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.experiment import Experiment
-from celldetr.config.workflow import Config, load_config, refuse_repeated_keys, schemas
+from celldetr.config.load import load_config
+from celldetr.config.workflow import Config, schemas
 from celldetr.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -253,13 +254,12 @@ def test_validation_needs_patches():
 def test_a_key_that_a_file_gives_twice_is_named_with_its_lines(tmp_path, text, message):
     (tmp_path / "my.yaml").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(f"my.yaml: {message}")):
-        refuse_repeated_keys(tmp_path / "my.yaml")
+        load_config({}, ROOT, [tmp_path / "my.yaml"])
 
 
 def test_keys_that_differ_or_are_merged_are_no_repetition(tmp_path):
     (tmp_path / "my.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, x: 2}\nc: [*a, *a, {x: 3}]\n")
-    for path in (*FILES, tmp_path / "my.yaml"):
-        refuse_repeated_keys(path)
+    assert load_config({}, ROOT, [*FILES, tmp_path / "my.yaml"]) == load_config({}, ROOT)
 
 
 def test_anchors_that_multiply_are_refused_before_they_fill_the_memory():
