@@ -1,8 +1,11 @@
 """What runs again after a setting or code changed, files were lost or times are wrong; the bytes stay the same."""
 
+import contextlib
+import json
 import os
 import random
 import re
+import shutil
 import time
 
 import pytest
@@ -30,56 +33,119 @@ INTERMEDIATES = {
 }
 STAMP = ".snakemake_timestamp"
 
-FIGURES = {"attention", "figure3", "figure4c", "figure5b"}
-AFTER_TRAINING = {"learning_curves", "predict", "score", "table", "overlays"}
-AFTER_PATCHES = {"split_xenium", "figure5a", "figure5b", "train"} | AFTER_TRAINING
-AFTER_SLIDES = {"train", "figure4b", "figure4c", "similarity", "frozen_features"} | AFTER_TRAINING
-DATA = {"convert_pannuke", "register_xenium", "annotate_xenium", "prepare_reference", "extract_xenium"}
-
 
 def lose(path):
     """Rename an output, as if it had been deleted; return its new name."""
     return path.rename(path.with_name(f"lost_{path.name}"))
 
 
-def test_nothing_reruns_when_nothing_changed(work):
-    assert work.planned() == {}
+AFTER_TRAINING = {"train", "learning_curves", "predict", "score", "table", "overlays"}
+AFTER_XENIUM = {"split_xenium", "figure5a", "figure5b"} | AFTER_TRAINING
+AFTER_SLIDES = {"similarity", "figure4b", "figure4c", "frozen_features"} | AFTER_TRAINING
+PICTURES = {"figure3", "figure4b", "figure4c", "figure5a", "figure5b", "learning_curves", "overlays"}
+FIGURES = PICTURES | {"attention", "similarity"} - {"figure5a"}
+DETECTED = {"detect_slide", "extract_slide", "choose_slide_patches"}  # a slide's nuclei are found by celldetr_p
+EVERY_MODEL = AFTER_TRAINING | AFTER_SLIDES | FIGURES | DETECTED
+STORES = {"convert_pannuke", "extract_xenium", "extract_slide"}
+
+
+@pytest.fixture(scope="module")
+def planner(finished, tmp_path_factory):
+    """Copy the finished run for dry runs; a test puts back what it edits."""
+    copy = finished.copy(tmp_path_factory.mktemp("planner"))
+    yield copy
+    shutil.rmtree(copy.work.parent)
+
+
+@contextlib.contextmanager
+def edited(run, edits):
+    """Edit files of the workflow's copy: name of a file below scripts/celldetr or config -> (old text, new text)."""
+    before = {}
+    try:
+        for name, (old, new) in edits.items():
+            path = run.source / ("config" if name.endswith(".tsv") else "scripts/celldetr") / name
+            before[path] = path.read_text(encoding="utf-8")
+            assert old in before[path], name
+            path.write_text(before[path].replace(old, new, 1), encoding="utf-8")
+        yield
+    finally:
+        for path, text in before.items():
+            path.write_text(text, encoding="utf-8")
+
+
+def test_words_and_speed_repeat_nothing(planner):
+    """Texts of errors, log lines, descriptions, docstrings and comments; loader processes, threads, a sheet's note."""
+    words = {
+        "runtime/rule.py": ("the disk is full; free some space", "no space is left; free some"),
+        "runtime/files.py": ('"""Write JSON values."""', '"""Write values."""  # as JSON'),
+        "pannuke/convert.py": ('log.info("', 'log.info("fold: '),
+        "config/experiment.py": ('description="learning rate"', 'description="the rate of learning"'),
+        "example/xenium.tsv": ("its alignment is not used", "without its alignment"),
+    }
+    assert planner.planned() == {}
+    with edited(planner, words):
+        assert planner.planned("all", "--set-threads", "train=3", changes={"training": {"workers": 1}}) == {}
+
+
+CODE_EDITS = {
+    "store/writer.py": STORES | AFTER_XENIUM | EVERY_MODEL | {"split_pannuke"},
+    "evaluation/scoring.py": {"score", "table"},
+    "report/curves.py": {"learning_curves"},
+    "report/tables.py": {"table"},
+    "report/style.py": PICTURES,
+    "training/losses.py": EVERY_MODEL,
+    "xenium/registration/gate.py": {"register_xenium", "extract_xenium"} | AFTER_XENIUM,
+    "xenium/celltypes/annotate.py": {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM,
+}
+
+
+@pytest.mark.parametrize("name", CODE_EDITS)
+def test_an_edit_of_code_repeats_what_it_affects(planner, name):
+    with edited(planner, {name: ("\n\n\n", "\n\n\nEDITED = True\n")}):
+        assert set(planner.planned()) == CODE_EDITS[name]
 
 
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
-        (
-            {"evaluation": {"radius_um": 5.0}},  # the chosen epoch of every model, and what a model detects on a slide
-            {"detect_slide", "extract_slide", "choose_slide_patches"} | AFTER_SLIDES | FIGURES,
-        ),
+        ({"evaluation": {"radius_um": 5.0}}, EVERY_MODEL),  # validation chooses an epoch by it, too
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
-        (
-            {"inference": {"batch_size": 4}},
-            {"predict", "score", "table", "overlays", "similarity", "frozen_features"} | FIGURES,
-        ),
-        (
-            {"experiments": {"deformable_detr": {"training": {"lr": 5.0e-4}}}},
-            {"train"} | AFTER_TRAINING,
-        ),
-        ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium"} | AFTER_PATCHES),
-        ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_PATCHES),
-        ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_PATCHES - {"figure5a"}),
-        ({"slides": {"total": 30}}, {"choose_slide_patches"} | AFTER_SLIDES),
         ({"figure4": {"patches": 1}}, {"similarity", "figure4c"}),
+        ({"overlays": {"patches": 1}}, {"overlays"}),
+        ({"experiments": {"deformable_detr": {"training": {"losses": {"l1": 2.0}}}}}, AFTER_TRAINING),
         ({"experiments": {"celldetr_p": {"title": "a|b *c* <b> {x} _d_ $e$"}}}, {"table", "figure3"}),
         ({"experiments": {"ssl_pretrain": {"title": "a|b *c* <b> {x} _d_ $e$"}}}, {"figure4b", "figure4c"}),
+        ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium"} | AFTER_XENIUM),
+        ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM),
+        ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_XENIUM - {"figure5a"}),
+        ({"slides": {"total": 30}}, {"choose_slide_patches"} | AFTER_SLIDES),
+        (
+            {"inference": {"batch_size": 4}},
+            {"predict", "score", "table", "overlays", "similarity", "frozen_features", "attention", "figure3"}
+            | {"figure4c", "figure5b"},
+        ),
     ],
-    ids=lambda value: ".".join(value) if isinstance(value, dict) else "",
+    ids=lambda value: json.dumps(value).strip("{}").replace('"', "") if isinstance(value, dict) else "",
 )
-def test_a_setting_reruns_what_depends_on_it(work, changes, rules):
-    assert set(work.planned(changes=changes)) == rules
+def test_a_setting_repeats_what_depends_on_it(planner, changes, rules):
+    assert set(planner.planned(changes=changes)) == rules
 
 
-def test_an_experiments_setting_leaves_the_others_alone(work):
+def test_a_row_of_a_sheet_repeats_the_sample_and_what_it_is_in(planner):
+    with edited(planner, {"example/xenium.tsv": ("drawn_2\tyes\tdrawn", "drawn_2\tyes\tother")}):
+        planned = planner.planned()
+    assert set(planned) == {"extract_xenium"} | AFTER_XENIUM
+    assert planned["extract_xenium"] == 1
+
+
+def test_another_experiment_runs_alone(planner):
+    added = {"title": "Mine", "mode": "sequential", "initial": "none"}
+    tables = {"table1": {"experiments": ["deformable_detr", "celldetr_p", "mine"]}}
+    planned = planner.planned(changes={"experiments": {"mine": added}, "tables": tables})
+    assert planned == dict.fromkeys(("train", "learning_curves", "predict", "score", "overlays", "table"), 1)
     changes = {"experiments": {"deformable_detr": {"training": {"lr": 5.0e-4}}}}
-    assert work.planned("results/predictions/celldetr_p/split1.parquet", changes=changes) == {}
+    assert planner.planned("results/predictions/celldetr_p/split1.parquet", changes=changes) == {}
 
 
 def test_lost_intermediates_come_back_to_the_byte(finished, work):
@@ -91,31 +157,6 @@ def test_lost_intermediates_come_back_to_the_byte(finished, work):
     different = [path for path in INTERMEDIATES if checksum(work.work / path) != checksum(finished.work / path)]
     assert different == []
     assert work.planned(*INTERMEDIATES) == {}
-
-
-EDITS = {  # file of the library -> rules that must run again, rules that must not
-    "evaluation/scoring.py": ({"score", "table"}, DATA | {"train", "predict"}),
-    "report/curves.py": ({"learning_curves"}, DATA | {"train", "predict", "score"}),
-    "report/tables.py": ({"table"}, DATA | {"train", "predict", "score"}),
-    "training/losses.py": ({"train", "predict", "score", "table"}, DATA - {"extract_xenium"}),
-    "xenium/registration/gate.py": (
-        {"register_xenium", "extract_xenium"},
-        DATA - {"register_xenium", "extract_xenium"},
-    ),
-    "xenium/celltypes/annotate.py": ({"annotate_xenium", "extract_xenium"}, {"register_xenium", "convert_pannuke"}),
-}
-
-
-def test_an_edit_of_the_library_reruns_what_it_affects_and_nothing_else(work):
-    library = work.source / "scripts" / "celldetr"
-    for name, (must, must_not) in EDITS.items():
-        text = (library / name).read_text(encoding="utf-8")
-        (library / name).write_text(f"{text}\nEDITED = True\n", encoding="utf-8")
-        planned = set(work.planned("all"))
-        assert must <= planned, name
-        assert not must_not & planned, name
-        (library / name).write_text(text, encoding="utf-8")
-    assert work.planned("all") == {}
 
 
 def test_comments_a_fresh_checkout_and_a_moved_folder_rerun_nothing(work):

@@ -22,6 +22,8 @@ from celldetr.runtime.files import write_json
 PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "kornia", "snakemake")
 _MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "example"}
 """Rooms that make data and models."""
+_FRAME = {"runtime/rule.py", "runtime/errors.py", "runtime/provenance.py", "config/base.py"}
+"""Modules around the work of a rule: its log and errors, provenance, checks of settings (they are parameters)."""
 _STARTED = time.time()
 
 
@@ -42,9 +44,10 @@ def source_hash(script: str | os.PathLike[str]) -> str:
     """Hash of a script and of the library modules that it imports, directly or through others.
 
     Rules carry it as a parameter, so that editing the library reruns the rules whose results it can change, and no
-    others. What cannot change a result does not count: layout, comments, docstrings, and texts of errors, log messages
-    and descriptions of settings. Nor do modules of the room `report` for a script that also imports a room of
-    `_MAKERS`: there they draw pictures and pages beside data or a model, which should not be made again for these.
+    others. What cannot change a result does not count: layout, comments, docstrings, texts of errors, log messages and
+    descriptions of settings, and the modules `_FRAME`. Nor do modules of the room `report` for a script that also
+    imports a room of `_MAKERS`: there they draw pictures and pages beside data or a model, which should not be made
+    again for these.
 
     Parameters
     ----------
@@ -63,7 +66,8 @@ def source_hash(script: str | os.PathLike[str]) -> str:
         file = waiting.pop()
         if file in seen or (makes_data and file.parent == library / "report"):
             continue
-        seen[file] = _parsed(file.read_bytes())[1]
+        frame = f"{file.parent.name}/{file.name}" in _FRAME
+        seen[file] = "" if frame else _parsed(file.read_bytes())[1]
         waiting += imported_files(file, library.parent)
     digest = hashlib.sha256()
     for file in sorted(seen):

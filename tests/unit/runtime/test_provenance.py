@@ -48,7 +48,7 @@ def test_an_edit_changes_the_hashes_of_what_imports_it(copy):
     found = changed(copy, before)
     assert {"train", "predict"} <= found
     assert not found & {"score", "convert_pannuke", "register_xenium", "table", "figure3"}
-    append(copy / "celldetr" / "runtime" / "errors.py", "\nEXTRA = 1\n")
+    append(copy / "celldetr" / "__init__.py", "\nEXTRA = 1\n")
     assert changed(copy, before) == set(before)
 
 
@@ -64,9 +64,10 @@ def test_the_look_of_a_picture_reruns_reports_only(copy):
 
 def test_words_and_layout_do_not_count(copy):
     before = hashes(copy)
-    errors = copy / "celldetr" / "runtime" / "errors.py"
-    edit(errors, '"""An error', '"""Any error')
-    append(errors, "# a comment\n")
+    for frame in ("runtime/rule.py", "runtime/errors.py", "runtime/provenance.py", "config/base.py"):
+        append(copy / "celldetr" / frame, "\nMESSAGE = 'another text'\n")
+    append(copy / "celldetr" / "runtime" / "files.py", "# a comment\n")
+    edit(copy / "celldetr" / "runtime" / "files.py", '"""Write JSON', '"""Write any JSON')
     convert = copy / "celldetr" / "pannuke" / "convert.py"
     edit(convert, '"the conversion is wrong: please report it"', 'f"please report {sha256}"')
     edit(convert, 'log.info("%d of %d images', 'log.warning("image %d of %d')
