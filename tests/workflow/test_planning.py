@@ -87,6 +87,7 @@ def widen(sheet, key, count, folder):
     written = ["\t".join(columns)]
     for number in range(count):
         row = {**used[number % len(used)], key: f"{key}_{number}", "group": f"group_{number}"}
+        row |= {"hest": f"TENX{number}"} if key == "slide" else {"outs": f"https://example.org/{number}.zip"}
         written.append("\t".join(row.get(column, "") for column in columns))
     path = folder / sheet
     path.write_text("\n".join(written) + "\n", encoding="utf-8")

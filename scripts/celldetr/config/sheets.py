@@ -246,4 +246,13 @@ def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> dict[str, U
     used = {name: row for name, row in read_sheet(sheet, kind, key).items() if row.use}
     if not used:
         raise ConfigError(f"{sheet}: column use: got 'yes' in no row, expected at least one")
+    owners = dict[str, str]()
+    for name, used_row in used.items():
+        given: dict[str, Any] = used_row.to_dict()
+        for source in (*given.get("outs", ()), *given.get("file", ()), given.get("hest")):
+            if source and owners.setdefault(source, name) != name:
+                raise ConfigError(
+                    f"{sheet}: {name}: got {source!r}, which is also that of {owners[source]}; expected each once: the "
+                    "same tissue would train and test"
+                )
     return used

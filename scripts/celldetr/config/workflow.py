@@ -253,7 +253,7 @@ class Config(Settings):
             got = line[1 + stages.index("zero_shot")]
             raise ValueError(f"{where}: got {got!r}, which trains no model; expected an experiment that does")
         last = self.experiments[line[-1]].initial
-        if last not in ("none", "imagenet") and not last.endswith(".pt"):
+        if last not in ("none", "imagenet") and Path(last).suffix != ".pt":
             raise ValueError(
                 f"{where}: got {last!r}, expected none, imagenet, a file name ending in .pt, or one of the "
                 f"experiments {sorted(self.experiments)}"
@@ -267,6 +267,17 @@ class Config(Settings):
         for stage, source in (("st", "xenium"), ("ssl", "slides")):
             if block.stage == stage and getattr(self, source) is None:
                 raise ValueError(f"experiments.{name}.stage: got {stage!r}, but the block {source} is missing")
+        unread = {
+            "training.noise": block.stage != "ssl" and block.mode != "parallel",
+            "training.contrastive": block.stage != "ssl",
+            "model.representation.global_tokens": block.mode != "parallel",
+        }
+        for key, nothing_reads_it in unread.items():
+            if nothing_reads_it and _holds(_given(block), key):
+                raise ValueError(
+                    f"experiments.{name}.{key}: got a value, but stage {block.stage} in mode {block.mode} "
+                    "does not read it; leave it out"
+                )
         without = block.stage == "st" and self.xenium is not None and self.xenium.split.val == 0
         if without and self.experiment(name).training.select == "best_val":
             raise ValueError(f"xenium.split.val: got 0, expected more: experiment {name} has training.select: best_val")
@@ -328,6 +339,11 @@ class Config(Settings):
             ),
             training=TrainingSettings.from_dict({**training, "seed": self.seed}, f"{where}.training"),
         )
+
+
+def _holds(values: Any, key: str) -> bool:
+    first, _, rest = key.partition(".")
+    return isinstance(values, dict) and first in values and (not rest or _holds(values[first], rest))
 
 
 def _given(block: BaseModel) -> dict[str, Any]:

@@ -163,6 +163,19 @@ def test_many_rows_are_read_quickly(tmp_path):
     assert time.process_time() - start < 2
 
 
+def test_one_file_under_two_names_is_refused(tmp_path):
+    """The same tissue would train and test."""
+    write(tmp_path / "r.tsv", {**REFERENCE, "reference": "r"})
+    write(tmp_path / "s.tsv", ROW, {**ROW, "sample": "b", "group": "s2", "outs": "mirror.zip | o.zip"})
+    with pytest.raises(ConfigError, match=r"b: got 'o.zip', which is also that of a; expected each once"):
+        used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)
+    write(tmp_path / "s.tsv", ROW, {**ROW, "sample": "b", "use": "no"}, {**ROW, "sample": "c", "outs": "c.zip"})
+    assert set(used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)[0]) == {"a", "c"}
+    write(tmp_path / "slides.tsv", SLIDE, {**SLIDE, "slide": "b"})
+    with pytest.raises(ConfigError, match=r"b: got 'a.tif', which is also that of a"):
+        used_slides("slides.tsv", tmp_path)
+
+
 def test_a_sheet_is_taken_from_the_working_folder_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert locate("config/xenium.tsv", ROOT) == ROOT / "config" / "xenium.tsv"
