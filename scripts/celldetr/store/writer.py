@@ -78,11 +78,8 @@ class StoreWriter:
         self._stack = contextlib.ExitStack()
         self._chunks: list[bytes] = []
         self._images_hash = hashlib.sha256()
-        self._counts = [0]
-        self._boxes = [np.empty((0, 4), np.float32)]
-        self._labels = [np.empty(0, np.int64)]
-        self._centroids = [np.empty((0, 2), np.float32)]
-        self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self._nuclei = [(np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty((0, 2), np.float32))]
+        self._rows: list[list[Any]] = []
 
     def __enter__(self) -> Self:
         self._temporary = self._stack.enter_context(atomic(self.path))
@@ -121,19 +118,20 @@ class StoreWriter:
             raise ValueError(f"images: got {images.dtype} {images.shape}, expected uint8 (B, S, S, 3)")
         if centroids is None:
             centroids = [np.full((np.size(row), 2), np.nan) for row in labels]
-        lengths = {"boxes": len(boxes), "labels": len(labels), "centroids": len(centroids)}
-        lengths |= {name: len(patches[name]) for name in COLUMNS}
-        if set(lengths.values()) != {len(images)}:
-            raise ValueError(f"got {lengths}, expected {len(images)} of each")
-        for box, label, centroid in zip(boxes, labels, centroids, strict=True):
+        encoded = self._pool.map(_encode, images)
+        columns = [patches[name] for name in COLUMNS]
+        for (chunk, digest), box, label, centroid, *row in zip(
+            encoded, boxes, labels, centroids, *columns, strict=True
+        ):
             count = np.size(label)
-            self._counts.append(count)
-            self._labels.append(np.asarray(label, np.int64).reshape(count))
-            self._boxes.append(np.asarray(box, np.float32).reshape(count, 4))
-            self._centroids.append(np.asarray(centroid, np.float32).reshape(count, 2))
-        for name, column in self._columns.items():
-            column.extend(patches[name])
-        for chunk, digest in self._pool.map(_encode, images):
+            self._nuclei.append(
+                (
+                    np.asarray(box, np.float32).reshape(count, 4),
+                    np.asarray(label, np.int64).reshape(count),
+                    np.asarray(centroid, np.float32).reshape(count, 2),
+                )
+            )
+            self._rows.append(row)
             self._images_hash.update(digest)
             self._chunks.append(chunk)
             self.n_patches += 1
@@ -158,22 +156,17 @@ class StoreWriter:
     def _finish(self) -> None:
         if self._chunks:
             self._write_shard()
-        labels, ptr = np.concatenate(self._labels), np.cumsum(self._counts, dtype=np.int64)
-        boxes, centroids = np.concatenate(self._boxes), np.concatenate(self._centroids)
+        boxes, labels, centroids = (np.concatenate(parts) for parts in zip(*self._nuclei, strict=True))
+        ptr = np.cumsum([len(labels) for _, labels, _ in self._nuclei], dtype=np.int64)
         self._check_nuclei(boxes, labels, centroids, ptr)
-        arrays: dict[str, NDArray[Any]] = {
-            "boxes": boxes,
-            "labels": labels.astype(np.int8),
-            "centroids": centroids,
-            "box_ptr": ptr,
-        }
-        for name in NUMBER_COLUMNS:
-            arrays[f"patches/{name}"] = np.asarray(self._columns[name], dtype=np.int64)
+        arrays = {"boxes": boxes, "labels": labels.astype(np.int8), "centroids": centroids, "box_ptr": ptr}
+        table = pd.DataFrame(self._rows, columns=list(COLUMNS))
+        arrays |= {f"patches/{name}": table[name].to_numpy(np.int64) for name in NUMBER_COLUMNS}
         group = zarr.open_group(self._temporary, mode="a", zarr_format=3)
         for name, array in arrays.items():
             group.create_array(name, data=array, **_STORED)
         for name in TEXT_COLUMNS:
-            text = np.asarray([str(value) for value in self._columns[name]], dtype=np.dtypes.StringDType())
+            text = np.asarray([str(value) for value in table[name]], dtype=np.dtypes.StringDType())
             group.create_array(f"patches/{name}", shape=text.shape, dtype="string", **_STORED)[...] = text
             arrays[f"patches/{name}"] = text
         image = (self.patch_size, self.patch_size, 3)
@@ -228,16 +221,14 @@ def select(
     *,
     attrs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write selected patches of several stores, one store after another, to a new store.
+    """Write patches of several stores, one store after another, to a new store.
 
     Parameters
     ----------
     chosen
         Stores and the indices (B,) of their patches, in the order to write.
-    out
-        Store to write.
-    attrs
-        Its attributes.
+    out, attrs
+        Store to write, and its attributes.
 
     Raises
     ------

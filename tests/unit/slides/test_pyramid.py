@@ -44,12 +44,9 @@ def halves(image, count=3):
 IMAGE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 LAYOUTS = {
     "yxs": (IMAGE, {**RGB, **TILE}),
-    "yxs ome": (IMAGE, {**RGB, **TILE, "ome": True}),
     "zyxs": (IMAGE[None], {**RGB, **TILE}),
-    "zyxs ome": (IMAGE[None], {**RGB, **TILE, "ome": True, "metadata": {"axes": "ZYXS"}}),
     "planes in a page": (np.moveaxis(IMAGE, -1, 0), {**RGB, **TILE, "planarconfig": "separate"}),
     "pages of planes": (np.moveaxis(IMAGE, -1, 0), {**PLANES, **TILE}),
-    "pages of planes ome": (np.moveaxis(IMAGE, -1, 0), {**PLANES, **TILE, "ome": True, "metadata": {"axes": "CYX"}}),
     "alpha": (np.dstack([IMAGE, IMAGE[..., :1]]), {**RGB, **TILE, "extrasamples": ["unassalpha"]}),
     "four pages of planes": (
         np.moveaxis(np.dstack([IMAGE, IMAGE[..., :1]]), -1, 0),
