@@ -1,7 +1,7 @@
 """Draw a balanced reference of the ten cell types from an annotated single-cell data set.
 
 Input: ``h5ad`` (raw counts, labels), ``mapping`` (TSV: label, type). Output: ``reference`` (.h5ad: raw counts, obs
-type, label, held_out), ``summary`` (JSON). Params: label_column, cells_per_type (cells), seed.
+type, label, held_out), ``summary`` (JSON). Params: label_column, cells (of the file, or None), cells_per_type, seed.
 """
 
 from celldetr.runtime.files import write_json
@@ -15,6 +15,7 @@ def main(snakemake):
         snakemake.input.h5ad,
         read_mapping(snakemake.input.mapping),
         label_column=params.label_column,
+        cells=params.cells,
         cells_per_type=params.cells_per_type,
         seed=params.seed,
     )

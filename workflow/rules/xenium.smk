@@ -130,7 +130,7 @@ rule download_reference:
         mem_mb=1000,
         runtime=480,
     params:
-        row=lambda wildcards: REFERENCES[wildcards.reference].to_dict(),
+        row=lambda wildcards: REFERENCES[wildcards.reference].source(),
     message:
         "Downloading the scRNA-seq reference {wildcards.reference}"
     script:
@@ -191,6 +191,7 @@ rule prepare_reference:
         runtime=60,
     params:
         label_column=lambda wildcards: REFERENCES[wildcards.reference].label_column,
+        cells=lambda wildcards: REFERENCES[wildcards.reference].cells,
         cells_per_type=CONFIG.xenium.cells_per_type,
         seed=CONFIG.seed,
         code=code("prepare_reference"),

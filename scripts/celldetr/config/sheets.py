@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from celldetr.config.base import Bytes, Mpp, Settings
+from celldetr.config.base import Bytes, Count, Mpp, Settings
 from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
@@ -64,6 +64,7 @@ class ReferenceRow(Settings):
     cellxgene_dataset: str = Field("", description="version id, id or title of the dataset in that collection")
     bytes: Bytes | None = Field(None, description="size of the file, bytes")
     sha256: Sha256 = Field(None, description="SHA-256 of the file")
+    cells: Count | None = Field(None, description="number of cells in the file; another number is refused")
     label_column: str = Field(min_length=1, description="column of obs with the labels")
     mapping: str = Field(min_length=1, description="table (TSV) with the cell type of each label, or - to leave it out")
     licence: str = Field("", description="licence of the data; not used")
@@ -74,6 +75,11 @@ class ReferenceRow(Settings):
         if bool(self.file) == bool(self.cellxgene_collection and self.cellxgene_dataset):
             raise ValueError("expected either file, or cellxgene_collection and cellxgene_dataset")
         return self
+
+    def source(self) -> dict[str, Any]:
+        """Return what decides which file is downloaded."""
+        keys = {"file", "cellxgene_collection", "cellxgene_dataset", "bytes", "sha256"}
+        return self.model_dump(mode="json", include=keys)
 
 
 _SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # formats that keep a slide in several files

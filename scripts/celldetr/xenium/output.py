@@ -29,6 +29,10 @@ SPECS = "experiment.xenium"
 NUCLEI = "nucleus_boundaries.parquet"
 COUNTS = "cell_feature_matrix.h5"
 _VERTEX = ("vertex_x", "vertex_y")
+_NO_NUCLEI = (
+    "a segmentation imported into Xenium without nuclei is not supported: import its nuclei, too, or take the original "
+    "output folder"
+)
 READ_MEMBERS = (SPECS, "cells.zarr.zip", "cells.parquet", COUNTS, NUCLEI, "cell_boundaries.parquet")
 """Files of the folder that are read, besides the DAPI image."""
 DAPI_IMAGES = (
@@ -100,10 +104,7 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
     path = _member(outs, NUCLEI)
     corners = _read_corners(path)
     if not len(corners):
-        raise InputError(
-            f"{path}: got no nuclei; a segmentation imported into Xenium without nuclei is not supported: import its "
-            "nuclei, too, or take the original output folder"
-        )
+        raise InputError(f"{path}: got no nuclei; {_NO_NUCLEI}")
     nucleus = corners.groupby(["cell_id", "label_id"], sort=False, observed=True).ngroup().to_numpy()
     scattered = len(_changes(nucleus)) > nucleus.max() + 1
     order = np.argsort(nucleus, kind="stable")
@@ -188,7 +189,8 @@ def choose_members(names: Sequence[str]) -> list[str]:
     images = [name for name in DAPI_IMAGES if name in there]
     if missing or not images:
         missing += [] if images else [" or ".join(DAPI_IMAGES)]
-        raise InputError(f"got no {', '.join(missing)}, expected all files of a Xenium output folder")
+        hint = f"; {_NO_NUCLEI}" if NUCLEI in missing else ""
+        raise InputError(f"got no {', '.join(missing)}, expected all files of a Xenium output folder{hint}")
     return [*READ_MEMBERS, images[0]]
 
 

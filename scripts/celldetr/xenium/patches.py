@@ -136,7 +136,7 @@ def place_nuclei(
     labels = np.where(index >= 0, label_of.to_numpy()[index], NO_LABEL).astype(np.int8)
     dropped = {
         "cells without a nucleus outline": int((~label_of.index.isin(owners)).sum()),
-        "nuclei with an outline that has no area": int((~good).sum()),
+        "nuclei with an outline of no area or fewer than 3 corners": int((~good).sum()),
     }
     return SlideNuclei(placed[good], labels[good]), dropped
 

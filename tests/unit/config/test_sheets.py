@@ -19,6 +19,11 @@ SLIDE = {"slide": "a", "use": "yes", "tissue": "lung", "group": "a", "file": "a.
 REFERENCE = {"reference": "other", "file": "r.h5ad", "label_column": "cell_type", "mapping": "m.tsv"}
 
 
+def test_a_note_in_the_sheet_downloads_no_reference_again():
+    rows = [ReferenceRow.from_dict({**REFERENCE, **more}) for more in ({}, {"note": "x", "cells": 9})]
+    assert rows[0].source() == rows[1].source()
+
+
 def write(path, *rows, end="\n"):
     """Write rows whose columns are those of the first one."""
     lines = ["# a comment", "\t".join(rows[0])]

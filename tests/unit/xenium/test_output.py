@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.output import choose_members, dapi_path, read_counts, read_nuclei, read_pixel_size
+from celldetr.xenium.output import READ_MEMBERS, choose_members, dapi_path, read_counts, read_nuclei, read_pixel_size
 from celldetr.xenium.spatial import write_spatialdata
 
 VERSIONS = {"1.0.1": True, "1.5.0": True, "2.0.0": False, "3.0.0": True, "4.0.0": True}  # False: no label_id
@@ -177,3 +177,5 @@ def test_a_folder_without_dapi_is_refused(outs):
         dapi_path(outs)
     with pytest.raises(InputError, match=r"morphology_focus/ch0000_dapi\.ome\.tif or"):
         choose_members([path.name for path in outs.iterdir()])
+    with pytest.raises(InputError, match=r"got no nucleus_boundaries\.parquet, .*imported into Xenium without nuclei"):
+        choose_members([*READ_MEMBERS[:4], READ_MEMBERS[-1], "morphology_mip.ome.tif"])

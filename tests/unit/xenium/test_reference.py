@@ -12,6 +12,7 @@ from scipy import sparse
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
+from celldetr.runtime.provenance import sha256
 from celldetr.xenium.celltypes.counts import read_rows, why_not_raw
 from celldetr.xenium.celltypes.genes import shared_genes, symbols_and_ids
 from celldetr.xenium.celltypes.reference import prepare_reference, read_mapping, read_reference, write_reference
@@ -168,6 +169,15 @@ def without(*names):
 def test_settings_that_do_not_fit_the_file_are_explained(tmp_path, settings, words):
     with pytest.raises(CellDETRError, match=words):
         prepare(tmp_path / "a.h5ad", data(), **settings)
+
+
+def test_another_version_of_the_data_is_refused(tmp_path):
+    data().write_h5ad(tmp_path / "a.h5ad")
+    settings = {"label_column": "kind", "cells_per_type": 20, "seed": 1}
+    _, summary = prepare_reference(tmp_path / "a.h5ad", MAPPING, **settings, cells=126)
+    assert summary["sha256"] == sha256(tmp_path / "a.h5ad")
+    with pytest.raises(InputError, match="got 126 cells, expected 127 .*another version"):
+        prepare_reference(tmp_path / "a.h5ad", MAPPING, **settings, cells=127)
 
 
 def test_missing_labels_are_counted_and_other_files_refused(tmp_path):

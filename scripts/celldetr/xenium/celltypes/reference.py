@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from celldetr.config.classes import ST_TYPES
 from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
 from celldetr.runtime.files import atomic
+from celldetr.runtime.provenance import sha256
 from celldetr.xenium.celltypes.counts import read_raw_counts
 from celldetr.xenium.celltypes.genes import sum_duplicates, symbols_and_ids
 
@@ -64,7 +65,13 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def prepare_reference(
-    path: str | os.PathLike[str], mapping: Mapping[str, str], *, label_column: str, cells_per_type: int, seed: int
+    path: str | os.PathLike[str],
+    mapping: Mapping[str, str],
+    *,
+    label_column: str,
+    cells_per_type: int,
+    seed: int,
+    cells: int | None = None,
 ) -> tuple[AnnData, dict[str, Any]]:
     """Draw a balanced reference from an annotated .h5ad; only the drawn cells are loaded.
 
@@ -75,7 +82,7 @@ def prepare_reference(
     Raises
     ------
     InputError
-        The file lacks labels or raw counts, or has labels that the mapping lacks.
+        The file lacks labels or raw counts, has labels that the mapping lacks, or not as many `cells` as expected.
     ConfigError
         A type has more labels than cells to draw.
     """
@@ -87,6 +94,11 @@ def prepare_reference(
         raise InputError(f"{where}: cannot be read ({error}); expected an .h5ad file") from error
     with file, _reading(where):
         labels = _labels(file, where, label_column)
+        if cells is not None and len(labels) != cells:
+            raise InputError(
+                f"{where}: got {len(labels)} cells, expected {cells} (column cells of the references sheet); is it "
+                "another version of the data set? Get that version, or correct the sheet"
+            )
         numbers, types = _count(labels, mapping, f"{where}: obs[{label_column!r}]")
         rows = _draw(labels, numbers, mapping, cells_per_type, generator)
         location, genes, matrix = read_raw_counts(file, rows, len(labels), where)
@@ -108,6 +120,7 @@ def prepare_reference(
     drawn = Counter(names.tolist())
     summary = {
         "file": where.name,
+        "sha256": sha256(where),
         "label_column": label_column,
         "counts_from": location,
         "cells": len(labels),
