@@ -19,17 +19,19 @@ SLIDE = {"slide": "a", "use": "yes", "tissue": "lung", "group": "a", "file": "a.
 REFERENCE = {"reference": "other", "file": "r.h5ad", "label_column": "cell_type", "mapping": "m.tsv"}
 
 
-def test_a_note_in_the_sheet_downloads_no_reference_again():
-    rows = [ReferenceRow.from_dict({**REFERENCE, **more}) for more in ({}, {"note": "x", "cells": 9})]
-    assert rows[0].source() == rows[1].source()
-
-
 def write(path, *rows, end="\n"):
     """Write rows whose columns are those of the first one."""
     lines = ["# a comment", "\t".join(rows[0])]
     lines += ["\t".join(str(row.get(name, "")) for name in rows[0]) for row in rows]
     path.write_bytes((end.join(lines) + end).encode())
     return path
+
+
+def test_a_note_in_the_sheet_downloads_no_reference_again(tmp_path):
+    rows = [REFERENCE | {"note": "", "cells": ""}, REFERENCE | {"reference": "again", "note": "x", "cells": 9}]
+    first, again = read_sheet(write(tmp_path / "r.tsv", *rows), ReferenceRow, "reference").values()
+    assert first.source() == again.source()
+    assert first.source()["file"] == ["r.h5ad"]
 
 
 @pytest.mark.parametrize("folder", [ROOT / "config", ROOT / "config" / "example"])
