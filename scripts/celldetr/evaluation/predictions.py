@@ -23,6 +23,7 @@ from celldetr.runtime.files import atomic
 from celldetr.store import PatchStore
 
 METADATA_KEY = b"celldetr"
+_MOST_EXPANSION = 100  # of scores and coordinates, which hardly compress: a small file cannot take all memory
 _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
 
 
@@ -105,6 +106,9 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
         Not a predictions file, or damaged.
     """
     try:
+        file = pq.read_metadata(path)
+        if 4 * file.num_rows * file.num_columns > _MOST_EXPANSION * os.path.getsize(path):
+            raise ValueError(f"{file.num_rows} detections, more than a file of this size holds")
         table = pq.read_table(path, page_checksum_verification=True)
         metadata = json.loads(table.schema.metadata[METADATA_KEY])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -49,6 +49,10 @@ def test_damaged_and_other_files_are_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"a\.parquet: got .*predict this split again"):
             read_predictions(path)
+    many = pa.table({name: np.zeros(1_000_000) for name in "ab"})  # a few kB, which would fill memory a thousandfold
+    pq.write_table(many, path)
+    with pytest.raises(InputError, match=r"1000000 detections, more than a file of this size holds"):
+        read_predictions(path)
     pq.write_table(pa.table({"a": [1]}), path)
     with pytest.raises(InputError, match=r"a\.parquet: .*expected a Parquet file of the predict rule"):
         read_predictions(path)
