@@ -48,7 +48,7 @@ def level_pages(file: TiffFile) -> list[list[TiffPage]]:
         if _layout(page) == _layout(first) and skew < first.imagewidth + first.imagelength:
             levels.setdefault((width, height), []).append(page)
     planes = len(levels[first.imagewidth, first.imagelength])
-    return [levels[size] for size in sorted(levels, reverse=True) if len(levels[size]) == planes]
+    return [levels[size][:planes] for size in sorted(levels, reverse=True) if len(levels[size]) >= planes]
 
 
 def _layout(page: TiffPage) -> tuple[object, ...]:

@@ -28,7 +28,7 @@ NUMBER_COLUMNS = ("x", "y")
 COLUMNS = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
 ARRAYS = ("boxes", "labels", "centroids", "box_ptr", *(f"patches/{name}" for name in COLUMNS))
 """All but the images."""
-_IDENTITY = ("images_digest", "classes", "mpp", "image")  # attributes that the digest covers
+_IDENTITY = ("images_digest", "classes", "mpp", "counts", "image", "settings")  # attributes that the digest covers
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def content_digest(images: Sequence[int], arrays: Mapping[str, NDArray[Any]], at
     arrays
         `ARRAYS` by name.
     attrs
-        `images_digest` (SHA-256 over the SHA-256 of each image), `classes`, `mpp`, and `image` if there is one.
+        All; those are covered that are read later, and `images_digest`, the SHA-256 over the SHA-256 of each image.
     """
     head = [list(images), {key: attrs.get(key) for key in _IDENTITY}]
     found = hashlib.sha256(json.dumps(head, sort_keys=True).encode())

@@ -128,6 +128,7 @@ WRONG = {
     "other format": (change(format=2), "format: got 2, expected 3; make the store again"),
     "other mpp": (change(mpp=5.0), "digest: got .* changed after the store was written"),
     "other classes": (change(classes=["b", "a"]), "digest: got"),
+    "other stride": (change(settings={"stride": 0.5}), "digest: got"),
     "other images": (change(images_digest=""), "digest: got"),
     "other box": (lambda path: overwrite(path, "boxes", (3, 2), 9), "digest: got"),
     "other label": (lambda path: overwrite(path, "labels", 5, 1 - int(open_store(path).labels[5])), "digest: got"),
