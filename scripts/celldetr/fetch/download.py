@@ -214,7 +214,7 @@ def _transfer(url: str, part: Path, headers: Mapping[str, str], size: int | None
         validator = tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
         _state(part).write_text(json.dumps({"source": source, "validator": validator}), encoding="utf-8")
         try:
-            _receive(response, part, start, total)
+            _receive(response, part, start, total or size)
         except urllib3.exceptions.ProtocolError:
             if total is None:
                 raise
@@ -248,6 +248,8 @@ def _receive(response: requests.Response, part: Path, start: int, total: int | N
         while piece := response.raw.read1(BLOCK):
             handle.write(piece)
             arrived += len(piece)
+            if total is not None and arrived > total:
+                raise TransferError(f"got more than the expected {total} bytes: another file or version", again=False)
             if time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
                 log.info("%s%s", _mib(arrived), f" of {_mib(total)}, {100 * arrived / total:.0f} %" if total else "")

@@ -172,7 +172,7 @@ class _RemoteFile(AbstractBufferedFile):
             if self._version not in (None, version):
                 raise InputError("the file on the server changed while it was read; start again")
             self._version = version
-            data = response.content
+            data = response.raw.read(end - start + 1)  # not more, whatever the server sends
         if len(data) != end - start:
             raise TransferError(f"got {len(data)} of {end - start} bytes", again=True)
         return data

@@ -11,7 +11,6 @@ import shapely
 
 import make_example_slide
 from celldetr.example.slide import write_slide
-from celldetr.runtime.errors import ConfigError
 from celldetr.slides.outlines import read_nucleus_file
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tissue import tissue_mask
@@ -121,12 +120,6 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
     assert digests[0] == digests[1]
     assert not set(digests[0]) & set(digests[2])
     assert len(list(tmp_path.iterdir())) == 6
-
-
-def test_tissue_too_small_for_a_nucleus_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="got no nucleus on tissue of 3.0 um x 4.0 um"):
-        write_slide(tmp_path / "a.tif", tmp_path / "a.parquet", seed=2, **{**SMALL, "size_um": (3.0, 4.0)})
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_script_writes_another_slide_for_each_number(tmp_path):

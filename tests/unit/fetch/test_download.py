@@ -141,6 +141,13 @@ def test_an_answer_that_makes_no_sense_leads_to_the_next_mirror(web, url, get, t
     only(get(url, str(copy), tries=2))
 
 
+def test_a_file_that_does_not_end_is_not_received(web, url, get, monkeypatch):
+    monkeypatch.setattr(download, "BLOCK", 1000)
+    web.headers = {"Content-Length": None}
+    with pytest.raises(InputError, match="got more than the expected 5000 bytes"):
+        get(url, size=5000)
+
+
 @pytest.mark.parametrize("address", ["http://[::1/x.zip", "http://:99999/x.zip", "https://", "http://\x00/"])
 def test_an_address_that_is_none_leads_to_the_next_mirror(url, get, address):
     only(get(address, url))

@@ -2,7 +2,6 @@
 
 import pytest
 
-from celldetr.config.pannuke import fold_parts
 from celldetr.pannuke.splits import pannuke_split
 from celldetr.runtime.errors import InputError
 
@@ -35,14 +34,6 @@ def test_official_protocol(split, folds):
 def test_the_draw_depends_on_seed_and_split_alone():
     assert make(1).equals(make(1))
     assert not make(1).equals(make(1, seed=1))
-
-
-def test_folds_of_parts_agree_with_the_table():
-    for protocol in ("celldetr", "official"):
-        for split in (1, 2, 3):
-            table = make(split, protocol)
-            for part, folds in fold_parts(split, protocol).items():
-                assert set(table.loc[table["part"] == part, "store"]) == {f"fold{fold}" for fold in folds}
 
 
 def test_an_empty_part_is_refused():
