@@ -32,7 +32,7 @@ from pathlib import Path
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 STAMP = ".snakemake_timestamp"  # Snakemake's own, in folders
-TIMES = ("written", "wall_seconds")
+TIMES = ("started", "written", "wall_seconds")
 WAIT_SECONDS = 60
 
 

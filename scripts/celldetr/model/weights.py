@@ -119,6 +119,26 @@ def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Col
     return kept
 
 
+def trained_on(path: str | os.PathLike[str], declared: Collection[str] | None, key: str) -> list[str]:
+    """Return the groups that a model was trained or validated on: as its file says, and as declared for it.
+
+    `celldetr.store.splits` says how groups are named. `key` is where a user declares them.
+
+    Raises
+    ------
+    InputError
+        Neither the file nor the declaration says.
+    """
+    extra = read_checkpoint(path).get("extra")
+    named = extra.get("trained_on") if isinstance(extra, Mapping) else None
+    if named is None and declared is None:
+        raise InputError(
+            f"{path}: does not say what it was trained on; list it in {key}, e.g. [fold1, fold3], or [] if it has seen "
+            "none of the folds, slides and samples of this configuration"
+        )
+    return sorted({*(named or ()), *(declared or ())})
+
+
 def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> ModelSettings:
     """Return the settings of a model file that `read_checkpoint` has read.
 

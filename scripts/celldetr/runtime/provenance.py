@@ -149,6 +149,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _text(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def origin() -> dict[str, Any]:
+    """Say what computes, where, and since when."""
+    machine = {"host": socket.gethostname(), "system": platform.platform(), "cpus": os.cpu_count()}
+    return {"started": _text(_STARTED), "git_revision": git_revision(), "versions": versions(), "machine": machine}
+
+
 def write_provenance(
     path: str | os.PathLike[str],
     *,
@@ -165,14 +175,12 @@ def write_provenance(
     inputs
         Files or folders read; each is recorded with its SHA-256.
     extra
-        More JSON values, e.g. ``device`` or ``seed``.
+        More JSON values, e.g. ``device`` or ``seed``; they replace the others, e.g. by what `origin` said at the start.
     """
     record = {
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "written": _text(time.time()),
         "wall_seconds": round(time.time() - _STARTED, 1),
-        "git_revision": git_revision(),
-        "versions": versions(),
-        "machine": {"host": socket.gethostname(), "system": platform.platform(), "cpus": os.cpu_count()},
+        **origin(),
         "settings": dict(settings),
         "inputs": {str(item): sha256(item) for item in inputs},
         **extra,

@@ -1,29 +1,76 @@
 """Split tables: which patch of which store trains, validates or tests; and splits that keep groups together.
 
-A split table is a TSV with a row per patch: ``store`` (name of the store without suffix), ``patch`` (index in the
-store), ``part`` (train, val, test). Patches that are in no part have no row.
+A split table is a TSV with a row for every patch: ``store`` (name of the store without suffix), ``patch`` (index in the
+store), ``part`` (train, val, test, unused).
+
+What a model has seen is told by groups (column ``group`` of the stores): ``GROUP`` if the whole group trains, validates
+or is unused, ``GROUP@DIGEST`` if the split with this digest tests on other patches of it.
 """
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
+from celldetr.store.reader import PatchStore
 
 PARTS = ("train", "val", "test")
+UNUSED = "unused"
 COLUMNS = ("store", "patch", "part")
 
 
-def read_split(path: str | os.PathLike[str]) -> pd.DataFrame:
+def complete_split(table: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFrame:
+    """Add the unused patches to a split table; `sizes` are the numbers of patches of all stores."""
+    rows = [(name, patch, UNUSED) for name, size in sizes.items() for patch in range(size)]
+    everything = pd.concat([table[list(COLUMNS)], pd.DataFrame(rows, columns=COLUMNS)])
+    return everything.drop_duplicates(["store", "patch"]).sort_values(["store", "patch"], ignore_index=True)
+
+
+def split_digest(table: pd.DataFrame) -> str:
+    """Identity of a split: 16 hex digits."""
+    return hashlib.sha256(table.to_csv(sep="\t", index=False).encode()).hexdigest()[:16]
+
+
+def seen_groups(split: pd.DataFrame, stores: Sequence[PatchStore]) -> list[str]:
+    """Return the groups whose patches train or validate, as a model file names them (see the top of this module)."""
+    tables = [store.patches.assign(store=store.path.stem, patch=range(len(store))) for store in stores]
+    parts = split.merge(pd.concat(tables), on=["store", "patch"]).groupby("group")["part"].agg(set)
+    digest = split_digest(split)
+    return [
+        f"{name}@{digest}" if "test" in part else str(name) for name, part in parts.items() if part & {"train", "val"}
+    ]
+
+
+def refuse_seen(seen: Iterable[str], store: PatchStore, model: str) -> None:
+    """Refuse to test a model on a store with patches of the groups that it has seen.
+
+    Raises
+    ------
+    InputError
+        The store has such patches, other than the test part of the very split that the model was trained on.
+    """
+    digest = store.attrs.get("split", {}).get("digest")  # of the split that chose the patches of a test part
+    groups = set(store.patches["group"])
+    own = {f"{name}@{digest}" for name in groups}
+    leaked = [entry for entry in seen if entry in groups or (entry.rpartition("@")[0] in groups and entry not in own)]
+    if leaked:
+        raise InputError(
+            f"{model}: it, or a model that it started from, was trained or validated on {sorted(leaked)}, expected "
+            f"none of the groups that {store.path} tests; start from other initial weights, or test on other data"
+        )
+
+
+def read_split(path: str | os.PathLike[str], stores: Sequence[PatchStore] = ()) -> pd.DataFrame:
     """Read a split table.
 
     Raises
     ------
     InputError
-        Not a split table, an unknown part, or a patch that occurs twice.
+        Not a split table, an unknown part, a patch that occurs twice, or a patch of `stores` that has no row.
     """
     try:
         table = pd.read_csv(path, sep="\t", dtype={"store": "str", "patch": "int64", "part": "str"}, na_filter=False)
@@ -31,13 +78,20 @@ def read_split(path: str | os.PathLike[str]) -> pd.DataFrame:
         raise InputError(f"{path}: cannot be read as a split table ({error}); make it again") from error
     if tuple(table.columns) != COLUMNS:
         raise InputError(f"{path}: got columns {list(table.columns)}, expected {list(COLUMNS)}; make it again")
-    unknown = set(table["part"]) - set(PARTS)
+    unknown = set(table["part"]) - {*PARTS, UNUSED}
     if unknown:
-        raise InputError(f"{path}: column part: got {sorted(unknown)}, expected {', '.join(PARTS)}")
+        raise InputError(f"{path}: column part: got {sorted(unknown)}, expected {', '.join((*PARTS, UNUSED))}")
     twice = table.duplicated(["store", "patch"])
     if twice.any():
         row = table[twice].iloc[0]
         raise InputError(f"{path}: patch {row['patch']} of {row['store']} occurs twice; a patch has one part")
+    for store in stores:
+        patches = table.loc[table["store"] == store.path.stem, "patch"]
+        if not np.array_equal(np.sort(patches), np.arange(len(store))):
+            raise InputError(
+                f"{path}: got {len(patches)} rows of store {store.path.stem}, expected one for each of its "
+                f"{len(store)} patches; make the split again"
+            )
     return table
 
 

@@ -1,20 +1,15 @@
 """Checks before training, and the initial weights."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.model.device import use_activation_checkpointing
-from celldetr.model.sampling import choose_sampler
 from celldetr.model.weights import initial_weights, model_settings, read_checkpoint
-from celldetr.runtime.errors import ConfigError, InputError
-from celldetr.store import PatchStore
 
 log = logging.getLogger(__name__)
 
@@ -76,25 +71,3 @@ def _start_from(model: CellDETR, path: Path, *, frozen: bool) -> None:
     unused = [name for name in content.get("state", {}) if name not in model.state_dict()]
     if unused:
         log.info("%d tensors of %s are not used, this model has no such part: %s", len(unused), path, ", ".join(unused))
-
-
-def check(experiment: Experiment, stores: Sequence[PatchStore], split: pd.DataFrame, accelerator: str) -> None:
-    """Refuse what cannot be trained, before anything is written; see `train`."""
-    settings, classes = experiment.training, experiment.model.classes
-    for store in stores:
-        if experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
-            raise InputError(
-                f"{store.path}: got classes {list(store.classes)}, expected those of experiment {experiment.name}, in "
-                f"their order: {list(classes)}"
-            )
-    if accelerator == "cuda" and torch.cuda.device_count() < settings.gpus:
-        raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
-    if accelerator == "cpu" and settings.gpus > 1:
-        log.warning("training.gpus: %d, but there is no GPU: as many processes share the CPU", settings.gpus)
-    choose_sampler(accelerator, kernel=experiment.model.kernel, compiled=settings.compile)
-    for part, needed in (("train", True), ("val", settings.select == "best_val")):
-        if needed and not (split["part"] == part).any():
-            raise InputError(
-                f"split: got no patches of part {part!r}; add some"
-                + (", or set training.select: last" if part == "val" else "")
-            )

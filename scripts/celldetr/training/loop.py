@@ -17,17 +17,15 @@ import math
 import signal
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from celldetr.config.evaluation import ScoringSettings
-from celldetr.config.experiment import Experiment, TrainingSettings
+from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import allow_tf32, resolve_precision
 from celldetr.model.weights import load_exactly, read_checkpoint, save_model
@@ -44,10 +42,11 @@ from celldetr.training.data import (
     load_batches,
     random_stream,
 )
-from celldetr.training.initial import build_model, check
+from celldetr.training.initial import build_model
 from celldetr.training.processes import Group, StopSignals, launch
+from celldetr.training.run import Run, check, identified
 from celldetr.training.run_log import RunLog, write_log
-from celldetr.training.run_state import identity_of, read_state, run_lock, write_state
+from celldetr.training.run_state import read_state, run_lock, write_state
 from celldetr.training.ssl import SslStage
 from celldetr.training.stage import Stage
 from celldetr.training.supervised import SupervisedStage
@@ -57,57 +56,10 @@ STAGES: Mapping[str, type[Stage]] = {"supervised": SupervisedStage, "st": Superv
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `train` trains, on what, and where; it can be sent to other processes.
-
-    Attributes
-    ----------
-    experiment
-        Model and recipe.
-    stores
-        Patch stores that `split` names.
-    split
-        Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used.
-    run_dir
-        Folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/.
-    initial
-        Model file to start from. Parts that differ with mode or classes, or that it lacks, start from random weights.
-    backbone
-        Weights of a torchvision ResNet for the backbone.
-    scoring
-        Which detections count in validation, and how far from a nucleus, as in the test.
-    threads
-        CPU threads of all processes together.
-    accelerator
-        ``cuda``, ``cpu``, or ``auto``: a GPU if there is one.
-    code
-        Hash of the code (`celldetr.runtime.provenance.source_hash`): a finished run of other code is trained again.
-    """
-
-    experiment: Experiment
-    stores: tuple[Path, ...]
-    split: pd.DataFrame
-    run_dir: Path
-    initial: Path | None = None
-    backbone: Path | None = None
-    scoring: ScoringSettings = ScoringSettings()
-    threads: int = 1
-    accelerator: str = "auto"
-    code: str = ""
-
-    @property
-    def state_file(self) -> Path:
-        """State from which the run continues."""
-        return self.run_dir / "checkpoints" / "last.ckpt"
-
-    def best_file(self, epoch: int) -> Path:
-        """Model of the best epoch so far. Its name has the epoch, so that it always is the one that the state names."""
-        return self.run_dir / "checkpoints" / f"best{epoch}.ckpt"
-
-
 def train(run: Run) -> Path:
-    """Train a model, or continue a run that was interrupted, and return the path of its model file.
+    """Train a model, or continue its run if that was interrupted, and return the path of its model file.
+
+    A run continues if nothing changed on which its result depends (`identified`); otherwise it starts anew.
 
     Raises
     ------
@@ -126,7 +78,9 @@ def train(run: Run) -> Path:
     """
     if run.accelerator == "auto":
         run = replace(run, accelerator="cuda" if torch.cuda.is_available() else "cpu")
-    check(run.experiment, [open_store(path) for path in run.stores], run.split, run.accelerator)
+    stores = [open_store(path) for path in run.stores]
+    check(run, stores)
+    run = identified(run, stores)
     processes = run.experiment.training.gpus
     with run_lock(run.run_dir):
         if processes > 1:
@@ -152,8 +106,8 @@ class Training:
         )
         self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
-        self.identity = identity_of(run.experiment, f"{train.fingerprint()}-{val.fingerprint()}", run.code)
-        state = read_state(run.state_file, self.identity)
+        state = read_state(run.state_file, run.identity)
+        self.record = state["record"] if state else run.record
 
         self.model = build_model(run.experiment, *((None, None) if state else (run.backbone, run.initial)), device)
         self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, run.scoring, group)
@@ -241,9 +195,9 @@ class Training:
         if self.group.rank == 0:
             write_state(
                 self.run.state_file,
-                self.identity,
+                self.run.identity,
+                record=self.record,
                 step=self.step,
-                total_steps=self.total_steps,
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 sums=sums,
@@ -266,19 +220,20 @@ class Training:
             load_exactly(self.model, read_checkpoint(best_file)["state"], best_file)
             chosen = self.best
         extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
+        extra["trained_on"] = run.identity["trained_on"]
         save_model(run.run_dir / "model.pt", self.model, run.experiment.model, extra)
         write_log(run.run_dir / "log.jsonl", history)
         write_provenance(
             run.run_dir / "provenance.json",
             settings=run.experiment.to_dict(),
-            inputs=[path for path in (*run.stores, run.initial, run.backbone) if path],
             seed=settings.seed,
             device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu",
             processes=settings.gpus,
             patches={"train": len(self.stage.train_data), "val": len(self.stage.val_data)},
-            data=self.identity["data"],
+            identity={key: value for key, value in run.identity.items() if key != "settings"},
             chosen=chosen,
             training_seconds=round(math.fsum(line["seconds"] for line in history), 1),
+            **self.record,
         )
         log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])
 

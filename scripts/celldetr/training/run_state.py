@@ -11,14 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from celldetr.config.experiment import Experiment
 from celldetr.model.weights import read_checkpoint, write_checkpoint
 from celldetr.runtime.errors import InputError, Occupied
 
-FORMAT = 4
-FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
-"""Settings of training that may change while a run is interrupted: its result differs by rounding at most, and with
-another number of processes by their dropout masks."""
+FORMAT = 5
 WAIT_SECONDS = 120.0
 """How long a job waits for another one to end: Slurm gives a cancelled job 30 s, and its successor may start before."""
 _HELD = (errno.EACCES, errno.EAGAIN)
@@ -29,61 +25,36 @@ log = logging.getLogger(__name__)
 def write_state(path: Path, identity: Mapping[str, Any], **state: Any) -> None:
     """Write the state of a run; the file before it stays until this one is complete.
 
-    Beside its identity: ``step``, ``total_steps``, ``model`` and ``optimizer`` (state dicts), ``sums`` and ``seconds``
-    (losses and training time of the unfinished epoch), ``history`` (lines of the log), ``best`` (epoch and score of the
-    best epoch, or None).
+    Beside its identity: ``record`` (of where and on what it started), ``step``, ``model`` and ``optimizer`` (state
+    dicts), ``sums`` and ``seconds`` (losses and training time of the unfinished epoch), ``history`` (lines of the log),
+    ``best`` (epoch and score of the best epoch, or None).
     """
     write_checkpoint(path, {"training_format": FORMAT, "identity": dict(identity), **state})
 
 
-def identity_of(experiment: Experiment, data: str, code: str) -> dict[str, Any]:
-    """Identify a run: its settings, the fingerprint of its patches, and the hash of its code."""
-    settings = experiment.to_dict()
-    for name in FREE_SETTINGS:
-        settings["training"].pop(name, None)
-    return {"settings": settings, "data": data, "code": code}
-
-
 def read_state(path: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Read the state that a run left.
+    """Read the state that a run left; None if there is none, or if something of the run's identity changed.
 
     From the state of a finished run its results are written again without training, as they may have been lost with an
-    aborted job; if the identity differs, it is out of date. An unfinished run continues, also with changed code,
-    but not with other settings or data.
-
-    Returns
-    -------
-    Mapping or None
-        None if the run starts from its initial weights.
+    aborted job.
 
     Raises
     ------
     InputError
-        The file is damaged, or belongs to an unfinished run with other settings or data.
+        The file is damaged.
     """
     if not path.exists():
         return None
-    remedy = f"Delete {path} to train from the start"
     try:
         state = read_checkpoint(path)
     except InputError as error:
-        raise InputError(f"{error}\n{remedy}") from error
+        raise InputError(f"{error}\nDelete {path} to train from the start") from error
     if state.get("training_format") != FORMAT:
-        raise InputError(f"{path}: got no state of a run of format {FORMAT}. {remedy}")
-    was = state["identity"]
-    changed = _differences(was["settings"], identity["settings"])
-    if state["step"] >= state["total_steps"] and was != identity:
-        log.info("%s is of a finished run with other settings, data or code: training from the start", path)
+        log.warning("%s is of another version of celldetr: training from the start", path)
         return None
-    if changed:
-        shown = "\n  ".join(changed[:8])
-        raise InputError(
-            f"{path}: was written with other settings:\n  {shown}\n{remedy}, or restore the settings to finish it"
-        )
-    if was["data"] != identity["data"]:
-        raise InputError(
-            f"{path}: was written with other patches, nuclei or another split. {remedy}, or restore the data"
-        )
+    if changed := _differences(state["identity"], identity):
+        log.warning("training from the start, because this changed since %s:\n  %s", path, "\n  ".join(changed))
+        return None
     log.info("continuing from %s at step %d", path, state["step"])
     return state
 

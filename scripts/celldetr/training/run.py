@@ -1,0 +1,131 @@
+"""A training run: what it is made from, its identity, and what is checked before it starts."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from celldetr.config.evaluation import ScoringSettings
+from celldetr.config.experiment import Experiment
+from celldetr.model.sampling import choose_sampler
+from celldetr.model.weights import trained_on
+from celldetr.runtime.errors import ConfigError, InputError
+from celldetr.runtime.provenance import origin, sha256
+from celldetr.store import PatchStore
+from celldetr.store.splits import seen_groups, split_digest
+
+FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
+"""Settings of training that may change while a run is interrupted: its result differs by rounding at most, and with
+another number of processes by their dropout masks."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on what, and where; it can be sent to other processes.
+
+    Attributes
+    ----------
+    experiment
+        Model and recipe.
+    stores
+        Patch stores that `split` names.
+    split
+        Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used.
+    run_dir
+        Folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/.
+    initial
+        Model file to start from. Parts that differ with mode or classes, or that it lacks, start from random weights.
+    backbone
+        Weights of a torchvision ResNet for the backbone.
+    trained_on
+        Groups that the model in `initial` has seen, beside those that the file names; None: not known.
+    scoring
+        Which detections count in validation, and how far from a nucleus, as in the test.
+    threads
+        CPU threads of all processes together.
+    accelerator
+        ``cuda``, ``cpu``, or ``auto``: a GPU if there is one.
+    code
+        Hash of the code (`celldetr.runtime.provenance.source_hash`).
+    identity, record
+        See `identified`.
+    """
+
+    experiment: Experiment
+    stores: tuple[Path, ...]
+    split: pd.DataFrame
+    run_dir: Path
+    initial: Path | None = None
+    backbone: Path | None = None
+    trained_on: tuple[str, ...] | None = None
+    scoring: ScoringSettings = ScoringSettings()
+    threads: int = 1
+    accelerator: str = "auto"
+    code: str = ""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def state_file(self) -> Path:
+        """State from which the run continues."""
+        return self.run_dir / "checkpoints" / "last.ckpt"
+
+    def best_file(self, epoch: int) -> Path:
+        """Model of the best epoch so far; by its name it is that of the run and epoch that the state names."""
+        run = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+        return self.run_dir / "checkpoints" / f"best{epoch}-{run}.ckpt"
+
+
+def identified(run: Run, stores: Sequence[PatchStore]) -> Run:
+    """Fill in the identity of a run, everything that its result depends on, and the record of its start.
+
+    All inputs are hashed here, before training. Paths and `FREE_SETTINGS` are no part of the identity.
+    """
+    settings = run.experiment.to_dict()
+    settings["training"] = {key: x for key, x in settings["training"].items() if key not in FREE_SETTINGS}
+    files = {str(path): sha256(path) for path in (run.initial, run.backbone) if path}
+    seen = set(seen_groups(run.split, stores))
+    if run.initial:
+        seen |= set(trained_on(run.initial, run.trained_on, f"experiments.{run.experiment.name}.trained_on"))
+    identity = {
+        "settings": settings,
+        "scoring": run.scoring.to_dict(),
+        "stores": {store.path.stem: store.digest for store in stores},
+        "split": split_digest(run.split),
+        "initial": files.get(str(run.initial)),
+        "backbone": files.get(str(run.backbone)),
+        "trained_on": sorted(seen),
+        "code": run.code,
+    }
+    inputs = {str(store.path): store.digest for store in stores} | files
+    return replace(run, identity=identity, record={**origin(), "inputs": inputs})
+
+
+def check(run: Run, stores: Sequence[PatchStore]) -> None:
+    """Refuse what cannot be trained, before anything is written; see `celldetr.training.loop.train`."""
+    experiment, settings, classes = run.experiment, run.experiment.training, run.experiment.model.classes
+    for store in stores:
+        if experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
+            raise InputError(
+                f"{store.path}: got classes {list(store.classes)}, expected those of experiment {experiment.name}, in "
+                f"their order: {list(classes)}"
+            )
+    if run.accelerator == "cuda" and torch.cuda.device_count() < settings.gpus:
+        raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
+    if run.accelerator == "cpu" and settings.gpus > 1:
+        log.warning("training.gpus: %d, but there is no GPU: as many processes share the CPU", settings.gpus)
+    choose_sampler(run.accelerator, kernel=experiment.model.kernel, compiled=settings.compile)
+    for part, needed in (("train", True), ("val", settings.select == "best_val")):
+        if needed and not (run.split["part"] == part).any():
+            raise InputError(
+                f"split: got no patches of part {part!r}; add some"
+                + (", or set training.select: last" if part == "val" else "")
+            )
