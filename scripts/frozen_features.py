@@ -19,11 +19,11 @@ from celldetr.config.evaluation import FrozenFeatureSettings
 from celldetr.evaluation.frozen_features import TRAINED, WHAT, evaluate_frozen_features, write_frozen_features
 from celldetr.inference.embedding import embed_patches
 from celldetr.model.device import best_device
-from celldetr.model.weights import load_model, random_model
+from celldetr.model.weights import load_model, random_model, trained_on
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
-from celldetr.store.splits import read_split
+from celldetr.store.splits import read_split, refuse_seen_store
 
 log = logging.getLogger("frozen_features")
 
@@ -34,11 +34,9 @@ def main(snakemake):
     model = load_model(inputs.model, device)
     models = {TRAINED: model, f"random (seed {params.seed})": random_model(model.settings, params.seed, device)}
     settings = FrozenFeatureSettings(k=params.k, max_nuclei=params.max_nuclei)
-    stores, test, split = (
-        [open_store(path) for path in inputs.stores],
-        open_store(inputs.test),
-        read_split(inputs.split),
-    )
+    stores, test = [open_store(path) for path in inputs.stores], open_store(inputs.test)
+    split = read_split(inputs.split, stores)
+    refuse_seen_store(trained_on(inputs.model, None, "trained_on"), test, inputs.model)
     options = {"batch_size": params.batch_size, "device": device, "progress": True}
     tables, summaries = {}, {}
     for name, of in models.items():

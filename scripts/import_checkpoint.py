@@ -1,7 +1,7 @@
 """Turn a checkpoint of another code into a model file of this one.
 
-python scripts/import_checkpoint.py --source authors CHECKPOINT OUT --mode parallel
-python scripts/import_checkpoint.py --source coco CHECKPOINT OUT --mode baseline
+python scripts/import_checkpoint.py --source authors CHECKPOINT OUT --mode parallel --trained-on fold1 fold3
+python scripts/import_checkpoint.py --source coco CHECKPOINT OUT --mode baseline --trained-on
 
 Reads CHECKPOINT: of the CellDETR repository ({"model_state_dict": ...}), or of the Deformable DETR repository, trained
 on COCO with a ResNet-50 and iterative box refinement ({"model": ...}). Writes OUT, a model file for the key `initial:`
@@ -28,6 +28,12 @@ def main() -> None:
     parser.add_argument(
         "--mode", choices=["baseline", "sequential", "parallel"], required=True, help="mode of the model"
     )
+    parser.add_argument(
+        "--trained-on",
+        nargs="*",
+        required=True,
+        help="folds of PanNuke (fold1 ...) and groups of slides and samples that it was trained or validated on",
+    )
     parser.add_argument("--classes", help="class names in the order of the logits, separated by commas")
     parser.add_argument(
         "--global-tokens", type=int, help="global tokens, parallel mode (default: as the code that wrote it)"
@@ -43,7 +49,7 @@ def main() -> None:
         heads=args.heads,
     )
     settings = imported.model.settings
-    save_model(args.out, imported.model, settings, {"source": args.source})
+    save_model(args.out, imported.model, settings, {"source": args.source, "trained_on": args.trained_on})
     write_provenance(
         f"{args.out}.json",
         settings=settings.to_dict(),

@@ -3,7 +3,7 @@
 Input: ``model`` (weights of the experiment), ``store`` (patch store of the test fold).
 Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label.
 Params: nucleus_threshold, batch_size, precision, class_map (class of the model -> class of the store; for zero-shot
-transfer, else None).
+transfer, else None), trained_on (groups that a given model file has seen; else None).
 """
 
 import logging
@@ -12,10 +12,11 @@ import torch
 
 from celldetr.inference.predict import predict_fold
 from celldetr.model.device import best_device, resolve_precision
-from celldetr.model.weights import load_model
+from celldetr.model.weights import load_model, trained_on
 from celldetr.runtime.provenance import git_revision, sha256, versions
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
+from celldetr.store.splits import refuse_seen_store
 
 log = logging.getLogger("predict")
 
@@ -23,9 +24,13 @@ log = logging.getLogger("predict")
 def main(snakemake):
     torch.set_num_threads(snakemake.threads)
     device = best_device()
-    store = open_store(snakemake.input.store)
+    store, experiment = open_store(snakemake.input.store), snakemake.wildcards.experiment
+    key = f"experiments.{experiment}.trained_on"
+    seen = trained_on(snakemake.input.model, snakemake.params.trained_on, key)
+    refuse_seen_store(seen, store, snakemake.input.model)
     metadata = {
-        "experiment": snakemake.wildcards.experiment,
+        "experiment": experiment,
+        "trained_on": seen,
         "split": int(snakemake.wildcards.split),
         "model_sha256": sha256(snakemake.input.model),
         "git_revision": git_revision(),

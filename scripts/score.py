@@ -14,6 +14,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.runtime.provenance import sha256
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
+from celldetr.store.splits import refuse_seen_store
 
 log = logging.getLogger("score")
 
@@ -32,6 +33,7 @@ def main(snakemake):
             f"{snakemake.input.predictions}: got predictions of {got}, expected {expected}; predict this split again"
         )
     store = open_store(snakemake.input.store)
+    refuse_seen_store(predictions.metadata["trained_on"], store, f"the model of {snakemake.input.predictions}")
     scores = score_fold(
         predictions,
         store,

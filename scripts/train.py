@@ -10,6 +10,7 @@ from pathlib import Path
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
 from celldetr.runtime.rule import run_rule
+from celldetr.store import open_store
 from celldetr.store.splits import read_split
 from celldetr.training.loop import Run, train
 
@@ -21,10 +22,11 @@ def main(snakemake):
     run = Run(
         Experiment.from_dict({**params.experiment, "training": recipe}),
         tuple(map(Path, given.stores)),
-        read_split(given.split),
+        read_split(given.split, [open_store(path, validate=False) for path in given.stores]),
         Path(snakemake.output.model).parent,
         initial=initial,
         backbone=backbone,
+        trained_on=params.trained_on,
         scoring=ScoringSettings.from_dict(params.scoring),
         threads=snakemake.threads,
         code=params.code,

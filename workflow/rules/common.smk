@@ -59,6 +59,7 @@ try:
     CONFIG = load_config(config, ROOT, workflow.configfiles)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
     SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
+    CONFIG.check_groups(SAMPLES, SLIDES)
 except ConfigError as error:
     raise WorkflowError(
         f"The configuration is not valid:\n{masked(str(error))}"

@@ -25,6 +25,7 @@ rule predict:
         batch_size=CONFIG.inference.batch_size,
         precision=CONFIG.inference.precision,
         class_map=lambda wildcards: class_map(wildcards.experiment),
+        trained_on=lambda wildcards: CONFIG.experiments[wildcards.experiment].trained_on,
         code=code("predict"),
     message:
         "Predicting the test patches of split {wildcards.split} with {wildcards.experiment}"

@@ -50,6 +50,7 @@ rule train:
     params:
         experiment=lambda wildcards: run_settings(wildcards.experiment),
         scoring=CONFIG.scoring.to_dict(),
+        trained_on=lambda wildcards: CONFIG.experiments[wildcards.experiment].trained_on,
         code=code("train"),
     message:
         "Training {wildcards.experiment} on split {wildcards.split}"

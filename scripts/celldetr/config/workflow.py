@@ -24,7 +24,7 @@ from celldetr.config.experiment import (
     SharedTrainingSettings,
     TrainingSettings,
 )
-from celldetr.config.pannuke import FOLDS, PanNukeSettings, SourceSettings
+from celldetr.config.pannuke import FOLDS, PanNukeSettings, SourceSettings, fold_parts
 from celldetr.config.sheets import Name, ReferenceRow, SlideRow, XeniumRow
 from celldetr.config.slides import SlideSettings
 from celldetr.config.xenium import XeniumSettings
@@ -65,6 +65,11 @@ class ExperimentSettings(Settings):
         "imagenet",
         description="initial weights: none, imagenet (backbone only), another experiment, or a model file (.pt)",
     )
+    trained_on: tuple[str, ...] | None = Field(
+        None,
+        description="what the file in `initial` was trained or validated on: folds of PanNuke (fold1, fold2, fold3) "
+        "and groups of the sheets; []: none of them; needed with a file",
+    )
     model: partial(SharedModelSettings) = Field(  # type: ignore[valid-type]
         default_factory=partial(SharedModelSettings), description="keys of `model` that differ"
     )
@@ -82,6 +87,14 @@ class ExperimentSettings(Settings):
                 raise ValueError(f"initial: got {self.initial!r}, expected an experiment or a model file to use")
         elif self.mode is None:
             raise ValueError("mode: missing; expected baseline, sequential or parallel")
+        from_file = self.initial.endswith(".pt")
+        if from_file and self.trained_on is None:
+            raise ValueError(
+                f"trained_on: missing; list what {self.initial} was trained or validated on: folds of PanNuke (fold1, "
+                "fold2, fold3) and groups of the sheets; [] if none of them"
+            )
+        if self.trained_on is not None and not from_file:
+            raise ValueError(f"trained_on: got initial {self.initial!r}, expected a model file (.pt) in initial")
         return self
 
 
@@ -203,6 +216,7 @@ class Config(Settings):
         for fold in FOLDS if self.example is not None else ():
             if all("://" in url for url in self.pannuke.fold(fold).urls):
                 raise ValueError(f"pannuke.fold{fold}.urls: got URLs, expected a path to which the example writes")
+        self._check_seen()
         return self
 
     def _check_names(self) -> None:
@@ -281,6 +295,53 @@ class Config(Settings):
         without = block.stage == "st" and self.xenium is not None and self.xenium.split.val == 0
         if without and self.experiment(name).training.select == "best_val":
             raise ValueError(f"xenium.split.val: got 0, expected more: experiment {name} has training.select: best_val")
+
+    def _seen(self, name: str, split: int) -> dict[str, set[str]]:
+        """Folds and declared groups that the model of an experiment, and each that it started from, has seen."""
+        found = {}
+        while name in self.experiments:
+            block = self.experiments[name]
+            split = split if split in self.splits(name) else 1
+            if block.stage == "supervised":
+                parts = fold_parts(split, self.pannuke.protocol)
+                found[name] = {f"fold{fold}" for fold in (*parts["train"], *parts["val"])}
+            if block.trained_on is not None:
+                found[block.initial] = set(block.trained_on)
+            name = block.initial
+        return found
+
+    def _check_seen(self) -> None:
+        """Refuse to test on a fold of PanNuke that a model, or one that it started from, has seen."""
+        frozen = {name for table in self.tables.values() for name in table.frozen_features}
+        for name, block in self.experiments.items():
+            tested = block.stage in ("supervised", "zero_shot") or name in frozen
+            for split in self.pannuke.splits if tested else ():
+                test = {f"fold{fold}" for fold in fold_parts(split, self.pannuke.protocol)["test"]}
+                for model, seen in self._seen(name, split).items():
+                    if test & seen:
+                        raise ValueError(
+                            f"experiments.{name}.initial: got {block.initial!r}, but split {split} tests on "
+                            f"{', '.join(sorted(test))}, on which {model} was trained or validated; expected a model "
+                            "that has not seen it"
+                        )
+
+    def check_groups(self, samples: Mapping[str, XeniumRow], slides: Mapping[str, SlideRow]) -> None:
+        """Refuse to test cell types on a donor whose slides pretrained the model.
+
+        Raises
+        ------
+        ConfigError
+            A sample and a slide have the same group, and an experiment of stage st starts from one of stage ssl.
+        """
+        shared = sorted({row.group for row in samples.values()} & {row.group for row in slides.values()})
+        for name, block in self.experiments.items():
+            pretrained = [each for each in self._line(name) if self.experiments[each].stage == "ssl"]
+            if block.stage == "st" and pretrained and shared:
+                raise ConfigError(
+                    f"experiments.{name}.initial: got {block.initial!r}, but {pretrained[0]} trains on slides of "
+                    f"groups {shared}, which are groups of Xenium samples, too, and may be tested; leave these slides "
+                    "out of the sheet, or start from another model"
+                )
 
     @property
     def scoring(self) -> ScoringSettings:

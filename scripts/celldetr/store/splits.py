@@ -9,7 +9,7 @@ or is unused, ``GROUP@DIGEST`` if the split with this digest tests on other patc
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -35,33 +35,41 @@ def split_digest(table: pd.DataFrame) -> str:
     return hashlib.sha256(table.to_csv(sep="\t", index=False).encode()).hexdigest()[:16]
 
 
-def seen_groups(split: pd.DataFrame, stores: Sequence[PatchStore]) -> list[str]:
+def groups_of(split: pd.DataFrame, stores: Sequence[PatchStore], *parts: str) -> set[str]:
+    """Return the groups with patches in these parts; a store that is not given counts as a group of its own."""
+    rows = split[split["part"].isin(parts)]
+    found = set(rows["store"]) - {store.path.stem for store in stores}
+    for store in stores:
+        found |= set(store.patches["group"].iloc[rows.loc[rows["store"] == store.path.stem, "patch"]])
+    return found
+
+
+def seen_groups(split: pd.DataFrame, stores: Sequence[PatchStore]) -> set[str]:
     """Return the groups whose patches train or validate, as a model file names them (see the top of this module)."""
-    tables = [store.patches.assign(store=store.path.stem, patch=range(len(store))) for store in stores]
-    parts = split.merge(pd.concat(tables), on=["store", "patch"]).groupby("group")["part"].agg(set)
-    digest = split_digest(split)
-    return [
-        f"{name}@{digest}" if "test" in part else str(name) for name, part in parts.items() if part & {"train", "val"}
-    ]
+    tested, digest = groups_of(split, stores, "test"), split_digest(split)
+    return {f"{name}@{digest}" if name in tested else name for name in groups_of(split, stores, "train", "val")}
 
 
-def refuse_seen(seen: Iterable[str], store: PatchStore, model: str) -> None:
-    """Refuse to test a model on a store with patches of the groups that it has seen.
+def refuse_seen(seen: Iterable[str], groups: Collection[str], digest: str | None, model: str, test: str) -> None:
+    """Refuse to test on groups that a model has seen, unless the split with this digest keeps their patches apart.
 
     Raises
     ------
     InputError
-        The store has such patches, other than the test part of the very split that the model was trained on.
+        It names the model and the test.
     """
-    digest = store.attrs.get("split", {}).get("digest")  # of the split that chose the patches of a test part
-    groups = set(store.patches["group"])
     own = {f"{name}@{digest}" for name in groups}
     leaked = [entry for entry in seen if entry in groups or (entry.rpartition("@")[0] in groups and entry not in own)]
     if leaked:
         raise InputError(
             f"{model}: it, or a model that it started from, was trained or validated on {sorted(leaked)}, expected "
-            f"none of the groups that {store.path} tests; start from other initial weights, or test on other data"
+            f"none of the groups that {test} tests; start from other initial weights, or test on other data"
         )
+
+
+def refuse_seen_store(seen: Iterable[str], store: PatchStore, model: str) -> None:
+    """Refuse to test on a store, see `refuse_seen`; a test part says in its attributes which split chose it."""
+    refuse_seen(seen, set(store.patches["group"]), store.attrs.get("split", {}).get("digest"), model, str(store.path))
 
 
 def read_split(path: str | os.PathLike[str], stores: Sequence[PatchStore] = ()) -> pd.DataFrame:

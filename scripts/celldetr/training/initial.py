@@ -1,4 +1,4 @@
-"""Checks before training, and the initial weights."""
+"""The model of a run and its initial weights."""
 
 import logging
 from pathlib import Path
@@ -10,6 +10,7 @@ from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.model.device import use_activation_checkpointing
 from celldetr.model.weights import initial_weights, model_settings, read_checkpoint
+from celldetr.runtime.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -17,16 +18,7 @@ log = logging.getLogger(__name__)
 def build_model(experiment: Experiment, backbone: Path | None, initial: Path | None, device: str) -> CellDETR:
     """Build the model of a run on its device: random weights, then those of the backbone, then those of a model file.
 
-    Parameters
-    ----------
-    experiment
-        Model and recipe; its seed gives the random weights.
-    backbone
-        Weights of a torchvision ResNet, or None.
-    initial
-        Model file, or None. Parts that differ with mode or classes, or that it lacks, keep their random weights.
-    device
-        Device of the model.
+    Parts that differ from the model file with mode or classes, or that it lacks, keep their random weights.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from celldetr.model.weights import trained_on
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.provenance import origin, sha256
 from celldetr.store import PatchStore
-from celldetr.store.splits import seen_groups, split_digest
+from celldetr.store.splits import groups_of, refuse_seen, seen_groups, split_digest
 
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
 """Settings of training that may change while a run is interrupted: its result differs by rounding at most, and with
@@ -88,13 +88,21 @@ def identified(run: Run, stores: Sequence[PatchStore]) -> Run:
     """Fill in the identity of a run, everything that its result depends on, and the record of its start.
 
     All inputs are hashed here, before training. Paths and `FREE_SETTINGS` are no part of the identity.
+
+    Raises
+    ------
+    InputError
+        The initial model has seen what this run's split tests, or does not say what it has seen.
     """
     settings = run.experiment.to_dict()
     settings["training"] = {key: x for key, x in settings["training"].items() if key not in FREE_SETTINGS}
     files = {str(path): sha256(path) for path in (run.initial, run.backbone) if path}
-    seen = set(seen_groups(run.split, stores))
+    seen = seen_groups(run.split, stores)
     if run.initial:
-        seen |= set(trained_on(run.initial, run.trained_on, f"experiments.{run.experiment.name}.trained_on"))
+        before = trained_on(run.initial, run.trained_on, f"experiments.{run.experiment.name}.trained_on")
+        tested = groups_of(run.split, stores, "test")
+        refuse_seen(before, tested, split_digest(run.split), str(run.initial), f"the split of {run.experiment.name}")
+        seen |= set(before)
     identity = {
         "settings": settings,
         "scoring": run.scoring.to_dict(),

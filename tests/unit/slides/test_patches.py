@@ -223,5 +223,5 @@ def test_the_choice_from_stores_is_a_split_file(tmp_path, cut):
     choose_slide_patches.main(rule)
     split = read_split(rule.output.split)
     assert set(split["store"]) == {"s1"}
-    assert split["part"].value_counts().to_dict() == {"train": 40, "val": 10}
+    assert split["part"].value_counts().to_dict() == {"train": 40, "unused": 14, "val": 10}
     assert pd.read_csv(rule.output.summary, sep="\t").set_index("name").loc["s2", "note"] == "no patches: damaged"

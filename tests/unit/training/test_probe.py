@@ -34,7 +34,7 @@ def test_exactly_the_probed_parameters_change(store, tmp_path, mode, probe):
     torch.manual_seed(5)
     save_model(tmp_path / "first.pt", CellDETR(experiment.model), experiment.model)
     split = make_split(store, 6, 2)
-    path = train(experiment, [store], split, tmp_path / "run", initial=tmp_path / "first.pt")
+    path = train(experiment, [store], split, tmp_path / "run", initial=tmp_path / "first.pt", trained_on=())
     before, after = (read_checkpoint(file)["state"] for file in (tmp_path / "first.pt", path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     expected = {name for name in before if name.split(".")[0] in PARTS[probe]}

@@ -1,0 +1,183 @@
+"""What a run is: whatever its result depends on starts it anew, and nothing is tested on what its model has seen."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_training import make_experiment, make_split, make_store, read_log, stopping, train
+
+from celldetr.config.evaluation import ScoringSettings
+from celldetr.model.backbone import Backbone
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.weights import read_checkpoint, save_model
+from celldetr.runtime.errors import InputError, Interrupted
+from celldetr.store import StoreWriter, open_store
+from celldetr.store.splits import split_digest
+from celldetr.training.loop import Training
+
+EXPERIMENT = make_experiment(epochs=2)
+
+
+def write_initial(path, seed):
+    torch.manual_seed(seed)
+    save_model(path, CellDETR(EXPERIMENT.model), EXPERIMENT.model, {"trained_on": []})
+    return path
+
+
+def copied(path, store, what=""):
+    """Copy a store with one pixel, box or label changed."""
+    images, boxes, labels = store.images(np.arange(len(store))), store.boxes.copy(), store.labels.copy()
+    images[0, 3, 3, 0] += what == "pixel"
+    boxes[0, 0] += 0.5 * (what == "box")
+    labels[0] = 1 - labels[0] if what == "label" else labels[0]
+    with StoreWriter(path, patch_size=store.patch_size, classes=store.classes, mpp=store.mpp) as writer:
+        cuts = store.box_ptr[1:-1]
+        writer.append(images, np.split(boxes, cuts), np.split(labels, cuts), patches=store.patches.to_dict("list"))
+    return [open_store(path)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Give a finished run and what it was made from."""
+    root = tmp_path_factory.mktemp("run")
+    store = make_store(root / "fold1.zarr", 10)
+    initial = write_initial(root / "initial.pt", 1)
+    given = {"experiment": EXPERIMENT, "stores": [store], "split": make_split(store, 6, 3), "initial": initial}
+    train(run_dir=root / "run", code="a", **given)
+    return root / "run", {**given, "code": "a"}
+
+
+CHANGES = {
+    "initial weights": lambda given, folder: {"initial": write_initial(folder / "initial.pt", 2)},
+    "a pixel": lambda given, folder: {"stores": copied(folder / "fold1.zarr", *given["stores"], "pixel")},
+    "a box": lambda given, folder: {"stores": copied(folder / "fold1.zarr", *given["stores"], "box")},
+    "a label": lambda given, folder: {"stores": copied(folder / "fold1.zarr", *given["stores"], "label")},
+    "nucleus threshold": lambda given, folder: {"scoring": ScoringSettings(nucleus_threshold=0.3)},
+    "class threshold": lambda given, folder: {"scoring": ScoringSettings(class_threshold=0.3)},
+    "radius": lambda given, folder: {"scoring": ScoringSettings(radius_um=4.0)},
+    "a row of the split": lambda given, folder: {"split": make_split(*given["stores"], 5, 4)},
+    "settings": lambda given, folder: {"experiment": make_experiment(epochs=2, seed=9)},
+    "code": lambda given, folder: {"code": "b"},
+    "what the initial model has seen": lambda given, folder: {"trained_on": ("slide 7",)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_starts_anew_when_its_result_would_change(finished, tmp_path, monkeypatch, name):
+    run, given = finished
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(Training, "take_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(run_dir=tmp_path / "run", **{**given, **CHANGES[name](given, tmp_path)})
+
+
+HARMLESS = {
+    "nothing": lambda given, folder: {},
+    "paths": lambda given, folder: {
+        "stores": copied(folder / "fold1.zarr", *given["stores"]),
+        "initial": shutil.copyfile(given["initial"], folder / "other.pt"),
+    },
+    "processes and cache": lambda given, folder: {"experiment": make_experiment(epochs=2, cache="none", workers=1)},
+    "threads": lambda given, folder: {"threads": 2},
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_finished_run_is_not_trained_again_otherwise(finished, tmp_path, monkeypatch, name):
+    run, given = finished
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "model.pt").unlink()
+    monkeypatch.setattr(Training, "take_step", lambda *_: 1 / 0)
+    train(run_dir=tmp_path / "run", **{**given, **HARMLESS[name](given, tmp_path)})
+    assert (tmp_path / "run" / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
+    first, second = (json.loads((folder / "provenance.json").read_text()) for folder in (run, tmp_path / "run"))
+    assert {key: value for key, value in second.items() if key not in ("written", "wall_seconds", "settings")} == {
+        key: value for key, value in first.items() if key not in ("written", "wall_seconds", "settings")
+    }
+
+
+def test_the_backbone_is_part_of_the_run(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "fold1.zarr", 8)
+    experiment = make_experiment(model={"backbone": {**EXPERIMENT.model.backbone.to_dict(), "norm": "frozen_batch"}})
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weights = Backbone(experiment.model.backbone).state_dict()
+        torch.save(weights, tmp_path / f"resnet{seed}.pth")
+    given = (experiment, [store], make_split(store, 4, 3), tmp_path / "run")
+    train(*given, backbone=tmp_path / "resnet1.pth")
+    monkeypatch.setattr(Training, "take_step", lambda *_: 1 / 0)
+    train(*given, backbone=tmp_path / "resnet1.pth")
+    with pytest.raises(ZeroDivisionError):
+        train(*given, backbone=tmp_path / "resnet2.pth")
+
+
+def test_an_interrupted_run_of_other_settings_gives_the_result_of_a_new_one(tmp_path, monkeypatch, caplog):
+    store = make_store(tmp_path / "fold1.zarr", 10)
+    split, other = make_split(store, 6, 3), make_experiment(epochs=2, lr=2e-3)
+    with monkeypatch.context() as patch:
+        stopping(patch, 2)
+        with pytest.raises(Interrupted):
+            train(EXPERIMENT, [store], split, tmp_path / "run")
+    train(other, [store], split, tmp_path / "run")
+    assert "settings.training.lr: was 0.001, now 0.002" in caplog.text
+    train(other, [store], split, tmp_path / "whole")
+    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    assert len(list((tmp_path / "run" / "checkpoints").glob("best*"))) == 1
+
+
+def test_inputs_are_hashed_before_training(tmp_path, monkeypatch):
+    """What lies at the path of an input after training was not read."""
+    store, initial = make_store(tmp_path / "fold1.zarr", 8), write_initial(tmp_path / "initial.pt", 1)
+    before = read_checkpoint(initial)
+    fit = Training.fit
+
+    def replaced(self):
+        write_initial(initial, 2)
+        fit(self)
+
+    monkeypatch.setattr(Training, "fit", replaced)
+    split = make_split(store, 4, 3)
+    train(EXPERIMENT, [store], split, tmp_path / "run", initial=initial)
+    first = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert not torch.equal(read_checkpoint(initial)["state"]["level_embed"], before["state"]["level_embed"])
+    write_initial(initial, 1)
+    train(EXPERIMENT, [store], split, tmp_path / "again", initial=initial)
+    second = json.loads((tmp_path / "again" / "provenance.json").read_text())
+    assert first["inputs"] == second["inputs"]
+    assert first["identity"] == second["identity"]
+
+
+def test_a_model_names_what_it_and_its_ancestors_have_seen(tmp_path):
+    stores = [make_store(tmp_path / f"{name}.zarr", 6, group=name) for name in ("d1", "d2", "d3")]
+    split = pd.concat([make_split(stores[0], 4, 2), make_split(stores[1], 3, 2), make_split(stores[2], 6, 0)])
+    split = pd.concat([split, pd.DataFrame({"store": ["d2"], "patch": [5], "part": ["test"]})], ignore_index=True)
+    split.loc[split["store"] == "d3", "part"] = "test"
+    first = train(make_experiment(epochs=1), stores, split, tmp_path / "first")
+    own = ["d1", f"d2@{split_digest(split)}"]
+    assert read_checkpoint(first)["extra"]["trained_on"] == own
+    other = make_store(tmp_path / "fold1.zarr", 6, group="fold1")
+    second = train(make_experiment(epochs=1), [other], make_split(other, 4, 2), tmp_path / "second", initial=first)
+    assert read_checkpoint(second)["extra"]["trained_on"] == [*own, "fold1"]
+    again = train(make_experiment(epochs=1), stores, split, tmp_path / "again", initial=first)  # the same test part
+    assert read_checkpoint(again)["extra"]["trained_on"] == own
+
+
+def test_a_run_that_would_be_tested_on_what_its_ancestor_has_seen_is_refused(tmp_path):
+    stores = [make_store(tmp_path / f"{name}.zarr", 6, group=name) for name in ("d1", "d2")]
+    split = pd.concat([make_split(stores[0], 4, 2), make_split(stores[1], 6, 0).assign(part="test")])
+    initial = write_initial(tmp_path / "initial.pt", 1)
+    with pytest.raises(InputError, match=r"initial\.pt: .*trained or validated on \['d2'\], expected none of"):
+        train(EXPERIMENT, stores, split, tmp_path / "run", initial=initial, trained_on=("d2",))
+    with pytest.raises(InputError, match=r"trained or validated on \['d2@0123'\]"):  # another split of the same donor
+        train(EXPERIMENT, stores, split, tmp_path / "run", initial=initial, trained_on=("d2@0123",))
+    train(EXPERIMENT, stores, split, tmp_path / "run", initial=initial, trained_on=("d1", "slide 3"))
+
+
+def test_a_file_that_does_not_say_what_it_has_seen_must_be_declared(tmp_path):
+    store = make_store(tmp_path / "fold1.zarr", 6)
+    save_model(tmp_path / "foreign.pt", CellDETR(EXPERIMENT.model), EXPERIMENT.model)
+    with pytest.raises(InputError, match=r"foreign\.pt: does not say .* list it in experiments\.tiny\.trained_on"):
+        train(EXPERIMENT, [store], make_split(store, 4, 2), tmp_path / "run", initial=tmp_path / "foreign.pt")
