@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 def test_the_script_reads_a_model_and_stores(tmp_path):
     torch.manual_seed(0)
     settings = make_experiment("parallel").model
-    save_model(tmp_path / "model.pt", CellDETR(settings), settings)
+    save_model(tmp_path / "model.pt", CellDETR(settings), settings, {"trained_on": []})
     train, test = make_store(tmp_path / "fold1.zarr", 100, seed=1), make_store(tmp_path / "fold2.zarr", 40, seed=2)
     split = make_split(train, 90, 10)
     rows = pd.DataFrame({"store": "fold2", "patch": np.arange(40), "part": "test"})

@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_model import small_model
+from small_model import small_model, small_settings
 from torch import nn
 
+import predict
 import score
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
 from celldetr.inference.attention import share_inside
 from celldetr.inference.predict import attend_patches, predict_fold
-from celldetr.model.celldetr import ImagePredictions
+from celldetr.model.celldetr import CellDETR, ImagePredictions
+from celldetr.model.weights import save_model
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.provenance import sha256
 from celldetr.store import StoreWriter
@@ -79,7 +81,7 @@ def test_only_predictions_of_this_model_split_and_store_are_scored(store, tmp_pa
     model, other = tmp_path / "model.pt", tmp_path / "other.pt"
     model.write_bytes(b"weights")
     other.write_bytes(b"other weights")
-    origin = {"experiment": "planted", "split": 1, "model_sha256": sha256(model)}
+    origin = {"experiment": "planted", "split": 1, "model_sha256": sha256(model), "trained_on": []}
     predict_fold(Planted(store), store, tmp_path / "a.parquet", metadata=origin, **LIMITS)
 
     def run(model_file=model, store_path=store.path, experiment="planted", split="1"):
@@ -97,6 +99,12 @@ def test_only_predictions_of_this_model_split_and_store_are_scored(store, tmp_pa
         run(experiment="celldetr_s")
     with pytest.raises(InputError, match="'model_sha256': .*; predict this split again"):
         run(model_file=other)
+    origin["trained_on"] = sorted(set(store.patches["group"]))
+    predict_fold(Planted(store), store, tmp_path / "a.parquet", metadata=origin, **LIMITS)
+    with pytest.raises(InputError, match=r"the model of .*a.parquet: it, or a model .* was trained or validated on"):
+        run()
+    origin["trained_on"] = []
+    predict_fold(Planted(store), store, tmp_path / "a.parquet", metadata=origin, **LIMITS)
     twin = StoreWriter(tmp_path / "fold1.zarr", patch_size=store.patch_size, classes=store.classes, mpp=store.mpp)
     with twin as writer:
         boxes, labels = zip(*(store.boxes_of(index) for index in range(store.n_patches)), strict=True)
@@ -105,6 +113,27 @@ def test_only_predictions_of_this_model_split_and_store_are_scored(store, tmp_pa
         writer.append(images, boxes, labels, centroids=None, patches=columns)
     with pytest.raises(InputError, match="got those of store fold1 with digest .*, expected .*fold1.zarr with"):
         run(store_path=tmp_path / "fold1.zarr")
+
+
+def test_a_model_predicts_nothing_that_it_has_seen(store, tmp_path):
+    settings = small_settings("parallel", classes=store.classes)
+    wildcards, groups = SimpleNamespace(experiment="mine", split="1"), sorted(set(store.patches["group"]))
+
+    def run(named, declared):
+        save_model(tmp_path / "m.pt", CellDETR(settings), settings, {} if named is None else {"trained_on": named})
+        inputs = SimpleNamespace(model=tmp_path / "m.pt", store=store.path)
+        params = SimpleNamespace(**LIMITS, precision="fp32", class_map=None, trained_on=declared)
+        output = [tmp_path / "p.parquet"]
+        predict.main(SimpleNamespace(input=inputs, params=params, wildcards=wildcards, output=output, threads=1))
+        return read_predictions(output[0]).metadata["trained_on"]
+
+    assert run(["fold9"], ["other"]) == ["fold9", "other"]
+    assert run(None, []) == []
+    for named, declared in ((groups, None), (groups, []), (None, groups)):
+        with pytest.raises(InputError, match=r"m\.pt: it, or a model that it started from, was trained or"):
+            run(named, declared)
+    with pytest.raises(InputError, match=r"m\.pt: does not say .* list it in experiments\.mine\.trained_on"):
+        run(None, None)
 
 
 MAP = {"T": "inflammatory", "B": "inflammatory", "Malignant": "neoplastic"}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from celldetr.model.celldetr import IMAGE_MEAN, IMAGE_STD
 from celldetr.model.imports import IMAGENET_MEAN, IMAGENET_STD, import_checkpoint
-from celldetr.model.weights import load_model
+from celldetr.model.weights import load_model, trained_on
 from celldetr.runtime.errors import ConfigError, InputError
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "import_checkpoint.py"
@@ -266,10 +266,12 @@ def test_checkpoints_with_the_authors_settings_object_are_read_without_their_cod
 def test_import_script_writes_a_model_file_and_the_list_of_tensors(tmp_path, coco_file):
     out = tmp_path / "model.pt"
     command = [sys.executable, str(SCRIPT), "--source", "coco", "--mode", "baseline"]
-    subprocess.run([*command, str(coco_file), str(out)], check=True, capture_output=True)
+    seen = ["--trained-on", "fold1", "donor 2"]
+    subprocess.run([*command, str(coco_file), str(out), *seen], check=True, capture_output=True)
     assert load_model(out).settings.mode == "baseline"
+    assert trained_on(out, None, "") == ["donor 2", "fold1"]
     listed = json.loads(Path(f"{out}.json").read_text())
     assert listed["used"]["query_embed.weight"] == "decoder.query_embed.weight"
-    failed = subprocess.run([*command, "none.pth", str(out)], check=False, capture_output=True, text=True)
+    failed = subprocess.run([*command, "none.pth", str(out), *seen], check=False, capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: none.pth: no such file")
