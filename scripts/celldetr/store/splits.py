@@ -40,7 +40,8 @@ def groups_of(split: pd.DataFrame, stores: Sequence[PatchStore], *parts: str) ->
     rows = split[split["part"].isin(parts)]
     found = set(rows["store"]) - {store.path.stem for store in stores}
     for store in stores:
-        found |= set(store.patches["group"].iloc[rows.loc[rows["store"] == store.path.stem, "patch"]])
+        chosen = np.isin(np.arange(len(store)), rows.loc[rows["store"] == store.path.stem, "patch"])
+        found |= set(store.patches["group"][chosen])
     return found
 
 
