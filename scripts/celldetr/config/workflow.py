@@ -325,7 +325,7 @@ class Config(Settings):
                             "that has not seen it"
                         )
 
-    def check_groups(self, samples: Mapping[str, XeniumRow], slides: Mapping[str, SlideRow]) -> None:
+    def check_groups(self, samples: dict[str, XeniumRow], slides: dict[str, SlideRow]) -> None:
         """Refuse to test cell types on a donor whose slides pretrained the model.
 
         Raises

@@ -12,7 +12,7 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import XeniumSplitSettings
 from celldetr.runtime.errors import InputError
 from celldetr.store import StoreWriter, open_store
-from celldetr.store.splits import read_split
+from celldetr.store.splits import read_split, refuse_seen_store, seen_groups
 from celldetr.xenium.split import part_counts, xenium_split
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -140,3 +140,24 @@ def test_the_rule_writes_the_split_the_test_store_and_counts(tmp_path):
     assert counts[list(ST_TYPES)].sum().sum() == sum((store.labels >= 0).sum() for store in stores)
     assert "\t21000\t380000\t" in written.replace("paper", "")
     assert f"{counts['patches'].sum():,} patches" in out.summary_html.read_text()
+
+
+def test_a_model_of_another_split_is_not_tested_on_the_test_part(tmp_path):
+    """All parts share the slide: the split itself keeps them apart, and only the same split."""
+    store = make_store(tmp_path / "a.zarr", grid(8, 8))
+    names = {"split": "split.tsv", "test": "test.zarr", "summary_tsv": "s.tsv", "summary_html": "s.html"}
+    out = SimpleNamespace(**{key: tmp_path / "out" / name for key, name in names.items()})
+    params = SimpleNamespace(settings={"by": "random"}, seed=3)
+    split_xenium.main(SimpleNamespace(input=SimpleNamespace(stores=[store.path]), output=out, params=params))
+    table, test = read_split(out.split, [store]), open_store(out.test)
+    refuse_seen_store(seen_groups(table, [store]), test, "model.pt")
+    leaked = table.assign(part=table["part"].replace("test", "train"))
+    swapped = table.assign(part=table["part"].sample(frac=1, random_state=1).to_numpy())
+    for changed in (leaked, swapped):
+        with pytest.raises(InputError, match=r"model\.pt: .* was trained or validated on .*test\.zarr"):
+            refuse_seen_store(seen_groups(changed, [store]), test, "model.pt")
+    table.iloc[:-3].to_csv(out.split, sep="\t", index=False)
+    with pytest.raises(
+        InputError, match=r"split\.tsv: got 61 rows of store a, expected one for each of its 64 patches"
+    ):
+        read_split(out.split, [store])
