@@ -12,19 +12,16 @@ from celldetr.report.patches import overview, write_report, write_rows
 from celldetr.runtime.rule import run_rule
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.store import open_store
-from celldetr.xenium.patches import SampleFiles, extract_sample
+from celldetr.xenium.patches import Sample, extract_sample
 
 
 def main(snakemake):
     params, output = snakemake.params, snakemake.output
-    sample = snakemake.wildcards.sample
-    files = SampleFiles(**{name: Path(snakemake.input[name]) for name in ("outs", "he", "registration", "cells")})
+    files = {name: Path(snakemake.input[name]) for name in ("outs", "he", "registration", "cells")}
+    sample = Sample(snakemake.wildcards.sample, params.group, params.tissue, **files)
     found = extract_sample(
-        files,
+        sample,
         output.store,
-        sample=sample,
-        group=params.group,
-        tissue=params.tissue,
         size=params.patch_size,
         mpp=params.mpp,
         settings=PatchSettings.from_dict(params.settings, "xenium.patches"),
@@ -32,11 +29,11 @@ def main(snakemake):
         workers=snakemake.threads,
     )
     write_rows(output.summary_tsv, found.rows)
-    with open_pyramid(files.he, found.grid.image_mpp) as image:
+    with open_pyramid(sample.he, found.grid.image_mpp) as image:
         picture = overview(image, found.grid, found.tissue)
-    title = f"Patches of {sample} ({params.tissue})"
+    title = f"Patches of {sample.name} ({sample.tissue})"
     store = open_store(output.store)
-    write_report(output.summary_html, store, title=title, source=files.he.name, picture=picture, rows=found.rows)
+    write_report(output.summary_html, store, title=title, source=sample.he.name, picture=picture, rows=found.rows)
 
 
 if "snakemake" in globals():

@@ -47,10 +47,7 @@ DAPI_IMAGES = (
 def read_pixel_size(outs: str | os.PathLike[str]) -> float:
     """Read the size of a Xenium pixel, um, from experiment.xenium.
 
-    Raises
-    ------
-    InputError
-        The file is missing or holds no plausible pixel size.
+    Raises InputError if the file is missing or holds no plausible pixel size.
     """
     path = _member(outs, SPECS)
     try:
@@ -68,11 +65,7 @@ def read_counts(outs: str | os.PathLike[str]) -> AnnData:
     """Read the transcript counts of all cells, without control probes and other features that are no genes.
 
     Returns cells by genes: X (csr_matrix, float32) counts, obs index cell ids, var index gene symbols, var["gene_ids"].
-
-    Raises
-    ------
-    InputError
-        The file is missing or damaged.
+    Raises InputError if the file is missing or damaged.
     """
     path = _member(outs, COUNTS)
     try:
@@ -90,16 +83,9 @@ def read_counts(outs: str | os.PathLike[str]) -> AnnData:
 def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
     """Read the outlines of all nuclei.
 
-    Returns
-    -------
-    GeoDataFrame
-        ``cell_id`` (str; empty if unknown) and ``geometry`` (polygon, um; empty if it has fewer than 3 corners or one
-        that is not finite), one row per nucleus; a cell may have several nuclei or none.
-
-    Raises
-    ------
-    InputError
-        The file is missing or damaged, has no nuclei, or does not say which corners are of one nucleus.
+    Returns a row per nucleus: ``cell_id`` (str; empty if unknown) and ``geometry`` (polygon, um; empty if it has fewer
+    than 3 corners or one that is not finite); a cell may have several nuclei or none. Raises InputError if the file is
+    missing or damaged, has no nuclei, or does not say which corners are of one nucleus.
     """
     path = _member(outs, NUCLEI)
     corners = _read_corners(path)
@@ -179,10 +165,7 @@ def _polygons(corners: NDArray[np.float64], starts: NDArray[np.int64]) -> NDArra
 def choose_members(names: Sequence[str]) -> list[str]:
     """Choose the files of an output folder that are read.
 
-    Raises
-    ------
-    InputError
-        A file is missing.
+    Raises InputError if one is missing.
     """
     there = set(names)
     missing = [name for name in READ_MEMBERS if name not in there]
@@ -197,10 +180,7 @@ def choose_members(names: Sequence[str]) -> list[str]:
 def dapi_path(outs: str | os.PathLike[str]) -> Path:
     """Find the DAPI image.
 
-    Raises
-    ------
-    InputError
-        No DAPI image.
+    Raises InputError if there is none.
     """
     found = [Path(outs) / name for name in DAPI_IMAGES if (Path(outs) / name).is_file()]
     if not found:

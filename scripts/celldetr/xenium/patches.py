@@ -24,9 +24,12 @@ from celldetr.xenium.registration.result import Registration, read_registration
 
 
 @dataclass(frozen=True)
-class SampleFiles:
-    """Files of a sample: output folder, H&E image, registration (JSON), labelled cells (Parquet)."""
+class Sample:
+    """A sample: its names, output folder, H&E image, registration (JSON) and labelled cells (Parquet)."""
 
+    name: str
+    group: str
+    tissue: str
     outs: Path
     he: Path
     registration: Path
@@ -43,12 +46,9 @@ class Extraction:
 
 
 def extract_sample(
-    files: SampleFiles,
+    sample: Sample,
     out: str | os.PathLike[str],
     *,
-    sample: str,
-    group: str,
-    tissue: str,
     size: int,
     mpp: float,
     settings: PatchSettings,
@@ -57,17 +57,14 @@ def extract_sample(
 ) -> Extraction:
     """Cut a registered, labelled sample into patches of `size` px of `mpp` um; the classes are the ten cell types.
 
-    Raises
-    ------
-    InputError
-        A file is damaged, the files are of different samples, or no patch meets the thresholds.
+    Raises InputError if a file is damaged, the files are of different samples, or no patch meets the thresholds.
     """
-    registration = read_registration(files.registration)
+    registration = read_registration(sample.registration)
     he_mpp = registration.he_mpp
-    placed, dropped = place_nuclei(read_nuclei(files.outs), read_cells(files.cells), registration, mpp)
-    dapi_image = open_pyramid(dapi_path(files.outs), registration.pixel_size, plane=0)
-    with open_pyramid(files.he, he_mpp) as image, dapi_image as dapi:
-        tissue_raster = tissue_mask(image, he_mpp)
+    placed, dropped = place_nuclei(read_nuclei(sample.outs), read_cells(sample.cells), registration, mpp)
+    dapi_image = open_pyramid(dapi_path(sample.outs), registration.pixel_size, plane=0)
+    with open_pyramid(sample.he, he_mpp) as image, dapi_image as dapi:
+        tissue = tissue_mask(image, he_mpp)
         nuclei = placed.on_slide((image.size[0] * he_mpp / mpp, image.size[1] * he_mpp / mpp))
         grid = patch_grid(
             image.size,
@@ -75,15 +72,15 @@ def extract_sample(
             nuclei,
             size=size,
             mpp=mpp,
-            tissue=tissue_raster,
+            tissue=tissue,
             settings=settings,
             seed=seed,
-            imaged=imaged(dapi, registration.pixel_size, tissue_raster, registration.matrix),
+            imaged=imaged(dapi, registration.pixel_size, tissue, registration.matrix),
         )
-        where = {"file": files.he.name, "size": list(image.size), "mpp": he_mpp}
+        where = {"file": sample.he.name, "size": list(image.size), "mpp": he_mpp}
     if not len(grid):
         raise InputError(
-            f"{sample}: got no patch; the grid has "
+            f"{sample.name}: got no patch; the grid has "
             + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
             + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
             "types, or lower xenium.patches.min_tissue and min_labelled"
@@ -96,18 +93,18 @@ def extract_sample(
         "registration": {"matrix": registration.matrix.tolist(), "origin": registration.origin},
     }
     cut_patches(
-        files.he,
+        sample.he,
         grid,
         nuclei.labels,
         out,
         classes=ST_TYPES,
-        source=sample,
-        group=group,
-        tissue=tissue,
+        source=sample.name,
+        group=sample.group,
+        tissue=sample.tissue,
         attrs=attrs,
         workers=workers,
     )
-    return Extraction(grid, tissue_raster, _summary(grid, nuclei.labels, dropped))
+    return Extraction(grid, tissue, _summary(grid, nuclei.labels, dropped))
 
 
 def place_nuclei(
@@ -116,12 +113,8 @@ def place_nuclei(
     """Map nuclei onto the H&E image and label them by their cells.
 
     `polygons` has ``cell_id`` and ``geometry`` (um of the Xenium frame), `cells` has ``cell_id`` and ``label``. Returns
-    outlines in px of `mpp` um, and dropped cells and nuclei, reason -> count.
-
-    Raises
-    ------
-    InputError
-        No nucleus belongs to any of the cells.
+    outlines in px of `mpp` um, and dropped cells and nuclei, reason -> count. Raises InputError if no nucleus belongs
+    to any of the cells.
     """
     outlines = polygons["geometry"].to_numpy()
     placed, good = place_outlines(outlines, registration.um_to_he(), registration.he_mpp, mpp)

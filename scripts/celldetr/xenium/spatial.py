@@ -9,6 +9,7 @@ import dask.array as da
 import numpy as np
 import pandas as pd
 import spatialdata_io
+from dask.array.core import normalize_chunks
 from numpy.typing import NDArray
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
@@ -31,14 +32,10 @@ def write_spatialdata(
 ) -> None:
     """Write a sample with its H&E image and cell types as a SpatialData Zarr.
 
-    Everything is aligned in the coordinate system ``global``, in Xenium pixels: images ``he`` and ``dapi``, labels
-    and outlines of cells and nuclei, transcripts if the folder has them, and the table with the columns of `cells`,
-    which is indexed by the cell id. `matrix` (3, 3) maps H&E level-0 px to Xenium px.
-
-    Raises
-    ------
-    InputError
-        A file is missing or damaged.
+    Everything is aligned in the coordinate system ``global``, in Xenium pixels: images ``he`` and ``dapi``, labels and
+    outlines of cells and nuclei, transcripts if the folder has them, and the table with the columns of `cells`, which
+    is indexed by the cell id. `matrix` (3, 3) maps H&E level-0 px to Xenium px. Raises InputError if a file is missing
+    or damaged.
     """
     pixel_size = read_pixel_size(outs)
     with warnings.catch_warnings(), open_pyramid(he) as stained, open_pyramid(dapi_path(outs), plane=0) as dapi:
@@ -75,7 +72,7 @@ def _image(image: Pyramid, channels: list[str], transformation: BaseTransformati
         pixels = image.read(0, x0, y0, x1 - x0, y1 - y0)
         return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
 
-    chunks = ((len(channels),), _chunks(height), _chunks(width))
+    chunks = normalize_chunks((-1, _CHUNK, _CHUNK), (len(channels), height, width))
     pixels = da.map_blocks(block, chunks=chunks, dtype=image.dtype, meta=np.empty((0, 0, 0), image.dtype))
     halvings = max(0, int(np.ceil(np.log2(max(width, height) / _SMALLEST))))
     return Image2DModel.parse(
@@ -86,8 +83,3 @@ def _image(image: Pyramid, channels: list[str], transformation: BaseTransformati
         transformations={"global": transformation},
         chunks=(len(channels), _CHUNK, _CHUNK),
     )
-
-
-def _chunks(length: int) -> tuple[int, ...]:
-    whole, rest = divmod(length, _CHUNK)
-    return (_CHUNK,) * whole + ((rest,) if rest else ())

@@ -39,12 +39,8 @@ def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, se
 
     By block, patches of different parts of a sample are at least `margin_um` apart; at 0 they share no pixel. Blocks
     are whole steps of a sample's grid, so patches that lie side by side never cross a border. Auto is by slide if there
-    are at least as many groups as parts, else by block. Each store lies in a folder ``{sample}.zarr``.
-
-    Raises
-    ------
-    InputError
-        Two stores have the same name, there are too few groups or blocks, or a part would be empty.
+    are at least as many groups as parts, else by block. Each store lies in a folder ``{sample}.zarr``. Raises
+    InputError if two stores have the same name, there are too few groups or blocks, or a part would be empty.
     """
     names = [store.path.stem for store in stores]
     if len(set(names)) < len(names):

@@ -46,10 +46,7 @@ class Annotation:
 def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, seed: int) -> Annotation:
     """Annotate the cells of a sample (raw counts, csr_matrix) by the cells of a reference that are not held out.
 
-    Raises
-    ------
-    InputError
-        Too few shared genes, duplicate cell ids, counts that are not raw, or no cell with a certain type.
+    Raises InputError if there are too few shared genes, duplicate cell ids, counts that are not raw, or no sure types.
     """
     _check_counts(cells)
     genes = shared_genes(cells, reference, settings.min_shared_genes)
@@ -70,12 +67,8 @@ def two_passes(
 
     `cells` and `reference` hold raw counts of the shared genes; uns["composition"] of the reference is type -> cells of
     the whole reference, from which it was drawn. Returns the fractions by optimal transport, those by correlation, and
-    the prior (type -> share of the transcripts). Types without counts are left out.
-
-    Raises
-    ------
-    InputError
-        Fewer than two types have counts.
+    the prior (type -> share of the transcripts). Types without counts are left out. Raises InputError if fewer than two
+    types have counts.
     """
     kinds = reference.obs["type"].astype(str)
     counts = Series(totals(reference)).groupby(kinds.to_numpy()).sum()

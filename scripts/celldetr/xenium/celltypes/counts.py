@@ -25,11 +25,7 @@ def read_raw_counts(
     """Find the matrix with raw counts in an open .h5ad of `cells` cells and read increasing rows of it.
 
     Returns its location (key of `LOCATIONS`), the table of its genes, and counts (rows, genes) as of `read_rows`.
-
-    Raises
-    ------
-    InputError
-        No matrix holds raw counts; the message gives the reason for each.
+    Raises InputError if no matrix holds raw counts; the message gives the reason for each.
     """
     probe = rows[np.unique(np.linspace(0, len(rows) - 1, min(_PROBE, len(rows))).astype(np.int64))]
     tables = {place: read_elem(file[genes]) for place, genes in LOCATIONS.items() if place in file and genes in file}
@@ -86,12 +82,8 @@ def why_not_raw(matrix: sparse.csr_matrix) -> str | None:
 def read_rows(element: h5py.Group | h5py.Dataset, rows: NDArray[np.int64], shape: tuple[int, int]) -> sparse.csr_matrix:
     """Read increasing rows (R,) of a matrix (cells, genes) of anndata, dense, CSR or CSC, without loading the others.
 
-    Returns csr_matrix (R, genes), float32, without stored zeros.
-
-    Raises
-    ------
-    InputError
-        An older program wrote a sparse square matrix, and did not note whether by rows or by columns.
+    Returns csr_matrix (R, genes), float32, without stored zeros. Raises InputError if an older program wrote a square
+    sparse matrix and did not note whether by rows or by columns.
     """
     if isinstance(element, h5py.Dataset):
         starts = range(0, len(rows), _BLOCK)

@@ -37,12 +37,8 @@ class SharedGenes:
 def symbols_and_ids(genes: DataFrame, where: str) -> tuple[list[str], list[str]]:
     """Symbols and Ensembl ids of a table of genes, whose index holds either (ids with or without version).
 
-    An unknown id is ""; the id replaces a missing symbol. `where` names the table in messages.
-
-    Raises
-    ------
-    InputError
-        The index holds Ensembl ids, and no column holds symbols.
+    An unknown id is ""; the id replaces a missing symbol. `where` names the table in messages. Raises InputError if the
+    index holds Ensembl ids and no column symbols.
     """
     index = [str(name) for name in genes.index]
     if sum(bool(_ENSEMBL.fullmatch(name)) for name in index) * 2 <= len(index):
@@ -85,12 +81,8 @@ def shared_genes(cells: AnnData, reference: AnnData, minimum: int) -> SharedGene
     """Find the genes shared by a sample's panel and a reference.
 
     Control probes and codewords of the panel do not count. Symbols are compared exactly. If Ensembl ids
-    (var["gene_ids"]) match more genes, they decide: symbols change over the years.
-
-    Raises
-    ------
-    InputError
-        Fewer than `minimum` shared genes.
+    (var["gene_ids"]) match more genes, they decide: symbols change over the years. Raises InputError if they share
+    fewer than `minimum`.
     """
     places = [place for place, name in enumerate(cells.var_names) if not _CONTROLS.match(str(name))]
     found = {"symbol": _common(cells.var_names.astype(str), reference.var_names.astype(str), places)}

@@ -37,12 +37,7 @@ def label_cells(
     `fractions` (cells, ten types; index = cell ids) are those by optimal transport, `second` those by correlation;
     `transcripts` (N,) counts the shared genes. Returns a row per cell: ``cell_id``, ``transcripts``, ``label`` (index
     in `ST_TYPES` or -1), ``second_label`` (type by correlation, or -1), ``reason`` (one of `REASONS`) and
-    ``fraction_{type}``.
-
-    Raises
-    ------
-    InputError
-        No cell gets a label.
+    ``fraction_{type}``. Raises InputError if no cell gets a label.
     """
     values = fractions.to_numpy(dtype=np.float32)
     first, other = best(fractions), best(second)

@@ -35,12 +35,8 @@ HELD_OUT_SHARE = 0.2
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read a mapping: TSV with the columns ``label`` and ``type`` (one of the ten, or "-" to leave the cells out).
 
-    Lines that begin with # are comments.
-
-    Raises
-    ------
-    ConfigError
-        No such file, other columns, duplicate labels, unknown types; the message names the line.
+    Lines that begin with # are comments. Raises ConfigError if there is no such file, other columns, duplicate labels
+    or unknown types; it names the line.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

@@ -119,10 +119,7 @@ class Registration(Settings):
 def read_registration(path: str | os.PathLike[str]) -> Registration:
     """Read a file of `Registration.write`.
 
-    Raises
-    ------
-    InputError
-        It holds no registration, or one that did not pass, or a matrix that the figures in the file contradict.
+    Raises InputError if it holds none, or one that did not pass, or a matrix that the figures in the file contradict.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
