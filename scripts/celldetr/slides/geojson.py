@@ -1,8 +1,8 @@
-"""Polygons of GeoJSON read as a stream, so that memory does not grow with the file or its largest feature.
+"""Outlines of GeoJSON, read as a stream: objects of Python would take ten times the memory of the file.
 
-A file is a FeatureCollection, a list of features, one feature, or a feature on each line; it may be zipped. CellViT
-writes one feature for each cell type: a MultiPolygon of all its nuclei. QuPath's cells have two outlines; that of the
-nucleus is read.
+A file holds one document or several, one after another or on a line each (GeoJSONSeq): features, geometries, lists or
+collections of them. It may be zipped. CellViT writes one feature for each cell type: a MultiPolygon of all its nuclei.
+QuPath's cells have two outlines; that of the nucleus is read.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import ijson
 import numpy as np
@@ -25,59 +25,86 @@ Events = Iterator[tuple[str, Any]]
 """What ijson finds, one after another: ``start_map``, ``map_key``, ``number``, ..., and the key or value."""
 Polygon = list[bytes]
 """Rings, the outer one first: float64 x0, y0, x1, y1, ...; no rings if unreadable."""
-Geometry = list[Polygon] | None
-"""Polygons, none if unreadable; None for any other type."""
 
-_BATCH = 20_000  # geometries in a batch
-_PIECES = 1000  # a MultiPolygon of more polygons is no nucleus in pieces: each polygon is one nucleus
+
+class Outline(NamedTuple):
+    """An outline of a file."""
+
+    polygons: list[Polygon] | None
+    """None for a geometry of another type."""
+    kind: str = ""
+    """What it outlines if the file says so, in the words of QuPath: ``cell``, ``detection``, ``annotation``, ``tile``.
+
+    A cell whose nucleus has an outline is a ``detection``.
+    """
+
+
+MOST_CORNERS = 100_000
+"""Of an outline that is read; that of a nucleus has tens, that of a tissue may have any number."""
+_BATCH = 20_000  # outlines in a batch
 _LEVELS = {"Polygon": 0, "MultiPolygon": 1}  # arrays around a polygon, within "coordinates"
 _CORNERS = 3  # fewest of a ring; it need not be closed
 _NO_POLYGON = shapely.Point(0, 0)  # stands for a geometry of another type
-_BOM = b"\xef\xbb\xbf"
+_BOM, _SEPARATOR = b"\xef\xbb\xbf", b"\x1e"
 
 
-def read_geojson(path: Path) -> Iterator[NDArray[Any]]:
-    """Yield batches of geometries (n,): MultiPolygons, empty if unreadable, or a point for any other type.
+def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
+    """Yield batches of geometries (n,), and what each outlines (see `Outline`).
+
+    Geometries are MultiPolygons, empty if unreadable, or a point for any other type.
 
     Raises
     ------
     InputError
         The file is damaged, or has no features.
     """
-    batch: list[Geometry] = []
+    batch: list[Outline] = []
     read = 0
     try:
         with contextlib.ExitStack() as stack:
-            for geometry in _geometries(ijson.basic_parse(_open(path, stack), use_float=True, multiple_values=True)):
-                batch.append(geometry)
+            for outline in _outlines(ijson.basic_parse(_open(path, stack), use_float=True, multiple_values=True)):
+                batch.append(outline)
                 read += 1
                 if len(batch) == _BATCH:
                     yield _to_shapely(batch)
                     batch = []
     except (ijson.JSONError, RecursionError) as error:
         problem = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        expected = "expected a FeatureCollection or a list of features; is the file complete?"
+        expected = "expected features with polygons, or polygons; is the file complete?"
         raise InputError(f"{path}: cannot be read as GeoJSON: {problem}; {expected}") from error
     except (OSError, RuntimeError, *BROKEN_ZIP) as error:
         raise InputError(f"{path}: cannot be read ({error}); if it is damaged, get it again") from error
     if not read:
-        raise InputError(f"{path}: got no features, expected a FeatureCollection or a list of features with polygons")
+        raise InputError(f"{path}: got no features, expected features with polygons, or polygons")
     yield _to_shapely(batch)
 
 
-def _to_shapely(geometries: list[Geometry]) -> NDArray[Any]:
-    """Make shapely's geometries (n,); shapely crashes if a polygon has no rings."""
-    polygonal = [geometry for geometry in geometries if geometry is not None]
+def _to_shapely(batch: list[Outline]) -> tuple[NDArray[Any], NDArray[np.str_]]:
+    """Make shapely's geometries (n,) and their kinds; shapely crashes if a polygon has no rings."""
+    polygonal = [outline.polygons for outline in batch if outline.polygons is not None]
     polygons = list(chain.from_iterable(polygonal))
     rings = list(chain.from_iterable(polygons))
     corners = np.frombuffer(b"".join(rings)).reshape(-1, 2)
     starts = [np.cumsum([0, *map(len, group)]) for group in (rings, polygons, polygonal)]
     starts[0] //= 2 * corners.itemsize
-    shapes = shapely.from_ragged_array(shapely.GeometryType.MULTIPOLYGON, corners, tuple(starts))
-    return np.append(shapes, [_NO_POLYGON] * (len(geometries) - len(polygonal)))
+    shapes = np.full(len(batch), _NO_POLYGON, dtype=object)
+    shapes[[outline.polygons is not None for outline in batch]] = shapely.from_ragged_array(
+        shapely.GeometryType.MULTIPOLYGON, corners, tuple(starts)
+    )
+    return shapes, np.array([outline.kind for outline in batch], dtype=np.str_)
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> IO[bytes]:
+class _Stream:
+    """A file without the marks in front of the documents of a GeoJSON text sequence."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size).replace(_SEPARATOR, b" ")
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> _Stream:
     """Open the file, or the only JSON file of a zip archive."""
     file: IO[bytes] = stack.enter_context(path.open("rb"))
     if file.read(2) == b"PK":
@@ -89,91 +116,71 @@ def _open(path: Path, stack: contextlib.ExitStack) -> IO[bytes]:
     file.seek(0)
     if file.read(len(_BOM)) != _BOM:
         file.seek(0)
-    return file
+    return _Stream(file)
 
 
-def _geometries(events: Events) -> Iterator[Geometry]:
-    """Yield the geometries of all features of a file."""
-    for event, _ in events:
-        if event == "start_array":
-            yield from _features(events)
-        else:
-            yield from _feature(event, events)
-
-
-def _features(events: Events) -> Iterator[Geometry]:
+def _outlines(events: Events) -> Iterator[Outline]:
+    """Yield the outlines of all documents, or of an array that has been opened."""
     for event, _ in events:
         if event == "end_array":
             return
-        yield from _feature(event, events)
+        if event == "start_array":
+            yield from _outlines(events)
+        elif event == "start_map":
+            yield from _object(events)
+        else:
+            raise ijson.JSONError(f"got {event}, expected a feature")
 
 
-def _feature(event: str, events: Events) -> Iterator[Geometry]:
-    """Yield the geometries of a feature, or of a collection's features, that starts with `event`."""
-    if event != "start_map":
-        raise ijson.JSONError(f"got {event.removeprefix('start_')}, expected a feature")
-    keys: list[str] = []
-    nucleus = False
-    last: list[Geometry] = [[]]  # held back: an outline of the nucleus replaces that of the cell
-    for key, event, _ in _members(events):
-        keys.append(key)
-        if key == "features" and event == "start_array":
-            yield from _features(events)
-        elif event == "start_map" and (key == "nucleusGeometry" or (key == "geometry" and not nucleus)):
-            nucleus = key == "nucleusGeometry"
-            last = []
-            for geometry in _geometry(events):
-                yield from last
-                last = [geometry]
+def _object(events: Events) -> Iterator[Outline]:
+    """Yield the outlines of an object that has been opened: a geometry, a feature, or a collection of them."""
+    values: dict[str, Any] = {}
+    coordinates: tuple[int, list[Polygon]] = (-1, [])
+    geometries: dict[str, list[Outline]] = {}
+    kind = ""
+    for key, event, value in _members(events):
+        values[key] = value
+        if key in ("features", "geometries") and event == "start_array":
+            yield from _outlines(events)
+        elif key in ("geometry", "nucleusGeometry") and event == "start_map":
+            geometries[key] = list(_object(events))
+        elif key == "coordinates" and event == "start_array":
+            coordinates = _polygons(events)
+        elif key == "properties" and event == "start_map":
+            for name, inner, word in _members(events):
+                kind = str(word) if name in ("objectType", "object_type") else kind
+                _skip(inner, events)
         else:
             _skip(event, events)
-    if "geometry" in keys:
-        yield from last
-    elif "features" not in keys:
-        raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(keys[:9])})")
+    if "coordinates" in values or not set(values) - {"type"}:
+        yield from _geometry(values.get("type"), *coordinates)
+    elif "geometry" in values:
+        found = geometries.get("nucleusGeometry", geometries.get("geometry", [Outline([])]))
+        kind = "detection" if "nucleusGeometry" in geometries else kind
+        yield from (Outline(polygons, kind) for polygons, _ in found)
+    elif not {"features", "geometries"} & set(values):
+        raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(list(values)[:9])})")
 
 
-def _geometry(events: Events) -> Iterator[Geometry]:
-    """Yield the geometry whose object has been opened; the polygons of a large MultiPolygon one by one."""
-    kind: Any = None
-    parts: list[Polygon] = []
-    levels: set[int] = set()
-    large = False
-    for key, event, value in _members(events):
-        if key == "type":
-            kind = value
-        if key != "coordinates" or event != "start_array":
-            _skip(event, events)
-            continue
-        for level, polygon in _polygons(events):
-            parts.append(polygon)
-            levels.add(level)
-            if len(parts) > _PIECES and levels == {_LEVELS["MultiPolygon"]}:
-                large = True
-                yield from _readable(parts, together=False)
-                parts = []
-    if large or (parts and kind in _LEVELS and levels == {_LEVELS[kind]}):
-        yield from _readable(parts, together=not large)
-    else:
-        yield [] if kind in (None, *_LEVELS) else None
+def _geometry(kind: Any, level: int, polygons: list[Polygon]) -> Iterator[Outline]:
+    """Yield the readable polygons of a geometry as one outline, and an empty outline for each other."""
+    if kind not in _LEVELS:
+        yield Outline([] if kind is None else None)
+        return
+    good = [polygon for polygon in polygons if polygon and level == _LEVELS[kind]]
+    if good:
+        yield Outline(good)
+    yield from [Outline([])] * max(len(polygons) - len(good), not good)
 
 
-def _readable(polygons: list[Polygon], together: bool) -> Iterator[Geometry]:
-    """Yield the readable polygons as one geometry or one by one, and an empty geometry for each other."""
-    good = [polygon for polygon in polygons if polygon]
-    yield from [[]] * (len(polygons) - len(good))
-    if together and good:
-        yield good
-    else:
-        yield from ([polygon] for polygon in good)
-
-
-def _polygons(events: Events) -> Iterator[tuple[int, Polygon]]:
-    """Yield the polygons of coordinates whose array has been opened, and how many arrays are around each."""
+def _polygons(events: Events) -> tuple[int, list[Polygon]]:
+    """Read the polygons of coordinates whose array has been opened, and how many arrays are around each."""
     depth, around_points = 1, 0  # arrays that are open
     point: list[float] = []
     ring: list[float] = []
     rings: Polygon = []
+    polygons: list[Polygon] = []
+    corners = 0
     broken = False
     for event, value in events:
         if event == "number":
@@ -186,22 +193,27 @@ def _polygons(events: Events) -> Iterator[tuple[int, Polygon]]:
             if point:
                 around_points = around_points or depth
                 broken = broken or depth != around_points or len(point) < 2
-                ring += point[:2]  # without the height
+                corners += 1
+                broken = broken or corners > MOST_CORNERS
+                if not broken:
+                    ring += point[:2]  # without the height
                 point = []
             elif depth == around_points - 1:
                 broken = broken or len(ring) < 2 * _CORNERS
-                rings.append(array("d", ring).tobytes())
+                if not broken:
+                    rings.append(array("d", ring).tobytes())
                 ring = []
             elif depth == around_points - 2:
-                yield depth, [] if broken else rings
-                ring, rings, broken = [], [], False
+                polygons.append([] if broken else rings)
+                ring, rings, corners, broken = [], [], 0, False
             if not depth:
                 break
         else:
             broken = True
             _skip(event, events)
-    if broken or ring or rings:
-        yield -1, []
+    if broken or ring or rings or point:
+        polygons.append([])
+    return around_points - 2, polygons
 
 
 def _members(events: Events) -> Iterator[tuple[str, str, Any]]:

@@ -1,18 +1,19 @@
-"""Outlines of nuclei from files as boxes.
+"""Outlines of nuclei from files.
 
-    GeoJSON    a FeatureCollection, a list of features or a feature on each line, also zipped
+    GeoJSON    see `celldetr.slides.geojson`
     Parquet    the primary geometry of GeoParquet; or a column of WKB (``geometry``, or the only binary column)
 
 Only geometry is read: classes and other properties are ignored, so that no labels of another model get into
-self-supervised pretraining. Outlines are read in batches, and only boxes and centroids are kept in memory.
+self-supervised pretraining.
 
-A MultiPolygon as small as a nucleus is one nucleus in pieces. A larger one holds one nucleus in each part: CellViT
-writes all nuclei of a class that way.
+The parts of a MultiPolygon are one nucleus in pieces if they are next to each other. Otherwise, or if it is larger than
+a nucleus, each part is a nucleus: CellViT writes all nuclei of a class that way.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
-from celldetr.slides.geojson import read_geojson
+from celldetr.slides.geojson import MOST_CORNERS, read_geojson
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
-_LARGEST_UM = 60.0  # largest width of a nucleus
+_LONGEST_UM, _LARGEST_UM2 = 60.0, 1000.0  # longest side and area of a nucleus
+_APART_UM = 1.0  # farthest distance between pieces of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
-_UNREADABLE, _OTHER, _FLAT = "outlines that are empty or unreadable", "no polygons", "outlines without area"
-_BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n"
+_MOST_IN_FILE = 200_000_000  # corners of all outlines together, 3 GB
+_MOST_WKB = 16 * MOST_CORNERS  # bytes
+_UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNERS:,} corners"
+_OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
+_CELL, _LARGE = "cells without an outline of the nucleus", "outlines larger than a nucleus"
+_BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n\x1e"
 _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or zipped GeoJSON"
 
 
@@ -42,13 +50,15 @@ class NucleusFile:
 
     nuclei: SlideNuclei
     """In px of the wanted size; no labels."""
-    dropped: dict[str, int]
+    dropped: Counter[str]
     """Reason -> outlines that give no nucleus."""
     repaired: int
     """Outlines that cross themselves; their boxes are kept."""
 
 
-def read_nucleus_file(path: str | os.PathLike[str], *, image_mpp: float, mpp: float, unit: str = "px") -> NucleusFile:
+def read_nucleus_file(
+    path: str | os.PathLike[str], *, image_mpp: float, mpp: float, unit: str = "px", cells: bool = False
+) -> NucleusFile:
     """Read the nuclei of a slide.
 
     Parameters
@@ -61,6 +71,8 @@ def read_nucleus_file(path: str | os.PathLike[str], *, image_mpp: float, mpp: fl
         Size of a pixel of the result in um.
     unit
         Of the file's coordinates: ``px`` of level 0, or ``um``.
+    cells
+        Whether to take the outline of a cell if there is none of its nucleus.
 
     Raises
     ------
@@ -69,24 +81,44 @@ def read_nucleus_file(path: str | os.PathLike[str], *, image_mpp: float, mpp: fl
         size (wrong unit).
     """
     file = Path(path)
-    scale = {"px": 1.0, "um": 1 / image_mpp}[unit]
-    dropped = {_UNREADABLE: 0, _OTHER: 0, _FLAT: 0}
-    repaired = 0
-    outlines: list[NDArray[Any]] = []
-    for shapes in _read(file):
-        polygons = _polygons(shapes, _LARGEST_UM / image_mpp / scale, dropped)
-        placed, good = place_outlines(polygons, np.diag([scale, scale, 1.0]), image_mpp, mpp)
-        repaired += int((good & ~shapely.is_valid(polygons)).sum())
-        dropped[_FLAT] += int((~good).sum())
-        outlines.append(placed[good])
-    nuclei = np.concatenate([np.empty(0, dtype=object), *outlines])
-    found = SlideNuclei(nuclei, np.full(len(nuclei), NO_LABEL, np.int8))
+    um = {"px": image_mpp, "um": 1.0}[unit]
+    to_level0 = np.diag([um / image_mpp, um / image_mpp, 1])
+    dropped = Counter(dict.fromkeys((_UNREADABLE, _OTHER, _TILE, _CELL, _LARGE, _FLAT), 0))
+    outlines, annotated = [np.empty(0, dtype=object)], [np.empty(0, dtype=bool)]
+    repaired = corners = 0
+    detections = False
+    for shapes, kinds in _read(file):
+        detections = detections or bool(np.isin(kinds, ["cell", "detection"]).any())
+        good = _usable(shapes, kinds, cells, dropped)
+        polygons, owner = _nuclei(shapes[good], um)
+        placed, solid = place_outlines(polygons, to_level0, image_mpp, mpp)
+        small = _small(placed, mpp)
+        dropped.update({_FLAT: int((~solid).sum()), _LARGE: int((solid & ~small).sum())})
+        repaired += int((solid & small & ~shapely.is_valid(polygons)).sum())
+        outlines.append(placed[solid & small])
+        annotated.append((kinds[good] == "annotation")[owner][solid & small])
+        corners += int(shapely.get_num_coordinates(outlines[-1]).sum())
+        if corners > _MOST_IN_FILE:
+            raise InputError(f"{file}: got more than {_MOST_IN_FILE:,} corners, expected fewer; simplify the outlines")
+    found = np.concatenate(outlines)
+    if detections:
+        by_hand = np.concatenate(annotated)
+        dropped[_TILE] += int(by_hand.sum())
+        found = found[~by_hand]
     if not len(found) and any(dropped.values()):
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-        raise InputError(f"{file}: got no outline of a nucleus ({counts}); expected polygons")
+        hint = (
+            "set cell_outlines to yes to take those of the cells" if dropped[_CELL] else "expected polygons of nuclei"
+        )
+        raise InputError(f"{file}: got no outline of a nucleus ({name_counts(dropped)}); {hint}")
+    nuclei = SlideNuclei(found, np.full(len(found), NO_LABEL, np.int8))
     if len(found):
-        _check_size(file, found.boxes, mpp, unit)
-    return NucleusFile(found, dropped, repaired)
+        _check_size(file, nuclei.boxes, mpp, unit)
+    return NucleusFile(nuclei, dropped, repaired)
+
+
+def name_counts(counts: Mapping[str, int]) -> str:
+    """Name what is not 0, for errors."""
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
 
 
 def _check_size(path: Path, boxes: NDArray[np.float64], mpp: float, unit: str) -> None:
@@ -99,31 +131,59 @@ def _check_size(path: Path, boxes: NDArray[np.float64], mpp: float, unit: str) -
         )
 
 
-def _polygons(shapes: NDArray[Any], largest: float, dropped: dict[str, int]) -> NDArray[Any]:
-    """Polygons (or small MultiPolygons), one for each nucleus; other shapes are counted in `dropped`."""
-    extent = shapely.bounds(shapes)
-    readable = np.isfinite(extent).all(axis=1)
+def _usable(shapes: NDArray[Any], kinds: NDArray[np.str_], cells: bool, dropped: Counter[str]) -> NDArray[np.bool_]:
+    """Where shapes (n,) are polygons of nuclei, as far as the file says; others are counted in `dropped`."""
+    readable = np.isfinite(shapely.bounds(shapes)).all(axis=1)
     corners, owner = shapely.get_coordinates(shapes, return_index=True)
     readable[owner[~np.isfinite(corners).all(axis=1)]] = False
-    kind = shapely.get_type_id(shapes)
-    multiple = kind == shapely.GeometryType.MULTIPOLYGON
-    polygonal = multiple | (kind == shapely.GeometryType.POLYGON)
-    dropped[_UNREADABLE] += int((~readable).sum())
-    dropped[_OTHER] += int((readable & ~polygonal).sum())
-    with np.errstate(invalid="ignore"):
-        several = readable & multiple & ((extent[:, 2:] - extent[:, :2]).max(axis=1) > largest)
-    return np.concatenate([shapes[readable & polygonal & ~several], shapely.get_parts(shapes[several])])
+    polygonal = np.isin(shapely.get_type_id(shapes), [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
+    good = np.ones(len(shapes), dtype=bool)
+    for reason, bad in (
+        (_UNREADABLE, ~readable),
+        (_OTHER, ~polygonal),
+        (_TILE, kinds == "tile"),
+        (_CELL, (kinds == "cell") & (not cells)),
+    ):
+        dropped[reason] += int((good & bad).sum())
+        good &= ~bad
+    return good
 
 
-def _read(path: Path) -> Iterator[NDArray[Any]]:
-    """Yield batches of geometries (n,), None if missing or unreadable."""
+def _nuclei(shapes: NDArray[Any], um: float) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Divide shapes (n,), with units of `um`, into one (m,) for each nucleus; and the index of each one's shape."""
+    several = shapely.get_num_geometries(shapes) > 1
+    parts, owner = shapely.get_parts(shapes[several], return_index=True)
+    bounds = shapely.bounds(shapes[several]).reshape(-1, 4)
+    large = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * um > _LONGEST_UM
+    small = np.flatnonzero(~large[owner])
+    one, other = small[shapely.STRtree(parts[small]).query(parts[small], "dwithin", _APART_UM / um)]
+    pieces = owner[one] == owner[other]
+    links = coo_array((np.ones(pieces.sum()), (one[pieces], other[pieces])), shape=(len(parts), len(parts)))
+    nucleus = connected_components(links)[1]
+    first = np.unique(nucleus, return_index=True)[1]
+    order = np.argsort(nucleus, kind="stable")
+    joined = shapely.multipolygons(parts[order], indices=nucleus[order])
+    places = np.flatnonzero(several)[owner[first]]
+    return np.concatenate([shapes[~several], joined]), np.concatenate([np.flatnonzero(~several), places])
+
+
+def _small(outlines: NDArray[Any], mpp: float) -> NDArray[np.bool_]:
+    """Whether outlines (n,), px, are no larger than a nucleus."""
+    bounds = shapely.bounds(outlines).reshape(-1, 4)
+    longest = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * mpp
+    return np.asarray((longest <= _LONGEST_UM) & (shapely.area(outlines) * mpp**2 <= _LARGEST_UM2))
+
+
+def _read(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
+    """Yield batches of geometries (n,), None if missing or unreadable, and what each outlines if the file says so."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); expected outlines of nuclei as {_KINDS}") from error
     if start.startswith(b"PAR1"):
-        yield from _parquet(path)
+        for shapes in _parquet(path):
+            yield shapes, np.full(len(shapes), "")
     elif start.startswith(b"PK") or start.removeprefix(_BOM).lstrip(_BLANK)[:1] in (b"{", b"["):
         yield from read_geojson(path)
     else:
@@ -165,5 +225,6 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _from_wkb(column: pa.Array) -> NDArray[Any]:
-    shapes: NDArray[Any] = shapely.from_wkb(np.array(column.to_pylist(), dtype=object), on_invalid="ignore")
+    values = [None if value is None or len(value) > _MOST_WKB else value for value in column.to_pylist()]
+    shapes: NDArray[Any] = shapely.from_wkb(np.array(values, dtype=object), on_invalid="ignore")
     return shapes

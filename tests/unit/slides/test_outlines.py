@@ -10,7 +10,7 @@ import pytest
 import shapely
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides import geojson
+from celldetr.slides import geojson, outlines
 from celldetr.slides.outlines import read_nucleus_file
 
 MPP = 0.25
@@ -72,11 +72,16 @@ def test_every_kind_of_file_gives_the_same_boxes_or_is_refused_if_cut_off(tmp_pa
     np.testing.assert_allclose(found.nuclei.boxes[order], expected, atol=1e-9)
     np.testing.assert_allclose(np.sort(shapely.area(found.nuclei.outlines)), np.sort(shapely.area(SHAPES)) / 4)
     assert (found.nuclei.labels == -1).all()  # classes in the file are not used
-    assert set(found.dropped.values()) == {0}
+    assert not sum(found.dropped.values())
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(InputError, match=str(path)):
         read(path)
+
+
+def lost(found):
+    """Count what was dropped: first words of the reasons that occurred -> count."""
+    return {reason.split(",")[0]: count for reason, count in found.dropped.items() if count}
 
 
 def test_outlines_in_um_are_scaled_and_the_wrong_unit_is_noticed(tmp_path):
@@ -89,21 +94,71 @@ def test_outlines_in_um_are_scaled_and_the_wrong_unit_is_noticed(tmp_path):
         read(write("geoparquet", tmp_path), unit="um")
 
 
-def test_bad_outlines_are_counted_and_the_others_kept(tmp_path):
+def test_bad_outlines_are_counted_and_the_others_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(geojson, "_BATCH", 7)
     bow = shapely.Polygon([(500, 700), (540, 740), (540, 700), (500, 735)])
-    pieces = shapely.MultiPolygon([SHAPES[0], shapely.Point(80, 50).buffer(8)])
     flat = shapely.Polygon([(1, 1), (5, 1), (9, 1)])
     bad = [shapely.Polygon(), None, flat, shapely.Point(3, 4), shapely.LineString([(0, 0), (5, 5)])]
-    shapes = [*SHAPES[1:], bow, pieces, *bad]
+    shapes = [*SHAPES, bow, *bad]
     pd.DataFrame({"geometry": [*shapely.to_wkb(shapes), b"\x01\x02"]}).to_parquet(tmp_path / "n")
     features = [feature(shape) if shape is not None else {"geometry": None} for shape in [*shapes, None]]
     for found in (read(tmp_path / "n"), read(tmp_path / "j", features)):
-        assert list(found.dropped.values()) == [3, 2, 1]
+        assert lost(found) == {"outlines that are empty": 3, "points and lines": 2, "outlines without area": 1}
         assert found.repaired == 1
         assert len(found.nuclei) == len(SHAPES) + 1
-        boxes = found.nuclei.boxes
-        assert (np.abs(boxes - [500, 700, 540, 740]).max(axis=1) < 1e-9).any()
-        assert (np.abs(boxes - pieces.bounds).max(axis=1) < 1e-9).any()  # one nucleus in two pieces
+        assert (np.abs(found.nuclei.boxes - [500, 700, 540, 740]).max(axis=1) < 1e-9).any()
+
+
+@pytest.mark.parametrize("form", ["feature", "parquet"])
+def test_parts_of_a_multipolygon_are_nuclei_unless_they_touch(tmp_path, form):
+    pieces = [shapely.box(0, 0, 10, 20), shapely.box(13, 0, 23, 20)]  # 0.75 um apart
+    nuclei = [shapely.box(30, 0, 50, 20), shapely.box(60, 0, 80, 20)]  # 2.5 um
+    row = [shapely.box(x, 50, x + 20, 70) for x in range(0, 300, 22)]  # 0.5 um, but 75 um long
+    shapes = [shapely.MultiPolygon(pieces + nuclei), shapely.MultiPolygon(row), SHAPES[0]]
+    if form == "parquet":
+        pd.DataFrame({"geometry": shapely.to_wkb(shapes)}).to_parquet(tmp_path / "n")
+    found = read(tmp_path / "n", [feature(shape) for shape in shapes] if form == "feature" else None)
+    expected = np.array([(0, 0, 23, 20), *(shape.bounds for shape in [*nuclei, *row, SHAPES[0]])])
+    boxes = found.nuclei.boxes
+    np.testing.assert_allclose(boxes[np.lexsort(boxes.T)], expected[np.lexsort(expected.T)])
+    assert not lost(found)
+
+
+def test_of_a_qupath_export_only_nuclei_are_taken(tmp_path):
+    def of_kind(kind, shape, **more):
+        return feature(shape, properties={"objectType": kind}, **more)
+
+    cells = [of_kind("cell", shape.buffer(6), nucleusGeometry=shapely.geometry.mapping(shape)) for shape in SHAPES[1:]]
+    tissue = of_kind("annotation", shapely.box(0, 0, 1000, 620))
+    others = [of_kind("annotation", shapely.box(0, 0, 90, 90)), of_kind("tile", shapely.box(90, 0, 150, 60))]
+    features = [tissue, *others, of_kind("cell", SHAPES[0]), *cells]
+    found = read(tmp_path / "n", features)
+    np.testing.assert_array_equal(found.nuclei.boxes, TRUTH[1:])
+    cell, large = "cells without an outline of the nucleus", "outlines larger than a nucleus"
+    assert lost(found) == {"tiles": 2, cell: 1, large: 1}
+    asked = read_nucleus_file(tmp_path / "n", image_mpp=MPP, mpp=MPP, cells=True)
+    np.testing.assert_array_equal(asked.nuclei.boxes, TRUTH)
+    with pytest.raises(InputError, match=f"1 {cell}, 1 {large}.*cell_outlines"):
+        read(tmp_path / "n", features[:4])
+    by_hand = read(tmp_path / "n", [of_kind("annotation", shape) for shape in SHAPES])  # CellViT calls nuclei so
+    assert len(by_hand.nuclei) == len(SHAPES)
+
+
+def test_all_documents_of_a_file_are_read(tmp_path):
+    half = len(SHAPES) // 2
+    bare = [json.dumps(shapely.geometry.mapping(shape)) for shape in SHAPES]
+    together = json.dumps(shapely.geometry.mapping(shapely.GeometryCollection([*SHAPES])))
+    texts = {
+        "two collections": geojson_text("collection", SHAPES[:half]) + geojson_text("collection", SHAPES[half:]),
+        "a list": f"[{geojson_text('collection', SHAPES[:half])}, {geojson_text('list', SHAPES[half:])}]",
+        "sequence": "".join(f"\x1e{json.dumps(feature(shape))}\n" for shape in SHAPES),
+        "geometries": "\n".join(bare),
+        "collection of geometries": together,
+        "its feature": f'{{"type": "Feature", "geometry": {together}}}',
+    }
+    for kind, text in texts.items():
+        (tmp_path / "n").write_text(text)
+        np.testing.assert_array_equal(read(tmp_path / "n").nuclei.boxes, TRUTH, err_msg=kind)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +166,11 @@ def test_bad_outlines_are_counted_and_the_others_kept(tmp_path):
     [
         (b"hello", "GeoParquet"),
         (b"", "GeoParquet"),
-        (b'{"type": "Feature", "geometry": null}', "no outline.*expected polygons"),
+        (b'{"type": "Feature", "geometry": null}', "no outline.*1 outlines that are empty.*expected polygons"),
+        (b'{"type": "Point", "coordinates": [1, 2]}', "1 points and lines.*expected polygons"),
         (b'{"type": "Feature", "geometry": null}\n{"type": "Fea', "premature EOF.*complete"),
         (b'{"type": "FeatureCollection", "features": []}', "no features"),
-        (b'{"mag": 40, "nuc": {"1": {"bbox": [1, 2]}}}', "keys: mag, nuc.*FeatureCollection"),
+        (b'{"mag": 40, "nuc": {"1": {"bbox": [1, 2]}}}', "keys: mag, nuc.*expected features"),
         (b'[{"type": "Feature", "geometry": null}, 3]', "got number, expected a feature"),
         (b'[{"type": "Feature", "geometry": null}, nonsense]', "null}, nonsense"),
         (b"PAR1 cut", "complete"),
@@ -154,30 +210,15 @@ def test_holes_belong_to_their_polygon(tmp_path):
     np.testing.assert_allclose(shapely.area(found.outlines), ring.area)
 
 
-@pytest.mark.parametrize("count", [13, 14, 18])
-def test_a_large_multipolygon_is_read_polygon_by_polygon(tmp_path, monkeypatch, count):
-    monkeypatch.setattr(geojson, "_BATCH", 7)
-    monkeypatch.setattr(geojson, "_PIECES", 5)
-    row = shapely.MultiPolygon([shapely.Point(40 * i + 50, 50).buffer(15) for i in range(count)])
-    features = json.loads(json.dumps([feature(row), feature(SHAPES[5])]))
-    found = read(tmp_path / "n", features)
-    assert len(found.nuclei) == count + 1  # the last two of 14 are no nucleus in pieces
-    assert set(found.dropped.values()) == {0}
-    features[0]["geometry"]["coordinates"][3][0][7] = "x"
-    found = read(tmp_path / "n", features)
-    assert len(found.nuclei) == count
-    assert list(found.dropped.values()) == [1, 0, 0]
-
-
-def test_outlines_come_before_the_end_of_their_feature_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(geojson, "_BATCH", 7)
-    monkeypatch.setattr(geojson, "_PIECES", 5)
-    path = write("all in one", tmp_path)
-    path.write_bytes(path.read_bytes()[:-500])
-    batches = geojson.read_geojson(path)
-    assert len(next(batches)) == 7
-    with pytest.raises(InputError, match="premature EOF"):
-        list(batches)
+def test_memory_has_limits(tmp_path, monkeypatch):
+    ring = [[np.cos(angle) * 40, np.sin(angle) * 40] for angle in np.linspace(0, 6, 100_001)]
+    huge = {"type": "MultiPolygon", "coordinates": [[ring], [ring[::10_000]]]}
+    assert lost(read(tmp_path / "n", [{"geometry": huge}])) == {"outlines that are empty": 1}
+    pd.DataFrame({"geometry": shapely.to_wkb([shapely.Polygon(ring), SHAPES[0]])}).to_parquet(tmp_path / "n")
+    assert lost(read(tmp_path / "n")) == {"outlines that are empty": 1}
+    monkeypatch.setattr(outlines, "_MOST_IN_FILE", 1000)
+    with pytest.raises(InputError, match="more than 1,000 corners"):
+        read(write("geoparquet", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -197,5 +238,5 @@ def test_outlines_come_before_the_end_of_their_feature_is_read(tmp_path, monkeyp
 def test_coordinates_of_another_form_are_unreadable(tmp_path, kind, coordinates):
     other = {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}}
     found = read(tmp_path / "n", [other, feature(SHAPES[0])])
-    assert list(found.dropped.values()) == [1, 0, 0]
+    assert lost(found) == {"outlines that are empty": 1}
     assert len(found.nuclei) == 1
