@@ -4,13 +4,13 @@ Inputs: the slide (file) and the outlines of its nuclei. Outputs: the store (box
 picture of the slide with its tissue and patches, and counts of what is in the store and what was left out, as TSV and
 HTML.
 Params: settings (which patches), on_damage, patch_size (px), mpp (um per px), slide_mpp (um per px, or null), unit (of
-the outlines), tissue, group, seed. Wildcard: slide.
+the outlines), cell_outlines, check_outlines, tissue, group, seed. Wildcard: slide.
 """
 
 from pathlib import Path
 
 from celldetr.config.slides import SlidePatchSettings
-from celldetr.report.patches import overview, save_picture, write_report, write_rows, write_unreadable
+from celldetr.report.patches import outline_pictures, overview, save_picture, write_report, write_rows, write_unreadable
 from celldetr.runtime.rule import run_rule
 from celldetr.slides.damage import open_slide
 from celldetr.slides.patches import Slide, extract_slide, summary_rows
@@ -27,6 +27,8 @@ def main(snakemake):
         tissue=params.tissue,
         mpp=params.slide_mpp,
         unit=params.unit,
+        cell_outlines=params.cell_outlines,
+        check_outlines=params.check_outlines,
     )
     found = extract_slide(
         slide,
@@ -47,8 +49,9 @@ def main(snakemake):
         return
     with open_slide(slide.file, found.grid.image_mpp, slide.name, skip=params.on_damage == "skip") as image:
         picture = overview(image, found.grid, found.tissue)
+        outlines = outline_pictures(image, found.grid, found.nuclei)
     save_picture(output.picture, picture)
-    write_report(output.summary_html, store, picture=picture, rows=rows, **names)
+    write_report(output.summary_html, store, picture=picture, rows=rows, outlines=outlines, **names)
 
 
 if "snakemake" in globals():

@@ -140,6 +140,12 @@ rule extract_slide:
         mpp=CONFIG.patch.mpp,
         slide_mpp=lambda wildcards: SLIDES[wildcards.slide].mpp,
         unit=lambda wildcards: SLIDES[wildcards.slide].nuclei_unit,
+        cell_outlines=lambda wildcards: SLIDES[wildcards.slide].cell_outlines,
+        # what our model finds is in the coordinates of the slide
+        check_outlines=lambda wildcards: (
+            SLIDES[wildcards.slide].check_outlines
+            and not SLIDES[wildcards.slide].detect
+        ),
         tissue=lambda wildcards: SLIDES[wildcards.slide].tissue,
         group=lambda wildcards: SLIDES[wildcards.slide].group,
         seed=CONFIG.seed,

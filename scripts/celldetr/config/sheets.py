@@ -106,6 +106,10 @@ class SlideRow(Settings):
     )
     nuclei_sha256: Sha256 = Field(None, description="SHA-256 of the file of outlines")
     nuclei_unit: Literal["px", "um"] = Field("px", description="unit of the outlines: px of level 0, or um")
+    cell_outlines: bool = Field(
+        False, description="yes: take the outline of a cell where a file (QuPath) has none of its nucleus"
+    )
+    check_outlines: bool = Field(True, description="no: take outlines that do not lie on what hematoxylin stains")
     licence: str = Field("", description="licence of the data; not used")
     note: str = Field("", description="free text; not used")
 

@@ -6,18 +6,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import shapely
 from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
-from celldetr.report.pages import embed, patch_pictures, write_page
+from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
 from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR, class_colours
 from celldetr.runtime.files import atomic
+from celldetr.slides.boxes import SlideNuclei
+from celldetr.slides.cutting import read_patch
 from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tissue import Raster
 from celldetr.store import PatchStore
 
 _SHOWN = 12  # patches on the page
+_OUTLINED = 3  # patches with outlines
 _OVERVIEW = 1400  # px; longest side of the picture of the slide
 
 _BODY = """
@@ -26,6 +30,7 @@ _BODY = """
 <h2>The slide</h2>
 <p>Green outline: tissue. Blue squares: patches that were taken.</p>
 <img alt="the slide with its tissue and patches" src="data:image/jpeg;base64,{{ overview }}">
+{% if outlines %}<h2>Outlines of nuclei</h2>{{ gallery(outlines) }}{% endif %}
 <h2>Patches</h2>
 {{ key(colours) }}
 {{ gallery(pictures) }}
@@ -47,8 +52,12 @@ def write_report(
     source: str,
     picture: Image.Image,
     rows: Sequence[tuple[str, str, int]],
+    outlines: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write the page: counts, the `overview` of the slide in file `source`, and some patches with their boxes."""
+    """Write the page: counts, the `overview` of the slide in file `source`, and some patches with their boxes.
+
+    `outlines` are captions and pictures of `outline_pictures`.
+    """
     shown = np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int))
     values: dict[str, Any] = {
         "title": title,
@@ -58,6 +67,7 @@ def write_report(
         "source": source,
         "rows": [(kind, name, f"{count:,}") for kind, name, count in rows],
         "overview": embed(picture),
+        "outlines": outlines,
         "colours": list(zip((*store.classes, "no label"), class_colours(store.classes), strict=True)),
         "pictures": patch_pictures(store, shown, "patch {index} at {x}, {y} px: {nuclei} nuclei"),
     }
@@ -102,3 +112,18 @@ def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
     for x, y in grid.corners * ratio:
         draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=PATCH_COLOUR)
     return picture
+
+
+def outline_pictures(image: Pyramid, grid: PatchGrid, nuclei: SlideNuclei) -> list[tuple[str, str]]:
+    """Captions and pictures of a few patches with the outlines of their nuclei, whole as they are in their file."""
+    found = []
+    for patch in np.unique(np.linspace(0, len(grid) - 1, _OUTLINED).astype(int)):
+        x, y = grid.corners[patch].tolist()
+        pixels = Image.fromarray(read_patch(image, grid, x, y))
+        picture = pixels.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
+        draw = ImageDraw.Draw(picture)
+        for part in shapely.get_parts(nuclei.outlines[grid.boxes.nuclei[grid.boxes.of(patch)]]):
+            corners = (shapely.get_coordinates(shapely.get_exterior_ring(part)) - (x, y)) * (2 * SIDE / grid.size)
+            draw.line(corners.ravel().tolist(), fill=PATCH_COLOUR, width=2)
+        found.append(("patch at {}, {} px".format(*grid.level0[patch]), embed(picture)))
+    return found

@@ -123,14 +123,12 @@ def patch_grid(
             f"outlines: got {counts.max()} nuclei in the patch at {x}, {y} px of level 0, expected at most "
             f"{_MOST_NUCLEI}; are nuclei in the file many times?"
         )
-    patch = np.repeat(np.arange(len(corners)), counts)[nuclei.labels[boxes.nuclei] != NO_LABEL]
-    labelled = np.bincount(patch, minlength=len(corners))
-    taken, too_few = _apply(
-        {
-            "with too few nuclei": counts >= settings.min_nuclei,
-            "with too few labelled nuclei": labelled >= settings.min_labelled,
-        }
-    )
+    rules = {"with too few nuclei": counts >= settings.min_nuclei}
+    if settings.min_labelled:
+        patch = np.repeat(np.arange(len(corners)), counts)[nuclei.labels[boxes.nuclei] != NO_LABEL]
+        labelled = np.bincount(patch, minlength=len(corners))
+        rules["with too few labelled nuclei"] = labelled >= settings.min_labelled
+    taken, too_few = _apply(rules)
     passed_over |= too_few
     chosen = np.flatnonzero(taken)
     if settings.max_patches is not None and len(chosen) > settings.max_patches:

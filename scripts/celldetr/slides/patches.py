@@ -12,7 +12,8 @@ from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import cut_patches
 from celldetr.slides.damage import log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, patch_grid
-from celldetr.slides.outlines import NucleusFile, read_nucleus_file
+from celldetr.slides.outline_check import OutlineCheck, OutlineFit
+from celldetr.slides.outlines import name_counts, read_nucleus_file
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tiff import DamagedSlide
 from celldetr.slides.tissue import Raster, tissue_mask
@@ -40,6 +41,10 @@ class Slide:
     """Size of a level-0 pixel in um; None: as the file says."""
     unit: str = "px"
     """Of the outlines: ``px`` of level 0, or ``um``."""
+    cell_outlines: bool = False
+    """Whether to take the outline of a cell if there is none of its nucleus."""
+    check_outlines: bool = True
+    """Whether to refuse outlines that do not fit the slide."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class SlideExtraction:
     nuclei: SlideNuclei
     """Nuclei on the slide, px of the grid."""
     counts: list[tuple[str, str, int]]
-    """(kind, name, count) of what was dropped, repaired, damaged and not taken."""
+    """(kind, name, count) of what was checked, dropped, repaired, damaged and not taken."""
 
 
 def extract_slide(
@@ -65,7 +70,7 @@ def extract_slide(
     seed: int,
     workers: int,
 ) -> SlideExtraction | None:
-    """Cut a slide into patches.
+    """Cut a slide into patches; None if it cannot be opened and damage is skipped.
 
     Parameters
     ----------
@@ -85,15 +90,10 @@ def extract_slide(
     workers
         Threads.
 
-    Returns
-    -------
-    SlideExtraction or None
-        None if the slide cannot be opened.
-
     Raises
     ------
     InputError
-        The slide or the outlines are damaged or do not match, the pixel size is unknown, or no patch is taken.
+        The slide or the outlines are damaged or do not fit, the pixel size is unknown, or no patch is taken.
     """
     skip = on_damage == "skip"
     try:
@@ -105,79 +105,94 @@ def extract_slide(
         with StoreWriter(out, patch_size=size, classes=(), mpp=mpp, attrs={"damage": damage}):
             return None
     with image:
-        found, tissue, nuclei, grid = _lay_grid(slide, image, size, mpp, settings, seed)
+        plan = _plan(slide, image, size, mpp, settings, seed)
         lost = image.damage()
-        where = {"file": slide.file.name, "size": list(image.size), "mpp": grid.image_mpp}
-    dropped = {
-        **found.dropped,
-        "nuclei outside of the slide": len(found.nuclei) - len(nuclei),
-        **grid.dropped(len(nuclei)),
+    attrs: dict[str, Any] = {
+        "image": {"file": slide.file.name, "size": list(image.size), "mpp": plan.grid.image_mpp},
+        "dropped": {name: count for kind, name, count in plan.counts if kind == "dropped"},
+        "settings": {**settings.to_dict(), "seed": seed},
+        "damage": {"overview": log_damage(slide.name, lost)},
     }
-    attrs: dict[str, Any] = {"image": where, "dropped": dropped, "settings": {**settings.to_dict(), "seed": seed}}
     written = cut_patches(
         slide.file,
-        grid,
-        nuclei.labels,
+        plan.grid,
+        plan.nuclei.labels,
         out,
         classes=(),
         source=slide.name,
         group=slide.group,
         tissue=slide.tissue,
-        attrs={**attrs, "damage": {"overview": log_damage(slide.name, lost)}},
+        attrs=attrs,
         workers=workers,
         skip=skip,
     )
     counts = [
-        *(("dropped", name, count) for name, count in dropped.items()),
-        ("repaired", "outlines that cross themselves", found.repaired),
+        *plan.counts,
         ("damaged", "regions of the overview", len(lost)),
-        ("damaged", "patches", len(grid) - len(written)),
+        ("damaged", "patches", len(plan.grid) - len(written)),
         *(("not taken", f"patches {name}", count) for name, count in written.passed_over.items()),
     ]
-    return SlideExtraction(written, tissue, nuclei, counts)
+    return replace(plan, grid=written, counts=counts)
 
 
-def _lay_grid(
+def _plan(
     slide: Slide, image: Pyramid, size: int, mpp: float, settings: SlidePatchSettings, seed: int
-) -> tuple[NucleusFile, Raster, SlideNuclei, PatchGrid]:
-    """Read the outlines, find the tissue, and choose patches: the file's nuclei, tissue, nuclei on the slide, grid."""
+) -> SlideExtraction:
+    """Read and check the outlines, find the tissue, and choose patches."""
     image_mpp = float(image.mpp or 0)
     if image_mpp > _COARSE * mpp:
         log.warning("%s: pixels of %.3g um are too coarse: patches of %.3g um are blurred", slide.name, image_mpp, mpp)
-    found = read_nucleus_file(slide.nuclei, image_mpp=image_mpp, mpp=mpp, unit=slide.unit)
+    found = read_nucleus_file(slide.nuclei, image_mpp=image_mpp, mpp=mpp, unit=slide.unit, cells=slide.cell_outlines)
+    nuclei, fit = _check_outlines(slide, found.nuclei, image, mpp)
     tissue = tissue_mask(image, image_mpp)
-    nuclei = _on_slide(slide, found.nuclei, image, image_mpp / mpp)
     grid = patch_grid(
         image.size, image_mpp, nuclei, size=size, mpp=mpp, tissue=tissue, settings=settings.rules(), seed=seed
     )
-    grid = replace(grid, passed_over={name: count for name, count in grid.passed_over.items() if "label" not in name})
+    outside = {"nuclei outside of the slide": len(found.nuclei) - len(nuclei)}
+    dropped = {**found.dropped, **outside, **grid.dropped(len(nuclei))}
     if not len(grid):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
         raise InputError(
-            f"{slide.name}: got no patch; the grid has {reasons}; {len(nuclei)} nuclei lie on the slide: look at the "
-            "slide and its outlines, lower slides.patches.min_tissue or min_nuclei, or set column use to no"
+            f"{slide.name}: got no patch; the grid has {name_counts(grid.passed_over)}; {len(nuclei)} nuclei lie on "
+            f"the slide (dropped: {name_counts(dropped)}): look at the slide and its outlines, lower "
+            "slides.patches.min_tissue or min_nuclei, or set column use to no"
         )
-    return found, tissue, nuclei, grid
+    verdict = ("they fit" if fit.good else "they do not fit") if fit.judged else "too few to judge"
+    counts = [
+        ("checked", f"outlines against the stain: {verdict}", fit.nuclei),
+        *(("dropped", name, count) for name, count in dropped.items()),
+        ("repaired", "outlines that cross themselves", found.repaired),
+    ]
+    return SlideExtraction(grid, tissue, nuclei, counts)
 
 
-def _on_slide(slide: Slide, nuclei: SlideNuclei, image: Pyramid, scale: float) -> SlideNuclei:
-    """Nuclei that lie on the slide; `scale` converts level-0 px to px of the nuclei.
+def _check_outlines(slide: Slide, nuclei: SlideNuclei, image: Pyramid, mpp: float) -> tuple[SlideNuclei, OutlineFit]:
+    """Nuclei that lie on the slide, and how well they fit it.
 
     Raises
     ------
     InputError
-        Many lie outside the slide.
+        Many lie outside the slide, or not on what hematoxylin stains.
     """
+    image_mpp = float(image.mpp or 0)
     width, height = image.size
-    inside = nuclei.on_slide((width * scale, height * scale))
-    if len(inside) < _ON_SLIDE * len(nuclei):
-        unit = "px of level 0" if slide.unit == "px" else "um"
+    inside = nuclei.on_slide((width * image_mpp / mpp, height * image_mpp / mpp))
+    check = OutlineCheck(image, nuclei.outlines, mpp)
+    fit = check.measure()
+    outside = len(inside) < _ON_SLIDE * len(nuclei)
+    if outside or (slide.check_outlines and fit.judged and not fit.good):
+        remedies = " or ".join(check.remedies({"px": image_mpp, "um": 1.0}[slide.unit]))
         raise InputError(
-            f"{slide.name}: {slide.nuclei}: got {len(nuclei)} nuclei, of which {len(inside)} lie on the slide "
-            f"({width} x {height} px), expected nearly all; are they from this slide, and in {unit} (column "
-            "nuclei_unit of the slides sheet)?"
+            f"{slide.name}: {slide.nuclei}: got {len(nuclei)} nuclei in {slide.unit}, of which {len(inside)} lie on the"
+            f" slide ({width} x {height} px of {image_mpp:.4g} um); of {fit.nuclei} compared, hematoxylin is highest"
+            f" {fit.shift[0]:g}, {fit.shift[1]:g} um away ({fit.peak:.1f} sd above other places); expected outlines on"
+            f" stained nuclei. {f'They would fit {remedies}' if remedies else 'Nothing tried makes them fit'}; "
+            "correct the file, nuclei_unit or mpp, or if they are right set check_outlines to no in the slides sheet"
         )
-    return inside
+    if not fit.judged:
+        log.warning("%s: %d nuclei are too few to check that they fit the slide", slide.name, fit.nuclei)
+    elif not fit.good:
+        log.warning("%s: the outlines do not fit the slide, and are taken as check_outlines is no", slide.name)
+    return inside, fit
 
 
 def summary_rows(found: SlideExtraction | None, store: PatchStore) -> list[tuple[str, str, int]]:

@@ -1,6 +1,9 @@
 """Slides to patches: the right boxes, nothing guessed, damage named and counted."""
 
+import base64
 import functools
+import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,10 +68,13 @@ def write_outlines(path, shapes=SHAPES):
 def cut(tmp_path):
     """Run the script on a slide; return the store and the counts {(kind, name): count}."""
 
-    def run(file, nuclei=None, *, name="s1", mpp=None, unit="px", on_damage="stop", settings=RULES, workers=1):
+    def run(
+        file, nuclei=None, *, name="s1", mpp=None, unit="px", on_damage="stop", settings=RULES, workers=1, check=True
+    ):
         out = {"store": "zarr", "picture": "png", "summary_tsv": "tsv", "summary_html": "html"}
         params = {"settings": settings, "patch_size": 64, "mpp": MPP, "slide_mpp": mpp, "unit": unit, "seed": 0}
         params |= {"on_damage": on_damage, "group": "donor", "tissue": "kidney"}
+        params |= {"cell_outlines": False, "check_outlines": check}
         rule = SimpleNamespace(
             input=SimpleNamespace(file=file, nuclei=nuclei or write_outlines(tmp_path / "nuclei")),
             output=SimpleNamespace(**{key: tmp_path / f"{name}.{end}" for key, end in out.items()}),
@@ -121,13 +127,30 @@ def test_the_size_of_a_pixel_is_known_or_the_slide_refused(tmp_path, cut):
         cut(tmp_path / "gray")
 
 
-def test_outlines_of_another_slide_or_unit_are_refused(tmp_path, cut):
+def test_outlines_that_do_not_fit_are_refused_or_taken_if_asked_to(tmp_path, cut, caplog):
     file = write_slide(tmp_path / "slide")
     far = write_outlines(tmp_path / "far", shapely.transform(SHAPES, lambda points: points + [600, 0]))
-    with pytest.raises(InputError, match=r"far.*lie on the slide.*nuclei_unit"):
-        cut(file, far)
+    with pytest.raises(
+        InputError, match=r"s1: .*far: got 400 nuclei in px, of which \d+ lie on the slide \(768 x 768.*-600"
+    ):
+        cut(file, far, check=False)
+    moved = write_outlines(tmp_path / "moved", shapely.transform(SHAPES, lambda points: points + [12, 0]))
+    with pytest.raises(InputError, match=r"6, 0 um away.*would fit moved by -12, 0 px.*check_outlines to no"):
+        cut(file, moved)
+    _, rows = cut(file, moved, check=False)
+    assert rows["checked", "outlines against the stain: they do not fit"] > 200
+    assert "are taken as check_outlines is no" in caplog.text
+    few = write_outlines(tmp_path / "few", shapely.transform(SHAPES[:9], lambda points: points + [12, 0]))
+    _, rows = cut(file, few)
+    assert rows["checked", "outlines against the stain: too few to judge"] == 9
+    assert "9 nuclei are too few" in caplog.text
+
+
+def test_outlines_in_um_give_the_same_boxes(tmp_path, cut):
+    file = write_slide(tmp_path / "slide")
     um = write_outlines(tmp_path / "um", shapely.transform(SHAPES, lambda points: points * MPP))
-    store, _ = cut(file, um, unit="um")
+    store, rows = cut(file, um, unit="um")
+    assert rows["checked", "outlines against the stain: they fit"] > 200
     same, _ = cut(file, name="s2")
     np.testing.assert_allclose(store.boxes, same.boxes, atol=1e-4)
 
@@ -145,7 +168,7 @@ def test_damaged_tiles_stop_or_are_left_out(tmp_path, cut, aperio):
     with open_slide(file, None, "s1") as image:
         assert isinstance(image, _Tiff) != aperio
         assert image.mpp == MPP
-    with pytest.raises(InputError, match="damaged.*(row 2, column 2|128,128 to)"):  # patches lie on tiles
+    with pytest.raises(InputError, match="damaged.*(row 2, column 2|row 5, column 6|px: )"):  # patches lie on tiles
         cut(file)
     assert not (tmp_path / "s1.zarr").exists()
     store, rows = cut(file, on_damage="skip", workers=2)
@@ -200,7 +223,7 @@ def test_what_cannot_be_decoded_reads_as_glass_and_the_rest_as_it_is(tmp_path):
     assert (found[different] == 255).all()
 
 
-def test_pictures_show_tissue_and_patches(tmp_path, cut):
+def test_pictures_show_tissue_patches_and_outlines(tmp_path, cut):
     cut(write_slide(tmp_path / "slide"))
     pixels = np.asarray(Image.open(tmp_path / "s1.png").convert("RGB")).astype(int)
     assert pixels.shape == (768, 768, 3)
@@ -209,6 +232,15 @@ def test_pictures_show_tissue_and_patches(tmp_path, cut):
         assert len(where) > 500
         assert np.abs(where.min(axis=0) - 128).max() <= 32
         assert np.abs(where.max(axis=0) - 639).max() <= 32
+    page = (tmp_path / "s1.html").read_text()
+    assert page.count("<img") == 1 + 3 + 12
+    first = re.search(r"<h2>Outlines.*?base64,([^\"]+)", page, re.DOTALL).group(1)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))).astype(int)
+    row, column = np.nonzero(np.abs(pixels - (0, 80, 200)).sum(axis=2) < 60)
+    assert len(row) > 500
+    points = shapely.points((column + 0.5) / 8 + 128, (row + 0.5) / 8 + 128)
+    rims = shapely.union_all(shapely.boundary(SHAPES))
+    assert shapely.distance(points, rims).max() < 0.5  # px of the slide
 
 
 def test_the_choice_from_stores_is_a_split_file(tmp_path, cut):

@@ -1,0 +1,69 @@
+"""Outlines that do not fit their slide are found, and what would make them fit; those that fit are taken."""
+
+import re
+
+import pytest
+import shapely
+
+from celldetr.example.slide import write_slide
+from celldetr.slides import outline_check
+from celldetr.slides.outline_check import OutlineCheck
+from celldetr.slides.pyramid import open_pyramid
+
+MPP = 0.4
+OFFSET = (300, 170)
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    """Draw a slide with a stroke of blue pen: its image, and 589 outlines in px of level 0."""
+    folder = tmp_path_factory.mktemp("slide")
+    truth = write_slide(folder / "slide.tif", folder / "n.parquet", seed=5, size_um=(420.0, 330.0), mpp=MPP)
+    with open_pyramid(truth.image) as image:
+        yield image, shapely.polygons(truth.nuclei)
+
+
+def test_outlines_that_fit_are_taken(slide):
+    image, outlines = slide
+    for some in (outlines, outlines[:20]):
+        fit = OutlineCheck(image, some, MPP).measure()
+        assert fit.good
+        assert max(map(abs, fit.shift)) <= 0.5
+    boxes = shapely.box(*shapely.bounds(outlines).T)  # as a detector finds them
+    assert OutlineCheck(image, boxes, MPP).measure().good
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedies"),
+    [
+        (lambda xy: xy * 0.5, r"multiplied by about (1\.99|2).*"),
+        (lambda xy: xy * 0.91, r"multiplied by about 1\.(09[789]|1).*"),
+        (lambda xy: xy * MPP, r"multiplied by about 2\.(49|5).*px of (0\.99\d|1) um"),  # um given as px
+        (lambda xy: xy + [64, 0], "moved by -64, 0 px of level 0"),
+        (lambda xy: xy + [900, -700], r"moved by -9\d\d, [67]\d\d px of level 0"),
+        (lambda xy: xy[:, ::-1], "with x and y swapped"),
+        (lambda xy: xy - OFFSET, r"counted from the slide's corner \(openslide.bounds-x and -y\)"),
+        (lambda xy: [0, 1225] + xy * [1, -1], ""),  # upside down
+    ],
+    ids=["half", "0.91", "um", "shifted", "far", "swapped", "QuPath", "mirrored"],
+)
+def test_outlines_that_do_not_fit_are_refused_and_the_remedy_named(slide, monkeypatch, fault, remedies):
+    monkeypatch.setattr(outline_check, "_bounds_offset", lambda image: OFFSET)
+    image, outlines = slide
+    check = OutlineCheck(image, shapely.transform(outlines, fault), MPP)
+    fit = check.measure()
+    assert fit.judged
+    assert not fit.good
+    assert re.fullmatch(remedies, " or ".join(check.remedies(MPP)))
+
+
+def test_few_outlines_that_do_not_fit_are_not_judged(slide):
+    image, outlines = slide
+    for some in (outlines[:20], outlines[:0]):
+        fit = OutlineCheck(image, shapely.transform(some, lambda xy: xy[:, ::-1]), MPP).measure()
+        assert not fit.judged
+        assert fit.nuclei == len(some)
+
+
+def test_a_slide_without_bounds_has_no_offset(slide):
+    assert outline_check._bounds_offset(slide[0]) == (0, 0)
