@@ -5,8 +5,6 @@ Params: settings (slides.detection), on_damage, patch_size (px) and mpp (um per 
 or null), nucleus_threshold, precision. Wildcard: slide.
 """
 
-import logging
-
 import torch
 
 from celldetr.config.slides import DetectionSettings
@@ -15,8 +13,6 @@ from celldetr.model.device import best_device
 from celldetr.model.weights import load_model
 from celldetr.runtime.rule import run_rule
 
-log = logging.getLogger("detect_slide")
-
 
 def main(snakemake):
     params = snakemake.params
@@ -24,7 +20,7 @@ def main(snakemake):
     device = best_device()
     model = load_model(snakemake.input.model, device)
     settings = DetectionSettings.from_dict(params.settings, "slides.detection")
-    found = detect_slide(
+    boxes, scores = detect_slide(
         snakemake.input.file,
         model_detector(model, params.nucleus_threshold, device, params.precision),
         Tiling.of(params.patch_size, params.mpp, settings.margin_um),
@@ -34,8 +30,7 @@ def main(snakemake):
         on_damage=params.on_damage,
         workers=snakemake.threads,
     )
-    write_nuclei(snakemake.output[0], found)
-    log.info("%d nuclei in %d tiles, %d tiles damaged", len(found.scores), found.tiles, found.damaged)
+    write_nuclei(snakemake.output[0], boxes, scores)
 
 
 if "snakemake" in globals():

@@ -27,16 +27,14 @@ class PatchAttention(NamedTuple):
 
     boxes: NDArray[np.float32]
     """(D, 4), xyxy px; they may reach beyond the patch."""
-    nucleus_score: NDArray[np.float32]
-    """(D,) in [0, 1]."""
     points: NDArray[np.float32]
     """Sampling points (D, T, 2), x then y, px; T = heads * levels * points per level."""
     weights: NDArray[np.float32]
     """Attention weights (D, T); their sum over T is 1."""
 
 
-_Row = tuple[NDArray[Any], Any, NDArray[Any], NDArray[Any]]
-"""Box, nucleus score, points and weights of a detection."""
+_Row = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+"""Box, points and weights of a detection."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,6 @@ class DrawnNuclei:
     """Whether a detection is paired with the nucleus (F,). If not, its entries below are NaN."""
     box: NDArray[np.float32]
     """Predicted boxes (F, 4), xyxy px."""
-    nucleus_score: NDArray[np.float32]
-    """(F,)."""
     points: NDArray[np.float32]
     """(F, T, 2), as in `PatchAttention`."""
     weights: NDArray[np.float32]
@@ -131,25 +127,12 @@ def measure_attention(
 ) -> tuple[DrawnNuclei, dict[str, Any]]:
     """Measure which share of the attention of each detection lies inside the nucleus that it is paired with.
 
-    Detections are paired with the truth by box centres, as in the evaluation. The weights of the heads are averaged
-    (paper, figure 3).
+    Detections of each patch of the store in order are paired with the truth by box centres, at most `radius` px apart,
+    as in the evaluation. The weights of the heads are averaged (paper, figure 3).
 
-    Parameters
-    ----------
-    patches
-        Attention on each patch of the store in order, see `celldetr.inference.predict.attend_patches`.
-    store
-        Patch store of the test fold.
-    nuclei
-        Indices (F,) of the nuclei to draw, see `choose_nuclei`.
-    radius
-        Largest distance of a pair, px.
-
-    Returns
-    -------
-    DrawnNuclei, dict
-        The nuclei to draw; and ``nuclei`` (number of pairs), ``share_true_box`` and ``share_predicted_box`` (means over
-        them, None without any), ``n_truth``, ``n_detections``, and per class ``nuclei`` and ``share_true_box``.
+    Returns the nuclei (indices (F,)) to draw; and ``nuclei`` (number of pairs), ``share_true_box`` and
+    ``share_predicted_box`` (means over them, None without any), ``n_truth``, ``n_detections``, and per class ``nuclei``
+    and ``share_true_box``.
     """
     paired, in_true, in_predicted = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
     drawn: dict[int, _Row] = {}
@@ -166,7 +149,7 @@ def measure_attention(
         in_true.append(share_inside(points, weights, true[pairs.truth]))
         # The predicted boxes are not clipped here: points may lie beyond the edge of the patch.
         in_predicted.append(share_inside(points, weights, patch.boxes[pairs.predicted]))
-        rows = zip(boxes[pairs.predicted], patch.nucleus_score[pairs.predicted], points, weights, strict=True)
+        rows = zip(boxes[pairs.predicted], points, weights, strict=True)
         drawn |= {k: row for k, row in zip(paired[-1].tolist(), rows, strict=True) if k in nuclei}
     shares, labels = np.concatenate(in_true), store.labels[np.concatenate(paired)]
     of_classes = {name: shares[labels == k] for k, name in enumerate(store.classes)}
@@ -191,11 +174,11 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _drawn_nuclei(store: PatchStore, nuclei: NDArray[np.int64], drawn: Mapping[int, _Row]) -> DrawnNuclei:
-    count, samples = len(nuclei), max((len(row[3]) for row in drawn.values()), default=0)
-    missed: _Row = (np.full(4, np.nan), np.float32(np.nan), np.full((samples, 2), np.nan), np.full(samples, np.nan))
+    samples = max((len(weights) for *_, weights in drawn.values()), default=0)
+    missed: _Row = (np.full(4, np.nan), np.full((samples, 2), np.nan), np.full(samples, np.nan))
     rows = [drawn.get(nucleus, missed) for nucleus in nuclei.tolist()]
-    box, score, points, weights = (
-        np.array([row[k] for row in rows], np.float32).reshape(count, *np.shape(missed[k])) for k in range(4)
+    box, points, weights = (
+        np.array([row[k] for row in rows], np.float32).reshape(len(rows), *missed[k].shape) for k in range(3)
     )
     patch = np.searchsorted(store.box_ptr, nuclei, side="right") - 1
     return DrawnNuclei(
@@ -206,7 +189,6 @@ def _drawn_nuclei(store: PatchStore, nuclei: NDArray[np.int64], drawn: Mapping[i
         image=store.images(patch),
         found=np.array([nucleus in drawn for nucleus in nuclei.tolist()], dtype=bool),
         box=box,
-        nucleus_score=score,
         points=points,
         weights=weights,
         classes=store.classes,

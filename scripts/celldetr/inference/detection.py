@@ -80,20 +80,6 @@ class Tiling:
         return PatchGrid(self.size, self.mpp, image_mpp, corners, none, {})
 
 
-@dataclass(frozen=True)
-class DetectedNuclei:
-    """Nuclei (M) that were found on a slide."""
-
-    boxes: NDArray[np.float64]
-    """(M, 4) xyxy, px of level 0."""
-    scores: NDArray[np.float64]
-    """(M,) nucleus scores."""
-    damaged: int
-    """Tiles that cannot be decoded; 1 for a slide that cannot be opened."""
-    tiles: int
-    """Tiles that were read."""
-
-
 def detect_slide(
     path: str | os.PathLike[str],
     detector: Detector,
@@ -104,24 +90,12 @@ def detect_slide(
     batch_size: int,
     on_damage: str,
     workers: int,
-) -> DetectedNuclei:
-    """Find the nuclei in the tissue of a slide; memory holds a few batches and the boxes.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Find the nuclei in the tissue of a slide: boxes (M, 4) xyxy, px of level 0, and scores (M,).
 
-    Parameters
-    ----------
-    path, slide
-        File of the slide, and its name for messages.
-    detector, tiling
-        What finds nuclei in tiles, and how the slide is divided.
-    slide_mpp
-        Size of a level-0 pixel in um; None: as the file says.
-    batch_size
-        Tiles at once.
-    on_damage
-        ``stop``: raise an error if something cannot be decoded. ``skip``: leave such tiles out; a slide that cannot be
-        opened has no nuclei.
-    workers
-        Threads that read tiles ahead.
+    Memory holds a few batches of tiles and the boxes. `slide` is the name in messages; `slide_mpp` is the size of a
+    level-0 pixel in um, None: as the file says. With `on_damage` ``skip`` what cannot be decoded is left out, and a
+    slide that cannot be opened has no nuclei. As many threads as `workers` read ahead.
 
     Raises
     ------
@@ -135,7 +109,7 @@ def detect_slide(
         if not skip:
             raise
         log_damage(slide, [str(error)])
-        return DetectedNuclei(np.empty((0, 4)), np.empty(0), 1, 0)
+        return np.empty((0, 4)), np.empty(0)
     with image:
         image_mpp, image_size = float(image.mpp or 0), image.size
         grid = tiling.grid(image_size, image_mpp, tissue_mask(image, image_mpp))
@@ -154,7 +128,8 @@ def detect_slide(
             log.info("%d of %d tiles", tiles, len(grid))
     log_damage(slide, damaged)
     boxes, scores = found.unique()
-    return DetectedNuclei(boxes * ratio, scores, len(damaged), tiles)
+    log.info("%d nuclei in %d tiles, %d tiles damaged", len(scores), tiles, len(damaged))
+    return boxes * ratio, scores
 
 
 class _Findings:
@@ -230,8 +205,8 @@ def model_detector(model: CellDETR, nucleus_threshold: float, device: str, preci
     return find
 
 
-def write_nuclei(path: str | os.PathLike[str], found: DetectedNuclei) -> None:
+def write_nuclei(path: str | os.PathLike[str], boxes: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
     """Write a GeoParquet table with a row for each nucleus: a rectangle (px of level 0) and a ``score``."""
-    table = {"score": found.scores.astype(np.float32)}
+    table = {"score": scores.astype(np.float32)}
     with atomic(path) as temporary:
-        geopandas.GeoDataFrame(table, geometry=shapely.box(*found.boxes.T)).to_parquet(temporary)
+        geopandas.GeoDataFrame(table, geometry=shapely.box(*boxes.T)).to_parquet(temporary)

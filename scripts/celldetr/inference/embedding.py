@@ -23,25 +23,10 @@ def embed_patches(
     patches: ArrayLike | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Embed the nuclei of the patches of a store in their true boxes, see `embed_boxes`. Labels have no influence.
+    """Embed the nuclei of the patches of a store in their true boxes, see `embed_boxes`.
 
-    Parameters
-    ----------
-    model, device
-        As in `embed_boxes`.
-    store
-        Patch store; its classes need not be those of the model.
-    batch_size
-        Patches at once.
-    patches
-        Indices (P,) of patches in the order wanted; None: all in order.
-    progress
-        Show a bar.
-
-    Yields
-    ------
-    int, NDArray
-        Index of each patch, also of those without nuclei, and embeddings (n, C) in the order of the store.
+    Yields the index of each patch, also of those without nuclei, and its embeddings (n, C) in the order of the store.
+    `patches` are the indices (P,) wanted, None: all in order. Labels and classes of the store have no influence.
 
     Raises
     ------
@@ -69,16 +54,8 @@ def embed_boxes(
     Nuclei are embedded as the model was trained: among the given nuclei of their image, see `CellDETR.represent`.
     Images do not influence each other.
 
-    Parameters
-    ----------
-    model
-        Model with a representation decoder, on `device`.
-    images
-        (B, S, S, 3).
-    boxes
-        For each image, boxes (n, 4), xyxy px; n = 0 is legal. Its embeddings (n, C) have the same order.
-    device
-        Where the model is, e.g. ``cpu`` or ``cuda``.
+    Takes images (B, S, S, 3), and for each the boxes (n, 4) of its nuclei, xyxy px; n = 0 is legal. Returns for each
+    image the embeddings (n, C) in the same order. The model is on `device`.
 
     Raises
     ------

@@ -36,35 +36,14 @@ def predict_fold(
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> int:
-    """Predict all patches of a store in order and write them as Parquet.
+    """Predict all patches of a store in order, write them as Parquet, and return the number of detections.
 
-    Parameters
-    ----------
-    model, store
-        Model on `device`, and patch store of the test fold.
-    path
-        File to write, see `celldetr.evaluation.predictions`. Boxes are clipped to the patch, px.
-    nucleus_threshold
-        Smallest nucleus score that is kept.
-    batch_size
-        Patches at once.
-    class_map
-        Class of the model -> class of the store, for a model that was trained on other classes (zero-shot transfer,
-        paper, 4.4). The score of a class is the maximum of those mapped to it; a class without any scores 0 and is
-        listed under ``absent`` in the file.
-    device
-        Where the model is, e.g. ``cpu`` or ``cuda``.
-    precision
-        See `celldetr.model.device.computing_in`.
-    metadata
-        More JSON values for the file.
-    progress
-        Show a bar.
+    Boxes are clipped to the patch, px; the file is described in `celldetr.evaluation.predictions`. The model is on
+    `device`; for precision see `celldetr.model.device.computing_in`. `metadata` are more JSON values for the file.
 
-    Returns
-    -------
-    int
-        Number of detections written.
+    `class_map` gives the class of the store for each class of a model that was trained on others (zero-shot transfer,
+    paper, 4.4). The score of a class is the maximum of those mapped to it; a class without any scores 0 and is listed
+    under ``absent`` in the file.
 
     Raises
     ------
@@ -134,7 +113,6 @@ def attend_patches(
             weights = _numpy(sampled.weights.flatten(1))
             yield PatchAttention(
                 _numpy(found.boxes),
-                _numpy(found.nucleus_score),
                 _numpy(sampled.locations.flatten(1, -2)) * store.patch_size,
                 weights / weights.sum(axis=1, keepdims=True),
             )

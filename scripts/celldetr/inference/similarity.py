@@ -33,26 +33,12 @@ def measure_similarity(
 ) -> tuple[DrawnSimilarities, dict[str, Any]]:
     """Measure how well noised boxes (anchors) find their nucleus among all nuclei of the patch, in float32.
 
-    Every nucleus has one anchor, as in the validation of contrastive pretraining; classes have no influence.
+    Every nucleus has one anchor, as in the validation of contrastive pretraining; classes have no influence. `patches`
+    are indices (P,) of those to draw; `seed` and `noise` are those of the anchors.
 
-    Parameters
-    ----------
-    model
-        Model with a projection head, on `device`.
-    store, batch_size, device, progress
-        As in `celldetr.inference.predict.predict_fold`.
-    patches
-        Indices (P,) of the patches to draw, see `celldetr.evaluation.similarity.choose_readable`.
-    seed, noise
-        Seed and range of the noise.
-
-    Returns
-    -------
-    DrawnSimilarities, dict
-        Matrices of the patches to draw; and ``retrieval`` (share of the anchors whose most similar original is their
-        own), ``chance`` (the same for a random choice), ``own`` and ``others`` (mean similarity to the own original and
-        to the others of the patch), all four None without a patch of at least two nuclei; ``anchors`` and ``patches``
-        (their numbers).
+    Returns the matrices to draw; and ``retrieval`` (share of the anchors whose most similar original is their own),
+    ``chance`` (the same for a random choice), ``own`` and ``others`` (mean similarity to the own original and to the
+    others of the patch), all four None without a patch of at least two nuclei; ``anchors`` and ``patches`` (numbers).
 
     Raises
     ------

@@ -81,11 +81,11 @@ def import_checkpoint(
 ) -> Imported:
     """Build our model from a checkpoint of another code.
 
+    The file holds {"model_state_dict": ...} of the CellDETR repository (``authors``), or {"model": ...} of the
+    Deformable DETR repository (``coco``), ResNet-50, four levels, with iterative box refinement.
+
     Parameters
     ----------
-    path, source
-        ``authors``: {"model_state_dict": ...} of the CellDETR repository. ``coco``: {"model": ...} of the Deformable
-        DETR repository, ResNet-50, four levels, with iterative box refinement.
     mode
         Mode of the model; the authors' sequential and parallel checkpoints cannot be told apart. Those of contrastive
         pretraining, which have a projection head, are parallel, without classes and positions in self-attention. From

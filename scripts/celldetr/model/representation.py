@@ -46,7 +46,7 @@ class RepresentationDecoder(CheckpointedLayers):
         valid: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, SamplingPoints]:
-        """Represent nuclei.
+        """Represent nuclei: embeddings (B, R, C), zero at padding, and the points that the last layer sampled.
 
         Parameters
         ----------
@@ -59,11 +59,6 @@ class RepresentationDecoder(CheckpointedLayers):
         mask
             Which box (last dimension) a box may attend to, bool (B, R, R); None: every one. Global tokens attend to all
             and are attended by all. Padding is never attended to, and every slot attends to itself.
-
-        Returns
-        -------
-        Tensor, SamplingPoints
-            Embeddings (B, R, C), zero at padding, and the points that the last layer sampled for the R boxes.
         """
         count = boxes.shape[1]
         slots, real = self._slots(boxes.detach(), valid)

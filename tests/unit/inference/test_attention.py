@@ -75,7 +75,7 @@ def planted(store, *, shift=0.0, spread=0.0):
         true = store.read(index).boxes
         points = np.repeat((true[:, None, :2] + true[:, None, 2:]) / 2, 4, axis=1)
         points[:, 3, 0] += spread * (true[:, 2] - true[:, 0])
-        yield PatchAttention(true + shift, np.full(len(true), 0.5), points, np.full((len(true), 4), 0.25))
+        yield PatchAttention(true + shift, points, np.full((len(true), 4), 0.25))
 
 
 def measure(store, radius=12.0, **options):

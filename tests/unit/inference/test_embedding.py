@@ -6,6 +6,7 @@ import torch
 from small_model import small_model
 from tiny_training import make_experiment, make_split, make_ssl_experiment
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import NoiseSettings
 from celldetr.inference.embedding import embed_boxes, embed_patches
 from celldetr.inference.similarity import measure_similarity
@@ -61,10 +62,10 @@ def test_pretraining_probe_frozen_features_and_similarity_embed_alike(store, tmp
     probe, frozen = build_model(probing, None, tmp_path / "ssl.pt", "cpu"), load_model(tmp_path / "ssl.pt")
     data = PatchData([store], make_split(store, store.n_patches, 0), "train")
     batch, noise = TrainingBatches(data, store.n_patches, seed=1)[0], NoiseSettings(low=0.1, high=0.4)
-    images, limits = float_images(batch.images), {"nucleus_threshold": 0.4, "radius": 12.0}
+    images = float_images(batch.images)
     seen = {"pretraining": entering(model.projection), "probe": entering(probe.class_head)}
-    SslStage(pretraining, model, data, data, **limits).compute(images, batch.targets, batch)
-    stage = SupervisedStage(probing, probe, data, data, **limits)
+    SslStage(pretraining, model, data, data, ScoringSettings()).compute(images, batch.targets, batch)
+    stage = SupervisedStage(probing, probe, data, data, ScoringSettings())
     stage.train()
     stage.compute(images, batch.targets, batch)
     seen["similarity"] = entering(frozen.projection)

@@ -35,7 +35,6 @@ def make_drawn(count=3, *, seed=0, found=None, heads=8, per_head=4):
         image=images,
         found=found,
         box=np.where(found[:, None], boxes + 1, np.nan).astype(np.float32),
-        nucleus_score=np.where(found, 0.9, np.nan).astype(np.float32),
         points=points,
         weights=weights / weights.sum(axis=1, keepdims=True),
         classes=CLASSES,
