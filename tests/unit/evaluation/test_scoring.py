@@ -75,15 +75,6 @@ def test_a_class_or_fold_without_truth_is_undefined():
         assert score(nothing(fold), fold)[VALUES].isna().all(axis=None)
 
 
-def test_intervals_hold_the_estimate():
-    fold = make_fold(most=6, n_patches=40)
-    frame = score_fold(noisy(fold), fold, SETTINGS, resamples=200)
-    for name in VALUES:
-        assert (frame[f"{name}_lo"] <= frame[name]).all()
-        assert (frame[name] <= frame[f"{name}_hi"]).all()
-    assert (frame["images"] == 40).all()
-
-
 def test_classes_that_the_model_lacks_count_as_unlabelled():
     fold = make_fold(most=6)
     found = perfect(fold, absent=[CLASSES[1]])
