@@ -158,7 +158,7 @@ def _legend(figure: Figure, axes: NDArray[Any], largest: float) -> None:
     scale.set_label("attention weight of a point, %", fontsize=8)
     scale.ax.tick_params(labelsize=7, length=2)
     note = "Above a column: mean over the detected nuclei (n) of the test fold. Below a panel: this nucleus."
-    figure.text(0.5, 0.08 / height, note, ha="center", fontsize=8)
+    figure.text(0.5, 0.08 / height, note, ha="center", fontsize=8 * min(1, width / 5.9))
     handles = [
         Line2D([], [], color=TRUTH_COLOUR, linewidth=1.2, label="true box"),
         Line2D([], [], color=PREDICTED_COLOUR, linewidth=0.8, linestyle=_DASHED, label="predicted box"),
