@@ -6,13 +6,13 @@ half the size, 0.25 um per px, round nuclei as outlines. All ways run in turn as
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import shapely
 import tifffile
@@ -123,28 +123,13 @@ def draw_slide(path: Path, nuclei: Path, columns: int, rows: int) -> None:
 
 
 def write_outlines(path: Path, centres: np.ndarray, rng: np.random.Generator) -> None:
-    """Write round nuclei of 32 corners as Parquet with WKB, or as GeoJSON with a feature in each line."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Write round nuclei of 32 corners as GeoParquet or GeoJSON."""
     radii = rng.uniform(10, 20, len(centres))
     angles = np.linspace(0, 2 * np.pi, 33)
-    circle = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    schema = pa.schema([("class", pa.string()), ("geometry", pa.binary())])
-    with path.open("w") if path.suffix == ".geojson" else pq.ParquetWriter(path, schema) as out:
-        for start in range(0, len(centres), 50_000):
-            rings = centres[start : start + 50_000, None] + radii[start : start + 50_000, None, None] * circle
-            if path.suffix == ".geojson":
-                for index, ring in enumerate(rings.round(2).tolist(), start):
-                    geometry = {"type": "Polygon", "coordinates": [ring]}
-                    properties = {"classification": {"name": "Neoplastic"}}
-                    value = {"type": "Feature", "geometry": geometry, "properties": properties}
-                    out.write(("[" if index == 0 else ",\n") + json.dumps(value))
-            else:
-                column = shapely.to_wkb(shapely.polygons(rings)).tolist()
-                out.write_table(pa.table([["Neoplastic"] * len(column), column], schema=schema))
-        if path.suffix == ".geojson":
-            out.write("]")
+    rings = centres[:, None] + radii[:, None, None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    polygons = geopandas.GeoSeries(shapely.polygons(rings.round(2)), crs="EPSG:3857")  # GeoJSON wants one
+    table = geopandas.GeoDataFrame({"class": "Neoplastic"}, geometry=polygons, index=polygons.index)
+    table.to_parquet(path) if path.suffix == ".parquet" else table.to_file(path, driver="GeoJSON")
 
 
 def run(code: str, *arguments: object) -> tuple[int, float, int]:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,9 @@ _NAMED = 10  # damaged places that are named in the log and in the store
 
 
 def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, skip: bool = False) -> Pyramid:
-    """Open a colour slide with a known pixel size.
+    """Open a colour slide with a known pixel size, see `open_pyramid`; errors name `slide`.
 
-    Parameters
-    ----------
-    path
-        File.
-    mpp
-        Size of a level-0 pixel in um; replaces what the file says.
-    slide
-        Name of the slide, for messages.
-    skip
-        Read regions that cannot be decoded as background instead of raising an error; `Pyramid.damage` names them.
+    With `skip`, regions that cannot be decoded are read as background, and `Pyramid.damage` names them.
 
     Raises
     ------
@@ -39,8 +29,6 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, s
     InputError
         See `open_pyramid`; or the image is not in colour, or its pixel size is unknown.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{slide}: {path}: no such file")
     try:
         image = open_pyramid(path, mpp)
     except InputError as error:
