@@ -75,20 +75,12 @@ def prepare_reference(
     of cells. Returns the reference (X raw counts, csr_matrix, float32; obs type, label, held_out; var index symbols,
     gene_ids; uns["composition"] type -> cells of the whole file), and its summary for people (JSON values).
 
-    Raises
-    ------
-    InputError
-        The file lacks labels or raw counts, has labels that the mapping lacks, or not as many `cells` as expected.
-    ConfigError
-        A type has more labels than cells to draw.
+    Raises InputError if the file lacks labels or raw counts, has labels that the mapping lacks, or not as many `cells`
+    as expected; ConfigError if a type has more labels than cells to draw.
     """
     where = Path(path)
     generator = np.random.default_rng(seed)
-    try:
-        file = h5py.File(where, "r")
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read ({error}); expected an .h5ad file") from error
-    with file, _reading(where):
+    with _reading(where), h5py.File(where, "r") as file:
         labels = _labels(file, where, label_column)
         if cells is not None and len(labels) != cells:
             raise InputError(
@@ -113,7 +105,6 @@ def prepare_reference(
         var=pd.DataFrame({"gene_ids": ids}, index=pd.Index(symbols)),
         uns={"composition": types},
     )
-    drawn = Counter(names.tolist())
     summary = {
         "file": where.name,
         "sha256": sha256(where),
@@ -121,19 +112,37 @@ def prepare_reference(
         "counts_from": location,
         "cells": len(labels),
         "genes": reference.n_vars,
+        "summed_symbols": summed,
+        **_summary(reference, numbers, mapping),
+    }
+    if summed:
+        log.info("summed the counts of genes with the same symbol: %s", ", ".join(summed))
+    return reference, summary
+
+
+def _summary(reference: AnnData, numbers: Mapping[str, int], mapping: Mapping[str, str]) -> dict[str, Any]:
+    """Cells of the file and of the reference by type and label; `numbers` are label -> cells of the file."""
+    types = reference.uns["composition"]
+    sampled, drawn = (Counter(reference.obs[name].tolist()) for name in ("type", "label"))
+    for kind, number in types.items():
+        log.info("%-12s %8d cells, %6d sampled", kind, number, sampled[kind])
+    missing = [kind for kind in ST_TYPES if not types[kind]]
+    unused = [name for name in mapping if name not in numbers]
+    if missing:
+        log.warning("the reference has no cells of these types: %s; no cell can get one of them", ", ".join(missing))
+    if unused:
+        log.warning("labels of the mapping that are not in the file: %s", ", ".join(unused))
+    return {
         "types": types,
-        "sampled": {kind: int((kinds == kind).sum()) for kind in ST_TYPES},
-        "held_out": int(held.sum()),
+        "sampled": {kind: sampled[kind] for kind in ST_TYPES},
+        "held_out": int(reference.obs["held_out"].sum()),
         "labels": {
             name: {"type": mapping[name], "cells": number, "sampled": drawn[name]}
             for name, number in sorted(numbers.items())
         },
-        "summed_symbols": summed,
-        "missing_types": [kind for kind in ST_TYPES if not types[kind]],
-        "unused_labels": [name for name in mapping if name not in numbers],
+        "missing_types": missing,
+        "unused_labels": unused,
     }
-    _log_summary(summary)
-    return reference, summary
 
 
 def write_reference(path: str | os.PathLike[str], reference: AnnData) -> None:
@@ -155,7 +164,7 @@ def _reading(where: Path) -> Iterator[None]:
     except CellDETRError:
         raise
     except Exception as error:  # h5py and anndata raise many kinds of error on damaged files
-        raise InputError(f"{where}: cannot be read ({error}); the file is damaged: get or make it again") from error
+        raise InputError(f"{where}: cannot be read ({error}); expected an .h5ad file: get or make it again") from error
 
 
 def _labels(file: h5py.File, where: Path, column: str) -> NDArray[Any]:
@@ -226,15 +235,3 @@ def _shares(available: list[int], most: int) -> list[int]:
     for index in np.argsort(more.astype(int) - more, kind="stable")[: most - shares.sum()]:
         shares[index] += 1
     return [int(share) for share in shares]
-
-
-def _log_summary(summary: Mapping[str, Any]) -> None:
-    for kind, number in summary["types"].items():
-        log.info("%-12s %8d cells, %6d sampled", kind, number, summary["sampled"][kind])
-    if summary["missing_types"]:
-        names = ", ".join(summary["missing_types"])
-        log.warning("the reference has no cells of these types: %s; no cell can get one of them", names)
-    if summary["unused_labels"]:
-        log.warning("labels of the mapping that are not in the file: %s", ", ".join(summary["unused_labels"]))
-    if summary["summed_symbols"]:
-        log.info("summed the counts of genes with the same symbol: %s", ", ".join(summary["summed_symbols"]))
