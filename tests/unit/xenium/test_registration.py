@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import shapely
 from PIL import Image
-from scipy import ndimage
-from scipy.spatial import cKDTree
 from xenium_scene import EXTENT, PIXEL, SWAP, ellipses, make_scene, planted, write_image
 
 import register_xenium
@@ -22,8 +20,8 @@ from celldetr.xenium.registration.affine import affine, apply, decompose, invers
 from celldetr.xenium.registration.alignment import Alignment
 from celldetr.xenium.registration.estimate import make_maps
 from celldetr.xenium.registration.gate import check
-from celldetr.xenium.registration.maps import Grid, colour, match_blocks, sample
-from celldetr.xenium.registration.nuclei import SPACING, DapiNuclei, find_blobs
+from celldetr.xenium.registration.maps import Grid, colour, sample
+from celldetr.xenium.registration.nuclei import DapiNuclei
 from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import Registration, read_registration
 
@@ -107,34 +105,6 @@ def test_a_gigapixel_image_is_never_held():
     assert plain.largest < 4000**2
     outside = sample(plain, Grid(-1000, -1000, 1.0, 4, 4), scaling(1), colour)
     assert np.array_equal(outside, np.full((4, 4, 3), 255))
-
-
-def test_blobs_are_found_at_the_drawn_nuclei():
-    rng = np.random.default_rng(0)
-    truth = np.array([(30 + 40 * i + rng.random(), 30 + 40 * j + rng.random()) for i in range(6) for j in range(6)])
-    y, x = np.mgrid[:260, :260] + 0.5
-    stain = np.zeros((260, 260), np.float32)
-    for index, (cx, cy) in enumerate(truth):
-        radius = (2.5 + 0.08 * index) / SPACING
-        stain += ((x - cx) ** 2 + (y - cy) ** 2 < radius**2) * 0.5
-    places, strength = find_blobs(ndimage.gaussian_filter(stain, 1) + rng.normal(0, 0.02, stain.shape))
-    places = places[strength > 0.3 * np.percentile(strength, 90)]
-    distance = cKDTree(truth).query(places)[0] * SPACING
-    assert len(places) == len(truth)
-    assert distance.max() < 0.5
-
-
-@pytest.mark.parametrize("shift", [(0.0, 0.0), (3.3, -5.6)])
-def test_block_shifts_are_found_to_a_fraction_of_a_sample(shift):
-    rng = np.random.default_rng(0)
-    noise = ndimage.gaussian_filter(rng.normal(size=(128, 128)), 2).astype(np.float32)
-    moving = ndimage.shift(noise, shift[::-1], order=3, mode="wrap")
-    fixed = noise[40:88, 40:88][None]
-    found, score = match_blocks(fixed, moving[None, 30:98, 30:98])
-    assert found[0] == pytest.approx(shift, abs=0.15)
-    assert score[0] > 0.3
-    _, none = match_blocks(fixed, rng.normal(size=(1, 68, 68)).astype(np.float32))
-    assert none[0] < score[0] / 2
 
 
 def judge(scene, matrix):
