@@ -155,7 +155,7 @@ def _legend(figure: Figure, axes: NDArray[Any], largest: float) -> None:
     tall = min(top - bottom, 2.4 / height)
     bar = figure.add_axes((1 - 0.52 / width, (top + bottom - tall) / 2, 0.1 / width, tall))
     scale = figure.colorbar(ScalarMappable(Normalize(0, 100 * largest), _WEIGHTS), cax=bar)
-    scale.set_label("attention weight of a point, %", fontsize=8)
+    scale.set_label("attention weight of a point, %", fontsize=8, labelpad=1)
     scale.ax.tick_params(labelsize=7, length=2)
     note = "Above a column: mean over the detected nuclei (n) of the test fold. Below a panel: this nucleus."
     figure.text(0.5, 0.08 / height, note, ha="center", fontsize=8 * min(1, width / 5.9))
