@@ -35,7 +35,7 @@ def draw_patch(rng, n):
     return image, np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int8)
 
 
-def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False, group="s"):
+def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False, group="s", mpp=0.5):
     """Write a store; every fifth patch is without nuclei."""
     rng = np.random.default_rng(seed)
     drawn = [draw_patch(rng, 0 if i % 5 == 4 else int(rng.integers(1, 4))) for i in range(n_patches)]
@@ -43,7 +43,7 @@ def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False, group
         drawn = [(image, boxes, np.full_like(labels, -1)) for image, boxes, labels in drawn]
     columns = {name: [group] * n_patches for name in ("source", "group", "tissue")}
     columns |= {name: np.arange(n_patches) for name in ("x", "y")}
-    with StoreWriter(path, patch_size=SIZE, classes=classes, mpp=0.5) as writer:
+    with StoreWriter(path, patch_size=SIZE, classes=classes, mpp=mpp) as writer:
         images, boxes, labels = (list(column) for column in zip(*drawn, strict=True))
         writer.append(np.stack(images), boxes, labels, centroids=None, patches=columns)
     return open_store(path)

@@ -87,7 +87,7 @@ class ExperimentSettings(Settings):
                 raise ValueError(f"initial: got {self.initial!r}, expected an experiment or a model file to use")
         elif self.mode is None:
             raise ValueError("mode: missing; expected baseline, sequential or parallel")
-        from_file = self.initial.endswith(".pt")
+        from_file = Path(self.initial).suffix == ".pt"
         if from_file and self.trained_on is None:
             raise ValueError(
                 f"trained_on: missing; list what {self.initial} was trained or validated on: folds of PanNuke (fold1, "

@@ -200,6 +200,12 @@ FAIL_LATE = [  # accepted, these would fail after hours of work, or give somethi
             True,
             "experiments.ssl_pretrain.model.representation.positions: got True, expected false",
         ),
+        ("experiments.ssl_pretrain.model.projection", 0, "ssl_pretrain.model.projection: got 0, expected at least 1"),
+        (
+            "experiments.celldetr_s.model.projection",
+            8,
+            "celldetr_s.model.projection: got",
+        ),
         ("experiments.st_zero_shot.mode", "parallel", "stage: got zero_shot with ['mode'], expected none"),
         ("experiments.st_zero_shot.initial", "imagenet", "initial: got 'imagenet', expected an experiment or a model"),
         ("experiments.celldetr_s.mode", None, "experiments.celldetr_s: mode: missing"),

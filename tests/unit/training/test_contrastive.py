@@ -56,13 +56,6 @@ def test_anchors_fill_the_slots_and_every_nucleus_has_one():
     assert torch.equal(views.boxes[2], torch.tensor([0.5, 0.5, 1, 1]).repeat(10, 1))
 
 
-def test_once_gives_one_anchor_to_each_nucleus_and_pads_the_rest():
-    _, views = views_of([3, 5, 0, 1], once=True)
-    assert views.anchor.sum(dim=1).tolist() == [3, 5, 0, 1]
-    assert views.valid.sum(dim=1).tolist() == [6, 10, 0, 2]
-    assert views.nucleus[0, :6].tolist() == [0, 1, 2, 0, 1, 2]
-
-
 def test_every_anchor_is_noised_and_keeps_its_centre_in_its_nucleus():
     _, views = views_of([6, 4], seed=3)
     own = views.boxes.gather(1, views.nucleus[..., None].expand(-1, -1, 4))
@@ -144,18 +137,6 @@ def test_an_image_alone_gives_what_it_gives_beside_others_and_in_more_slots(mode
 
 def first(views):
     return Views(*(values[:1] for values in views))
-
-
-def test_locations_do_not_reach_self_attention(model, monkeypatch):
-    seen = []
-    for layer in model.representation.layers:
-        if layer.has_self_attention:
-            forward = layer.self_attention.forward
-            monkeypatch.setattr(
-                layer.self_attention, "forward", lambda x, p, m, f=forward: (seen.append(p), f(x, p, m))[1]
-            )
-    projected_of(model, features_of(model, 1), views_of([3])[1])
-    assert seen == [None, None]
 
 
 @pytest.mark.parametrize("negatives", ["image", "batch"])

@@ -9,11 +9,6 @@ from torch.utils.data import DataLoader
 from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
-
-
 def test_an_epoch_has_every_patch_and_another_order_than_the_next(store):
     data = PatchData([store], make_split(store, 9, 0), "train")
     batches = TrainingBatches(data, 4, seed=3)

@@ -11,7 +11,6 @@ from tiny_training import (
     make_experiment,
     make_split,
     make_ssl_experiment,
-    make_store,
     read_log,
     train,
 )
@@ -20,11 +19,6 @@ from celldetr.config.experiment import Experiment
 
 STEPS = 50
 PLAIN = {"model": {"kernel": "reference"}}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
 
 
 def experiment_of(kind, **settings):

@@ -20,6 +20,7 @@ from tiny_training import (
     assert_same_result,
     make_experiment,
     make_split,
+    make_ssl_experiment,
     make_store,
     read_log,
     stopping,
@@ -27,12 +28,12 @@ from tiny_training import (
 )
 
 from celldetr.config.evaluation import ScoringSettings
-from celldetr.config.experiment import Experiment, TrainingSettings
+from celldetr.config.experiment import TrainingSettings
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold
 from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.weights import load_model, read_checkpoint, save_model
+from celldetr.model.weights import load_model, read_checkpoint
 from celldetr.runtime.errors import ConfigError, InputError, Interrupted, NonFinite, ProcessFailed
 from celldetr.training.data import TrainingBatches
 from celldetr.training.loop import Training, learning_rate_factor, make_optimizer
@@ -40,16 +41,9 @@ from celldetr.training.loop import Training, learning_rate_factor, make_optimize
 HELPERS = Path(__file__).parents[2] / "helpers"
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
-
-
-@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
-def test_a_run_leaves_all_its_results(store, tmp_path, mode):
-    experiment = make_experiment(mode, noise={"share": 0.5})
-    path = train(experiment, [store], make_split(store, 7, 4), tmp_path / "run")
-    assert load_model(path).settings == experiment.model
+def test_a_run_leaves_all_its_results(store, tmp_path):
+    path = train(make_experiment(), [store], make_split(store, 7, 4), tmp_path / "run")
+    assert load_model(path).settings == make_experiment().model
     lines = read_log(path.parent)
     assert [line["step"] for line in lines] == [2, 4, 6]  # 7 patches make 2 batches of 4
     assert set(lines[0]["val"]["f1"]) == set(CLASSES)
@@ -140,24 +134,21 @@ def test_streaming_gives_the_same_run_as_a_cache(store, tmp_path):
     assert_same_result(tmp_path / "ram0", tmp_path / "none2")
 
 
-def test_starting_from_a_model_with_other_classes_keeps_all_but_the_class_head(store, tmp_path):
-    experiment = make_experiment(epochs=1, lr=1e-12, backbone_lr=0.0, weight_decay=0.0)
-    torch.manual_seed(5)
-    other = experiment.model.model_copy(update={"classes": ("a", "b", "c")})
-    save_model(tmp_path / "other.pt", CellDETR(other), other)
-    path = train(
-        experiment, [store], make_split(store, 4, 2), tmp_path / "run", initial=tmp_path / "other.pt", trained_on=()
-    )
-    before, after = read_checkpoint(tmp_path / "other.pt")["state"], read_checkpoint(path)["state"]
-    changed = {name for name in after if before[name].shape != after[name].shape}
-    assert changed == {"class_head.weight", "class_head.bias"}
-    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in after if name not in changed)
-
-
-@pytest.mark.parametrize(("at", "number"), [(3, signal.SIGTERM), (4, signal.SIGUSR1), (8, signal.SIGTERM)])
-def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_exactly(store, tmp_path, monkeypatch, at, number):
-    """In the middle of an epoch, before its last step, and in its last step (validation is still done)."""
-    experiment, split = make_experiment("parallel", noise={"share": 0.5}), make_split(store, 9, 4)
+@pytest.mark.parametrize(
+    ("at", "number", "experiment"),
+    [
+        (3, signal.SIGTERM, make_experiment("parallel", noise={"share": 0.5})),
+        (4, signal.SIGUSR1, make_ssl_experiment()),
+        (8, signal.SIGTERM, make_experiment("sequential")),
+    ],
+    ids=["in an epoch", "before its last step", "in the last step of all"],
+)
+def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_exactly(
+    store, tmp_path, monkeypatch, at, number, experiment
+):
+    if experiment.stage == "ssl":
+        store = make_store(tmp_path / "slide.zarr", 14, classes=())
+    split = make_split(store, 9, 4)
     train(experiment, [store], split, tmp_path / "whole")
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
     with monkeypatch.context() as patch:
@@ -252,26 +243,6 @@ def test_a_loss_that_is_not_finite_names_the_patches(store, tmp_path):
         train(experiment, [store], make_split(store, 8, 4), tmp_path / "run")
 
 
-def test_from_cell_types_to_other_classes_only_the_class_head_starts_afresh(store, tmp_path):
-    types = ("T", "B", "Mast")
-    cells = make_store(tmp_path / "sample.zarr", 12, classes=types, seed=4)
-    assert (cells.labels >= 0).any()
-    recipe = {"epochs": 1, "noise": {"share": 0.6, "low": 0.1, "high": 0.3}}
-    pretrain = make_experiment("parallel", {"classes": list(types)}, **recipe)
-    pretrain = Experiment.from_dict({**pretrain.to_dict(), "stage": "st"})
-    first = train(pretrain, [cells], make_split(cells, 8, 4), tmp_path / "st")
-    frozen = make_experiment("parallel", epochs=1, lr=1e-12, backbone_lr=0.0, weight_decay=0.0)
-    second = train(frozen, [store], make_split(store, 4, 2), tmp_path / "fine", initial=first)
-    before, after = (read_checkpoint(path)["state"] for path in (first, second))
-    assert before.keys() == after.keys()
-    changed = {
-        name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()
-    }
-    moved = {name for name in changed if before[name].shape == after[name].shape}
-    assert {name.split(".")[0] for name in changed - moved} == {"class_head"}
-    assert all((before[name] - after[name]).abs().max() < 1e-9 for name in moved)
-
-
 def test_nuclei_without_a_label_do_not_train_the_class_head(tmp_path):
     cells = make_store(tmp_path / "sample.zarr", 8, unlabelled=True)
     experiment = make_experiment("parallel", epochs=1, weight_decay=0.0, select="last")
@@ -284,25 +255,20 @@ def test_nuclei_without_a_label_do_not_train_the_class_head(tmp_path):
     assert read_log(tmp_path / "run")[0]["val"]["f1"] == dict.fromkeys(CLASSES)
 
 
-def test_a_store_with_other_classes_is_refused(tmp_path):
-    store = make_store(tmp_path / "fold9.zarr", 3, classes=CLASSES[::-1])
-    with pytest.raises(InputError, match=r"fold9\.zarr: got classes \['long', 'round'\], expected"):
-        train(make_experiment(), [store], make_split(store, 2, 1), tmp_path / "run")
-
-
-def test_splits_that_do_not_fit_are_refused(store, tmp_path):
+def test_what_cannot_be_trained_is_refused(store, tmp_path):
     split = make_split(store, 4, 2)
-    with pytest.raises(InputError, match=r"nowhere"):
-        train(make_experiment(), [store], split.assign(store="nowhere"), tmp_path / "a")
-    with pytest.raises(InputError, match=r"fold1\.zarr, which has 14"):
-        train(make_experiment(), [store], split.assign(patch=range(10, 16)), tmp_path / "b")
-    with pytest.raises(InputError, match=r"part 'val'"):
-        train(make_experiment(), [store], split.assign(part="train"), tmp_path / "c")
-    with pytest.raises(InputError, match=r"part 'train'"):
-        train(make_experiment(), [store], split.assign(part="val"), tmp_path / "d")
-    train(make_experiment(select="last", epochs=1), [store], split.assign(part="train"), tmp_path / "e")
-
-
-def test_more_gpus_than_there_are_is_refused(store, tmp_path):
-    with pytest.raises(ConfigError, match=r"training\.gpus: got 4"):
-        train(make_experiment(gpus=4), [store], make_split(store, 4, 2), tmp_path, accelerator="cuda")
+    turned = make_store(tmp_path / "fold1.zarr", 6, classes=CLASSES[::-1])
+    coarse = make_store(tmp_path / "coarse.zarr", 6, mpp=5.0)
+    both = pd.concat([split, make_split(coarse, 2, 1)])
+    for stores, table, options, message in (
+        ([store], split.assign(store="nowhere"), {}, "nowhere"),
+        ([store], split.assign(patch=range(10, 16)), {}, r"fold1\.zarr, which has 14"),
+        ([store], split.assign(part="train"), {}, "part 'val'"),
+        ([store], split.assign(part="val"), {}, "part 'train'"),
+        ([turned], split, {}, r"fold1\.zarr: got classes \['long', 'round'\], expected"),
+        ([store, coarse], both, {}, r"\{'fold1': \(32, 0\.5\), 'coarse': \(32, 5\.0\)\}, expected the same of all"),
+        ([store], split, {"accelerator": "cuda"}, r"training\.gpus: got 4"),
+    ):
+        with pytest.raises((InputError, ConfigError), match=message):
+            train(make_experiment(gpus=4 if options else 1), stores, table, tmp_path / "run", **options)
+    train(make_experiment(select="last", epochs=1), [store], split.assign(part="train"), tmp_path / "run")

@@ -2,22 +2,16 @@
 
 import pytest
 import torch
-from tiny_training import make_experiment, make_split, make_store, train
+from tiny_training import make_experiment, make_split, train
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import read_checkpoint, save_model
-from celldetr.runtime.errors import ConfigError
 from celldetr.training.data import PatchData, TrainingBatches
 from celldetr.training.loop import make_optimizer
 from celldetr.training.supervised import SupervisedStage
 
 PARTS = {"head": {"class_head"}, "representation": {"class_head", "representation"}}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 10)
 
 
 def make_stage(store, mode, probe):
@@ -83,8 +77,3 @@ def test_during_a_run_frozen_features_have_no_dropout(store, tmp_path, monkeypat
     monkeypatch.setattr(SupervisedStage, "compute", watch)
     train(make_experiment("parallel", probe="head", epochs=2), [store], make_split(store, 8, 2), tmp_path)
     assert set(seen) == {(True, False, True), (False, False, False)}
-
-
-def test_the_probe_of_a_model_without_a_representation_is_refused():
-    with pytest.raises(ConfigError, match=r"experiments\.tiny\.training\.probe: got 'head', expected none in mode"):
-        make_experiment("baseline", probe="head")

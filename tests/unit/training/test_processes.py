@@ -10,21 +10,25 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny_training import assert_same_result, make_experiment, make_split, make_store, read_log, train
+from tiny_training import (
+    assert_same_result,
+    make_experiment,
+    make_split,
+    make_ssl_experiment,
+    make_store,
+    read_log,
+    train,
+)
 
 from celldetr.model.weights import read_checkpoint
 from celldetr.runtime.errors import NonFinite, Occupied, ProcessFailed
 from celldetr.training import run_state
 
 HELPERS = Path(__file__).parents[2] / "helpers"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
 
 
 def start(code):
@@ -155,17 +159,18 @@ def test_one_of_two_processes_killed_ends_the_run_with_its_name(store, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(store, tmp_path):
-    model = {"dropout": 0.0}
-    settings = {"noise": {"share": 0.7}, "cache": "none", "workers": 0}
+@pytest.mark.parametrize("make", [partial(make_experiment, "parallel", noise={"share": 0.7}), make_ssl_experiment])
+def test_two_processes_have_the_losses_of_one(store, tmp_path, make):
+    settings = {"model": {"dropout": 0.0}, "cache": "none", "workers": 0}
+    if make is make_ssl_experiment:
+        store = make_store(tmp_path / "slide.zarr", 14, classes=())
     split = make_split(store, 9, 5)
-    train(make_experiment("parallel", model, **settings), [store], split, tmp_path / "one")
-    train(make_experiment("parallel", model, gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")
+    train(make(**settings), [store], split, tmp_path / "one")
+    train(make(gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")
     for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        for part in ("train", "val"):
-            for name in ("loss", "nucleus", "l1", "giou", "classes"):
-                assert two[part][name] == pytest.approx(one[part][name], rel=1e-4), (part, name)
-        assert two["val"]["detection"] == pytest.approx(one["val"]["detection"])
+        assert two["train"] == (one["train"] and pytest.approx(one["train"], rel=1e-4))
+        for name, value in one["val"].items():
+            assert two["val"][name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.slow

@@ -4,22 +4,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_training import (
-    assert_same_result,
     make_crowded_store,
-    make_experiment,
     make_split,
     make_ssl_experiment,
     make_store,
     read_log,
-    stopping,
     train,
 )
 
 from celldetr.config.evaluation import ScoringSettings
-from celldetr.config.experiment import Experiment
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.weights import load_model, read_checkpoint
-from celldetr.runtime.errors import ConfigError, Interrupted
+from celldetr.model.weights import load_model
 from celldetr.training import ssl
 from celldetr.training.contrastive import (
     contrastive_loss,
@@ -187,71 +182,3 @@ def test_the_weight_of_the_contrastive_loss_counts(store, tmp_path):
     for part, line in (("train", 1), ("val", 0)):
         one, three = (read_log(tmp_path / weight)[line][part] for weight in ("1.0", "3.0"))
         assert three["loss"] - one["loss"] == pytest.approx(2 * one["contrastive"], rel=1e-4)
-
-
-def test_a_stopped_run_goes_on_exactly(store, tmp_path, monkeypatch):
-    experiment, split = make_ssl_experiment(epochs=2), make_split(store, 9, 4)
-    train(experiment, [store], split, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stopping(patch, 3)
-        with pytest.raises(Interrupted):
-            train(experiment, [store], split, tmp_path / "run")
-    train(experiment, [store], split, tmp_path / "run")
-    assert_same_result(tmp_path / "whole", tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(store, tmp_path):
-    split, model = make_split(store, 9, 5), {"dropout": 0.0}
-    settings = {"cache": "none", "workers": 0}
-    train(make_ssl_experiment(model, **settings), [store], split, tmp_path / "one")
-    train(make_ssl_experiment(model, gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")
-    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
-    assert [line["epoch"] for line in two] == [0, 1, 2, 3]
-    for a, b in zip(one, two, strict=True):
-        for part in ("train", "val") if a["train"] else ("val",):
-            for name in ("loss", "contrastive", "nucleus", "l1", "giou"):
-                assert b[part][name] == pytest.approx(a[part][name], rel=1e-4), (part, name)
-        assert b["val"]["retrieval"] == pytest.approx(a["val"]["retrieval"])
-        assert b["val"]["spread"] == pytest.approx(a["val"]["spread"], rel=1e-3)
-
-
-def test_going_on_to_classes_drops_the_projection_and_starts_a_class_head(store, tmp_path, caplog):
-    caplog.set_level("INFO")
-    pretrained = train(make_ssl_experiment(epochs=1), [store], make_split(store, 6, 3), tmp_path / "ssl")
-    labelled = make_store(tmp_path / "fold1.zarr", 8)
-    tune = make_experiment("parallel", {"representation": {"layers": 2}}, epochs=1, lr=1e-12, backbone_lr=0.0)
-    tuned = train(tune, [labelled], make_split(labelled, 4, 3), tmp_path / "tuned", initial=pretrained)
-    before, after = (read_checkpoint(path)["state"] for path in (pretrained, tuned))
-    assert {name.split(".")[0] for name in before.keys() - after.keys()} == {"projection"}
-    assert after.keys() - before.keys() == {"class_head.weight", "class_head.bias"}
-    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before.keys() & after.keys())
-    assert "2 tensors start from random weights" in caplog.text
-    assert "4 tensors of" in caplog.text
-    assert "projection.0.weight" in caplog.text
-
-
-def test_a_classifier_can_start_pretraining(store, tmp_path):
-    labelled = make_store(tmp_path / "fold1.zarr", 8)
-    first = make_experiment("parallel", {"representation": {"layers": 2}}, epochs=1)
-    path = train(first, [labelled], make_split(labelled, 4, 3), tmp_path / "first")
-    again = train(make_ssl_experiment(epochs=1), [store], make_split(store, 4, 3), tmp_path / "ssl", initial=path)
-    assert "class_head.weight" not in read_checkpoint(again)["state"]
-
-
-@pytest.mark.parametrize(
-    ("stage", "key", "value", "message"),
-    [
-        ("ssl", "mode", "sequential", "experiments.tiny.model.mode: got 'sequential', expected parallel"),
-        ("ssl", "projection", 0, "experiments.tiny.model.projection: got 0"),
-        ("ssl", "classes", ["a"], "experiments.tiny.model.classes: got ['a'], expected none"),
-        ("supervised", "projection", 8, "experiments.tiny.model.projection: got 8, expected 0"),
-        ("supervised", "classes", [], "experiments.tiny.model.classes: got [], expected at least one"),
-    ],
-)
-def test_models_that_do_not_fit_the_stage_are_refused(stage, key, value, message):
-    values = (make_ssl_experiment() if stage == "ssl" else make_experiment()).to_dict()
-    values["model"][key] = value
-    with pytest.raises(ConfigError) as error:
-        Experiment.from_dict(values)
-    assert message in str(error.value)
