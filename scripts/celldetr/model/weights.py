@@ -149,8 +149,8 @@ def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     """
     settings = dict(_model_file(path, content)["settings"])
     settings.pop("fast", None)  # earlier versions saved how to compute; it changes no weights
-    if settings.get("projection"):  # and took this setting from the stage
-        settings["representation"] = {"positions": False} | settings["representation"]
+    if settings.get("projection") and isinstance(own := settings.get("representation"), Mapping):
+        settings["representation"] = {"positions": False, **own}  # earlier versions had it in the stage
     try:
         return ModelSettings.from_dict(settings, "settings")
     except ConfigError as error:
@@ -159,7 +159,7 @@ def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 
 def _model_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mapping[str, Any]:
     found = content.get("format")
-    if found != FORMAT or not {"settings", "state"} <= content.keys():
+    if found != FORMAT or not all(isinstance(content.get(part), Mapping) for part in ("settings", "state")):
         raise InputError(
             f"{path}: got keys {sorted(map(str, content))[:8]} and format {found!r}, expected a model file of format "
             f"{FORMAT}; scripts/import_checkpoint.py converts checkpoints of other codes"
@@ -260,7 +260,7 @@ def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathL
 
 def _why_unfit(tensor: Any, own: Tensor) -> str | None:
     """Say why a value of a file cannot replace a tensor of the model; None if it can."""
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         return f"got a {type(tensor).__name__}, expected a tensor"
     if tensor.shape != own.shape:
         return f"got {tuple(tensor.shape)}, expected {tuple(own.shape)}"

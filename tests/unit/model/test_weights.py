@@ -71,6 +71,7 @@ def test_weights_that_do_not_fit_are_refused(path):
         (torch.full((2, 32), torch.nan), "level_embed: holds values that are not finite"),
         (torch.zeros(1).expand(2, 32), "level_embed: holds fewer values than its shape"),
         ([0.0], "level_embed: got a list"),
+        (torch.ones(2, 32).to_sparse(), "level_embed: got a Tensor"),
     ):
         change(path, state={"level_embed": value})
         with pytest.raises(InputError, match=message):
@@ -175,6 +176,11 @@ def test_files_that_are_no_model_files_are_refused(path):
         (saved(torch.zeros(3)), "got a Tensor, expected a mapping"),
         (saved({"weights": 1}), r"got keys \['weights'\] and format None, expected a model file of format 1"),
         (saved({"format": 2, "settings": {}, "state": {}}), "format 2"),
+        (saved({"format": 1, "settings": [], "state": {}}), "expected a model file"),
+        (
+            saved({"format": 1, "settings": {"projection": 8, "representation": 3}, "state": {}}),
+            "representation: got 3",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message) as error:
