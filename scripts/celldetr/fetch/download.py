@@ -158,12 +158,13 @@ def stop_if_full(error: Exception, final: Path) -> None:
     InputError
         The disk is full.
     """
-    if isinstance(error, MemoryError):
+    cause = error.__cause__ or error
+    if isinstance(cause, MemoryError):
         raise error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         raise InputError(
-            f"{final}: the disk is full ({error.strerror}); free some space and start again: what has arrived is kept"
-        ) from error
+            f"{final}: the disk is full ({cause.strerror}); free some space and start again: what has arrived is kept"
+        ) from cause
 
 
 def need_space(folder: Path, needed: int) -> None:
