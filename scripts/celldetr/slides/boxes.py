@@ -16,10 +16,8 @@ _THINNEST = 1e-3  # px; a thinner outline has no area
 class SlideNuclei:
     """Nuclei of a slide (M)."""
 
-    outlines: NDArray[np.object_]
-    """(M,) valid polygons, or polygons in pieces, px."""
-    labels: NDArray[np.int8]
-    """(M,) classes; -1 = no label."""
+    outlines: NDArray[np.object_]  # (M,) valid polygons, or polygons in pieces, px
+    labels: NDArray[np.int8]  # (M,) classes; -1 = no label
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,18 +39,12 @@ class SlideNuclei:
 class PatchBoxes:
     """Boxes (K) of what patches (N) show of nuclei, patch after patch; pixels count from the corner of the patch."""
 
-    ptr: NDArray[np.int64]
-    """(N + 1,) the boxes of patch i are those from ``ptr[i]`` to ``ptr[i + 1]``."""
-    nuclei: NDArray[np.int64]
-    """(K,) index of each box's nucleus; in the order of the nuclei within a patch."""
-    boxes: NDArray[np.float64]
-    """(K, 4) bounds of the visible part, px."""
-    centroids: NDArray[np.float64]
-    """(K, 2) centroid of the visible part, px."""
-    cut: NDArray[np.bool_]
-    """(K,) whether the edge of the patch cuts the nucleus."""
-    hidden: NDArray[np.int64]
-    """(N,) nuclei of which too little is visible."""
+    ptr: NDArray[np.int64]  # (N + 1,) the boxes of patch i are those from ptr[i] to ptr[i + 1]
+    nuclei: NDArray[np.int64]  # (K,) index of each box's nucleus, rising within a patch
+    boxes: NDArray[np.float64]  # (K, 4) bounds of the visible part, px
+    centroids: NDArray[np.float64]  # (K, 2) of the visible part, px
+    cut: NDArray[np.bool_]  # (K,) whether the edge of the patch cuts the nucleus
+    hidden: NDArray[np.int64]  # (N,) nuclei of which too little is visible
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -75,23 +67,9 @@ class PatchBoxes:
 def place_outlines(
     polygons: ArrayLike, to_level0: NDArray[np.floating], image_mpp: float, mpp: float
 ) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
-    """Outlines in pixels of the patches.
+    """Outlines (M,) in px of `mpp` um, valid even if they cross themselves; and whether each (M,) has a finite area.
 
-    Parameters
-    ----------
-    polygons
-        (M,) outlines in a frame of their own.
-    to_level0
-        (3, 3) affine from that frame to level-0 px of the slide.
-    image_mpp
-        Size of a level-0 pixel in um.
-    mpp
-        Size of a pixel of the result in um.
-
-    Returns
-    -------
-    tuple
-        Outlines (M,), made valid if they cross themselves; and whether each (M,) is finite and has an area.
+    `to_level0` is an affine (3, 3) from the frame of the `polygons` (M,) to level-0 px of `image_mpp` um.
     """
     affine = np.asarray(to_level0, dtype=np.float64)[:2] * (image_mpp / mpp)
     outlines = np.array(polygons, dtype=object)
@@ -109,16 +87,8 @@ def visible_boxes(
 ) -> PatchBoxes:
     """Box in each patch what is visible of every nucleus, as PanNuke labels the nuclei at its edges.
 
-    Parameters
-    ----------
-    outlines
-        (M,) valid outlines with an area, px.
-    corners
-        (N, 2) x, y of the patches' first pixels, px; patches may overlap.
-    size
-        Side of the patches, px.
-    min_visible
-        Smallest fraction of a nucleus' area that must lie in a patch.
+    `outlines` (M,) are valid and have an area; `corners` (N, 2) are x, y of the first pixels of the patches, which are
+    `size` px wide and may overlap; `min_visible` is the smallest fraction of a nucleus' area that must lie in a patch.
     """
     low = np.asarray(corners, dtype=np.float64).reshape(-1, 2)
     squares = shapely.box(*low.T, *(low + size).T)

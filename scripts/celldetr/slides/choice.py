@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,19 +26,12 @@ class SlidePatches:
     """Patches (N) in the store of a slide."""
 
     store: str
-    """Name of the store."""
-    group: str
-    """Slide or donor."""
-    tissue: str
-    """Organ."""
-    x: NDArray[np.int64]
-    """(N,) first columns, px of level 0."""
-    y: NDArray[np.int64]
-    """(N,) first rows, px of level 0."""
-    nuclei: NDArray[np.int64]
-    """(N,) nuclei in each patch."""
-    side: float
-    """Side of a patch, px of level 0."""
+    group: str  # slide or donor
+    tissue: str  # organ
+    x: NDArray[np.int64]  # (N,) first columns, px of level 0
+    y: NDArray[np.int64]  # (N,) first rows
+    nuclei: NDArray[np.int64]  # (N,) nuclei in each patch
+    side: float  # of a patch, px of level 0
 
     def __len__(self) -> int:
         return len(self.x)
@@ -45,40 +39,25 @@ class SlidePatches:
     @classmethod
     def of(cls, store: PatchStore, group: str, tissue: str) -> "SlidePatches":
         """Read the patches of a store; group and tissue come from the sheet, since an empty store has none."""
-        image = store.attrs.get("image", {})
-        side = store.patch_size * store.mpp / float(image.get("mpp", store.mpp))
+        side = store.patch_size * store.mpp / float(store.attrs.get("image", {}).get("mpp", store.mpp))
         x, y = (store.patches[axis].to_numpy(np.int64) for axis in ("x", "y"))
         return cls(store.path.stem, group, tissue, x, y, np.diff(store.box_ptr), side)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Chosen patches, and counts of them."""
+class Choice(NamedTuple):
+    """Chosen patches (``store``, ``patch``, ``part``), and counts for all, each tissue and each slide."""
 
     split: pd.DataFrame
-    """``store``, ``patch``, ``part``."""
     summary: pd.DataFrame
-    """Available and chosen patches: all, of each tissue, and of each slide."""
 
 
 def choose_patches(slides: Sequence[SlidePatches], *, total: int, val_share: float, seed: int) -> Choice:
-    """Choose patches for training and validation.
+    """Choose `total` patches (all if there are fewer) for training and validation.
 
     Each tissue gives the same number of patches; a tissue with fewer gives all, and the others make up for it.
     Validation patches come from groups that are not used for training, if the other groups of the tissue have enough
     patches. Otherwise they come from a strip along one side of a slide, and patches that overlap the strip are not
-    used.
-
-    Parameters
-    ----------
-    slides
-        All slides; a slide without patches only appears in the summary.
-    total
-        Patches wanted; all are taken if there are fewer.
-    val_share
-        Fraction used for validation.
-    seed
-        Seed of the draw.
+    used. A slide without patches only appears in the summary.
 
     Raises
     ------
@@ -134,14 +113,7 @@ def _pools(
 ) -> tuple[NDArray[np.object_], dict[str, str]]:
     """Part that each patch may be drawn for (empty: none); and a note on each slide used for validation.
 
-    Parameters
-    ----------
-    table
-        All patches.
-    val, train
-        Quotas of each tissue.
-    rng
-        Decides between groups of the same size.
+    `val` and `train` are the quotas of each tissue; `rng` decides between groups of the same size.
     """
     sizes = table.groupby(["group", "tissue"]).size().unstack(fill_value=0)
     held: list[str] = []
@@ -192,27 +164,18 @@ def _strip(table: pd.DataFrame, pool: NDArray[np.object_], chosen: pd.Series, qu
 
 def _summary(table: pd.DataFrame, slides: Sequence[SlidePatches], how: Mapping[str, str], total: int) -> pd.DataFrame:
     """Count the patches of all slides (beside the paper's number), of each tissue and of each slide."""
-    rows = [_row("all", "all", table, {"paper": PAPER_TOTAL, "note": f"{total} wanted"})]
+    counts: list[tuple[str, str, pd.DataFrame, int | None, str]] = [
+        ("all", "all", table, PAPER_TOTAL, f"{total} wanted")
+    ]
     for tissue in sorted({slide.tissue for slide in slides}):
-        rows.append(_row("tissue", tissue, table[table["tissue"] == tissue], {}))
+        counts.append(("tissue", tissue, table[table["tissue"] == tissue], None, ""))
     for slide in slides:
-        note = "no patches: damaged" if not len(slide) else how.get(slide.store, "")
-        rows.append(_row("slide", slide.store, table[table["store"] == slide.store], {"note": note}))
+        note = how.get(slide.store, "") if len(slide) else "no patches: damaged"
+        counts.append(("slide", slide.store, table[table["store"] == slide.store], None, note))
+    rows = []
+    for level, name, patches, paper, note in counts:
+        used = patches[patches["part"] != ""]
+        row = {"level": level, "name": name, "slides": patches["store"].nunique(), "available": len(patches)}
+        row |= {"chosen": len(used), **{part: (used["part"] == part).sum() for part in ("train", "val")}}
+        rows.append({**row, "nuclei": used["nuclei"].sum(), "paper": paper, "note": note})
     return pd.DataFrame(rows).astype({"paper": "Int64"})
-
-
-def _row(level: str, name: str, table: pd.DataFrame, more: Mapping[str, object]) -> dict[str, object]:
-    used = table[table["part"] != ""]
-    return {
-        "level": level,
-        "name": name,
-        "slides": table["store"].nunique(),
-        "available": len(table),
-        "chosen": len(used),
-        "train": int((used["part"] == "train").sum()),
-        "val": int((used["part"] == "val").sum()),
-        "nuclei": int(used["nuclei"].sum()),
-        "paper": None,
-        "note": "",
-        **more,
-    }

@@ -53,29 +53,11 @@ def cut_patches(
     workers: int = 1,
     skip: bool = False,
 ) -> PatchGrid:
-    """Write the patches of a grid to a store; the bytes do not depend on the number of workers.
+    """Write the patches of a grid to a store, and return the grid of what was written.
 
-    Parameters
-    ----------
-    image
-        Colour slide.
-    grid
-        Patches and the boxes of the nuclei in each.
-    labels
-        (M,) classes of the slide's nuclei.
-    out
-        Store to write.
-    classes, source, group, tissue, attrs
-        See `StoreWriter`; attributes `patches_passed_over` and damaged patches are added.
-    workers
-        Threads. Each holds a few blocks of patches and a cache of tiles in memory.
-    skip
-        Leave out patches that cannot be decoded instead of raising an error.
-
-    Returns
-    -------
-    PatchGrid
-        The patches that were written.
+    `labels` (M,) are the classes of the slide's nuclei; for `classes` to `attrs` see `StoreWriter`: attributes
+    `patches_passed_over` and damaged patches are added. With `skip`, patches that cannot be decoded are left out. Each
+    of the `workers` (threads) holds a few blocks of patches and some tiles; the bytes do not depend on their number.
 
     Raises
     ------

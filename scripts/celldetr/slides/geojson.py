@@ -41,6 +41,8 @@ class Outline(NamedTuple):
 
 MOST_CORNERS = 100_000
 """Of an outline that is read; that of a nucleus has tens, that of a tissue may have any number."""
+MOST_IN_FILE = 200_000_000
+"""Corners of all outlines together, 3 GB."""
 _BATCH = 20_000  # outlines in a batch
 _LEVELS = {"Polygon": 0, "MultiPolygon": 1}  # arrays around a polygon, within "coordinates"
 _CORNERS = 3  # fewest of a ring; it need not be closed
@@ -180,11 +182,12 @@ def _polygons(events: Events) -> tuple[int, list[Polygon]]:
     ring: list[float] = []
     rings: Polygon = []
     polygons: list[Polygon] = []
-    corners = 0
+    corners = total = 0
     broken = False
     for event, value in events:
         if event == "number":
-            point.append(value)
+            if len(point) < 2:  # without the height
+                point.append(value)
         elif event == "start_array":
             depth += 1
             broken = broken or bool(point)
@@ -196,7 +199,7 @@ def _polygons(events: Events) -> tuple[int, list[Polygon]]:
                 corners += 1
                 broken = broken or corners > MOST_CORNERS
                 if not broken:
-                    ring += point[:2]  # without the height
+                    ring += point
                 point = []
             elif depth == around_points - 1:
                 broken = broken or len(ring) < 2 * _CORNERS
@@ -205,6 +208,9 @@ def _polygons(events: Events) -> tuple[int, list[Polygon]]:
                 ring = []
             elif depth == around_points - 2:
                 polygons.append([] if broken else rings)
+                total += 0 if broken else corners
+                if total > MOST_IN_FILE:
+                    raise ijson.JSONError(f"got more than {MOST_IN_FILE:,} corners in a geometry")
                 ring, rings, corners, broken = [], [], 0, False
             if not depth:
                 break

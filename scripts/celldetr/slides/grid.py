@@ -25,18 +25,12 @@ _COVERED = 0.999  # smallest share of a patch that must have been imaged: all of
 class PatchGrid:
     """Patches (N) to cut out of a slide, in the order of the store."""
 
-    size: int
-    """Side of a patch, px."""
-    mpp: float
-    """Size of a pixel of the patches, um."""
-    image_mpp: float
-    """Size of a level-0 pixel of the slide, um."""
-    corners: NDArray[np.int64]
-    """(N, 2) x, y of the first pixels, px of `mpp` um."""
-    boxes: PatchBoxes
-    """Nuclei in the patches."""
-    passed_over: dict[str, int]
-    """Reason -> patches of the grid that are not cut."""
+    size: int  # side of a patch, px
+    mpp: float  # um per px of the patches
+    image_mpp: float  # um per level-0 px of the slide
+    corners: NDArray[np.int64]  # (N, 2) x, y of the first pixels, px of `mpp` um
+    boxes: PatchBoxes  # nuclei in the patches
+    passed_over: dict[str, int]  # reason -> patches of the grid that are not cut
 
     def __len__(self) -> int:
         return len(self.corners)
@@ -72,24 +66,18 @@ def patch_grid(
     seed: int,
     imaged: Raster | None = None,
 ) -> PatchGrid:
-    """Lay a grid over the slide, from its corner, and choose patches.
+    """Lay a grid of patches, `size` px of `mpp` um, over the slide, from its corner, and choose patches.
 
     Parameters
     ----------
-    image_size
-        Width and height of the slide, level-0 px.
-    image_mpp
-        Size of a level-0 pixel in um.
+    image_size, image_mpp
+        Width and height of the slide, level-0 px, and um per px.
     nuclei
         Nuclei of the slide, px of `mpp` um.
-    size, mpp
-        Side of a patch in px, and size of its pixels in um.
     tissue
         Where there is tissue.
-    settings
-        Rules for the choice.
-    seed
-        Seed of the draw if there are more than `max_patches`.
+    settings, seed
+        Rules for the choice; the seed draws if there are more than `max_patches`.
     imaged
         Area in which nuclei are known, if not everywhere. Patches that reach beyond it are left out: their nuclei would
         be taken for background.

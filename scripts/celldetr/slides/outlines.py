@@ -28,14 +28,13 @@ from scipy.sparse.csgraph import connected_components
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
-from celldetr.slides.geojson import MOST_CORNERS, read_geojson
+from celldetr.slides.geojson import MOST_CORNERS, MOST_IN_FILE, read_geojson
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
 _LONGEST_UM, _LARGEST_UM2 = 60.0, 1000.0  # longest side and area of a nucleus
 _APART_UM = 1.0  # farthest distance between pieces of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
-_MOST_IN_FILE = 200_000_000  # corners of all outlines together, 3 GB
 _MOST_WKB = 16 * MOST_CORNERS  # bytes
 _UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNERS:,} corners"
 _OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
@@ -48,31 +47,18 @@ _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or zipped GeoJSON"
 class NucleusFile:
     """Nuclei of a file."""
 
-    nuclei: SlideNuclei
-    """In px of the wanted size; no labels."""
-    dropped: Counter[str]
-    """Reason -> outlines that give no nucleus."""
-    repaired: int
-    """Outlines that cross themselves; their boxes are kept."""
+    nuclei: SlideNuclei  # in px of the wanted size; no labels
+    dropped: Counter[str]  # reason -> outlines that give no nucleus
+    repaired: int  # outlines that cross themselves; their boxes are kept
 
 
 def read_nucleus_file(
     path: str | os.PathLike[str], *, image_mpp: float, mpp: float, unit: str = "px", cells: bool = False
 ) -> NucleusFile:
-    """Read the nuclei of a slide.
+    """Read the nuclei of a slide with level-0 px of `image_mpp` um, in px of `mpp` um; the content tells the format.
 
-    Parameters
-    ----------
-    path
-        File; its format is recognised by its content.
-    image_mpp
-        Size of a level-0 pixel of the slide in um.
-    mpp
-        Size of a pixel of the result in um.
-    unit
-        Of the file's coordinates: ``px`` of level 0, or ``um``.
-    cells
-        Whether to take the outline of a cell if there is none of its nucleus.
+    `unit` is that of the file's coordinates: ``px`` of level 0, or ``um``. With `cells`, the outline of a cell is taken
+    if there is none of its nucleus.
 
     Raises
     ------
@@ -98,8 +84,8 @@ def read_nucleus_file(
         outlines.append(placed[solid & small])
         annotated.append((kinds[good] == "annotation")[owner][solid & small])
         corners += int(shapely.get_num_coordinates(outlines[-1]).sum())
-        if corners > _MOST_IN_FILE:
-            raise InputError(f"{file}: got more than {_MOST_IN_FILE:,} corners, expected fewer; simplify the outlines")
+        if corners > MOST_IN_FILE:
+            raise InputError(f"{file}: got more than {MOST_IN_FILE:,} corners, expected fewer; simplify the outlines")
     found = np.concatenate(outlines)
     if detections:
         by_hand = np.concatenate(annotated)

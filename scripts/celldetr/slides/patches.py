@@ -31,20 +31,13 @@ class Slide:
 
     name: str
     file: Path
-    nuclei: Path
-    """Outlines of the nuclei."""
-    group: str
-    """Slide or donor."""
-    tissue: str
-    """Organ."""
-    mpp: float | None = None
-    """Size of a level-0 pixel in um; None: as the file says."""
-    unit: str = "px"
-    """Of the outlines: ``px`` of level 0, or ``um``."""
-    cell_outlines: bool = False
-    """Whether to take the outline of a cell if there is none of its nucleus."""
-    check_outlines: bool = True
-    """Whether to refuse outlines that do not fit the slide."""
+    nuclei: Path  # outlines
+    group: str  # slide or donor
+    tissue: str  # organ
+    mpp: float | None = None  # um per level-0 px; None: as the file says
+    unit: str = "px"  # of the outlines: px of level 0, or um
+    cell_outlines: bool = False  # take the outline of a cell if there is none of its nucleus
+    check_outlines: bool = True  # refuse outlines that do not fit the slide
 
 
 @dataclass(frozen=True)
@@ -53,10 +46,8 @@ class SlideExtraction:
 
     grid: PatchGrid
     tissue: Raster
-    nuclei: SlideNuclei
-    """Nuclei on the slide, px of the grid."""
-    counts: list[tuple[str, str, int]]
-    """(kind, name, count) of what was checked, dropped, repaired, damaged and not taken."""
+    nuclei: SlideNuclei  # on the slide, px of the grid
+    counts: list[tuple[str, str, int]]  # kind, name, count: checked, dropped, repaired, damaged, not taken
 
 
 def extract_slide(
@@ -70,25 +61,10 @@ def extract_slide(
     seed: int,
     workers: int,
 ) -> SlideExtraction | None:
-    """Cut a slide into patches; None if it cannot be opened and damage is skipped.
+    """Cut a slide into patches of `size` px of `mpp` um; the store has no classes, and its nuclei no labels.
 
-    Parameters
-    ----------
-    slide
-        Slide and outlines to read.
-    out
-        Store to write; it has no classes, and its nuclei have no labels.
-    size, mpp
-        Side of a patch in px, and size of its pixels in um.
-    settings
-        Which patches are taken.
-    on_damage
-        ``stop``: raise an error if something cannot be decoded. ``skip``: leave such patches out; a slide that cannot
-        be opened gives a store without patches.
-    seed
-        Seed of the draw.
-    workers
-        Threads.
+    If something cannot be decoded, `on_damage` says whether to ``stop`` or to ``skip`` it: such patches are left out,
+    and a slide that cannot be opened gives a store without patches, and None. `workers` are threads.
 
     Raises
     ------
@@ -128,7 +104,7 @@ def extract_slide(
     )
     counts = [
         *plan.counts,
-        ("damaged", "regions of the overview", len(lost)),
+        ("damaged", "regions of the overview and the check", len(lost)),
         ("damaged", "patches", len(plan.grid) - len(written)),
         *(("not taken", f"patches {name}", count) for name, count in written.passed_over.items()),
     ]

@@ -216,7 +216,7 @@ def test_memory_has_limits(tmp_path, monkeypatch):
     assert lost(read(tmp_path / "n", [{"geometry": huge}])) == {"outlines that are empty": 1}
     pd.DataFrame({"geometry": shapely.to_wkb([shapely.Polygon(ring), SHAPES[0]])}).to_parquet(tmp_path / "n")
     assert lost(read(tmp_path / "n")) == {"outlines that are empty": 1}
-    monkeypatch.setattr(outlines, "_MOST_IN_FILE", 1000)
+    monkeypatch.setattr(outlines, "MOST_IN_FILE", 1000)
     with pytest.raises(InputError, match="more than 1,000 corners"):
         read(write("geoparquet", tmp_path))
 
