@@ -2,7 +2,7 @@
 
 Usage: python tests/benchmarks/bench_slides.py [--repeats N] [--workers N] [--polygons N] [--slide S --nuclei N]
 Without a slide, a mosaic is drawn: 512 px fields of texture in a margin of glass, deflate tiles of 256 px, levels of
-half the size, 0.25 um per px, round nuclei as outlines. All ways run in turn as whole processes; ratios of medians.
+half the size, 0.25 um per px, round nuclei. All ways run in turn as whole processes; ratios of medians.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from celldetr.slides.pyramid import open_pyramid
 from celldetr.config.slides import SlidePatchSettings
 from celldetr.slides.patches import Slide, extract_slide
 from celldetr.slides.tissue import tissue_mask
-from celldetr.store import StoreWriter
+from celldetr.store import StoreWriter, open_store
 PATH, NUCLEI, OUT, WORKERS = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 settings = SlidePatchSettings()
 with open_pyramid(PATH) as image:
@@ -64,6 +64,17 @@ cut_patches(PATH, grid, nuclei.labels, OUT, classes=(), source="s", group="g", t
     "the whole step (outlines, tissue, plan, extraction)": """
 slide = Slide("s", PATH, NUCLEI, "g", "t", mpp)
 extract_slide(slide, OUT, size=256, mpp=0.25, settings=settings, on_damage="stop", seed=0, workers=WORKERS)
+""",
+    "store: one patch after another, in no order": """
+store = open_store(OUT)
+start = time.perf_counter()
+for patch in np.random.default_rng(0).permutation(len(store)):
+    store.images([patch])
+""",
+    "store: all patches": """
+store = open_store(OUT)
+start = time.perf_counter()
+store.images(range(len(store)))
 """,
     "OpenSlide, one process: reading alone": f"""{READ}
 for x, y in rows:
@@ -102,7 +113,12 @@ def draw_slide(path: Path, nuclei: Path, columns: int, rows: int) -> None:
             y, x = MARGIN + row * FIELD, MARGIN + column * FIELD
             slide[y : y + FIELD, x : x + FIELD] = fields[(row * columns + column) % len(fields)]
     centres = rng.uniform(MARGIN, [MARGIN + columns * FIELD, MARGIN + rows * FIELD], (80 * rows * columns, 2))
-    write_outlines(nuclei, centres, rng)
+    radii = rng.uniform(10, 20, len(centres))
+    for (x, y), radius in zip(centres, radii, strict=True):
+        area = slide[int(y - radius) : int(y + radius) + 2, int(x - radius) : int(x + radius) + 2]
+        down, across = np.ogrid[: area.shape[0], : area.shape[1]]
+        area[np.hypot(across + int(x - radius) + 0.5 - x, down + int(y - radius) + 0.5 - y) < radius] = (90, 60, 130)
+    write_outlines(nuclei, centres, radii)
     with tifffile.TiffWriter(path) as writer:
         level, factor = slide, 1
         while True:
@@ -122,9 +138,8 @@ def draw_slide(path: Path, nuclei: Path, columns: int, rows: int) -> None:
             factor *= 2
 
 
-def write_outlines(path: Path, centres: np.ndarray, rng: np.random.Generator) -> None:
+def write_outlines(path: Path, centres: np.ndarray, radii: np.ndarray) -> None:
     """Write round nuclei of 32 corners as GeoParquet or GeoJSON."""
-    radii = rng.uniform(10, 20, len(centres))
     angles = np.linspace(0, 2 * np.pi, 33)
     rings = centres[:, None] + radii[:, None, None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     polygons = geopandas.GeoSeries(shapely.polygons(rings.round(2)), crs="EPSG:3857")  # GeoJSON wants one
@@ -171,7 +186,7 @@ def main() -> None:
         for suffix in ("parquet", "geojson") if options.polygons else ():
             for count in (options.polygons // 10, options.polygons):
                 path = Path(folder) / f"many.{suffix}"
-                write_outlines(path, rng.uniform(0, 50_000, (count, 2)), rng)
+                write_outlines(path, rng.uniform(0, 50_000, (count, 2)), rng.uniform(10, 20, count))
                 found, taken, more = run(OUTLINES, path)
                 size = path.stat().st_size / 2**20
                 print(
