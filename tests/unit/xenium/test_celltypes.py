@@ -254,6 +254,11 @@ def test_reannotation_finds_held_out_types(reference, sample):
     assert found["macro_f1"] > 0.85
     assert found["f1"]["Mast"] is None
     assert np.sum(found["confusion"]) + found["without_counts"] == 80
+    # cells without counts are not found
+    counted = reference.X.tolil()
+    counted[np.flatnonzero((reference.obs["type"] == "T") & reference.obs["held_out"])[::2]] = 0
+    half = anndata.AnnData(sparse.csr_matrix(counted), obs=reference.obs, var=reference.var, uns=reference.uns)
+    assert reannotate(half, counts, SETTINGS, 0)["f1"]["T"] == pytest.approx(2 / 3, abs=0.08)
     # labels that mean nothing cannot be found again
     shuffled = reference.copy()
     order = np.random.default_rng(0).permutation(shuffled.n_obs)

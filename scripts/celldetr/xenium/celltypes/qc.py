@@ -7,6 +7,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
+from sklearn.metrics import confusion_matrix, f1_score
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
@@ -113,9 +114,9 @@ def reannotate(
     """Annotate the held-out cells of the reference as if they were cells of the sample.
 
     Their counts of the shared genes are thinned to the totals (N,) of the sample's cells, `transcripts`. Returns
-    ``confusion`` (10, 10: true type, type with the largest fraction; cells), ``f1`` (type -> F1, None without cells),
-    ``macro_f1`` (mean over the types with held-out cells), ``accuracy``, ``cells``, ``without_counts``,
-    ``labelled_share`` and ``labelled_accuracy`` (of the cells that pass the thresholds).
+    ``confusion`` (10, 10: true type, type with the largest fraction; cells with counts), ``f1`` (type -> F1, None
+    without cells), ``macro_f1`` (mean over the types with held-out cells), ``accuracy`` (of the cells with counts),
+    ``cells``, ``without_counts``, ``labelled_share`` and ``labelled_accuracy`` (of the cells that pass the thresholds).
     """
     held = reference[reference.obs["held_out"].to_numpy(dtype=bool)]
     thinned = thin(held, transcripts, np.random.default_rng(seed))
@@ -123,12 +124,10 @@ def reannotate(
     truth = held.obs["type"].map(ST_TYPES.index).to_numpy(dtype=np.int64)
     found = best(fractions)
     seen = found >= 0
-    confusion = np.zeros((len(ST_TYPES), len(ST_TYPES)), dtype=np.int64)
-    np.add.at(confusion, (truth[seen], found[seen]), 1)
-    present = np.bincount(truth, minlength=len(ST_TYPES)) > 0
-    # a cell without counts is a false negative of its type and a false positive of none
-    size = np.bincount(truth[seen], minlength=len(ST_TYPES)) + confusion.sum(axis=0)
-    f1 = np.where(size > 0, 2 * np.diag(confusion) / np.maximum(size, 1), 0.0)
+    every = np.arange(len(ST_TYPES))
+    present = np.isin(every, truth)
+    # a cell without counts (-1) is a false negative of its type and a false positive of none
+    f1 = f1_score(truth, found, labels=every, average=None, zero_division=0)
     try:
         labels = label_cells(fractions, second, totals(thinned).astype(np.int64), settings)["label"].to_numpy()
     except InputError:
@@ -137,7 +136,7 @@ def reannotate(
     return {
         "cells": len(truth),
         "without_counts": int((~seen).sum()),
-        "confusion": confusion.tolist(),
+        "confusion": confusion_matrix(truth, found, labels=every).tolist(),
         "f1": {name: float(f1[index]) if present[index] else None for index, name in enumerate(ST_TYPES)},
         "macro_f1": _mean(f1[present]),
         "accuracy": _mean((found == truth)[seen]),
