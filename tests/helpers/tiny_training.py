@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from celldetr.config.experiment import Experiment
+from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.weights import read_checkpoint
 from celldetr.store import StoreWriter, open_store
 from celldetr.training import loop
+from celldetr.training.data import Targets
 from celldetr.training.loop import Run, Training
+from celldetr.training.matching import Matching
 
 CLASSES = ("round", "long")
 SIZE = 32
@@ -109,6 +111,27 @@ def make_crowded_store(path, n_patches, seed=0):
     with StoreWriter(path, patch_size=SIZE, classes=(), mpp=0.5) as writer:
         writer.append(images, [boxes] * n_patches, [np.full(16, -1, np.int8)] * n_patches, patches=columns)
     return open_store(path)
+
+
+def random_detections(counts, queries=7, classes=1, layers=2, seed=0):
+    """Logits (L, B, Q, C), boxes (L, B, Q, 4) and the nuclei of images with these counts."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = max(1, *counts)
+
+    def boxes(*shape):
+        values = torch.rand(*shape, 4, generator=generator)
+        return torch.cat([values[..., :2] * 0.8 + 0.1, values[..., 2:] * 0.2 + 0.02], dim=-1)
+
+    logits = torch.randn(layers, len(counts), queries, classes, generator=generator)
+    labels = torch.randint(classes, (len(counts), slots), generator=generator)
+    labels[torch.arange(slots) >= torch.tensor(counts)[:, None]] = -1
+    found = boxes(layers, len(counts), queries)
+    return logits, found, Targets(boxes(len(counts), slots), labels, torch.tensor(counts))
+
+
+def match(logits, boxes, targets):
+    """Match with the costs of the paper."""
+    return Matching(logits.detach(), boxes.detach(), targets, MatchingSettings()).result()
 
 
 def train(experiment, stores, split, run_dir, **options):

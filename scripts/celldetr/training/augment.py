@@ -30,32 +30,18 @@ _STAINS, _UNMIXING = (tuple(map(tuple, table.tolist())) for table in (STAINS, UN
 
 
 class Draws(NamedTuple):
-    """Random numbers of one step; the first dimension of each array is the image.
+    """Random numbers of one step; the first dimension of each array is the image."""
 
-    Attributes
-    ----------
-    elastic, flip_x, flip_y, blur, jitter, hed
-        Whether the image gets it (B,) bool.
-    displacement
-        Displacement of the grid's nodes, x then y, as a fraction of the side (B, 2, 7, 7).
-    sigma
-        Standard deviation of the blur, px (B,).
-    colour
-        Factors of brightness, contrast and saturation, and the shift of the hue in turns (B, 4).
-    stain
-        Factors, then shifts, of hematoxylin and eosin (B, 2, 2).
-    """
-
-    elastic: NDArray[np.bool_]
+    elastic: NDArray[np.bool_]  # whether the image gets it (B,), as the five after it
     flip_x: NDArray[np.bool_]
     flip_y: NDArray[np.bool_]
     blur: NDArray[np.bool_]
     jitter: NDArray[np.bool_]
     hed: NDArray[np.bool_]
-    displacement: NDArray[np.float32]
-    sigma: NDArray[np.float32]
-    colour: NDArray[np.float32]
-    stain: NDArray[np.float32]
+    displacement: NDArray[np.float32]  # of the grid's nodes, x then y, as a fraction of the side (B, 2, 7, 7)
+    sigma: NDArray[np.float32]  # standard deviation of the blur, px (B,)
+    colour: NDArray[np.float32]  # factors of brightness, contrast, saturation; shift of the hue in turns (B, 4)
+    stain: NDArray[np.float32]  # factors, then shifts, of hematoxylin and eosin (B, 2, 2)
 
     def of(self, rows: slice) -> "Draws":
         """Random numbers of some of the images."""

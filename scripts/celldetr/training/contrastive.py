@@ -21,27 +21,13 @@ from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_str
 
 
 class Views(NamedTuple):
-    """Boxes for the representation decoder, in S slots: n originals, anchors, padding.
+    """Boxes for the representation decoder, in S slots: n originals, anchors, padding."""
 
-    Attributes
-    ----------
-    boxes
-        (B, S, 4), cxcywh in [0, 1]; the whole image at padding.
-    nucleus
-        Slot of each view's original (B, S); 0 at padding.
-    valid
-        False at padding (B, S).
-    anchor
-        True at anchors (B, S).
-    counts
-        Nuclei n of each image (B,).
-    """
-
-    boxes: Tensor
-    nucleus: Tensor
-    valid: Tensor
-    anchor: Tensor
-    counts: Tensor
+    boxes: Tensor  # (B, S, 4), cxcywh in [0, 1]; the whole image at padding
+    nucleus: Tensor  # slot of each view's original (B, S); 0 at padding
+    valid: Tensor  # False at padding (B, S)
+    anchor: Tensor  # True at anchors (B, S)
+    counts: Tensor  # nuclei n of each image (B,)
 
     @property
     def original(self) -> Tensor:

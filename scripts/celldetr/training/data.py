@@ -43,21 +43,11 @@ def random_stream(seed: int, step: int, purpose: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Targets:
-    """The nuclei of B images, padded to the same number of slots R.
+    """The nuclei of B images, padded to the same number of slots R."""
 
-    Attributes
-    ----------
-    boxes
-        (B, R, 4) float32, cxcywh in [0, 1]; the whole image at padding, so that no size is 0.
-    labels
-        (B, R) int64; -1 at padding and at nuclei without a label.
-    counts
-        Nuclei of each image (B,) int64, on the CPU.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    counts: Tensor
+    boxes: Tensor  # (B, R, 4) float32, cxcywh in [0, 1]; the whole image at padding, so that no size is 0
+    labels: Tensor  # (B, R) int64; -1 at padding and at nuclei without a label
+    counts: Tensor  # nuclei of each image (B,) int64, on the CPU
 
     @property
     def valid(self) -> Tensor:
@@ -68,29 +58,14 @@ class Targets:
 
 @dataclass
 class Batch:
-    """One process' images of a batch.
+    """One process' images of a batch."""
 
-    Attributes
-    ----------
-    images
-        (B, S, S, 3) uint8.
-    targets
-        Their nuclei.
-    patches
-        Index of each image in its `PatchData` (B,).
-    step
-        Step of the run; -1 in validation.
-    rows
-        Which images of the global batch these are.
-    counts_global
-        Nuclei of each image of the global batch. No view of a tensor: a loader process moves the memory of tensors.
-    """
-
-    images: Tensor
+    images: Tensor  # (B, S, S, 3) uint8
     targets: Targets
-    patches: NDArray[np.int64]
-    step: int
-    rows: slice
+    patches: NDArray[np.int64]  # index of each image in its `PatchData` (B,)
+    step: int  # of the run; -1 in validation
+    rows: slice  # which images of the global batch these are
+    # nuclei of each image of the global batch; no view of a tensor: a loader process moves the memory of tensors
     counts_global: NDArray[np.int64]
 
     @property
@@ -127,25 +102,15 @@ def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
 
 
 class PatchData:
-    """Patches of one part of a split, from all stores.
+    """Patches of one part (train, val) of a split, from all stores, which `split` names by the stem of their folder.
 
-    Parameters
-    ----------
-    stores
-        Patch stores; `split` names them by the stem of their folder.
-    split
-        Table with columns ``store``, ``patch``, ``part``.
-    part
-        ``train`` or ``val``.
-    cache
-        ``gpu`` and ``ram`` read all images at once, ``none`` reads them batch by batch.
-    device
-        Where images are kept with ``gpu``; they stay in RAM if they would fill more than half of its free memory.
+    With cache ``gpu`` and ``ram`` all images are read at once, with ``none`` batch by batch; with ``gpu`` they are kept
+    on `device`, if they fill at most half of its free memory.
 
     Raises
     ------
     InputError
-        The split names a store or patch that does not exist, or stores have different patch sizes.
+        The split names a store or patch that does not exist, or stores have patches of different sizes.
     """
 
     def __init__(

@@ -29,48 +29,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, on what, and where; it can be sent to other processes.
+    """What is trained, on what, and where; it can be sent to other processes."""
 
-    Attributes
-    ----------
-    experiment
-        Model and recipe.
-    stores
-        Patch stores that `split` names.
-    split
-        Table with columns ``store``, ``patch``, ``part``; parts ``train`` and ``val`` are used.
-    run_dir
-        Folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/.
-    initial
-        Model file to start from. Parts that differ with mode or classes, or that it lacks, start from random weights.
-    backbone
-        Weights of a torchvision ResNet for the backbone.
-    trained_on
-        Groups that the model in `initial` has seen, beside those that the file names; None: not known.
-    scoring
-        Which detections count in validation, and how far from a nucleus, as in the test.
-    threads
-        CPU threads of all processes together.
-    accelerator
-        ``cuda``, ``cpu``, or ``auto``: a GPU if there is one.
-    code
-        Hash of the code (`celldetr.runtime.provenance.source_hash`).
-    identity, record
-        See `identified`.
-    """
-
-    experiment: Experiment
-    stores: tuple[Path, ...]
-    split: pd.DataFrame
-    run_dir: Path
-    initial: Path | None = None
-    backbone: Path | None = None
-    trained_on: tuple[str, ...] | None = None
-    scoring: ScoringSettings = ScoringSettings()
-    threads: int = 1
-    accelerator: str = "auto"
-    code: str = ""
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    experiment: Experiment  # model and recipe
+    stores: tuple[Path, ...]  # patch stores that `split` names
+    split: pd.DataFrame  # columns store, patch, part; parts train and val are used
+    run_dir: Path  # folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/
+    initial: Path | None = None  # model file to start from
+    backbone: Path | None = None  # weights of a torchvision ResNet for the backbone
+    trained_on: tuple[str, ...] | None = None  # what `initial` has seen, beside what it says itself; None: not known
+    scoring: ScoringSettings = ScoringSettings()  # which detections count in validation, as in the test
+    threads: int = 1  # CPU threads of all processes together
+    accelerator: str = "auto"  # cuda, cpu, or auto: a GPU if there is one
+    code: str = ""  # hash of the code (`celldetr.runtime.provenance.source_hash`)
+    identity: Mapping[str, Any] = field(default_factory=dict)  # see `identified`
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property

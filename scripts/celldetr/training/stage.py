@@ -42,18 +42,8 @@ class Outputs(NamedTuple):
 class Stage(ABC):
     """Losses and validation of one stage of training.
 
-    Parameters
-    ----------
-    experiment
-        Model and recipe.
-    model
-        Model on its device. Parts that ``training.probe`` freezes lose their gradients here.
-    train, val
-        Patches; `val` may be empty.
-    scoring
-        Which detections count in validation, and how far from a nucleus.
-    group
-        Processes that share each batch.
+    Parts of the model that ``training.probe`` freezes lose their gradients here. `val` may be empty; `scoring` says
+    which detections count in validation. The processes of the group share each batch.
     """
 
     validates_start = False

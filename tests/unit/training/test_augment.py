@@ -51,28 +51,20 @@ def iou(first, second):
     return sides.prod(-1) / (first + second - sides.prod(-1))
 
 
-@pytest.mark.parametrize("settings", [only(elastic=1.0), only(flip=0.5), only(elastic=1.0, flip=0.5)])
+@pytest.mark.parametrize("settings", [only(elastic=1.0), only(elastic=1.0, flip=0.5)])
 def test_boxes_follow_what_is_in_the_image(settings):
-    images, targets = scene()
-    changed, moved = augment(images, targets, draw(settings, 0, 3, len(images)), settings)
-    assert not torch.equal(changed, images)
-    for image in range(len(images)):
-        seen = seen_boxes(changed[image])
-        assert len(seen) == 4
-        boxes = cxcywh_to_xyxy(moved.boxes[image])
-        best = torch.stack([iou(box.expand_as(seen), seen).max() for box in boxes])
-        assert (best > 0.75).all(), best  # a pixel more or less of ten
-
-
-def test_elastic_boxes_are_better_than_boxes_that_stay():
-    settings = only(elastic=1.0)
     images, targets = scene(12)
     changed, moved = augment(images, targets, draw(settings, 0, 3, len(images)), settings)
     gain = []
     for image in range(len(images)):
         seen = seen_boxes(changed[image])
-        for before, after in zip(cxcywh_to_xyxy(targets.boxes[image]), cxcywh_to_xyxy(moved.boxes[image]), strict=True):
-            gain.append(float(iou(after.expand_as(seen), seen).max() - iou(before.expand_as(seen), seen).max()))
+        assert len(seen) == 4
+        stayed, best = (
+            torch.stack([iou(box.expand_as(seen), seen).max() for box in cxcywh_to_xyxy(boxes)])
+            for boxes in (targets.boxes[image], moved.boxes[image])
+        )
+        assert (best > 0.75).all(), best  # a pixel more or less of ten
+        gain.append(float((best - stayed).mean()))
     assert np.mean(gain) > 0.03
 
 
@@ -148,14 +140,6 @@ def test_processes_see_their_share_of_the_same_images(parts):
         some, moved = augment(images[mine], cut, draws.of(mine), settings)
         assert torch.allclose(some, whole[mine], atol=1e-6)
         assert torch.allclose(moved.boxes, boxes.boxes[mine], atol=1e-6)
-
-
-def test_draws_depend_on_seed_and_step_alone():
-    settings = AugmentationSettings()
-    one, same = draw(settings, 1, 5, 4), draw(settings, 1, 5, 4)
-    others = draw(settings, 1, 6, 4), draw(settings, 2, 5, 4)
-    assert np.array_equal(one.displacement, same.displacement)
-    assert all(not np.array_equal(one.displacement, other.displacement) for other in others)
 
 
 def test_probabilities_are_those_of_the_settings():

@@ -100,23 +100,20 @@ def projected_of(model, features, views):
         return project_views(model, features, views)
 
 
-def replaced(views, row, slot, box):
+def changed(model, features, views, slot):
+    """(B, S) bool: views whose embedding changes with the box of a slot of the first image."""
     boxes = views.boxes.clone()
-    boxes[row, slot] = torch.tensor(box)
-    return views._replace(boxes=boxes)
+    boxes[0, slot] = torch.tensor([0.3, 0.6, 0.5, 0.4])
+    before, after = (projected_of(model, features, each) for each in (views, views._replace(boxes=boxes)))
+    return ((before - after).abs() > 1e-5).any(dim=-1)
 
 
 def test_an_anchor_changes_itself_alone_and_an_original_changes_all_of_its_image(model):
-    features = features_of(model, 2)
-    _, views = views_of([3, 4])
-    before = projected_of(model, features, views)
-    after = projected_of(model, features, replaced(views, 0, 5, [0.3, 0.6, 0.5, 0.4]))
-    changed = ((before - after).abs() > 1e-5).any(dim=-1)
-    assert changed.nonzero().tolist() == [[0, 5]]
-    after = projected_of(model, features, replaced(views, 0, 1, [0.3, 0.6, 0.5, 0.4]))
-    changed = ((before - after).abs() > 1e-5).any(dim=-1)
-    assert changed[0].all()
-    assert not changed[1].any()
+    features, (_, views) = features_of(model, 2), views_of([3, 4])
+    assert changed(model, features, views, 5).nonzero().tolist() == [[0, 5]]
+    by_original = changed(model, features, views, 1)
+    assert by_original[0].all()
+    assert not by_original[1].any()
 
 
 def test_an_image_alone_gives_what_it_gives_beside_others_and_in_more_slots(model):
@@ -131,12 +128,9 @@ def test_an_image_alone_gives_what_it_gives_beside_others_and_in_more_slots(mode
     single = projected_of(model, features._replace(memory=features.memory[:1]), alone)
     assert torch.allclose(single[0], projected[0, :4], atol=1e-5)
     assert projected[~together.valid].isfinite().all()
-    one, all_ = (contrastive_loss(x, v, 0.1, "image") for x, v in ((single, alone), (projected[:1], first(together))))
+    first = Views(*(values[:1] for values in together))
+    one, all_ = (contrastive_loss(x, v, 0.1, "image") for x, v in ((single, alone), (projected[:1], first)))
     assert float(one) == pytest.approx(float(all_), rel=1e-5)
-
-
-def first(views):
-    return Views(*(values[:1] for values in views))
 
 
 @pytest.mark.parametrize("negatives", ["image", "batch"])

@@ -5,33 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tiny_training import match, random_detections
 
 from celldetr.config.experiment import MatchingSettings
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import Targets
-from celldetr.training.matching import Matching, assign, costs
+from celldetr.training.matching import assign, costs
 
 SETTINGS = MatchingSettings()
-
-
-def match(*given):
-    return Matching(*given).result()
-
-
-def random_boxes(*shape, generator):
-    centre = torch.rand(*shape, 2, generator=generator) * 0.8 + 0.1
-    size = torch.rand(*shape, 2, generator=generator) * 0.2 + 0.02
-    return torch.cat([centre, size], dim=-1)
-
-
-def random_case(counts, queries=7, classes=1, layers=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    slots = max(1, *counts)
-    logits = torch.randn(layers, len(counts), queries, classes, generator=generator)
-    boxes = random_boxes(layers, len(counts), queries, generator=generator)
-    labels = torch.randint(classes, (len(counts), slots), generator=generator)
-    labels[torch.arange(slots) >= torch.tensor(counts)[:, None]] = -1
-    return logits, boxes, Targets(random_boxes(len(counts), slots, generator=generator), labels, torch.tensor(counts))
 
 
 def plain_cost(logits, box, true, label):
@@ -51,7 +32,7 @@ def plain_cost(logits, box, true, label):
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_costs_are_those_of_the_paper(classes):
-    logits, boxes, targets = random_case([3, 2], classes=classes)
+    logits, boxes, targets = random_detections([3, 2], classes=classes)
     table = costs(logits, boxes, targets, SETTINGS)
     for layer, image in itertools.product(range(2), range(2)):
         for box, query in itertools.product(range(targets.counts[image]), range(7)):
@@ -61,8 +42,8 @@ def test_costs_are_those_of_the_paper(classes):
 
 
 def test_every_image_gets_its_cheapest_assignment():
-    logits, boxes, targets = random_case([3, 0, 2], queries=4)
-    found = match(logits, boxes, targets, SETTINGS)
+    logits, boxes, targets = random_detections([3, 0, 2], queries=4)
+    found = match(logits, boxes, targets)
     table = costs(logits, boxes, targets, SETTINGS).numpy()
     for layer, image in itertools.product(range(2), range(3)):
         count = int(targets.counts[image])
@@ -78,14 +59,13 @@ def test_every_image_gets_its_cheapest_assignment():
 
 
 def test_an_image_is_matched_alone_as_in_a_batch():
-    logits, boxes, targets = random_case([5, 1, 0, 3])
-    together = match(logits, boxes, targets, SETTINGS)
+    logits, boxes, targets = random_detections([5, 1, 0, 3])
+    together = match(logits, boxes, targets)
     for image in range(4):
         alone = match(
             logits[:, image : image + 1],
             boxes[:, image : image + 1],
             Targets(*(values[image : image + 1] for values in (targets.boxes, targets.labels, targets.counts))),
-            SETTINGS,
         )
         mine = together.image == image
         for name in ("layer", "query", "box"):
@@ -93,19 +73,14 @@ def test_an_image_is_matched_alone_as_in_a_batch():
 
 
 def test_more_nuclei_than_queries_uses_every_query_once():
-    logits, boxes, targets = random_case([6], queries=3, layers=1)
-    found = match(logits, boxes, targets, SETTINGS)
+    logits, boxes, targets = random_detections([6], queries=3, layers=1)
+    found = match(logits, boxes, targets)
     assert sorted(found.query.tolist()) == [0, 1, 2]
     assert len(set(found.box.tolist())) == 3
 
 
-def test_no_nuclei_at_all():
-    logits, boxes, targets = random_case([0, 0])
-    assert all(len(column) == 0 for column in match(logits, boxes, targets, SETTINGS))
-
-
 def test_a_nucleus_without_a_label_takes_its_cheapest_class():
-    logits, boxes, targets = random_case([1], classes=3, layers=1)
+    logits, boxes, targets = random_detections([1], classes=3, layers=1)
     by_class = []
     for label in range(3):
         labelled = Targets(targets.boxes, torch.full_like(targets.labels, label), targets.counts)
@@ -116,12 +91,12 @@ def test_a_nucleus_without_a_label_takes_its_cheapest_class():
 
 
 def test_a_cost_that_is_no_number_is_an_error_but_not_in_padding():
-    logits, boxes, targets = random_case([2, 0])
+    logits, boxes, targets = random_detections([2, 0])
     logits[0, 1] = float("nan")
-    match(logits, boxes, targets, SETTINGS)
+    match(logits, boxes, targets)
     logits[0, 0, 3] = float("nan")
     with pytest.raises(NonFinite):
-        match(logits, boxes, targets, SETTINGS)
+        match(logits, boxes, targets)
 
 
 def test_assign_takes_the_rows_of_the_image_only():
