@@ -229,6 +229,13 @@ def test_the_table_comes_back_from_its_file(annotation, tmp_path):
     pd.testing.assert_frame_equal(read_cells(tmp_path / "cells.parquet"), annotation.table)
     kept = json.loads(pq.read_schema(tmp_path / "cells.parquet").metadata[b"celldetr"])
     assert kept == {"classes": list(ST_TYPES), "settings": SETTINGS.to_dict()}
+    first = (annotation.table["label"] >= 0).to_numpy().argmax()
+    changed = annotation.table.assign(
+        label=annotation.table["label"].where(np.arange(len(annotation.table)) != first, 9)
+    )
+    write_cells(tmp_path / "cells.parquet", changed, {})
+    with pytest.raises(InputError, match=r"cells\.parquet: got labels that its fractions .* contradict"):
+        read_cells(tmp_path / "cells.parquet")
     (tmp_path / "cells.parquet").write_text("no")
     with pytest.raises(InputError, match="cannot be read"):
         read_cells(tmp_path / "cells.parquet")

@@ -12,7 +12,7 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
-from celldetr.xenium.celltypes.labels import write_cells
+from celldetr.xenium.celltypes.labels import FRACTIONS, write_cells
 from celldetr.xenium.patches import place_nuclei
 from celldetr.xenium.registration.result import Attempt, Quality, RegionQuality, Registration
 
@@ -40,7 +40,10 @@ def sample(tmp_path_factory):
     )
     registration.write(folder / "registration.json")
     labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
-    write_cells(folder / "cells.parquet", pd.DataFrame({"cell_id": truth.cell_ids, "label": labels}), {})
+    fractions = pd.get_dummies(pd.Categorical(truth.types, ST_TYPES), dtype=np.float32).set_axis(FRACTIONS, axis=1)
+    reasons = np.where(labels >= 0, "labelled", "no counts")
+    cells = fractions.assign(cell_id=truth.cell_ids, label=labels, reason=reasons)
+    write_cells(folder / "cells.parquet", cells, {})
     return SimpleNamespace(folder=folder, truth=truth, labels=labels, registration=registration)
 
 

@@ -144,7 +144,7 @@ def correlation(cells: AnnData, reference: AnnData) -> DataFrame:
     logs = np.log1p(profiles.to_numpy() * target)
     logs -= logs.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(logs, axis=1, keepdims=True)
-    norms[norms == 0] = np.inf  # a type without counts correlates with nothing
+    norms[norms == 0] = np.inf  # a flat profile correlates with nothing
     fractions = np.zeros((cells.n_obs, len(ST_TYPES)), dtype=np.float32)
     columns = [ST_TYPES.index(name) for name in profiles.index]
     for start in range(0, cells.n_obs, CHUNK_CELLS):

@@ -82,9 +82,15 @@ def write_cells(path: str | os.PathLike[str], table: DataFrame, metadata: Mappin
 
 
 def read_cells(path: str | os.PathLike[str]) -> DataFrame:
-    """Read the table of `write_cells`; raises InputError if it cannot be read."""
+    """Read the table of `write_cells`; raises InputError if it is none, or its fractions contradict its labels."""
     try:
-        table: DataFrame = pq.read_table(path).replace_schema_metadata().to_pandas()
-    except (OSError, pa.ArrowException) as error:
+        content = pq.read_table(path)
+        classes = json.loads(content.schema.metadata[b"celldetr"])["classes"]
+        table: DataFrame = content.replace_schema_metadata().to_pandas()
+        expected = np.where(table["reason"] == REASONS[0], best(table[list(FRACTIONS)]), -1)
+        agree = classes == list(ST_TYPES) and np.array_equal(table["label"], expected)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error}); annotate the sample again") from error
+    if not agree:
+        raise InputError(f"{path}: got labels that its fractions or its classes contradict; annotate the sample again")
     return table
