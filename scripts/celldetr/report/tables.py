@@ -184,7 +184,8 @@ def read_frozen_features(paths: Iterable[str | os.PathLike[str]], classes: Seque
     for path in paths:
         frame = _read_measured(path, "frozen_features", ["weights", "classifier", "class"], ("n",))
         frame = frame[frame["classifier"].isin(CLASSIFIER_TITLES) & ~frame["class"].isin(("Accuracy", "Macro"))]
-        keys = itertools.product(frame["weights"].unique(), CLASSIFIER_TITLES, [c for c in classes if c != "Detection"])
+        weights = set(frame["weights"]) if frame["weights"].nunique() > 1 else {TRAINED, "random"}
+        keys = itertools.product(weights, CLASSIFIER_TITLES, [name for name in classes if name != "Detection"])
         _check_rows(path, frame[["weights", "classifier", "class"]], keys)
         values = frame[list(VALUES)].to_numpy().clip(0, 1)
         values[:, 2] = _f1(values[:, 0], values[:, 1])
