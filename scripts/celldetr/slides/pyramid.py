@@ -8,6 +8,7 @@ coordinates. Only the tiles that a region touches are decoded.
 """
 
 import contextlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from tifffile import TiffFile
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.tiff import DamagedSlide, level_pages, number, stated_pixel_size, tile_planes
+from celldetr.slides.tiff import DamagedSlide, check_tile_bytes, level_pages, number, stated_pixel_size, tile_planes
 
 _PLAUSIBLE_MPP = (0.02, 20.0)  # um; a resolution tag beyond this range is for printing (72 dpi), not from a microscope
 _OVAL = 0.02  # largest relative difference between width and height of a pixel
@@ -147,6 +148,10 @@ class _Slide(Pyramid):
         self._slide = self._open()
         self._downsamples = [float(down) for down in self._slide.level_downsamples]
         self.levels = _levels(self._slide.level_dimensions)
+        for level in range(self._slide.level_count):
+            tile = f"openslide.level[{level}].tile-"
+            sides = (int(self._slide.properties.get(tile + side, 0)) for side in ("width", "height"))
+            check_tile_bytes(path, f"of level {level}", 4 * math.prod(sides))
         keys = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
         self.mpp = mpp or _pixel_size(path, *(self._slide.properties.get(key) for key in keys))
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255

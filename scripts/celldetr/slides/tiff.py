@@ -67,6 +67,15 @@ def _check_colours(page: TiffPage, path: Path) -> None:
         )
 
 
+def check_tile_bytes(path: str | Path, level: str, size: int) -> None:
+    """Refuse tiles or strips that would fill the memory when they are decoded."""
+    if size > _TILE_BYTES:
+        raise InputError(
+            f"{path}: a tile or strip {level} takes {size / 2**30:.1f} GiB, expected at most {_TILE_BYTES / 2**30:g}; "
+            "convert the image (e.g. vips tiffsave --tile --pyramid)"
+        )
+
+
 def tile_planes(pages: Sequence[TiffPage], plane: int | None, path: Path) -> list["Tiles"]:
     """Readers of the planes of a level: colour in one reader or in three, or a single plane."""
     first, gray = pages[0], slice(0, 1)
@@ -120,11 +129,7 @@ class Tiles:
             )
         stored = page.samplesperpixel if page.planarconfig == 1 else 1
         tile_bytes = self._width * self._height * stored * np.dtype(page.dtype).itemsize
-        if tile_bytes > _TILE_BYTES:
-            raise InputError(
-                f"{self._path}: a tile or strip {self._name} takes {tile_bytes / 2**30:.1f} GiB, expected at most "
-                f"{_TILE_BYTES / 2**30:g}; convert the image (e.g. vips tiffsave --tile --pyramid)"
-            )
+        check_tile_bytes(self._path, self._name, tile_bytes)
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
