@@ -1,11 +1,12 @@
 """Outlines of GeoJSON, read as a stream: objects of Python would take ten times the memory of the file.
 
 A file holds one document or several, one after another or on a line each (GeoJSONSeq): features, geometries, lists or
-collections of them. It may be zipped. CellViT writes one feature for each cell type: a MultiPolygon of all its nuclei.
-QuPath's cells have two outlines; that of the nucleus is read.
+collections of them. It may be compressed (gzip, zip). CellViT writes one feature for each cell type: a MultiPolygon of
+all its nuclei. QuPath's cells have two outlines; that of the nucleus is read.
 """
 
 import contextlib
+import gzip
 import zipfile
 from array import array
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ MOST_CORNERS = 100_000
 """Of an outline that is read; that of a nucleus has tens, that of a tissue may have any number."""
 MOST_IN_FILE = 200_000_000
 """Corners of all outlines together, 3 GB."""
+GZIP = b"\x1f\x8b"
+"""First bytes of a compressed file."""
 _BATCH = 20_000  # outlines in a batch
 _LEVELS = {"Polygon": 0, "MultiPolygon": 1}  # arrays around a polygon, within "coordinates"
 _CORNERS = 3  # fewest of a ring; it need not be closed
@@ -99,7 +102,7 @@ def _to_shapely(batch: list[Outline]) -> tuple[NDArray[Any], NDArray[np.str_]]:
 class _Stream:
     """A file without the marks in front of the documents of a GeoJSON text sequence."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
         self._file = file
 
     def read(self, size: int = -1) -> bytes:
@@ -107,11 +110,14 @@ class _Stream:
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> _Stream:
-    """Open the file, or the only JSON file of a zip archive."""
-    file: IO[bytes] = stack.enter_context(path.open("rb"))
-    if file.read(2) == b"PK":
+    """Open the file, what is compressed in it, or the only JSON file of a zip archive."""
+    file: IO[bytes] | gzip.GzipFile = stack.enter_context(path.open("rb"))
+    start = file.read(2)
+    if start == GZIP:
+        file = stack.enter_context(gzip.GzipFile(path))
+    elif start == b"PK":
         archive = stack.enter_context(zipfile.ZipFile(path))
-        names = [name for name in archive.namelist() if name.endswith("json") and not name.startswith("__MACOSX")]
+        names = [name for name in archive.namelist() if name.lower().endswith("json") and not name.startswith("__")]
         if len(names) != 1:
             raise InputError(f"{path}: got {len(names)} GeoJSON files in the archive, expected one")
         file = stack.enter_context(archive.open(names[0]))

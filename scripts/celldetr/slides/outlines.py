@@ -28,7 +28,7 @@ from scipy.sparse.csgraph import connected_components
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
-from celldetr.slides.geojson import MOST_CORNERS, MOST_IN_FILE, read_geojson
+from celldetr.slides.geojson import GZIP, MOST_CORNERS, MOST_IN_FILE, read_geojson
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
@@ -40,7 +40,7 @@ _UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNER
 _OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
 _CELL, _LARGE = "cells without an outline of the nucleus", "outlines larger than a nucleus"
 _BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n\x1e"
-_KINDS = "GeoParquet, Parquet with WKB, GeoJSON or zipped GeoJSON"
+_KINDS = "GeoParquet, Parquet with WKB, GeoJSON or compressed GeoJSON"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _read(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
     if start.startswith(b"PAR1"):
         for shapes in _parquet(path):
             yield shapes, np.full(len(shapes), "")
-    elif start.startswith(b"PK") or start.removeprefix(_BOM).lstrip(_BLANK)[:1] in (b"{", b"["):
+    elif start.startswith((GZIP, b"PK")) or start.removeprefix(_BOM).lstrip(_BLANK)[:1] in (b"{", b"["):
         yield from read_geojson(path)
     else:
         raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected outlines of nuclei as {_KINDS}")

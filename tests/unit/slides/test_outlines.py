@@ -1,5 +1,6 @@
 """Outlines of nuclei: the same boxes from every format, nothing lost without being counted, other files refused."""
 
+import gzip
 import json
 import zipfile
 
@@ -48,6 +49,8 @@ def write(kind, folder, shapes=SHAPES):
     elif kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a_cellvit_seg.geojson", geojson_text("list", shapes))
+    elif kind == "gzip":
+        path.write_bytes(gzip.compress(geojson_text("list", shapes).encode()))
     else:
         path.write_text(geojson_text(kind, shapes), encoding="utf-8")
     return path
@@ -60,7 +63,7 @@ def read(path, features=None, mpp=MPP, unit="px"):
     return read_nucleus_file(path, image_mpp=MPP, mpp=mpp, unit=unit)
 
 
-KINDS = ["geoparquet", "wkb", "renamed", "collection", "list", "qupath cells", "all in one", "lines", "zip"]
+KINDS = ["geoparquet", "wkb", "renamed", "collection", "list", "qupath cells", "all in one", "lines", "zip", "gzip"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
