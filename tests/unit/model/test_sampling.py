@@ -1,6 +1,8 @@
 """The forms of deformable sampling agree with each other and with published reference numbers."""
 
+import contextlib
 import functools
+import importlib
 import shutil
 import sys
 import types
@@ -205,3 +207,21 @@ def test_half_precision_values_are_sampled_in_single_precision(monkeypatch):
         found = sample(value.bfloat16(), SHAPES, locations, weights)
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("module", ["msda_query_tiled", "msda_query_tiled_fp32acc"])
+def test_kernels_agree_in_value_and_gradient(monkeypatch, module):
+    """The real Triton kernels, run by Triton's interpreter on the CPU: `pip install deformops triton`, Python 3.12."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernels are imported
+    for package in ("triton", "deformops"):
+        pytest.importorskip(package)
+    kernels = importlib.import_module(f"deformops.backends.triton.{module}").Backend()
+
+    def on_the_cpu(*tensors):
+        return kernels.forward(*tensors, 128, method="linear")
+
+    monkeypatch.setattr(importlib.import_module("deformops.registry"), "msda", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    paper = ((16, 16), (8, 8), (4, 4), (2, 2))  # with its heads, channels and points
+    for shapes, sizes in ((SHAPES, (2, 5, 2, 8, 2)), (paper, (2, 40, 8, 32, 4))):
+        agree(sampling.sample_kernels, draw(*sizes, shapes, torch.float32), shapes, atol=1e-4, rtol=1e-3)
