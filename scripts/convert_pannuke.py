@@ -5,7 +5,7 @@ pictures. Params: fold, patch_size (px), mpp (um per px).
 """
 
 from celldetr.pannuke.convert import convert_fold
-from celldetr.report.pannuke import write_html, write_tsv
+from celldetr.report.pannuke import write_counts, write_html
 from celldetr.runtime.provenance import sha256
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
@@ -22,7 +22,7 @@ def main(snakemake):
         mpp=params.mpp,
         sha256=sha256(archive),
     )
-    write_tsv(output.summary_tsv, summary)
+    write_counts(output.summary_tsv, summary)
     write_html(output.summary_html, summary, open_store(output.store), f"PanNuke fold {params.fold}")
 
 

@@ -6,7 +6,7 @@ Inputs: the three patch stores. Output: a split table (TSV): store, patch (index
 from pathlib import Path
 
 from celldetr.pannuke.splits import pannuke_split
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_tsv
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
 
@@ -17,8 +17,7 @@ def main(snakemake):
     table = pannuke_split(
         sizes, params.split, protocol=params.protocol, train_share=params.train_share, seed=params.seed
     )
-    with atomic(snakemake.output[0]) as temporary:
-        table.to_csv(temporary, sep="\t", index=False)
+    write_tsv(snakemake.output[0], table)
 
 
 if "snakemake" in globals():

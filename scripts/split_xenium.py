@@ -7,7 +7,7 @@ of the parts, block_um, margin_um), seed.
 
 from celldetr.config.xenium import XeniumSplitSettings
 from celldetr.report.xenium_split import write_counts, write_split_page
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_tsv
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store, select
 from celldetr.store.splits import complete_split, split_digest
@@ -28,8 +28,7 @@ def main(snakemake):
     counts = part_counts(stores, split)
     write_counts(output.summary_tsv, counts, split)
     write_split_page(output.summary_html, counts, split)
-    with atomic(output.split) as temporary:
-        table.to_csv(temporary, sep="\t", index=False)
+    write_tsv(output.split, table)
 
 
 if "snakemake" in globals():

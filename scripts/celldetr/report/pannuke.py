@@ -3,12 +3,13 @@
 import os
 
 import numpy as np
+import pandas as pd
 
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.pannuke.convert import ODDITIES, FoldSummary
 from celldetr.report.pages import patch_pictures, write_page
 from celldetr.report.style import class_colours
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import write_tsv
 from celldetr.store import PatchStore
 
 _USUAL = 6  # patches shown besides the odd ones
@@ -25,7 +26,7 @@ _BODY = """<p>{{ images }} images, {{ total }} nuclei, at most {{ most }} in one
 """
 
 
-def write_tsv(path: str | os.PathLike[str], summary: FoldSummary) -> None:
+def write_counts(path: str | os.PathLike[str], summary: FoldSummary) -> None:
     """Write the counts: kind (total, class, odd, tissue), name, count, images."""
     rows: list[tuple[str, str, int, int | str]] = [
         ("total", "images", summary.images, summary.images),
@@ -35,9 +36,7 @@ def write_tsv(path: str | os.PathLike[str], summary: FoldSummary) -> None:
         *(("odd", name, count, summary.odd_images[name]) for name, count in summary.odd.items()),
         *(("tissue", name, count, count) for name, count in sorted(summary.tissues.items())),
     ]
-    lines = ["kind\tname\tcount\timages", *("\t".join(map(str, row)) for row in rows)]
-    with atomic(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_tsv(path, pd.DataFrame(rows, columns=["kind", "name", "count", "images"]))
 
 
 def write_html(path: str | os.PathLike[str], summary: FoldSummary, store: PatchStore, title: str) -> None:

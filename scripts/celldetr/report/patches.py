@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
 from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR, class_colours
-from celldetr.runtime.files import atomic
+from celldetr.runtime.files import atomic, write_tsv
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import read_patch
 from celldetr.slides.grid import PatchGrid
@@ -40,8 +40,7 @@ _UNREADABLE = "<p class='warning'>{{ file }} cannot be opened; no patches are ta
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[tuple[str, str, int]]) -> None:
     """Write the table: kind, name, count."""
-    with atomic(path) as temporary:
-        pd.DataFrame(rows, columns=["kind", "name", "count"]).to_csv(temporary, sep="\t", index=False)
+    write_tsv(path, pd.DataFrame(rows, columns=["kind", "name", "count"]))
 
 
 def write_report(

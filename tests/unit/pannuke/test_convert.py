@@ -14,7 +14,7 @@ from scipy import ndimage
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.example.pannuke import write_fold
 from celldetr.pannuke.convert import CHANNELS, OFFICIAL, FoldSummary, check_official, convert_fold, nuclei_of
-from celldetr.report.pannuke import write_html, write_tsv
+from celldetr.report.pannuke import write_counts, write_html
 from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
 
@@ -234,7 +234,7 @@ def test_official_counts_add_up_to_the_published_total_and_pass():
 def test_summary_for_people(tmp_path):
     write_fold(tmp_path / "fold_1.zip", 1, 12, 64, seed=2, mpp=0.5)
     summary = convert_fold(tmp_path / "fold_1.zip", tmp_path / "f.zarr", fold=1, patch_size=64)
-    write_tsv(tmp_path / "s.tsv", summary)
+    write_counts(tmp_path / "s.tsv", summary)
     write_html(tmp_path / "s.html", summary, open_store(tmp_path / "f.zarr"), "PanNuke fold 1")
     lines = dict(line.split("\t")[1:3] for line in (tmp_path / "s.tsv").read_text().splitlines()[1:])
     assert int(lines["nuclei"]) == sum(summary.nuclei.values()) > 0
