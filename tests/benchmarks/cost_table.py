@@ -12,13 +12,12 @@ import math
 import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import yaml
-from ladder import draw_store, synchronize
+from ladder import draw_store, seconds_of
 from training_throughput import BATCHES, Run
 
 from celldetr.config.experiment import Experiment
@@ -47,16 +46,9 @@ def patches(config: Config, name: str, xenium: int) -> tuple[float, float]:
     return float(sum((part == "train").sum() for part in parts)), float(sum((part == "val").sum() for part in parts))
 
 
-def seconds_of(work, device: str, rounds: int) -> float:
+def median_seconds(work, args: argparse.Namespace) -> float:
     """Median time of a piece of work, after two rounds of warm-up."""
-    found = []
-    for _ in range(rounds + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[2:])
+    return statistics.median([seconds_of(work, args.device) for _ in range(args.rounds + 2)][2:])
 
 
 def measure(experiment: Experiment, args: argparse.Namespace) -> tuple[float, float, float]:
@@ -70,7 +62,7 @@ def measure(experiment: Experiment, args: argparse.Namespace) -> tuple[float, fl
         run = Run(given, store, sampling="auto", experiment=experiment, **how)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        train = seconds_of(run.step, args.device, args.rounds)
+        train = median_seconds(run.step, args)
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
 
         def validate() -> None:
@@ -82,7 +74,7 @@ def measure(experiment: Experiment, args: argparse.Namespace) -> tuple[float, fl
 
         run.stage.start_validation()
         run.stage.val_data = run.stage.train_data
-        return train / args.batch, seconds_of(validate, args.device, args.rounds) / args.batch, peak
+        return train / args.batch, median_seconds(validate, args) / args.batch, peak
 
 
 def main() -> None:

@@ -76,6 +76,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Time a piece of work."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def climb(variants: Sequence[Variant], rounds: int, device: str, images: int) -> None:
     """Measure the variants in turn and print them."""
     peaks = {}
@@ -83,12 +92,9 @@ def climb(variants: Sequence[Variant], rounds: int, device: str, images: int) ->
         for variant in variants:
             if device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats()
-            synchronize(device)
-            start = time.perf_counter()
-            variant.work()
-            synchronize(device)
+            seconds = seconds_of(variant.work, device)
             if round_ >= 2:
-                variant.seconds.append(time.perf_counter() - start)
+                variant.seconds.append(seconds)
             if device.startswith("cuda"):
                 peaks[variant.name] = torch.cuda.max_memory_allocated() / 1e9
     first = variants[0].seconds
@@ -103,14 +109,7 @@ def ceiling(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of several."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(6):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(6))
 
 
 class Parts:

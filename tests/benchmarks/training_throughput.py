@@ -10,12 +10,11 @@ variant goes, and the share of the measured matrix-product ceiling that it reach
 import contextlib
 import itertools
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 import torch
-from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, synchronize
+from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, seconds_of
 from scipy.optimize import linear_sum_assignment
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -234,13 +233,13 @@ def parts_of(run: Run, device: str) -> str:
     parts.watch(Matching, "result", "matching")
     parts.watch(run, "backward", "backward")
     parts.watch(run, "update", "optimiser")
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(3):
-        run.backward(run.forward(run.next_batch()))
-        run.update()
-    synchronize(device)
-    return parts.describe(time.perf_counter() - start)
+
+    def steps() -> None:
+        for _ in range(3):
+            run.backward(run.forward(run.next_batch()))
+            run.update()
+
+    return parts.describe(seconds_of(steps, device))
 
 
 def main() -> None:
