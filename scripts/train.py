@@ -22,7 +22,7 @@ def main(snakemake):
     run = Run(
         Experiment.from_dict({**params.experiment, "training": recipe}),
         tuple(map(Path, given.stores)),
-        read_split(given.split, [open_store(path, validate=False) for path in given.stores]),
+        read_split(given.split, [open_store(path) for path in given.stores]),
         Path(snakemake.output.model).parent,
         initial=initial,
         backbone=backbone,
