@@ -43,7 +43,7 @@ AFTER_TRAINING = {"train", "learning_curves", "predict", "score", "table", "over
 AFTER_XENIUM = {"split_xenium", "figure5a", "figure5b"} | AFTER_TRAINING
 AFTER_SLIDES = {"similarity", "figure4b", "figure4c", "frozen_features"} | AFTER_TRAINING
 PICTURES = {"figure3", "figure4b", "figure4c", "figure5a", "figure5b", "learning_curves", "overlays"}
-FIGURES = PICTURES | {"attention", "similarity"} - {"figure5a"}
+FIGURES = (PICTURES | {"attention", "similarity"}) - {"figure5a"}
 DETECTED = {"detect_slide", "extract_slide", "choose_slide_patches"}  # a slide's nuclei are found by celldetr_p
 EVERY_MODEL = AFTER_TRAINING | AFTER_SLIDES | FIGURES | DETECTED
 STORES = {"convert_pannuke", "extract_xenium", "extract_slide"}
@@ -89,8 +89,8 @@ def test_words_and_speed_repeat_nothing(planner):
 
 CODE_EDITS = {
     "store/writer.py": STORES | AFTER_XENIUM | EVERY_MODEL | {"split_pannuke"},
-    "evaluation/scoring.py": {"score", "table"},
-    "report/curves.py": {"learning_curves"},
+    "evaluation/scoring.py": {"score", "table", "figure5a", "figure5b"},
+    "report/curves.py": {"learning_curves", "figure4b", "figure4c"},
     "report/tables.py": {"table"},
     "report/style.py": PICTURES,
     "training/losses.py": EVERY_MODEL,
