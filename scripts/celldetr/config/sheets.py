@@ -130,8 +130,8 @@ class SlideRow(Settings):
             raise ValueError("expected an id in column hest, as nuclei is 'hest'")
         if words and self.nuclei_unit != "px":
             raise ValueError("expected nuclei_unit to be px, as it is of outlines from a file")
-        if self.nuclei == ("detect",) and self.nuclei_sha256:
-            raise ValueError("expected no nuclei_sha256, as nuclei is 'detect'")
+        if self.nuclei == ("detect",) and (self.nuclei_sha256 or self.cell_outlines or not self.check_outlines):
+            raise ValueError("expected no nuclei_sha256, cell_outlines and check_outlines, as nuclei is 'detect'")
         return self
 
     @property

@@ -123,6 +123,6 @@ def outline_pictures(image: Pyramid, grid: PatchGrid, nuclei: SlideNuclei) -> li
         draw = ImageDraw.Draw(picture)
         for part in shapely.get_parts(nuclei.outlines[grid.boxes.nuclei[grid.boxes.of(patch)]]):
             corners = (shapely.get_coordinates(shapely.get_exterior_ring(part)) - (x, y)) * (2 * SIDE / grid.size)
-            draw.line(corners.ravel().tolist(), fill=PATCH_COLOUR, width=2)
+            draw.line(corners.ravel().tolist(), fill=TISSUE_COLOUR, width=3)
         found.append(("patch at {}, {} px".format(*grid.level0[patch]), embed(picture)))
     return found

@@ -164,7 +164,10 @@ def _object(events: Events) -> Iterator[Outline]:
         yield from _geometry(values.get("type"), *coordinates)
     elif "geometry" in values:
         found = geometries.get("nucleusGeometry", geometries.get("geometry", [Outline([])]))
-        kind = "detection" if "nucleusGeometry" in geometries else kind
+        if "nucleusGeometry" in geometries:
+            kind = "detection"
+        else:
+            kind = kind or str(values.get("id")).removeprefix("Path").removesuffix("Object").lower()  # QuPath 0.2
         yield from (Outline(polygons, kind) for polygons, _ in found)
     elif not {"features", "geometries"} & set(values):
         raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(list(values)[:9])})")

@@ -69,6 +69,7 @@ class OutlineCheck:
         guesses = {
             "": np.eye(3),
             "with x and y swapped": np.eye(3)[[1, 0, 2]],
+            "with y negated": np.diag([1.0, -1.0, 1.0]),
             "counted from the slide's corner (openslide.bounds-x and -y)": _moved(offset * self._image_mpp),
         }
         found = [*self._fitting(guesses)]
@@ -193,8 +194,10 @@ def _peak(values: NDArray[np.float64], nuclei: int) -> OutlineFit:
     y, x = (np.mgrid[-reach : reach + 1, -reach : reach + 1]) * _SPACING
     far = np.hypot(x, y) >= _FAR
     spread = float(values[far].std())
+    if spread == 0:
+        return OutlineFit(nuclei, 0.0, (0.0, 0.0))
     place = np.unravel_index(values.argmax(), values.shape)
-    height = float(values[place] - values[far].mean()) / spread if spread > 0 else 0.0
+    height = float(values[place] - values[far].mean()) / spread
     return OutlineFit(nuclei, height, (float(x[place]), float(y[place])))
 
 

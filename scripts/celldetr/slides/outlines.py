@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
@@ -39,6 +40,7 @@ _MOST_WKB = 16 * MOST_CORNERS  # bytes
 _UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNERS:,} corners"
 _OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
 _CELL, _LARGE = "cells without an outline of the nucleus", "outlines larger than a nucleus"
+_AGAIN = "nuclei that are in the file already"
 _BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n\x1e"
 _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or compressed GeoJSON"
 
@@ -69,7 +71,7 @@ def read_nucleus_file(
     file = Path(path)
     um = {"px": image_mpp, "um": 1.0}[unit]
     to_level0 = np.diag([um / image_mpp, um / image_mpp, 1])
-    dropped = Counter(dict.fromkeys((_UNREADABLE, _OTHER, _TILE, _CELL, _LARGE, _FLAT), 0))
+    dropped = Counter(dict.fromkeys((_UNREADABLE, _OTHER, _TILE, _CELL, _LARGE, _FLAT, _AGAIN), 0))
     outlines, annotated = [np.empty(0, dtype=object)], [np.empty(0, dtype=bool)]
     repaired = corners = 0
     detections = False
@@ -91,6 +93,9 @@ def read_nucleus_file(
         by_hand = np.concatenate(annotated)
         dropped[_TILE] += int(by_hand.sum())
         found = found[~by_hand]
+    again = pd.DataFrame(shapely.bounds(found).reshape(-1, 4)).round(2).duplicated().to_numpy()
+    dropped[_AGAIN] += int(again.sum())
+    found = found[~again]
     if not len(found) and any(dropped.values()):
         hint = (
             "set cell_outlines to yes to take those of the cells" if dropped[_CELL] else "expected polygons of nuclei"

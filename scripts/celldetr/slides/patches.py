@@ -162,7 +162,8 @@ def _check_outlines(slide: Slide, nuclei: SlideNuclei, image: Pyramid, mpp: floa
             f" slide ({width} x {height} px of {image_mpp:.4g} um); of {fit.nuclei} compared, hematoxylin is highest"
             f" {fit.shift[0]:g}, {fit.shift[1]:g} um away ({fit.peak:.1f} sd above other places); expected outlines on"
             f" stained nuclei. {f'They would fit {remedies}' if remedies else 'Nothing tried makes them fit'}; "
-            "correct the file, nuclei_unit or mpp, or if they are right set check_outlines to no in the slides sheet"
+            f"correct the file, nuclei_unit or mpp{'' if outside else ', or set check_outlines to no if they fit'}"
+            " (slides sheet)"
         )
     if not fit.judged:
         log.warning("%s: %d nuclei are too few to check that they fit the slide", slide.name, fit.nuclei)

@@ -111,6 +111,7 @@ def test_mistakes_in_samples_are_named(tmp_path, change, message):
         ({"nuclei": "detect | a.parquet"}, "'detect' alone"),
         ({"nuclei": "detect", "nuclei_unit": "um"}, "nuclei_unit"),
         ({"nuclei": "detect", "nuclei_sha256": "01234567"}, "nuclei_sha256"),
+        ({"nuclei": "detect", "cell_outlines": "yes"}, "cell_outlines"),
         ({"hest": "../x", "file": ""}, "hest"),
     ],
 )

@@ -42,17 +42,18 @@ def test_outlines_that_fit_are_taken(slide):
         (lambda xy: xy + [64, 0], "moved by -64, 0 px of level 0"),
         (lambda xy: xy + [900, -700], r"moved by -9\d\d, [67]\d\d px of level 0"),
         (lambda xy: xy[:, ::-1], "with x and y swapped"),
+        (lambda xy: xy * [1, -1], "with y negated"),
         (lambda xy: xy - OFFSET, r"counted from the slide's corner \(openslide.bounds-x and -y\)"),
         (lambda xy: [0, 1225] + xy * [1, -1], ""),  # upside down
     ],
-    ids=["half", "0.91", "um", "shifted", "far", "swapped", "QuPath", "mirrored"],
+    ids=["half", "0.91", "um", "shifted", "far", "swapped", "negated", "QuPath", "mirrored"],
 )
 def test_outlines_that_do_not_fit_are_refused_and_the_remedy_named(slide, monkeypatch, fault, remedies):
     monkeypatch.setattr(outline_check, "_bounds_offset", lambda image: OFFSET)
     image, outlines = slide
     check = OutlineCheck(image, shapely.transform(outlines, fault), MPP)
     fit = check.measure()
-    assert fit.judged
+    assert fit.judged == (fit.nuclei > 0)  # negated ones lie off the slide
     assert not fit.good
     assert re.fullmatch(remedies, " or ".join(check.remedies(MPP)))
 

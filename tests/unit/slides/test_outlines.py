@@ -133,7 +133,8 @@ def test_of_a_qupath_export_only_nuclei_are_taken(tmp_path):
 
     cells = [of_kind("cell", shape.buffer(6), nucleusGeometry=shapely.geometry.mapping(shape)) for shape in SHAPES[1:]]
     tissue = of_kind("annotation", shapely.box(0, 0, 1000, 620))
-    others = [of_kind("annotation", shapely.box(0, 0, 90, 90)), of_kind("tile", shapely.box(90, 0, 150, 60))]
+    others = [of_kind("annotation", shapely.box(0, 0, 90, 90)), feature(shapely.box(90, 0, 150, 60))]
+    others[1] |= {"id": "PathTileObject", "properties": {}}  # QuPath 0.2
     features = [tissue, *others, of_kind("cell", SHAPES[0]), *cells]
     found = read(tmp_path / "n", features)
     np.testing.assert_array_equal(found.nuclei.boxes, TRUTH[1:])
@@ -208,9 +209,10 @@ def test_the_order_of_keys_and_heights_do_not_matter(tmp_path):
 def test_holes_belong_to_their_polygon(tmp_path):
     ring = shapely.Polygon(shapely.box(100, 100, 160, 140).exterior, [shapely.box(102, 102, 120, 138).exterior])
     pair = shapely.MultiPolygon([ring, shapely.affinity.translate(ring, 500, 0)])
-    found = read(tmp_path / "n", [feature(ring), feature(pair)]).nuclei
-    np.testing.assert_allclose(found.boxes, np.array([[100, 100, 160, 140]] * 2 + [[600, 100, 660, 140]]))
-    np.testing.assert_allclose(shapely.area(found.outlines), ring.area)
+    found = read(tmp_path / "n", [feature(ring), feature(pair)])
+    np.testing.assert_allclose(found.nuclei.boxes, np.array([[100, 100, 160, 140], [600, 100, 660, 140]]))
+    np.testing.assert_allclose(shapely.area(found.nuclei.outlines), ring.area)
+    assert lost(found) == {"nuclei that are in the file already": 1}
 
 
 def test_memory_has_limits(tmp_path, monkeypatch):

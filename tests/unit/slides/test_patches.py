@@ -221,7 +221,7 @@ def test_pictures_show_tissue_patches_and_outlines(tmp_path, cut):
     assert page.count("<img") == 1 + 3 + 12
     first = re.search(r"<h2>Outlines.*?base64,([^\"]+)", page, re.DOTALL).group(1)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))).astype(int)
-    row, column = np.nonzero(np.abs(pixels - (0, 80, 200)).sum(axis=2) < 60)
+    row, column = np.nonzero(np.abs(pixels - (0, 158, 115)).sum(axis=2) < 60)
     assert len(row) > 500
     points = shapely.points((column + 0.5) / 8 + 128, (row + 0.5) / 8 + 128)
     rims = shapely.union_all(shapely.boundary(SHAPES))
