@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny_training import make_experiment, make_split, make_store, read_log, stopping, train
 
+import train as train_script
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.celldetr import CellDETR
@@ -181,3 +183,27 @@ def test_a_file_that_does_not_say_what_it_has_seen_must_be_declared(tmp_path):
     save_model(tmp_path / "foreign.pt", CellDETR(EXPERIMENT.model), EXPERIMENT.model)
     with pytest.raises(InputError, match=r"foreign\.pt: does not say .* list it in experiments\.tiny\.trained_on"):
         train(EXPERIMENT, [store], make_split(store, 4, 2), tmp_path / "run", initial=tmp_path / "foreign.pt")
+
+
+def test_the_rule_refuses_a_split_that_was_cut_short_or_names_test_patches(tmp_path):
+    fold1, fold2 = (make_store(tmp_path / f"{name}.zarr", 6, group=name) for name in ("fold1", "fold2"))
+    split = pd.concat([make_split(fold1, 4, 2), make_split(fold2, 6, 0).assign(part="test")], ignore_index=True)
+    options = {"experiment": EXPERIMENT.to_dict(), "scoring": {}, "trained_on": None, "code": ""}
+    rule = SimpleNamespace(
+        input=SimpleNamespace(stores=[str(fold1.path)], split=tmp_path / "split1.tsv", initial=[], backbone=[]),
+        output=SimpleNamespace(model=str(tmp_path / "run" / "model.pt")),
+        params=SimpleNamespace(**options),
+        resources=SimpleNamespace(workers=0),
+        threads=1,
+    )
+    for table, message in (
+        (split.iloc[:5], r"split1\.tsv: got 5 rows of store fold1, expected one for each of its 6 patches"),
+        (split.replace("test", "train"), r"part train names stores \['fold2'\]"),
+        (split.assign(part="testing"), r"split1\.tsv: column part: got \['testing'\]"),
+    ):
+        table.to_csv(tmp_path / "split1.tsv", sep="\t", index=False)
+        with pytest.raises(InputError, match=message):
+            train_script.main(rule)
+    split.to_csv(tmp_path / "split1.tsv", sep="\t", index=False)
+    train_script.main(rule)
+    assert read_checkpoint(rule.output.model)["extra"]["trained_on"] == ["fold1"]
