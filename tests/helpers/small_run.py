@@ -11,17 +11,16 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from programs import ENVIRONMENT, ROOT, run
 
 from celldetr.config.base import merge
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ("workflow", "scripts", "config", "envs")
 RUN_JOB = Path(__file__).with_name("run_job.py")
 MORE = ("results/xenium/drawn_1/spatialdata.zarr",)  # what `all` does not ask for
@@ -96,8 +95,7 @@ class SmallRun:
     @property
     def environment(self):
         """Variables of the processes: the library is the one of the copy."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.source / "scripts")}
+        return ENVIRONMENT | {"PYTHONPATH": str(self.source / "scripts")}
 
     def command(self, *arguments):
         """Return the command line of Snakemake."""
@@ -109,16 +107,8 @@ class SmallRun:
 
     def snakemake(self, *arguments, timeout=1500, **variables):
         """Run Snakemake; return the completed process with all output in `stdout`."""
-        return subprocess.run(
-            self.command(*arguments),
-            cwd=self.source,
-            env=self.environment | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        environment = self.environment | variables
+        return run(*self.command(*arguments), cwd=self.source, environment=environment, timeout=timeout)
 
     def configure(self, changes):
         """Lay settings over the configuration of this run."""
@@ -151,16 +141,8 @@ class SmallRun:
         """Run the script of a rule again, once per fault; return what `run_job.py` reports of each."""
         path, _ = self.job(rule)
         report = self.work / f"{rule}_report.json"
-        done = subprocess.run(
-            [sys.executable, str(RUN_JOB), str(path), str(report), *faults],
-            cwd=self.work,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        command = (sys.executable, RUN_JOB, path, report, *faults)
+        done = run(*command, cwd=self.work, environment=self.environment, timeout=timeout)
         assert done.returncode == 0, done.stdout[-4000:]
         attempts = json.loads(report.read_text(encoding="utf-8"))
         report.unlink()

@@ -1,11 +1,10 @@
-"""A Slurm cluster of one node on this machine, with pretended GPUs: `python3 tests/slurm/cluster.py --help`.
+"""A Slurm cluster of one node on this machine, with pretended GPUs, for the tests.
 
 It listens on the loopback device alone, has its own munge key, and keeps all its files in one folder, except
 `/etc/slurm/slurm.conf` and `gres.conf`: links that `stop` removes. A machine with a Slurm of its own is left alone.
-Needs root and Debian's packages; `install` gets those.
+Needs root and Debian's packages: `python3 tests/slurm/cluster.py install` gets those.
 """
 
-import argparse
 import contextlib
 import os
 import secrets
@@ -55,20 +54,16 @@ SelectTypeParameters=CR_Core_Memory
 ReturnToService=2
 MinJobAge=7200
 KillWait=30
-{accounting}
-GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
-"""
-
-WITHOUT_ACCOUNTING = "AccountingStorageType=accounting_storage/none\nJobAcctGatherType=jobacct_gather/none"
-WITH_ACCOUNTING = """\
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd_port}
 AccountingStoragePass={run}/munge.socket
 JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=5"""
+JobAcctGatherFrequency=5
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
 
 SLURMDBD = """\
 AuthType=auth/munge
@@ -92,10 +87,9 @@ class ClusterError(Exception):
     """The cluster cannot be had here."""
 
 
-def missing(accounting):
+def missing():
     """Return the packages that are not installed."""
-    needed = PROGRAMS if accounting else ("slurm-wlm", "munge")
-    return [package for package in needed if not all(map(_program, PROGRAMS[package]))]
+    return [package for package, programs in PROGRAMS.items() if not all(map(_program, programs))]
 
 
 def _program(name):
@@ -105,7 +99,7 @@ def _program(name):
 
 def install():
     """Install what is missing with apt-get."""
-    packages = missing(accounting=True)
+    packages = missing()
     if not packages:
         return
     if os.geteuid() or not shutil.which("apt-get"):
@@ -119,11 +113,11 @@ def install():
             raise ClusterError(f"apt-get {' '.join(command)}: {done.stderr[-1000:]}")
 
 
-def check(accounting=False):
+def check():
     """Raise a `ClusterError` that says why no cluster can be started here."""
     if os.geteuid():
         raise ClusterError("starting Slurm needs root")
-    if packages := missing(accounting):
+    if packages := missing():
         raise ClusterError(f"not installed: {', '.join(packages)}; see tests/slurm/cluster.py install")
     for name in ("slurm.conf", "gres.conf"):
         if _left_over(ETC / name):
@@ -143,9 +137,9 @@ def _left_over(link):
     return (folder / "munge.key").is_file() and not (pid_file.is_file() and _alive(int(pid_file.read_text())))
 
 
-def start(folder, accounting=False):
+def start(folder):
     """Start all daemons and wait until the node takes jobs."""
-    check(accounting)
+    check()
     folder = Path(folder).absolute()
     run = folder / "run"
     for name in ("state", "spool", "log", "run"):
@@ -164,26 +158,24 @@ def start(folder, accounting=False):
     for number in range(GPUS):
         (folder / f"gpu{number}").touch()
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n", encoding="utf-8")
-    values["accounting"] = (WITH_ACCOUNTING if accounting else WITHOUT_ACCOUNTING).format(**values)
     (folder / "slurm.conf").write_text(SLURM.format(**values), encoding="utf-8")
     # a job step of Snakemake's plugin does not inherit SLURM_CONF: the default place must hold the configuration
     ETC.mkdir(exist_ok=True)
     for name in ("slurm.conf", "gres.conf"):
         (ETC / name).symlink_to(folder / name)
     try:
-        _start_daemons(folder, run, values, accounting)
+        _start_daemons(folder, run, values)
     except BaseException:
         stop(folder)
         raise
 
 
-def _start_daemons(folder, run, values, accounting):
+def _start_daemons(folder, run, values):
     _call(
         *("munged", "--force", f"--key-file={folder}/munge.key", f"--socket={run}/munge.socket"),
         *(f"--pid-file={run}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/munge.seed"),
     )
-    if accounting:
-        _start_accounting(folder, run, values)
+    _start_accounting(folder, run, values)
     _call("slurmctld", "-f", folder / "slurm.conf")
     _call("slurmd", "-f", folder / "slurm.conf", "-N", values["host"])
     _wait_for("the node to be idle", lambda: _call("sinfo", "-h", "-o", "%t", check=False).stdout.strip() == "idle")
@@ -294,24 +286,10 @@ def _free_ports(count):
         return [one.getsockname()[1] for one in sockets]
 
 
-def main():
-    """Do what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["install", "start", "stop"])
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp/celldetr-slurm"))
-    parser.add_argument("--accounting", action="store_true", help="with slurmdbd and MariaDB")
-    given = parser.parse_args()
+if __name__ == "__main__":
+    if sys.argv[1:] != ["install"]:
+        sys.exit(__doc__)
     try:
-        if given.what == "install":
-            install()
-        elif given.what == "start":
-            start(given.folder, given.accounting)
-        else:
-            stop(given.folder)
-            shutil.rmtree(given.folder, ignore_errors=True)
+        install()
     except ClusterError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,37 +1,21 @@
-"""Asking Slurm, and the smallest example with Snakemake on it."""
+"""Asking Slurm, and Snakemake with a small run on it."""
 
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import yaml
+from programs import ENVIRONMENT, ROOT
 
-from celldetr.config.base import merge
+EAGER = """import asyncio
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "OMP_NUM_THREADS": "1",
-}
-SMALL = {
-    "patch": {"size": 64, "mpp": 0.5},
-    "model": {"d_model": 32, "ffn": 32, "decoder_layers": 2, "queries": 20},
-    "training": {"epochs": 2, "warmup_steps": 2},
-    "evaluation": {"resamples": 20},
-    "overlays": {"patches": 2},
-    "xenium": None,
-    "figure3": None,
-    "example": {
-        "images": [24, 12, 24],
-        "xenium": {},
-        "slides": {"drawn_slide_1": [300, 240], "drawn_slide_2": [300, 240]},
-    },
-    "slides": {"total": 40},
-}
+sleep = asyncio.sleep
+asyncio.sleep = lambda seconds, *more: sleep(min(seconds, 3), *more)
+"""
+"""Snakemake's plugin asks for the states of its jobs 10 s later each time that none has ended; here every 3 s."""
+NO_ACCOUNTING = "#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n"
 
 
 def ask(*command):
@@ -64,53 +48,52 @@ def wait_for(condition, what, process=None, seconds=240):
 
 
 class Workflow:
-    """The smallest example with one training run for table 1 and two slides, in a folder of its own."""
+    """Snakemake with the Slurm profile in a working folder that has a config.yaml; `accounting`: sacct works."""
 
-    def __init__(self, folder, accounting=False):
+    def __init__(self, folder, tools, accounting=True):
         self.folder = folder
-        text = (ROOT / "config" / "example" / "config.yaml").read_text(encoding="utf-8")
-        config = merge(yaml.safe_load(text), SMALL)
-        config["experiments"] = {"celldetr_p": config["experiments"]["celldetr_p"]}
-        config["tables"] = {"table1": config["tables"]["table1"] | {"experiments": ["celldetr_p"]}}
-        config["frozen_features"] = {"k": 3}
-        self.config = config
-        status = "sacct" if accounting else "squeue"
-        self.profile = [
-            *("--profile", "slurm", "--slurm-status-command", status, "--slurm-init-seconds-before-status-checks", "3"),
-            *("--latency-wait", "10", "--set-threads", "train=1", "predict=1", "detect_slide=1"),
+        tools.mkdir()
+        (tools / "sitecustomize.py").write_text(EAGER, encoding="utf-8")
+        self.environment = ENVIRONMENT | {"PYTHONPATH": f"{tools}{os.pathsep}{ROOT / 'scripts'}"}
+        if not accounting:
+            (tools / "sacct").write_text(NO_ACCOUNTING, encoding="utf-8")
+            (tools / "sacct").chmod(0o755)
+            self.environment["PATH"] = f"{tools}{os.pathsep}{ENVIRONMENT['PATH']}"
+        self.command = [
+            *("snakemake", "--profile", "slurm", "--slurm-status-command", "sacct" if accounting else "squeue"),
+            *("--slurm-init-seconds-before-status-checks", "3", "--latency-wait", "10"),
+            *("--set-threads", "train=1", "predict=1", "detect_slide=1"),
+            *("--configfile", str(folder / "config.yaml"), "--directory", str(folder)),
         ]
 
-    def command(self, *arguments, local=False):
+    def configure(self, **training):
+        """Change settings of the training."""
         path = self.folder / "config.yaml"
-        path.write_text(yaml.safe_dump(self.config), encoding="utf-8")
-        how = ["--cores", "2", "--workflow-profile", "none"] if local else self.profile
-        return ["snakemake", *how, "--configfile", path, "--directory", self.folder, *arguments]
-
-    def __call__(self, *arguments, local=False, seconds=600):
-        done = subprocess.run(
-            [str(word) for word in self.command(*arguments, local=local)],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config["training"] |= training
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
     def start(self, *arguments):
         """Start a driver and do not wait for it."""
         with open(self.folder / "driver.log", "w", encoding="utf-8") as log:
             return subprocess.Popen(
-                [str(word) for word in self.command(*arguments)],
+                [*self.command, *arguments],
                 cwd=ROOT,
-                env=ENVIRONMENT,
+                env=self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+
+    def __call__(self, *arguments, seconds=800):
+        """Run a driver to its end; return what it printed."""
+        driver = self.start(*arguments)
+        try:
+            driver.wait(seconds)
+        finally:
+            end(driver)
+        assert driver.returncode == 0, self.driver_log()[-6000:]
+        return self.driver_log()
 
     def driver_log(self):
         return (self.folder / "driver.log").read_text(encoding="utf-8")

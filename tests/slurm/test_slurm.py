@@ -6,37 +6,64 @@ import re
 import shutil
 import signal
 
+import cluster as slurm
 import pytest
+import yaml
 from on_slurm import Workflow, ask, end, jobs, wait_for
 from small_run import FEWEST, small_config
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MODEL = "results/models/celldetr_p/split1/model.pt"
 GOING_ON = re.compile(r"continuing from .*last\.ckpt at step (\d+)")
 STOPPED = re.compile(r"stopped by SIGUSR1 after step (\d+)")
+WITH_GPU = {
+    *("rule_train", "rule_predict", "rule_attention", "rule_frozen_features", "rule_similarity", "rule_detect_slide")
+}
+GROUPS = {
+    *("rule_pannuke_convert_pannuke_split_pannuke", "rule_slides_extract_slide", "rule_tables_score_table"),
+    *("rule_xenium_annotate_xenium_extract_xenium_register_xenium", "rule_pictures_learning_curves_overlays"),
+}
 
 
 @pytest.fixture(scope="module")
-def finished(cluster, tmp_path_factory):
-    """Make the raw files here, as a login node would get them, and all the rest on the cluster."""
-    workflow = Workflow(tmp_path_factory.mktemp("finished"), accounting=cluster)
-    workflow("--until", "download_pannuke", "download_slide", "download_slide_nuclei", local=True)
-    workflow.output = workflow("all", "results/slides/split.tsv")
+def cluster(tmp_path_factory):
+    """Start a cluster, and stop it after the tests."""
+    try:
+        slurm.check()
+    except slurm.ClusterError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("cluster")
+    slurm.start(folder)
+    yield
+    slurm.stop(folder)
+
+
+@pytest.fixture(scope="module")
+def complete(cluster, finished, tmp_path_factory):
+    """All but the raw files and the figures made anew on the cluster, the three stages of training included."""
+    folder = tmp_path_factory.mktemp("complete") / "work"
+    shutil.copytree(finished.work, folder, symlinks=True)
+    for path in (folder / "results").iterdir():
+        if path.name != "raw":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "config.yaml").write_text(yaml.safe_dump(small_config(FEWEST)), encoding="utf-8")
+    workflow = Workflow(folder, folder.parent / "tools")
+    workflow("all", "--omit-from", "figure3", "figure4b", "figure4c", "figure5a", "figure5b")
     return workflow
 
 
 @pytest.fixture
-def unfinished(finished, tmp_path):
-    """All that comes before training is there, and a training run of more epochs is asked for."""
-    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True, symlinks=True)
-    shutil.rmtree(tmp_path / "results" / "models")
-    shutil.rmtree(tmp_path / ".snakemake" / "slurm_logs")
-    workflow = Workflow(tmp_path)
-    workflow.config["training"]["epochs"] = 60
+def unfinished(complete, tmp_path):
+    """All that comes before training is there, a longer training run is asked for, and `sacct` does not work."""
+    folder = tmp_path / "work"
+    shutil.copytree(complete.folder, folder, symlinks=True)
+    shutil.rmtree(folder / "results" / "models")
+    shutil.rmtree(folder / ".snakemake" / "slurm_logs")
+    workflow = Workflow(folder, tmp_path / "tools", accounting=False)
     yield workflow
     for number, job in jobs().items():
-        if job["WorkDir"] == str(tmp_path) and job["JobState"] in ("PENDING", "RUNNING"):
+        if job["WorkDir"] == str(folder) and job["JobState"] in ("PENDING", "RUNNING"):
             ask("scancel", number)
 
 
@@ -51,10 +78,12 @@ def log_of(workflow):
     return [json.loads(line) for line in lines]
 
 
-def every_epoch_once(workflow):
-    """Tell whether each epoch was trained to its end once, with the 5 steps that an epoch has."""
-    epochs = workflow.config["training"]["epochs"]
-    return [(line["epoch"], line["step"]) for line in log_of(workflow)] == [(n, 5 * n) for n in range(1, epochs + 1)]
+def every_epoch_once(complete, workflow, epochs):
+    """Tell whether each epoch was trained to its end once, with the steps that an epoch has."""
+    steps = log_of(complete)[0]["step"]
+    return [(line["epoch"], line["step"]) for line in log_of(workflow)] == [
+        (n, steps * n) for n in range(1, epochs + 1)
+    ]
 
 
 def job_with(workflow, pattern, after=0):
@@ -73,16 +102,20 @@ def newer(path):
     return lambda: path.stat().st_mtime_ns > before
 
 
-def test_jobs_ask_for_what_they_need(finished):
-    asked = of(finished)
+def test_the_whole_workflow_runs_on_a_cluster_with_accounting(complete):
+    for number in (1, 2, 3):
+        assert (complete.folder / "results" / f"table{number}.tsv").is_file()
+    assert set(ask("sacct", "-X", "-n", "-P", "-o", "State").split()) == {"COMPLETED"}
+    assert len([job for job in of(complete) if "rule_train" in job]) == 3
+
+
+def test_jobs_ask_for_what_they_need(complete):
+    asked = of(complete)
     with_gpu = {
         name for name, job in asked.items() if "gres/gpu=1" in job["TRES"] or "gpu:1" in job.get("TresPerJob", "")
     }
-    assert with_gpu == {
-        "rule_train_wildcards_celldetr_p_1",
-        "rule_predict_wildcards_celldetr_p_1",
-        "rule_detect_slide_wildcards_drawn_slide_2",
-    }
+    assert {name.split("_wildcards")[0] for name in with_gpu} == WITH_GPU
+    assert {name for name in asked if name.split("_wildcards")[0] in WITH_GPU} == with_gpu
     train = asked["rule_train_wildcards_celldetr_p_1"]
     assert "mem=32000M" in train["TRES"]
     assert train["TimeLimit"] == "2-00:00:00"
@@ -93,27 +126,26 @@ def test_jobs_ask_for_what_they_need(finished):
     assert {job["JobState"] for job in asked.values()} == {"COMPLETED"}
 
 
-def test_rules_share_jobs(finished):
-    """Of 14 rules that run here, conversion and split, scores and tables, and the slides are one job each."""
-    asked = of(finished)
-    groups = {re.sub(r"_wildcards.*", "", name) for name in asked}
-    assert len(asked) == 8, sorted(asked)
-    assert any("pannuke" in name for name in groups)
-    for table in ("table1.tsv", "slides/split.tsv"):
-        assert (finished.folder / "results" / table).is_file()
+def test_rules_share_jobs(complete):
+    names = {name.split("_wildcards")[0] for name in of(complete)}
+    assert names >= GROUPS
+    alone = ("convert_pannuke", "split_pannuke", "register_xenium", "extract_slide", "score", "table", "overlays")
+    assert not names & {f"rule_{rule}" for rule in alone}
 
 
-def test_logs_lie_where_they_should(finished):
-    logs = finished.folder / "results" / "logs"
+def test_logs_lie_where_they_should(complete):
+    logs = complete.folder / "results" / "logs"
     for name in ("train/celldetr_p_split1.log", "convert_pannuke/fold1.log", "score/celldetr_p_split1.log"):
         assert (logs / name).is_file()
     assert "wrote results/models/celldetr_p" in (logs / "train" / "celldetr_p_split1.log").read_text(encoding="utf-8")
-    for job in of(finished).values():
-        assert job["StdOut"].startswith(str(finished.folder / ".snakemake" / "slurm_logs"))
+    for job in of(complete).values():
+        assert job["StdOut"].startswith(str(complete.folder / ".snakemake" / "slurm_logs"))
         assert os.path.getsize(job["StdOut"]) > 0
 
 
-def test_a_training_run_survives_requeue_cancel_and_a_killed_driver(unfinished):
+def test_a_training_run_survives_requeue_cancel_and_a_killed_driver(complete, unfinished):
+    epochs = 120  # of about 0.2 s
+    unfinished.configure(epochs=epochs)
     driver = unfinished.start(MODEL)
     checkpoint = unfinished.folder / MODEL.replace("model.pt", "checkpoints/last.ckpt")
     try:
@@ -146,43 +178,32 @@ def test_a_training_run_survives_requeue_cancel_and_a_killed_driver(unfinished):
     assert set(re.findall(r"^(\w+) +\d+$", output, re.M)) == {"train", "total"}
     _, again = job_with(unfinished, GOING_ON, after=second)()
     assert int(again[1]) > int(cancelled[1])
-    assert every_epoch_once(unfinished)
+    assert every_epoch_once(complete, unfinished, epochs)
 
 
-def test_two_processes_stop_before_the_time_limit_and_go_on(finished, unfinished):
+def test_two_processes_stop_before_the_time_limit_and_go_on(complete, unfinished):
     """The second process changes neither the number of steps nor what a checkpoint is good for."""
-    epochs = round(80 / log_of(finished)[-1]["seconds"])  # longer than the first attempt, however fast it is here
-    unfinished.config["training"] |= {"epochs": max(epochs, 60), "gpus": 2}
-    limit = "--signal=USR1@45"  # Slurm looks every 30 s: between 45 and 75 s after the start
+    epochs = 240  # longer than Slurm takes to look at the time limit: every 30 s
+    unfinished.configure(epochs=epochs, gpus=2)
+    limit = "--signal=USR1@100"
     driver = unfinished.start(
-        MODEL, "--set-resources", "train:runtime=2 if attempt == 1 else 60", f"train:slurm_extra='{limit}'"
+        MODEL, "--set-resources", "train:runtime=30 if attempt == 1 else 60", f"train:slurm_extra='{limit}'"
     )
+    checkpoint = unfinished.folder / MODEL.replace("model.pt", "checkpoints/last.ckpt")
     try:
+        wait_for(checkpoint.is_file, "a checkpoint", driver)
+        running = max(unfinished.train_logs())
+        assert "gpu:2" in jobs()[running]["TresPerJob"]
+        assert jobs()[running]["TimeLimit"] == "00:30:00"
+        ask("scontrol", "update", f"jobid={running}", "TimeLimit=3")
         first, stopped = wait_for(job_with(unfinished, STOPPED), "the signal before the time limit", driver)
-        assert jobs()[first]["TimeLimit"] == "00:02:00"
-        assert "gpu:2" in jobs()[first]["TresPerJob"]
         _, continued = wait_for(job_with(unfinished, GOING_ON, after=first), "the next attempt", driver)
+        assert first == running
         assert continued[1] == stopped[1]
         driver.wait(timeout=600)
     finally:
         end(driver)
     assert driver.returncode == 0, unfinished.driver_log()[-4000:]
-    assert every_epoch_once(unfinished)
+    assert every_epoch_once(complete, unfinished, epochs)
     provenance = json.loads((unfinished.folder / MODEL).with_name("provenance.json").read_text(encoding="utf-8"))
     assert provenance["processes"] == 2
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("cluster", [True], indirect=True, ids=["accounting"])
-def test_the_whole_workflow_runs_on_a_cluster_with_accounting(cluster, tmp_path):
-    """From the raw files to all tables, the three stages of training included."""
-    workflow = Workflow(tmp_path, accounting=cluster)
-    workflow.config = small_config(FEWEST)
-    workflow("all", seconds=1500)
-    for number in (1, 2, 3):
-        assert (tmp_path / "results" / f"table{number}.tsv").is_file()
-    states = ask("sacct", "-X", "-n", "-P", "-o", "State").split()
-    assert set(states) == {"COMPLETED"}
-    trained = [job for job in of(workflow) if "rule_train" in job]
-    assert len(trained) == 3
-    assert any("xenium" in job for job in of(workflow)), "registration, cell types and patches of a sample share a job"
