@@ -94,55 +94,21 @@ def _split_blocks(
     settings: XeniumSplitSettings,
     seed: int,
 ) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
-    """Part of each patch (N,), and mask (N,) of those left out; `store_of` (N,) are the names of their stores."""
-    boxes = np.concatenate([_boxes(store) for store in stores])
-    side = np.concatenate([np.full(len(store), _block_side(store, settings.block_um)) for store in stores])
-    cells = boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None])
-    blocks = [f"{name} {x} {y}" for name, (x, y) in zip(store_of, cells.tolist(), strict=True)]
+    """Part of each patch (N,), and mask (N,) of those left out; `store_of` (N,) are the names of their stores.
+
+    Patches are left out that, grown by half the margin, reach into a block of another part; the other patches of
+    different parts are then at least the margin apart.
+    """
+    placed = [_place(store, settings.block_um) for store in stores]
+    boxes, side = (np.concatenate(values) for values in zip(*placed, strict=True))
+    centres = boxes.reshape(-1, 2, 2).sum(axis=1) // (2 * side[:, None])
+    blocks = [f"{name} {x} {y}" for name, (x, y) in zip(store_of, centres.tolist(), strict=True)]
     part = _parts(blocks, shares, seed, "block")
     margin = math.ceil(settings.margin_um / stores[0].mpp / 2)
-    return part, _cross_border(store_of, boxes, blocks, part, side, margin)
-
-
-def _step(store: PatchStore) -> int:
-    """Distance between neighbouring patches of a sample's grid, px of the patches."""
-    return max(1, round(store.attrs["settings"]["stride"] * store.patch_size))
-
-
-def _boxes(store: PatchStore) -> NDArray[np.int64]:
-    """Box of each patch on its slide (N, 4), xyxy px of the patches, from the slide's corner.
-
-    The store holds rounded level-0 corners; patches lie on a grid, so their exact place is known.
-    """
-    step = _step(store)
-    places = store.patches[["x", "y"]].to_numpy(dtype=np.float64) * (store.attrs["image"]["mpp"] / store.mpp / step)
-    low = np.rint(places).astype(np.int64) * step
-    return np.concatenate([low, low + store.patch_size], axis=1)
-
-
-def _block_side(store: PatchStore, block_um: float) -> int:
-    """Side of a block, px of the patches: whole steps of the grid."""
-    step = _step(store)
-    return max(1, round(block_um / store.mpp / step)) * step
-
-
-def _cross_border(
-    stores: NDArray[np.object_],
-    boxes: NDArray[np.int64],
-    blocks: Sequence[str],
-    part: NDArray[np.object_],
-    side: NDArray[np.int64],
-    margin: int,
-) -> NDArray[np.bool_]:
-    """Find the patches (N,) that, grown by a margin (px), reach into a block of another part.
-
-    The other patches of different parts are then at least twice the margin apart. `blocks` (N,) are those of the
-    patches' centres, `side` (N,) px.
-    """
     first = (boxes[:, :2] - margin) // side[:, None]
     last = (boxes[:, 2:] + margin - 1) // side[:, None]
     rows = [
-        (index, f"{stores[index]} {x} {y}")
+        (index, f"{store_of[index]} {x} {y}")
         for index in np.flatnonzero((first != last).any(axis=1)).tolist()
         for x in range(first[index, 0], last[index, 0] + 1)
         for y in range(first[index, 1], last[index, 1] + 1)
@@ -152,7 +118,19 @@ def _cross_border(
     # a block without the centre of a patch belongs to the part that reaches into it most
     most = pd.Series(own, dtype=object).groupby(reached["block"]).agg(lambda parts: parts.mode()[0])
     owner = reached["block"].map(dict(zip(blocks, part, strict=True))).fillna(reached["block"].map(most))
-    return np.isin(np.arange(len(boxes)), reached["patch"][owner.to_numpy() != own])
+    return part, np.isin(np.arange(len(boxes)), reached["patch"][owner.to_numpy() != own])
+
+
+def _place(store: PatchStore, block_um: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Box (N, 4) of each patch on its slide, xyxy, and side (N,) of its block: whole steps of the grid; px of patches.
+
+    The store holds rounded level-0 corners; patches lie on a grid, so their exact place is known.
+    """
+    step = max(1, round(store.attrs["settings"]["stride"] * store.patch_size))
+    places = store.patches[["x", "y"]].to_numpy(dtype=np.float64) * (store.attrs["image"]["mpp"] / store.mpp / step)
+    low = np.rint(places).astype(np.int64) * step
+    side = max(1, round(block_um / store.mpp / step)) * step
+    return np.concatenate([low, low + store.patch_size], axis=1), np.full(len(store), side)
 
 
 def _warnings(patches: pd.DataFrame, part: NDArray[np.object_], by: str) -> tuple[str, ...]:
