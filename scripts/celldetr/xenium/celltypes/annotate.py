@@ -48,7 +48,14 @@ def annotate(cells: AnnData, reference: AnnData, settings: CellTypeSettings, see
 
     Raises InputError if there are too few shared genes, duplicate cell ids, counts that are not raw, or no sure types.
     """
-    _check_counts(cells)
+    values = cells.X.data
+    if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
+        raise InputError(
+            "counts of the sample: got values that are negative or not whole, expected raw counts: use the matrix of "
+            "the output folder as it is"
+        )
+    if not cells.obs_names.is_unique:
+        raise InputError(f"cells of the sample: got {int(cells.obs_names.duplicated().sum())} duplicate ids")
     genes = shared_genes(cells, reference, settings.min_shared_genes)
     log.info("%d shared genes, by %s", len(genes.names), genes.by)
     here = on_genes(cells, genes.first, genes.names)
@@ -201,14 +208,3 @@ def known_part(reference: AnnData) -> AnnData:
 def versions() -> dict[str, str]:
     """Versions of the packages that the types depend on."""
     return {name: importlib.metadata.version(name) for name in ("tacco", "anndata", "numpy", "scipy")}
-
-
-def _check_counts(cells: AnnData) -> None:
-    values = cells.X.data
-    if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
-        raise InputError(
-            "counts of the sample: got values that are negative or not whole, expected raw counts: use the matrix of "
-            "the output folder as it is"
-        )
-    if not cells.obs_names.is_unique:
-        raise InputError(f"cells of the sample: got {int(cells.obs_names.duplicated().sum())} duplicate ids")

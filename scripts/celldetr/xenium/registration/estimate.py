@@ -19,7 +19,6 @@ _SMALLEST = 96  # fewest samples along the coarsest map of the smaller image
 _BLOCK = 48  # samples along the side of a block
 _BLOCKS = 120  # blocks that are compared on a map
 _PEAKS = 2  # shifts kept for each linear part
-_SCALE_STEP = 0.05  # relative step of the search for the scale
 _CANDIDATES = 12  # kept from the coarsest maps
 _NEARBY = (-4.0, -2.0, 0.0, 2.0, 4.0)  # degrees around a given matrix
 
@@ -55,14 +54,9 @@ def make_maps(he: Pyramid, dapi: Pyramid, he_mpp: float, pixel_size: float) -> l
         pairs.append(MapPair(spacing, band(whole[0]), band(whole[1]), he_mpp))
         if min(max(values.shape) for values in whole) < 2 * _SMALLEST:
             return pairs[::-1]
-        whole = [_halve(values) for values in whole]
+        even = [np.pad(values, [(0, side % 2) for side in values.shape], mode="edge") for values in whole]
+        whole = [values.reshape(len(values) // 2, 2, -1, 2).mean(axis=(1, 3)) for values in even]
         spacing *= 2
-
-
-def _halve(values: Values) -> Values:
-    """Average 2 x 2 samples; an odd last row or column is doubled."""
-    even = np.pad(values, [(0, side % 2) for side in values.shape], mode="edge")
-    return np.asarray(even.reshape(even.shape[0] // 2, 2, even.shape[1] // 2, 2).mean(axis=(1, 3)))
 
 
 def estimate(
@@ -83,12 +77,6 @@ def estimate_nearby(maps: Sequence[MapPair], to_um: Floats, seed: int) -> list[F
     linears = [rotation(angle) @ to_um[:2, :2] / maps[0].he_mpp for angle in _NEARBY]
     found = _distinct(_search(maps[0], linears), maps[0], 4)
     return _polish(maps, [Candidate(to_um, 0.0), *found], keep=2, seed=seed)
-
-
-def scale_steps(low: float, high: float) -> Floats:
-    """Scales from low to high in equal ratios."""
-    count = max(int(np.ceil(np.log(high / low) / _SCALE_STEP)), 1) + 1
-    return np.geomspace(low, high, count)
 
 
 def _search(maps: MapPair, linears: Sequence[Floats]) -> list[Candidate]:

@@ -129,23 +129,17 @@ def find_blobs(stain: Values) -> tuple[Floats, Floats]:
     row, column = np.nonzero((response == ndimage.maximum_filter(response, size)) & (response > 0))
     middle = (row > 0) & (row < len(response) - 1) & (column > 0) & (column < response.shape[1] - 1)
     row, column = row[middle], column[middle]
-    kept = _suppress(np.column_stack([column, row]), response[row, column], sigmas[scale[row, column]])
+    tree = cKDTree(np.column_stack([column, row]))
+    kept = np.ones(len(row), dtype=bool)
+    for index in np.argsort(-response[row, column], kind="stable"):  # drop the blobs inside of a stronger one
+        if kept[index]:
+            kept[tree.query_ball_point(tree.data[index], _RADIUS * sigmas[scale[row[index], column[index]]])] = False
+            kept[index] = True
     row, column = row[kept], column[kept]
     layer, here = scale[row, column], response[row, column]
     x = column + peak_offset(responses[layer, row, column - 1], here, responses[layer, row, column + 1])
     y = row + peak_offset(responses[layer, row - 1, column], here, responses[layer, row + 1, column])
     return np.column_stack([x + 0.5, y + 0.5]).astype(np.float64), here.astype(np.float64)
-
-
-def _suppress(positions: NDArray[np.int64], strength: NDArray[np.float32], sigma: Floats) -> NDArray[np.int64]:
-    """Non-maximum suppression: indices of the blobs that are not inside a stronger one."""
-    tree = cKDTree(positions)
-    alive = np.ones(len(positions), dtype=bool)
-    for index in np.argsort(-strength, kind="stable"):
-        if alive[index]:
-            alive[tree.query_ball_point(positions[index], _RADIUS * sigma[index])] = False
-            alive[index] = True
-    return np.flatnonzero(alive)
 
 
 def clear_blobs(windows: list[StainWindow]) -> list[Floats]:

@@ -1,7 +1,6 @@
 """Register the H&E of a sample: try the file, the file refined, its likely mistakes, then the images; check each."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,7 +12,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.affine import Floats, decompose, scaling
 from celldetr.xenium.registration.alignment import Alignment, Plausibility, check_plausible
-from celldetr.xenium.registration.estimate import MapPair, estimate, estimate_nearby, make_maps, scale_steps
+from celldetr.xenium.registration.estimate import MapPair, estimate, estimate_nearby, make_maps
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import inside
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _WRONG_KEYPOINT = 20.0  # um
 _SANE_SCALES = (0.2, 10.0)  # Xenium px per H&E px, of matrices that are worth a check
+_SCALE_STEP = 0.05  # relative step of the search for the scale
 _MIN_IN_DAPI = 0.9  # share of the nuclei inside their own image
 
 
@@ -164,8 +164,9 @@ class _Run:
     def from_images(self) -> Registration | None:
         """Registration without a file; None if none passes."""
         low, high = self.settings.scale_range
-        all_scales = scale_steps(low, high) * self.pixel_size / self.maps[0].he_mpp
-        tries: list[tuple[str, Sequence[float]]] = [("estimated, any scale", list(all_scales))]
+        count = max(int(np.ceil(np.log(high / low) / _SCALE_STEP)), 1) + 1
+        scales = np.geomspace(low, high, count) * self.pixel_size / self.maps[0].he_mpp
+        tries = [("estimated, any scale", scales.tolist())]
         if self.he.mpp:
             tries.insert(0, ("estimated", [1.0]))
         found = (
