@@ -1,5 +1,6 @@
 """Download or copy one raw file: from mirrors, resumed, verified, and under its final name only when complete."""
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,7 +20,7 @@ import urllib3
 from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime import provenance
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic, link_or_copy
+from celldetr.runtime.files import atomic, held, link_or_copy
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,9 @@ def fetch(
                 with atomic(final) as temporary:
                     link_or_copy(local, temporary)
             else:
-                retry(functools.partial(_download, url, part, final, headers or {}, size, sha256), url)
-                os.replace(part, final)
+                with _only_writer(part):
+                    retry(functools.partial(_download, url, part, final, headers or {}, size, sha256), url)
+                    os.replace(part, final)
         except TransferError as failure:
             failures.append(f"  {url}: {failure}")
             log.warning("%s: %s", url, failure)
@@ -90,6 +92,17 @@ def fetch(
         f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
         "Start again later (received data is kept), or get the file by other means and give its path as a source."
     )
+
+
+@contextlib.contextmanager
+def _only_writer(part: Path) -> Iterator[None]:
+    part.touch()
+    with held(part):
+        try:
+            yield
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
 
 
 def local_path(url: str) -> Path | None:

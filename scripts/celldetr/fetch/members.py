@@ -17,7 +17,7 @@ from fsspec.spec import AbstractBufferedFile
 from celldetr.fetch.download import check, fetch, local_path, need_space, stop_if_full
 from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic, link_or_copy
+from celldetr.runtime.files import atomic, held, link_or_copy
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,17 @@ def fetch_members(
     final = Path(destination)
     staging = final.with_name(f".{final.name}.part")
     staging.mkdir(parents=True, exist_ok=True)
+    with held(staging):
+        _from_first(urls, staging, final, choose, marker, size, sha256)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+    return final
+
+
+def _from_first(
+    urls: Sequence[str], staging: Path, final: Path, choose: Choose, marker: str, size: int | None, sha256: str | None
+) -> None:
     failures = []
     for url in urls:
         try:
@@ -79,10 +90,7 @@ def fetch_members(
             )
             log.warning("%s", failures[-1].strip())
             continue
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(staging, final)
-        return final
+        return
     raise InputError(
         f"{final}: no source delivered the files:\n" + "\n".join(failures) + "\n"
         "Start again (received members are kept), or get the archive by other means and give its path as a source."

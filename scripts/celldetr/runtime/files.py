@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -80,6 +81,32 @@ def _runs(process: int) -> bool:
     except PermissionError:
         pass  # it is another user's
     return True
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder that one job continues after another; released when the process exits.
+
+    Raises
+    ------
+    InputError
+        Another job holds it.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise InputError(
+            f"{path}: another job writes it, most likely started by a Snakemake that was killed. Wait until it has "
+            "ended, or end it (kill, scancel), then start again"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 from celldetr.fetch import download, http
 from celldetr.fetch.download import fetch
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import held
 
 DATA = (b"PK\x03\x04" + bytes(range(256)) * 4000)[:1024000]
 SIZE = len(DATA)
@@ -53,6 +54,17 @@ def test_a_later_call_continues_an_earlier_one(web, url, get):
         get(url, tries=1)
     only(get(url))
     assert ranges(web)[-1] == "bytes=500000-"
+
+
+def test_another_job_with_the_same_output_is_named(get, url, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / ".fold_1.zip.part").touch()
+    with (
+        held(tmp_path / "raw" / ".fold_1.zip.part"),
+        pytest.raises(InputError, match=r"\.fold_1\.zip\.part: another job writes it"),
+    ):
+        get(url)
+    only(get(url))
 
 
 def test_what_is_kept_to_continue_does_not_hold_the_credentials_of_the_url(web, url, get, tmp_path):

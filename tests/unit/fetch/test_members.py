@@ -11,6 +11,7 @@ import pytest
 
 from celldetr.fetch.members import fetch_members
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import held
 
 MARKER = "experiment.xenium"
 BIG = np.random.default_rng(0).bytes(3_000_000)
@@ -84,6 +85,15 @@ def test_members_that_have_arrived_do_not_travel_again(web, url, tmp_path):
     get([url], tmp_path / "outs")
     assert content(tmp_path / "outs") == FILES
     assert (tmp_path / "outs" / "cells.parquet").stat().st_mtime_ns == times
+
+
+def test_another_job_with_the_same_output_is_named(web, url, tmp_path):
+    """Both would continue one folder, and the slower one publish what the other left."""
+    (tmp_path / ".outs.part").mkdir()
+    with held(tmp_path / ".outs.part"), pytest.raises(InputError, match=r"\.outs\.part: another job writes it"):
+        get([url], tmp_path / "outs")
+    assert web.requests == []
+    get([url], tmp_path / "outs")
 
 
 @pytest.mark.parametrize("lack", ["ranges", "states_size"])

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic, link_or_copy, read_npz, write_npz
+from celldetr.runtime.files import atomic, held, link_or_copy, read_npz, write_npz
 
 
 def test_output_appears_only_when_complete(tmp_path):
@@ -67,6 +67,17 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_kept(tmp
     with atomic(tmp_path / "a") as temporary:
         temporary.touch()
     assert set(tmp_path.iterdir()) == {tmp_path / "a", left[0], *left[3:]}
+
+
+def test_what_one_job_continues_after_another_has_one_writer(tmp_path):
+    with (
+        held(tmp_path),
+        pytest.raises(InputError, match=f"{tmp_path}: another job writes it"),
+        held(tmp_path),
+    ):
+        pass
+    with held(tmp_path):
+        pass
 
 
 def test_a_link_to_the_same_file_is_written_again(tmp_path):
