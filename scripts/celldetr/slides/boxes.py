@@ -77,7 +77,7 @@ def place_outlines(
     outlines[owner[~np.isfinite(corners).all(axis=1)]] = None
     outlines = shapely.transform(outlines, lambda points: points @ affine[:, :2].T + affine[:, 2])
     crossed = ~shapely.is_valid(outlines)
-    outlines[crossed] = shapely.make_valid(outlines[crossed])
+    outlines[crossed] = shapely.make_valid(outlines[crossed], method="structure", keep_collapsed=False)
     bounds = shapely.bounds(outlines).reshape(-1, 4)
     return outlines, _thick(bounds) & (shapely.area(outlines) > 0)
 

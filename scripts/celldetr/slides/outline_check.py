@@ -30,6 +30,7 @@ _ENOUGH = 50  # nuclei for a verdict
 _BACKGROUND = 32.0  # um; hematoxylin that changes more slowly is not of nuclei
 _DARKEST, _FAINT = 1.5, 0.3  # optical density at which folds and ink are cut, in windows and on the overview
 _COARSE, _STRIP = 4.0, 512  # um of a cell of the overview; rows that are read at once for it
+_MOST_CELLS = 1500  # longest side of the overview on which a shift is searched
 _SAMPLED, _LARGEST = 4000, 5.0  # outlines with which factors are tried; the largest factor
 
 
@@ -65,13 +66,15 @@ class OutlineCheck:
 
     def remedies(self, unit: float) -> list[str]:
         """Name what would make the outlines fit; `unit` is um per unit of their file."""
-        offset = np.array(_bounds_offset(self._image))
         guesses = {
             "": np.eye(3),
             "with x and y swapped": np.eye(3)[[1, 0, 2]],
             "with y negated": np.diag([1.0, -1.0, 1.0]),
-            "counted from the slide's corner (openslide.bounds-x and -y)": _moved(offset * self._image_mpp),
         }
+        offset = _bounds_offset(self._image)
+        if any(offset):
+            moved = _moved(np.array(offset) * self._image_mpp)
+            guesses["counted from the slide's corner (openslide.bounds-x and -y)"] = moved
         found = [*self._fitting(guesses)]
         if not found:
             stain, cell = self._overview()
@@ -103,7 +106,10 @@ class OutlineCheck:
 
     def _find_shift(self, stain: NDArray[np.float32], cell: float) -> NDArray[np.float64]:
         """Shift (2,) in um by which the outlines lie in most hematoxylin."""
-        height, width = stain.shape
+        times = -(-max(stain.shape) // _MOST_CELLS)
+        height, width = (side // times for side in stain.shape)
+        stain = stain[: height * times, : width * times].reshape(height, times, width, times).mean(axis=(1, 3))
+        cell *= times
         x, y = self._centres().T / cell
         counts = np.histogram2d(y, x, bins=(height, width), range=((0, height), (0, width)))[0]
         inside = fftconvolve(stain, counts[::-1, ::-1])

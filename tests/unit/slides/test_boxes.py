@@ -14,7 +14,8 @@ def test_outlines_follow_any_affine_and_bad_ones_are_named():
     square = shapely.box(0, 0, 10, 5)
     line = shapely.Polygon([(0, 0), (1, 1), (2, 2)])
     bow = shapely.Polygon([(0, 0), (10, 5), (10, 0), (0, 5)])
-    polygons = [square, line, shapely.Polygon(), None, shapely.Polygon([(0, 0), (3, np.inf), (3, 0)]), bow, square]
+    spike = shapely.Polygon([(0, 0), (10, 0), (10, 5), (5, 5), (5, 20), (5, 5), (0, 5)])
+    polygons = [square, line, shapely.Polygon(), None, shapely.Polygon([(0, 0), (3, np.inf), (3, 0)]), bow, spike]
     outlines, good = place_outlines(polygons, turn, 0.5, 0.25)
     assert good.tolist() == [True, False, False, False, False, True, True]
     corners = np.array([[0, 0], [10, 0], [10, 5], [0, 5]]) @ turn[:2, :2].T + turn[:2, 2]
