@@ -107,7 +107,8 @@ class Training:
         self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
         state = read_state(run.state_file, run.identity)
-        self.record = state["record"] if state else run.record
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+        self.record = state["record"] if state else {**run.record, "device": name, "processes": group.world}
 
         self.model = build_model(run.experiment, *((None, None) if state else (run.backbone, run.initial)), device)
         self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, run.scoring, group)
@@ -227,8 +228,6 @@ class Training:
             run.run_dir / "provenance.json",
             settings=run.experiment.to_dict(),
             seed=settings.seed,
-            device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu",
-            processes=settings.gpus,
             patches={"train": len(self.stage.train_data), "val": len(self.stage.val_data)},
             identity={key: value for key, value in run.identity.items() if key != "settings"},
             chosen=chosen,

@@ -264,6 +264,7 @@ def test_initial_models_need_what_an_experiment_takes_from_them():
             {"initial": "mine.pt"},
             "experiments.ssl_finetune: trained_on: missing; list what mine.pt",
         ),
+        ("ssl_finetune", {"initial": "mine.pt", "trained_on": ["fold_1"]}, "trained_on: got ['fold_1'], expected"),
         ("ssl_finetune", {"trained_on": []}, "trained_on: got initial 'ssl_pretrain', expected a model file"),
     ],
 )
