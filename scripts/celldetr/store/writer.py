@@ -211,8 +211,8 @@ class StoreWriter:
 
 
 def _encode(image: NDArray[np.uint8]) -> tuple[bytes, bytes]:
-    raw = image.tobytes()
-    return ZSTD.encode(raw), hashlib.sha256(raw).digest()
+    image = np.ascontiguousarray(image)
+    return ZSTD.encode(image), hashlib.sha256(image.data).digest()
 
 
 def select(
