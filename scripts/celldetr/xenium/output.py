@@ -103,8 +103,8 @@ def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:
     small = int(shapely.is_empty(polygons).sum())
     if small:
         log.warning("%s: %d of %d nuclei have fewer than 3 finite corners", path, small, len(polygons))
-    cells = corners["cell_id"].astype(object).to_numpy()
-    return GeoDataFrame({"cell_id": cells[order[starts]]}, geometry=polygons)
+    cells = corners["cell_id"].iloc[order[starts]].astype(object).to_numpy()
+    return GeoDataFrame({"cell_id": cells}, geometry=polygons)
 
 
 def _read_corners(path: Path) -> pd.DataFrame:
