@@ -29,21 +29,21 @@ def dataset_url(collection: str, dataset: str, *, api: str = API) -> str:
     try:
         url = f"{api}/collections/{collection}"
         datasets: list[dict[str, Any]] = retry(functools.partial(_read_json, url), url)["datasets"]
-    except (TransferError, ValueError, KeyError, TypeError) as error:
+        titles = "; ".join(str(found.get("title")) for found in datasets) or "none"
+        for found in datasets:
+            if dataset in (found.get("dataset_version_id"), found.get("dataset_id"), found.get("title")):
+                links = [asset["url"] for asset in found.get("assets", []) if asset.get("filetype") == "H5AD"]
+                if links:
+                    log.info("CELLxGENE: %r is version %s", found.get("title"), found.get("dataset_version_id"))
+                    return str(links[0])
+    except (TransferError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"CELLxGENE collection {collection}: cannot be read ({error}); start again later, or download the .h5ad "
             "from https://cellxgene.cziscience.com and give its path in column file of the references sheet"
         ) from error
-    for found in datasets:
-        if dataset in (found.get("dataset_version_id"), found.get("dataset_id"), found.get("title")):
-            links = [asset["url"] for asset in found.get("assets", []) if asset.get("filetype") == "H5AD"]
-            if links:
-                log.info("CELLxGENE: %r is version %s", found.get("title"), found.get("dataset_version_id"))
-                return str(links[0])
     if _UUID.fullmatch(dataset):
         log.info("CELLxGENE: %s is not current in %s; taking it for an earlier version", dataset, collection)
         return f"{FILES}/{dataset}.h5ad"
-    titles = "; ".join(str(found.get("title")) for found in datasets) or "none"
     raise InputError(f"CELLxGENE collection {collection}: got no dataset {dataset!r}, expected one of: {titles}")
 
 

@@ -119,6 +119,8 @@ def local_path(url: str) -> Path | None:
         raise TransferError(f"the address is not valid ({error})", again=False) from error
     if parts.scheme in ("http", "https"):
         return None
+    if "://" in url and parts.scheme != "file":
+        raise TransferError(f"got {parts.scheme}://, expected http(s)://, file:// or a path", again=False)
     return Path(unquote(parts.path)) if parts.scheme == "file" else Path(url)
 
 

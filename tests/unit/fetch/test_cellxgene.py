@@ -43,3 +43,12 @@ def test_what_is_not_there_is_named(api):
         dataset_url("other", "core atlas", api=api)
     with pytest.raises(InputError, match="cannot be read"):
         dataset_url("collection", "core atlas", api="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"<html>", b"[]", b'{"datasets": ["x"]}', b'{"datasets": [{"title": "t", "assets": 1}]}']
+)
+def test_an_answer_of_another_form_is_named(web, answer):
+    web.files["/collections/other"] = answer
+    with pytest.raises(InputError, match="collection other: cannot be read"):
+        dataset_url("other", "t", api=web.url)

@@ -165,6 +165,8 @@ def test_an_address_that_is_none_leads_to_the_next_mirror(url, get, address):
     only(get(address, url))
     with pytest.raises(InputError, match="the address is not valid"):
         get(address)
+    with pytest.raises(InputError, match=r"got s3://, expected http\(s\)://, file:// or a path"):
+        get("s3://bucket/fold_1.zip")
 
 
 HTML = b"\n<!-- x -->\n<!DOCTYPE html><html><body>Log in</body></html>"
