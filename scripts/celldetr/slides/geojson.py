@@ -29,25 +29,19 @@ Polygon = list[bytes]
 
 
 class Outline(NamedTuple):
-    """An outline of a file."""
+    """An outline of a file, and what it outlines if the file says so, in QuPath's words.
 
-    polygons: list[Polygon] | None
-    """None for a geometry of another type."""
-    kind: str = ""
-    """What it outlines if the file says so, in the words of QuPath: ``cell``, ``detection``, ``annotation``, ``tile``.
-
-    A cell whose nucleus has an outline is a ``detection``.
+    These are ``cell``, ``detection`` (also a cell whose nucleus has an outline), ``annotation``, ``tile`` and others.
     """
 
+    polygons: list[Polygon] | None  # None for a geometry of another type
+    kind: str = ""
 
-MOST_CORNERS = 100_000
-"""Of an outline that is read; that of a nucleus has tens, that of a tissue may have any number."""
-MOST_IN_FILE = 200_000_000
-"""Corners of all outlines together, 3 GB."""
-GZIP = b"\x1f\x8b"
-"""First bytes of a compressed file."""
+
+GZIP = b"\x1f\x8b"  # first bytes of a compressed file
+MOST_CORNERS = 100_000  # of a ring that is read: that of a nucleus has tens, that of a tissue any number
 _BATCH = 20_000  # outlines in a batch
-_LEVELS = {"Polygon": 0, "MultiPolygon": 1}  # arrays around a polygon, within "coordinates"
+_MOST_POLYGONS = 20_000_000  # of a geometry
 _CORNERS = 3  # fewest of a ring; it need not be closed
 _NO_POLYGON = shapely.Point(0, 0)  # stands for a geometry of another type
 _BOM, _SEPARATOR = b"\xef\xbb\xbf", b"\x1e"
@@ -143,7 +137,7 @@ def _outlines(events: Events) -> Iterator[Outline]:
 def _object(events: Events) -> Iterator[Outline]:
     """Yield the outlines of an object that has been opened: a geometry, a feature, or a collection of them."""
     values: dict[str, Any] = {}
-    coordinates: tuple[int, list[Polygon]] = (-1, [])
+    coordinates: Any = None
     geometries: dict[str, list[Outline]] = {}
     kind = ""
     for key, event, value in _members(events):
@@ -153,7 +147,7 @@ def _object(events: Events) -> Iterator[Outline]:
         elif key in ("geometry", "nucleusGeometry") and event == "start_map":
             geometries[key] = list(_object(events))
         elif key == "coordinates" and event == "start_array":
-            coordinates = _polygons(events)
+            coordinates = _coordinates(events)
         elif key == "properties" and event == "start_map":
             for name, inner, word in _members(events):
                 kind = str(word) if name in ("objectType", "object_type") else kind
@@ -161,7 +155,7 @@ def _object(events: Events) -> Iterator[Outline]:
         else:
             _skip(event, events)
     if "coordinates" in values or not set(values) - {"type"}:
-        yield from _geometry(values.get("type"), *coordinates)
+        yield from _geometry(values.get("type"), coordinates)
     elif "geometry" in values:
         found = geometries.get("nucleusGeometry", geometries.get("geometry", [Outline([])]))
         if "nucleusGeometry" in geometries:
@@ -173,62 +167,45 @@ def _object(events: Events) -> Iterator[Outline]:
         raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(list(values)[:9])})")
 
 
-def _geometry(kind: Any, level: int, polygons: list[Polygon]) -> Iterator[Outline]:
+def _geometry(kind: Any, coordinates: Any) -> Iterator[Outline]:
     """Yield the readable polygons of a geometry as one outline, and an empty outline for each other."""
-    if kind not in _LEVELS:
+    if kind not in ("Polygon", "MultiPolygon"):
         yield Outline([] if kind is None else None)
         return
-    good = [polygon for polygon in polygons if polygon and level == _LEVELS[kind]]
+    polygons = [coordinates] if kind == "Polygon" or not isinstance(coordinates, list) else coordinates
+    good = [polygon for polygon in polygons if _is_polygon(polygon)]
     if good:
         yield Outline(good)
     yield from [Outline([])] * max(len(polygons) - len(good), not good)
 
 
-def _polygons(events: Events) -> tuple[int, list[Polygon]]:
-    """Read the polygons of coordinates whose array has been opened, and how many arrays are around each."""
-    depth, around_points = 1, 0  # arrays that are open
-    point: list[float] = []
-    ring: list[float] = []
-    rings: Polygon = []
-    polygons: list[Polygon] = []
-    corners = total = 0
-    broken = False
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(ring, bytes) for ring in value)
+
+
+def _coordinates(events: Events) -> Any:
+    """Read an array that has been opened: a point as (x, y), a ring as bytes, others as a list, None if unreadable."""
+    items: list[Any] = []
     for event, value in events:
+        if event == "end_array":
+            break
         if event == "number":
-            if len(point) < 2:  # without the height
-                point.append(value)
+            item = value
         elif event == "start_array":
-            depth += 1
-            broken = broken or bool(point)
-        elif event == "end_array":
-            depth -= 1
-            if point:
-                around_points = around_points or depth
-                broken = broken or depth != around_points or len(point) < 2
-                corners += 1
-                broken = broken or corners > MOST_CORNERS
-                if not broken:
-                    ring += point
-                point = []
-            elif depth == around_points - 1:
-                broken = broken or len(ring) < 2 * _CORNERS
-                if not broken:
-                    rings.append(array("d", ring).tobytes())
-                ring = []
-            elif depth == around_points - 2:
-                polygons.append([] if broken else rings)
-                total += 0 if broken else corners
-                if total > MOST_IN_FILE:
-                    raise ijson.JSONError(f"got more than {MOST_IN_FILE:,} corners in a geometry")
-                ring, rings, corners, broken = [], [], 0, False
-            if not depth:
-                break
+            item = _coordinates(events)
         else:
-            broken = True
+            item = None
             _skip(event, events)
-    if broken or ring or rings or point:
-        polygons.append([])
-    return around_points - 2, polygons
+        if len(items) <= MOST_CORNERS or isinstance(item, list):
+            items.append(item)
+        if len(items) > _MOST_POLYGONS:
+            raise ijson.JSONError(f"got more than {_MOST_POLYGONS:,} polygons in a geometry")
+    kinds = set(map(type, items))
+    if kinds and kinds <= {int, float}:
+        return tuple(items[:2]) if len(items) > 1 else None  # without the height
+    if kinds == {tuple}:
+        return array("d", chain.from_iterable(items)).tobytes() if _CORNERS <= len(items) <= MOST_CORNERS else None
+    return items
 
 
 def _members(events: Events) -> Iterator[tuple[str, str, Any]]:

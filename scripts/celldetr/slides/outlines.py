@@ -29,13 +29,14 @@ from scipy.sparse.csgraph import connected_components
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
-from celldetr.slides.geojson import GZIP, MOST_CORNERS, MOST_IN_FILE, read_geojson
+from celldetr.slides.geojson import GZIP, MOST_CORNERS, read_geojson
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
 _LONGEST_UM, _LARGEST_UM2 = 60.0, 1000.0  # longest side and area of a nucleus
 _APART_UM = 1.0  # farthest distance between pieces of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
+_MOST_IN_FILE = 200_000_000  # corners of all outlines together, 3 GB
 _MOST_WKB = 16 * MOST_CORNERS  # bytes
 _UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNERS:,} corners"
 _OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
@@ -86,8 +87,8 @@ def read_nucleus_file(
         outlines.append(placed[solid & small])
         annotated.append((kinds[good] == "annotation")[owner][solid & small])
         corners += int(shapely.get_num_coordinates(outlines[-1]).sum())
-        if corners > MOST_IN_FILE:
-            raise InputError(f"{file}: got more than {MOST_IN_FILE:,} corners, expected fewer; simplify the outlines")
+        if corners > _MOST_IN_FILE:
+            raise InputError(f"{file}: got more than {_MOST_IN_FILE:,} corners, expected fewer; simplify the outlines")
     found = np.concatenate(outlines)
     if detections:
         by_hand = np.concatenate(annotated)
