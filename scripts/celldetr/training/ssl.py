@@ -22,6 +22,7 @@ from celldetr.training.contrastive import (
     validation_uniforms,
 )
 from celldetr.training.data import Batch, Targets
+from celldetr.training.losses import detection_losses
 from celldetr.training.stage import Outputs, Stage
 
 COLLAPSED = 0.1
@@ -56,7 +57,7 @@ class SslStage(Stage):
         n_boxes = n_images = 1.0  # in validation losses are summed
         if batch.training:
             n_boxes, n_images = max(1, batch.boxes_global), max(1, int((batch.counts_global >= 2).sum()))
-        losses, _ = self.detection_losses(detections, targets, matching, n_boxes)
+        losses = detection_losses(*detections, targets, matching.result(), n_boxes)
         with torch.autocast(images.device.type, enabled=False):
             loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)
             losses["contrastive"] = loss / n_images

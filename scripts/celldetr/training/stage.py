@@ -19,8 +19,8 @@ from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredict
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
-from celldetr.training.losses import detection_losses, weighted
-from celldetr.training.matching import Matches, Matching
+from celldetr.training.losses import weighted
+from celldetr.training.matching import Matching
 from celldetr.training.processes import Group
 
 TRAINED_PARTS = {"head": ("class_head",), "representation": ("representation", "class_head")}
@@ -120,15 +120,6 @@ class Stage(ABC):
         detections = self.model.detect(features)
         logits, boxes = (values.detach() for values in detections)
         return detections, Matching(logits, boxes, targets, self.settings.matching)
-
-    def detection_losses(
-        self, detections: Detections, targets: Targets, matching: Matching, divisor: float
-    ) -> tuple[dict[str, Tensor], Matches]:
-        """Losses of the detection decoder (see `celldetr.training.losses.detection_losses`), and the matches."""
-        matches = matching.result()
-        with torch.autocast(detections.logits.device.type, enabled=False):
-            losses = detection_losses(*detections, targets, matches, divisor)
-        return losses, matches
 
     def start_validation(self) -> None:
         """Forget the last validation."""

@@ -5,13 +5,12 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from celldetr.model import boxes as box_ops
 from celldetr.model.device import cached_tensor
 from celldetr.training.data import Batch, Targets, noise_uniforms
-from celldetr.training.losses import class_loss, class_weights
+from celldetr.training.losses import class_loss, class_weights, detection_losses
 from celldetr.training.matching import Matches
 from celldetr.training.stage import Outputs, Stage, finite
 
@@ -42,16 +41,16 @@ class SupervisedStage(Stage):
             given = self._noised(targets, batch) if batch.training else targets.boxes
             class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
             labels = targets.labels
-        losses, matches = self.detection_losses(detections, targets, matching, n_boxes)
+        matches = matching.result()
+        losses = detection_losses(*detections, targets, matches, n_boxes)
         if embeddings is not None:
             pairs = int(targets.counts.clamp(max=detections.boxes.shape[2]).sum())  # of a layer; the last ones are last
             last = Matches(*(column[len(column) - pairs :] for column in matches))
             class_logits = self.model.classify(embeddings[last.image, last.query])
             labels = targets.labels[last.image, last.box]
         if self.mode != "baseline":
-            with torch.autocast(images.device.type, enabled=False):
-                weights = cached_tensor(self._weights, images.device)
-                losses["classes"] = class_loss(class_logits, labels, n_boxes, weights)
+            weights = cached_tensor(self._weights, images.device)
+            losses["classes"] = class_loss(class_logits, labels, n_boxes, weights)
         return Outputs(losses, features, detections)
 
     @functools.cached_property
