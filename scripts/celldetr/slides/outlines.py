@@ -97,14 +97,8 @@ def read_nucleus_file(
     again = pd.DataFrame(shapely.bounds(found).reshape(-1, 4)).round(2).duplicated().to_numpy()
     dropped[_AGAIN] += int(again.sum())
     found = found[~again]
-    if not len(found) and any(dropped.values()):
-        hint = (
-            "set cell_outlines to yes to take those of the cells" if dropped[_CELL] else "expected polygons of nuclei"
-        )
-        raise InputError(f"{file}: got no outline of a nucleus ({name_counts(dropped)}); {hint}")
     nuclei = SlideNuclei(found, np.full(len(found), NO_LABEL, np.int8))
-    if len(found):
-        _check_size(file, nuclei.boxes, mpp, unit)
+    _check(file, nuclei.boxes, dropped, mpp, unit)
     return NucleusFile(nuclei, dropped, repaired)
 
 
@@ -113,13 +107,18 @@ def name_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
 
 
-def _check_size(path: Path, boxes: NDArray[np.float64], mpp: float, unit: str) -> None:
-    width = float(np.median(boxes[:, 2:] - boxes[:, :2])) * mpp
+def _check(path: Path, boxes: NDArray[np.float64], dropped: Counter[str], mpp: float, unit: str) -> None:
+    """Refuse a file with outlines none of which is a nucleus, and nuclei of an impossible size."""
     low, high = _PLAUSIBLE_UM
+    if not len(boxes) and any(dropped.values()):
+        hint = "set cell_outlines to yes to take those of cells" if dropped[_CELL] else "expected polygons of nuclei"
+        raise InputError(f"{path}: got no outline of a nucleus ({name_counts(dropped)}); {hint}")
+    width = float(np.median(boxes[:, 2:] - boxes[:, :2])) * mpp if len(boxes) else low
     if not low <= width <= high:
         raise InputError(
-            f"{path}: got nuclei that are {width:.3g} um wide (median, if coordinates are {unit}), expected {low:g} to "
-            f"{high:g}; correct nuclei_unit (px of level 0, or um) or mpp in the slides sheet"
+            f"{path}: got nuclei that are {width:.3g} um wide (median, if coordinates are {unit}; dropped: "
+            f"{name_counts(dropped)}), expected {low:g} to {high:g}; correct nuclei_unit (px of level 0, or um) or mpp "
+            "in the slides sheet"
         )
 
 
