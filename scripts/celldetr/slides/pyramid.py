@@ -62,21 +62,9 @@ class Pyramid(ABC):
         return fine[-1] if fine else 0
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[Any]:
-        """Read a region.
+        """Read a region: (height, width, 3) uint8, or (height, width) of `dtype`; `background` outside the image.
 
-        Parameters
-        ----------
-        level
-            Index of the level.
-        x, y
-            First column and row, px of that level; may lie outside the image.
-        width, height
-            Size, px of that level.
-
-        Returns
-        -------
-        NDArray
-            (height, width, 3) uint8, or (height, width) of `dtype`; `background` outside the image.
+        First column `x`, first row `y` and the size are px of the level; the region may lie outside the image.
 
         Raises
         ------

@@ -97,18 +97,9 @@ def tile_planes(pages: Sequence[TiffPage], plane: int | None, path: Path) -> lis
 
 
 class Tiles:
-    """Tiles (or strips) of a page.
+    """Tiles (or strips) of a page: `samples` of each pixel of a plane (0 unless planes are stored one after another).
 
-    Parameters
-    ----------
-    page
-        TIFF page.
-    plane
-        Index of the plane if the page stores its planes one after another.
-    samples
-        Samples of a pixel to read.
-    cache
-        Bytes of decoded tiles to keep; at least two tiles are kept.
+    Decoded tiles of `cache` bytes are kept, at least two.
     """
 
     def __init__(self, page: TiffPage, plane: int, samples: slice, *, cache: int) -> None:

@@ -47,12 +47,10 @@ class StoreWriter:
     ----------
     path
         Folder to write; an existing store is replaced.
-    patch_size
-        Side S of a patch in px.
+    patch_size, mpp
+        Side S of a patch in px, and size of a pixel in um.
     classes
         Class names in the order of the labels.
-    mpp
-        Pixel size in um.
     attrs
         More JSON values to keep, e.g. ``provenance`` and ``dropped``; may be changed until the block ends.
 
@@ -102,10 +100,8 @@ class StoreWriter:
         ----------
         images
             (B, S, S, 3) uint8.
-        boxes, labels
-            Boxes (n, 4) xyxy px and labels (n,) of each patch.
-        centroids
-            Centroids (n, 2) of each patch; None if unknown.
+        boxes, labels, centroids
+            Of each patch: boxes (n, 4) xyxy px, labels (n,), and centroids (n, 2) px if they are known.
         patches
             ``source``, ``group``, ``tissue``, ``x``, ``y``: B values each.
 
