@@ -11,27 +11,22 @@ import sys
 import numpy as np
 import torch
 from pretended_device import Copies, moved, pretended_device
-from tiny_training import make_experiment, make_split, make_ssl_experiment
+from tiny_training import make_experiment, make_ssl_experiment, make_stage
 
-from celldetr.config.evaluation import ScoringSettings
-from celldetr.model.celldetr import CellDETR
 from celldetr.store import open_store
 from celldetr.training.augment import draw
-from celldetr.training.data import PatchData, TrainingBatches
+from celldetr.training.data import TrainingBatches
 from celldetr.training.loop import make_optimizer
 from celldetr.training.matching import Matches, Matching
-from celldetr.training.ssl import SslStage
 from celldetr.training.stage import Losses
-from celldetr.training.supervised import SupervisedStage
 
 BATCH = 8
 
 
-def make_stage(store, mode):
+def stage_of(store, mode):
+    """Build the stage of a mode."""
     experiment = make_ssl_experiment(batch_size=BATCH) if mode == "ssl" else make_experiment(mode, batch_size=BATCH)
-    data = [PatchData([store], make_split(store, 24, 4), part) for part in ("train", "val")]
-    kind = SslStage if mode == "ssl" else SupervisedStage
-    return kind(experiment, CellDETR(experiment.model), *data, ScoringSettings())
+    return make_stage(store, experiment, 24, 4)
 
 
 def any_matches(matching):
@@ -57,7 +52,7 @@ def measure(mode, path):
     """Take a step of a mode and return what it read."""
     device, fakes = pretended_device()
     Matching.result = any_matches
-    stage = make_stage(open_store(path), mode)
+    stage = stage_of(open_store(path), mode)
     settings, step = stage.settings, 1
     batch = TrainingBatches(stage.train_data, BATCH, settings.seed)[step]
     blurred = draw(settings.augmentation, settings.seed, step, BATCH).blur.sum()

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, MatchingSettings
+from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import read_checkpoint
 from celldetr.store import StoreWriter, open_store
 from celldetr.training import loop
-from celldetr.training.data import Targets
+from celldetr.training.data import PatchData, Targets
 from celldetr.training.loop import Run, Training
 from celldetr.training.matching import Matching
 
@@ -43,11 +45,16 @@ def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False, group
     drawn = [draw_patch(rng, 0 if i % 5 == 4 else int(rng.integers(1, 4))) for i in range(n_patches)]
     if unlabelled or not classes:
         drawn = [(image, boxes, np.full_like(labels, -1)) for image, boxes, labels in drawn]
-    columns = {name: [group] * n_patches for name in ("source", "group", "tissue")}
-    columns |= {name: np.arange(n_patches) for name in ("x", "y")}
+    images, boxes, labels = (list(column) for column in zip(*drawn, strict=True))
+    return write_store(path, np.stack(images), boxes, labels, classes, group, mpp)
+
+
+def write_store(path, images, boxes, labels, classes, group="s", mpp=0.5):
+    """Write patches of one group."""
+    columns = {name: [group] * len(images) for name in ("source", "group", "tissue")}
+    columns |= {name: np.arange(len(images)) for name in ("x", "y")}
     with StoreWriter(path, patch_size=SIZE, classes=classes, mpp=mpp) as writer:
-        images, boxes, labels = (list(column) for column in zip(*drawn, strict=True))
-        writer.append(np.stack(images), boxes, labels, centroids=None, patches=columns)
+        writer.append(images, boxes, labels, patches=columns)
     return open_store(path)
 
 
@@ -106,11 +113,13 @@ def make_crowded_store(path, n_patches, seed=0):
         for centre in corners:
             image[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= 9] = rng.integers(20, 200, 3)
     boxes = np.concatenate([corners - 3, corners + 3], axis=1).astype(np.float32)
-    columns = {name: ["s"] * n_patches for name in ("source", "group", "tissue")}
-    columns |= {name: np.arange(n_patches) for name in ("x", "y")}
-    with StoreWriter(path, patch_size=SIZE, classes=(), mpp=0.5) as writer:
-        writer.append(images, [boxes] * n_patches, [np.full(16, -1, np.int8)] * n_patches, patches=columns)
-    return open_store(path)
+    return write_store(path, images, [boxes] * n_patches, [np.full(16, -1, np.int8)] * n_patches, ())
+
+
+def make_stage(store, experiment, train=8, val=0):
+    """Build the stage of an experiment on the first patches of a store."""
+    data = [PatchData([store], make_split(store, train, val), part) for part in ("train", "val")]
+    return loop.STAGES[experiment.stage](experiment, CellDETR(experiment.model), *data, ScoringSettings())
 
 
 def random_detections(counts, queries=7, classes=1, layers=2, seed=0):

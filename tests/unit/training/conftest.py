@@ -8,3 +8,9 @@ from tiny_training import make_store
 def store(tmp_path_factory):
     """Give a store of 14 patches, every fifth without nuclei."""
     return make_store(tmp_path_factory.mktemp("stores") / "fold1.zarr", 14)
+
+
+@pytest.fixture(scope="session")
+def slide(tmp_path_factory):
+    """Give such a store without classes."""
+    return make_store(tmp_path_factory.mktemp("stores") / "slide.zarr", 14, classes=())

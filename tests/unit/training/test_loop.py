@@ -144,10 +144,9 @@ def test_streaming_gives_the_same_run_as_a_cache(store, tmp_path):
     ids=["in an epoch", "before its last step", "in the last step of all"],
 )
 def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_exactly(
-    store, tmp_path, monkeypatch, at, number, experiment
+    store, slide, tmp_path, monkeypatch, at, number, experiment
 ):
-    if experiment.stage == "ssl":
-        store = make_store(tmp_path / "slide.zarr", 14, classes=())
+    store = slide if experiment.stage == "ssl" else store
     split = make_split(store, 9, 4)
     train(experiment, [store], split, tmp_path / "whole")
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)

@@ -19,7 +19,6 @@ from tiny_training import (
     make_experiment,
     make_split,
     make_ssl_experiment,
-    make_store,
     read_log,
     train,
 )
@@ -160,10 +159,9 @@ def test_one_of_two_processes_killed_ends_the_run_with_its_name(store, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [partial(make_experiment, "parallel", noise={"share": 0.7}), make_ssl_experiment])
-def test_two_processes_have_the_losses_of_one(store, tmp_path, make):
+def test_two_processes_have_the_losses_of_one(store, slide, tmp_path, make):
     settings = {"model": {"dropout": 0.0}, "cache": "none", "workers": 0}
-    if make is make_ssl_experiment:
-        store = make_store(tmp_path / "slide.zarr", 14, classes=())
+    store = slide if make is make_ssl_experiment else store
     split = make_split(store, 9, 5)
     train(make(**settings), [store], split, tmp_path / "one")
     train(make(gpus=2, **settings), [store], split, tmp_path / "two", accelerator="cpu")

@@ -7,13 +7,12 @@ from tiny_training import (
     make_crowded_store,
     make_split,
     make_ssl_experiment,
+    make_stage,
     make_store,
     read_log,
     train,
 )
 
-from celldetr.config.evaluation import ScoringSettings
-from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model
 from celldetr.training import ssl
 from celldetr.training.contrastive import (
@@ -26,13 +25,8 @@ from celldetr.training.contrastive import (
 from celldetr.training.data import PatchData, TrainingBatches
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return make_store(tmp_path_factory.mktemp("stores") / "slide.zarr", 14, classes=())
-
-
-def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(store):
-    data = PatchData([store], make_split(store, 9, 0), "train")
+def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(slide):
+    data = PatchData([slide], make_split(slide, 9, 0), "train")
     seen = []
     for step in range(6):
         whole = training_uniforms(TrainingBatches(data, 4, seed=3)[step], 3)
@@ -43,8 +37,8 @@ def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(store):
     assert len(set(seen)) == 6
 
 
-def test_noise_of_validation_depends_on_the_patch_alone(store):
-    data = PatchData([store], make_split(store, 0, 9), "val")
+def test_noise_of_validation_depends_on_the_patch_alone(slide):
+    data = PatchData([slide], make_split(slide, 0, 9), "val")
     together = validation_uniforms([2, 5], data.targets(np.array([2, 5])), 3)
     alone = data.targets(np.array([5]))
     count = int(alone.counts[0])
@@ -53,8 +47,8 @@ def test_noise_of_validation_depends_on_the_patch_alone(store):
     assert torch.equal(validation_uniforms([5], alone, 3)[0, own], together[1, own])
 
 
-def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
-    path = train(make_ssl_experiment(), [store], make_split(store, 7, 5), tmp_path)
+def test_a_run_logs_its_start_and_leaves_all_its_results(slide, tmp_path):
+    path = train(make_ssl_experiment(), [slide], make_split(slide, 7, 5), tmp_path)
     lines = read_log(tmp_path)
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
     assert lines[0]["train"] is None
@@ -72,16 +66,9 @@ def test_a_run_logs_its_start_and_leaves_all_its_results(store, tmp_path):
     assert "class_head" not in names
 
 
-def make_stage(store):
-    experiment = make_ssl_experiment()
-    data = PatchData([store], make_split(store, 8, 0), "train")
-    stage = ssl.SslStage(experiment, CellDETR(experiment.model), data, data, ScoringSettings())
-    return stage, data
-
-
-def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_are_full(store):
-    stage, data = make_stage(store)
-    batch = TrainingBatches(data, 8, seed=1)[0]
+def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_are_full(slide):
+    stage = make_stage(slide, make_ssl_experiment())
+    batch = TrainingBatches(stage.train_data, 8, seed=1)[0]
     counts = batch.targets.counts
     assert 0 < (counts < 2).sum() < 7
     views = stage.views(batch.targets, batch)
@@ -93,11 +80,11 @@ def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_
     )
 
 
-def test_spread_of_the_log_is_that_of_the_originals(store, tmp_path):
+def test_spread_of_the_log_is_that_of_the_originals(slide, tmp_path):
     experiment = make_ssl_experiment(select="last", epochs=1)
-    split = make_split(store, 4, 6)
-    model = load_model(train(experiment, [store], split, tmp_path))
-    data = PatchData([store], split, "val")
+    split = make_split(slide, 4, 6)
+    model = load_model(train(experiment, [slide], split, tmp_path))
+    data = PatchData([slide], split, "val")
     targets = data.targets(np.arange(6))
     views = make_views(targets, torch.zeros(6, 2 * targets.labels.shape[1], 9), experiment.training.noise, once=True)
     with torch.no_grad():
@@ -107,9 +94,9 @@ def test_spread_of_the_log_is_that_of_the_originals(store, tmp_path):
     assert read_log(tmp_path)[-1]["val"]["spread"] == pytest.approx(float(deviation), rel=1e-3)
 
 
-def test_every_parameter_gets_a_gradient(store):
-    stage, data = make_stage(store)
-    batch = TrainingBatches(data, 4, seed=1)[0]
+def test_every_parameter_gets_a_gradient(slide):
+    stage = make_stage(slide, make_ssl_experiment())
+    batch = TrainingBatches(stage.train_data, 4, seed=1)[0]
     losses = stage.compute(torch.rand(4, 3, 32, 32), batch.targets, batch).losses
     stage.total(losses).backward()
     assert [name for name, parameter in stage.model.named_parameters() if parameter.grad is None] == []
@@ -123,17 +110,17 @@ def test_labels_of_a_store_are_not_looked_at(tmp_path):
     assert lines[0] == lines[1]
 
 
-def test_a_collapsed_model_is_told(store, tmp_path, caplog, monkeypatch):
+def test_a_collapsed_model_is_told(slide, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(ssl, "project_views", lambda model, features, views: torch.ones(*views.valid.shape, 8))
-    train(make_ssl_experiment(epochs=1), [store], make_split(store, 4, 4), tmp_path)
+    train(make_ssl_experiment(epochs=1), [slide], make_split(slide, 4, 4), tmp_path)
     assert "spread of 0.000, below 0.1" in caplog.text
     assert read_log(tmp_path)[0]["val"]["spread"] == pytest.approx(0, abs=1e-4)
 
 
-def test_patches_without_nuclei_are_legal(store, tmp_path):
-    split = make_split(store, 4, 2)
+def test_patches_without_nuclei_are_legal(slide, tmp_path):
+    split = make_split(slide, 4, 2)
     split["patch"] = [4, 9, 4, 9, 4, 9]
-    train(make_ssl_experiment(batch_size=2, epochs=1), [store], split, tmp_path)
+    train(make_ssl_experiment(batch_size=2, epochs=1), [slide], split, tmp_path)
     last = read_log(tmp_path)[-1]
     assert last["train"]["contrastive"] == 0
     assert last["train"]["nucleus"] > 0
@@ -161,10 +148,10 @@ def test_retrieval_rises_well_above_its_start(tmp_path):
     assert end["contrastive"] < 0.5 * start["contrastive"]
 
 
-def test_the_weight_of_the_contrastive_loss_counts(store, tmp_path):
+def test_the_weight_of_the_contrastive_loss_counts(slide, tmp_path):
     for weight in (1.0, 3.0):
         experiment = make_ssl_experiment(epochs=1, lr=1e-9, backbone_lr=0.0, contrastive={"weight": weight})
-        train(experiment, [store], make_split(store, 4, 4), tmp_path / str(weight))
+        train(experiment, [slide], make_split(slide, 4, 4), tmp_path / str(weight))
     for part, line in (("train", 1), ("val", 0)):
         one, three = (read_log(tmp_path / weight)[line][part] for weight in ("1.0", "3.0"))
         assert three["loss"] - one["loss"] == pytest.approx(2 * one["contrastive"], rel=1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_on_pretended_device import BATCH, make_stage, one_step
+from step_on_pretended_device import BATCH, one_step, stage_of
 from tiny_training import make_store
 
 from celldetr.runtime.errors import NonFinite
@@ -49,7 +49,7 @@ def test_a_step_reads_costs_and_losses_and_nothing_else(store):
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
     """PyTorch itself tells of any other wait; what an event is awaited for is not told."""
-    stage = make_stage(store, mode)
+    stage = stage_of(store, mode)
     stage.model.to("cuda")
     optimizer = make_optimizer(stage.model, stage.settings)
     batches = TrainingBatches(stage.train_data, BATCH, 1)
@@ -63,7 +63,7 @@ def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
 
 
 def test_losses_that_arrive_late_name_their_own_patches(store, tmp_path):
-    stage = make_stage(store, "parallel")
+    stage = stage_of(store, "parallel")
     batches = TrainingBatches(stage.train_data, BATCH, 1)
     nan = torch.tensor(float("nan"))
     with closing(RunLog(tmp_path, stage, batches.steps_per_epoch, 0, [], {})) as run_log:
