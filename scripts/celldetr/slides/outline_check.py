@@ -71,10 +71,10 @@ class OutlineCheck:
             "with x and y swapped": np.eye(3)[[1, 0, 2]],
             "with y negated": np.diag([1.0, -1.0, 1.0]),
         }
-        offset = _bounds_offset(self._image)
-        if any(offset):
-            moved = _moved(np.array(offset) * self._image_mpp)
-            guesses["counted from the slide's corner (openslide.bounds-x and -y)"] = moved
+        x, y = _bounds_offset(self._image)
+        if x or y:
+            name = f"moved by {x}, {y} px of level 0 (openslide.bounds-x and -y, which QuPath leaves out)"
+            guesses[name] = _moved(np.array([x, y]) * self._image_mpp)
         found = [*self._fitting(guesses)]
         if not found:
             stain, cell = self._overview()
