@@ -1,6 +1,8 @@
 """Outlines that do not fit their slide are found, and what would make them fit; those that fit are taken."""
 
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import shapely
@@ -66,5 +68,8 @@ def test_few_outlines_that_do_not_fit_are_not_judged(slide):
         assert fit.nuclei == len(some)
 
 
-def test_a_slide_without_bounds_has_no_offset(slide):
+def test_the_offset_is_what_openslide_says(slide, monkeypatch):
     assert outline_check._bounds_offset(slide[0]) == (0, 0)
+    scanned = SimpleNamespace(properties={"openslide.bounds-x": "300", "openslide.bounds-y": "170"})
+    monkeypatch.setattr(outline_check.openslide, "OpenSlide", lambda path: nullcontext(scanned))
+    assert outline_check._bounds_offset(slide[0]) == OFFSET
