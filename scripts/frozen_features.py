@@ -16,7 +16,8 @@ from functools import partial
 import torch
 
 from celldetr.config.evaluation import FrozenFeatureSettings
-from celldetr.evaluation.frozen_features import TRAINED, WHAT, evaluate_frozen_features, write_frozen_features
+from celldetr.evaluation.frozen_features import WHAT, evaluate_frozen_features, write_frozen_features
+from celldetr.evaluation.metrics import TRAINED
 from celldetr.inference.embedding import embed_patches
 from celldetr.model.device import best_device
 from celldetr.model.weights import load_model, random_model, trained_on

@@ -24,8 +24,6 @@ from celldetr.runtime.files import write_tsv
 from celldetr.store import PatchStore
 
 COLUMNS = ("experiment", "split", "weights", "classifier", "class", *VALUES, "n")
-TRAINED = "trained"
-"""Value of the column ``weights`` for the model of the experiment; others name the seed of random weights."""
 WHAT = "classes of true boxes from frozen embeddings; not a detection score"
 _C, _ITERATIONS = 1.0, 2000  # inverse strength of the L2 penalty, and iteration limit of the logistic regression
 log = logging.getLogger(__name__)

@@ -22,6 +22,8 @@ from celldetr.evaluation.matching import NucleusCentres, Pairs
 
 METRICS = ("strict", "hovernet_compat")
 VALUES = ("precision", "recall", "f1")
+TRAINED = "trained"
+"""Column ``weights`` of frozen features: the model of the experiment; other values name a seed of random weights."""
 COUNTS = (
     "n_truth",  # true nuclei of the row
     "n_predicted",  # predictions of the row

@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from celldetr.evaluation.frozen_features import TRAINED
-from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, scores
+from celldetr.evaluation.metrics import COUNTS, METRICS, TRAINED, VALUES, scores
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import MISSING
 
