@@ -163,7 +163,7 @@ def write_provenance(
     path: str | os.PathLike[str],
     *,
     settings: Mapping[str, Any],
-    inputs: Iterable[str | os.PathLike[str]] = (),
+    inputs: Iterable[str | os.PathLike[str]] | Mapping[str, str] = (),
     **extra: Any,
 ) -> None:
     """Write the JSON file that says where a model or a table came from, without the credentials of URLs.
@@ -173,7 +173,7 @@ def write_provenance(
     settings
         Settings of the step (JSON values).
     inputs
-        Files or folders read; each is recorded with its SHA-256.
+        Files or folders read; each is recorded with its SHA-256, as it is now or as it is given.
     extra
         More JSON values, e.g. ``device`` or ``seed``; they replace the others, e.g. by what `origin` said at the start.
     """
@@ -182,7 +182,7 @@ def write_provenance(
         "wall_seconds": round(time.time() - _STARTED, 1),
         **origin(),
         "settings": dict(settings),
-        "inputs": {str(item): sha256(item) for item in inputs},
+        "inputs": dict(inputs) if isinstance(inputs, Mapping) else {str(item): sha256(item) for item in inputs},
         **extra,
     }
     write_json(path, json.loads(masked(json.dumps(record))))
