@@ -85,7 +85,17 @@ def _parsed(source: bytes) -> tuple[frozenset[str], str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(names), ast.dump(_WithoutWords().visit(tree))
+    return frozenset(names), _dump(_WithoutWords().visit(tree))
+
+
+def _dump(node: Any) -> str:
+    """Syntax tree as text, the same in every version of Python: `ast.dump` differs in which empty fields it shows."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+    return f"{type(node).__name__}({', '.join(f'{name}={_dump(value)}' for name, value in fields.items())})"
 
 
 class _WithoutText(ast.NodeTransformer):
