@@ -12,9 +12,10 @@ import argparse
 import logging
 import sys
 
+from celldetr.config.pannuke import misspelt_folds
 from celldetr.model.imports import import_checkpoint
 from celldetr.model.weights import save_model
-from celldetr.runtime.errors import CellDETRError
+from celldetr.runtime.errors import CellDETRError, ConfigError
 from celldetr.runtime.provenance import write_provenance
 
 log = logging.getLogger("import_checkpoint")
@@ -40,6 +41,8 @@ def main() -> None:
     )
     parser.add_argument("--heads", type=int, default=8, help="attention heads (default: 8)")
     args = parser.parse_args()
+    if odd := misspelt_folds(args.trained_on):
+        raise ConfigError(f"--trained-on: got {odd}, expected fold1, fold2, fold3 and groups of the sheets")
     imported = import_checkpoint(
         args.checkpoint,
         args.source,

@@ -228,10 +228,11 @@ def model_file(experiment: str, split: str) -> str:
 
 
 def initial_model(initial: str, split: str) -> str:
-    """Model file of an experiment on the same split, or a given file."""
+    """Model file of an experiment on the same split or, if it has none, its first one; or a given file."""
     if initial not in CONFIG.experiments:
         return initial
-    return model_file(initial, split if int(split) in CONFIG.splits(initial) else "1")
+    splits = [str(number) for number in CONFIG.splits(initial)]
+    return model_file(initial, split if split in splits else splits[0])
 
 
 def run_settings(experiment: str) -> dict:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from celldetr.config.base import Count, Mpp, Names, NotNegative, Positive, Seed, Settings, partial
 from celldetr.config.experiment import Mode, SharedModelSettings, SharedTrainingSettings
-from celldetr.config.pannuke import FOLDS
+from celldetr.config.pannuke import misspelt_folds
 from celldetr.config.sheets import Name
 
 
@@ -76,9 +76,8 @@ class ExperimentSettings(Settings):
             )
         if self.trained_on is not None and not from_file:
             raise ValueError(f"trained_on: got initial {self.initial!r}, expected a model file (.pt) in initial")
-        folds = [f"fold{fold}" for fold in FOLDS]
-        if odd := [name for name in self.trained_on or () if "fold" in name.lower() and name not in folds]:
-            raise ValueError(f"trained_on: got {odd}, expected {folds} and groups of the sheets")
+        if odd := misspelt_folds(self.trained_on or ()):
+            raise ValueError(f"trained_on: got {odd}, expected fold1, fold2, fold3 and groups of the sheets")
         return self
 
 

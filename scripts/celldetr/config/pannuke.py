@@ -1,5 +1,7 @@
 """Settings of PanNuke: its archives, and which folds train, validate and test."""
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -27,6 +29,12 @@ def fold_parts(split: int, protocol: str) -> dict[str, tuple[int, ...]]:
         return {"train": (train,), "val": (val,), "test": (test,)}
     others = tuple(fold for fold in FOLDS if fold != _TEST_FOLD[split])
     return {"train": others, "val": others, "test": (_TEST_FOLD[split],)}
+
+
+def misspelt_folds(names: Iterable[str]) -> list[str]:
+    """Names that mean PanNuke or folds of it, but are none of fold1, fold2 and fold3."""
+    meant = re.compile(r"[\W_]*(pan[\W_]*nuke|folds?)([\W_\d]|$)", re.IGNORECASE)
+    return [name for name in names if meant.match(name) and name not in [f"fold{fold}" for fold in FOLDS]]
 
 
 class SourceSettings(Settings):

@@ -181,7 +181,7 @@ class Config(Settings):
         found = {}
         while name in self.experiments:
             block = self.experiments[name]
-            split = split if split in self.splits(name) else 1
+            split = split if split in self.splits(name) else self.splits(name)[0]
             if block.stage == "supervised":
                 parts = fold_parts(split, self.pannuke.protocol)
                 found[name] = {f"fold{fold}" for fold in (*parts["train"], *parts["val"])}

@@ -265,6 +265,7 @@ def test_initial_models_need_what_an_experiment_takes_from_them():
             "experiments.ssl_finetune: trained_on: missing; list what mine.pt",
         ),
         ("ssl_finetune", {"initial": "mine.pt", "trained_on": ["fold_1"]}, "trained_on: got ['fold_1'], expected"),
+        ("ssl_finetune", {"initial": "mine.pt", "trained_on": ["PanNuke"]}, "trained_on: got ['PanNuke'], expected"),
         ("ssl_finetune", {"trained_on": []}, "trained_on: got initial 'ssl_pretrain', expected a model file"),
     ],
 )
@@ -275,9 +276,12 @@ def test_no_model_is_tested_on_what_it_or_its_ancestors_have_seen(name, block, m
 
 def test_models_of_the_same_split_and_of_other_data_may_be_started_from():
     Config.from_dict(with_value("experiments.celldetr_s", {"initial": "celldetr_p", "mode": "parallel"}))
-    Config.from_dict(with_value("experiments.ssl_pretrain", {"initial": "mine.pt", "trained_on": ["slide 3"]}))
-    one_split = merge(with_value("experiments.ssl_pretrain.initial", "celldetr_p"), {"pannuke": {"splits": [1]}})
-    Config.from_dict(one_split)
+    Config.from_dict(
+        with_value("experiments.ssl_pretrain", {"initial": "mine.pt", "trained_on": ["slide 3", "scaffold 1"]})
+    )
+    for split in (1, 2):
+        one_split = {"pannuke": {"splits": [split]}, "figure3": {"split": split}}
+        Config.from_dict(merge(with_value("experiments.ssl_pretrain.initial", "celldetr_p"), one_split))
 
 
 def test_donors_of_pretraining_slides_are_not_tested():

@@ -272,6 +272,10 @@ def test_import_script_writes_a_model_file_and_the_list_of_tensors(tmp_path, coc
     assert trained_on(out, None, "") == ["donor 2", "fold1"]
     listed = json.loads(Path(f"{out}.json").read_text())
     assert listed["used"]["query_embed.weight"] == "decoder.query_embed.weight"
+    misspelt = subprocess.run(
+        [*command, "x", "y", "--trained-on", "Fold1"], check=False, capture_output=True, text=True
+    )
+    assert misspelt.stderr.startswith("error: --trained-on: got ['Fold1'], expected fold1, fold2, fold3")
     failed = subprocess.run([*command, "none.pth", str(out), *seen], check=False, capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: none.pth: no such file")
