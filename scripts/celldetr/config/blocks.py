@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from celldetr.config.base import Count, Mpp, Names, NotNegative, Positive, Seed, Settings, partial
+from celldetr.config.base import Count, Mpp, Names, NotNegative, Positive, Seed, Settings, SmallCount, partial
 from celldetr.config.experiment import Mode, SharedModelSettings, SharedTrainingSettings
 from celldetr.config.pannuke import misspelt_folds
 from celldetr.config.sheets import Name
@@ -103,19 +103,19 @@ class Figure3Settings(Settings):
 
     experiments: Names = Field(min_length=1, description="experiments shown")
     split: int = Field(1, ge=1, le=3, description="split whose test fold is used")
-    nuclei: Count = Field(4, description="number of nuclei drawn")
+    nuclei: SmallCount = Field(4, description="number of nuclei drawn")
 
 
 class Figure4Settings(Settings):
     """Figure 4c: similarity of noised boxes to the nuclei of their patch."""
 
-    patches: Count = Field(4, description="number of patches drawn")
+    patches: SmallCount = Field(4, description="number of patches drawn")
 
 
 class OverlaySettings(Settings):
     """Pictures of predictions beside the truth."""
 
-    patches: Count = Field(12, description="test patches drawn per experiment and split")
+    patches: SmallCount = Field(12, description="test patches drawn per experiment and split")
 
 
 class ExampleSampleSettings(Settings):

@@ -149,6 +149,7 @@ FAIL_LATE = [  # accepted, these would fail after hours of work, or give somethi
     ("xenium.registration.angle_step", 1e-9),
     ("frozen_features.max_nuclei", 4),
     ("evaluation.resamples", 10**12),
+    ("overlays.patches", 10**6),
 ]
 
 
