@@ -101,8 +101,8 @@ class SlideRow(Settings):
     mpp: Mpp | None = Field(None, description="um per px of level 0, if the file lacks it or is wrong")
     nuclei: Sources = Field(
         min_length=1,
-        description="outlines of nuclei (GeoParquet, GeoJSON, Parquet of CellViT or HEST): URLs or paths; hest: those "
-        "of HEST-1k; detect: found by the model of slides.detection",
+        description="outlines of nuclei (GeoParquet, GeoJSON, Parquet of HEST, cells.json of CellViT): URLs or paths; "
+        "hest: those of HEST-1k; detect: found by the model of slides.detection",
     )
     nuclei_sha256: Sha256 = Field(None, description="SHA-256 of the file of outlines")
     nuclei_unit: Literal["px", "um"] = Field("px", description="unit of the outlines: px of level 0, or um")

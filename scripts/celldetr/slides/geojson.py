@@ -2,7 +2,8 @@
 
 A file holds one document or several, one after another or on a line each (GeoJSONSeq): features, geometries, lists or
 collections of them. It may be compressed (gzip, zip). CellViT writes one feature for each cell type: a MultiPolygon of
-all its nuclei. QuPath's cells have two outlines; that of the nucleus is read.
+all its nuclei; and ``cells.json``, which is no GeoJSON: an object whose ``cells`` have a ``contour`` in px of level 0.
+QuPath's cells have two outlines; that of the nucleus is read.
 """
 
 import contextlib
@@ -44,6 +45,7 @@ _BATCH = 20_000  # outlines in a batch
 _MOST_POLYGONS = 20_000_000  # of a geometry
 _CORNERS = 3  # fewest of a ring; it need not be closed
 _NO_POLYGON = shapely.Point(0, 0)  # stands for a geometry of another type
+_LISTS = {"features", "geometries", "cells"}  # keys of what a collection holds
 _BOM, _SEPARATOR = b"\xef\xbb\xbf", b"\x1e"
 
 
@@ -142,11 +144,11 @@ def _object(events: Events) -> Iterator[Outline]:
     kind = ""
     for key, event, value in _members(events):
         values[key] = value
-        if key in ("features", "geometries") and event == "start_array":
+        if key in _LISTS and event == "start_array":
             yield from _outlines(events)
         elif key in ("geometry", "nucleusGeometry") and event == "start_map":
             geometries[key] = list(_object(events))
-        elif key == "coordinates" and event == "start_array":
+        elif key in ("coordinates", "contour") and event == "start_array":
             coordinates = _coordinates(events)
         elif key == "properties" and event == "start_map":
             for name, inner, word in _members(events):
@@ -163,7 +165,9 @@ def _object(events: Events) -> Iterator[Outline]:
         else:
             kind = kind or str(values.get("id")).removeprefix("Path").removesuffix("Object").lower()  # QuPath 0.2
         yield from (Outline(polygons, kind) for polygons, _ in found)
-    elif not {"features", "geometries"} & set(values):
+    elif {"contour", "centroid"} & set(values):
+        yield from _geometry("Polygon" if "contour" in values else "Point", [coordinates])
+    elif not _LISTS & set(values):
         raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(list(values)[:9])})")
 
 

@@ -32,6 +32,9 @@ def geojson_text(kind, shapes):
         return json.dumps({"type": "FeatureCollection", "bbox": [0, 0, 1, 1], "features": features, "name": "n"})
     if kind == "qupath cells":
         features = [feature(s.buffer(6), nucleusGeometry=shapely.geometry.mapping(s)) for s in shapes]
+    elif kind == "cells.json":  # CellViT
+        cells = [{"centroid": [1.0, 2.0], "contour": shapely.get_coordinates(s).tolist(), "type": 1} for s in shapes]
+        return json.dumps({"wsi_metadata": {"base_mpp": 0.25}, "processed_patches": ["0_0"], "cells": cells})
     elif kind == "all in one":  # CellViT: a MultiPolygon with all nuclei of a class
         features = [feature(shapely.MultiPolygon(part)) for part in (list(shapes[::2]), list(shapes[1::2]))]
     return "\n".join(map(json.dumps, features)) if kind == "lines" else json.dumps(features)
@@ -64,6 +67,7 @@ def read(path, features=None, mpp=MPP, unit="px"):
 
 
 KINDS = ["geoparquet", "wkb", "renamed", "collection", "list", "qupath cells", "all in one", "lines", "zip", "gzip"]
+KINDS += ["cells.json"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,6 +176,7 @@ def test_all_documents_of_a_file_are_read(tmp_path):
         (b"", "GeoParquet"),
         (b'{"type": "Feature", "geometry": null}', "no outline.*1 outlines that are empty.*expected polygons"),
         (b'{"type": "Point", "coordinates": [1, 2]}', "1 points and lines.*expected polygons"),
+        (b'{"cells": [{"centroid": [1, 2], "type": 1}]}', "1 points and lines.*expected polygons"),
         (b'{"type": "Feature", "geometry": null}\n{"type": "Fea', "premature EOF.*complete"),
         (b'{"type": "FeatureCollection", "features": []}', "no features"),
         (b'{"mag": 40, "nuc": {"1": {"bbox": [1, 2]}}}', "keys: mag, nuc.*expected features"),
