@@ -153,6 +153,12 @@ class MatchingSettings(Settings):
     l1: NotNegative = Field(5.0, description="L1 distance of normalised boxes")
     giou: NotNegative = Field(2.0, description="negated generalised IoU")
 
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if not any(self.to_dict().values()):
+            raise ValueError("got 0 for all costs, expected at least one above 0")
+        return self
+
 
 class LossSettings(Settings):
     """Weights of the losses."""

@@ -140,6 +140,7 @@ FAIL_LATE = [  # accepted, these would fail after hours of work, or give somethi
     ("training.noise.high", 1.0),
     ("training.augmentation.blur_kernel", 301),
     ("training.contrastive.temperature", 1e-300),
+    ("training.matching", {"nucleus": 0.0, "l1": 0.0, "giou": 0.0}),
     ("seed", 2**31),
     ("patch.size", 32 * 10**9),
     ("patch.mpp", 250.0),
