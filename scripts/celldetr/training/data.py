@@ -110,7 +110,7 @@ class PatchData:
     Raises
     ------
     InputError
-        The split names a store or patch that does not exist, or stores have patches of different sizes.
+        The split names a store that is not given, or stores have patches of different sizes.
     """
 
     def __init__(
@@ -131,13 +131,6 @@ class PatchData:
         self.patch_size, self.mpp = next(iter(sizes.values()), (0, stores[0].mpp))
         self.store_of = np.array([self.names.index(name) for name in rows["store"]], dtype=np.int64)
         self.patch_of = rows["patch"].to_numpy(np.int64)
-        for index, store in enumerate(stores):
-            wanted = self.patch_of[self.store_of == index]
-            if wanted.size and (wanted.min() < 0 or wanted.max() >= store.n_patches):
-                raise InputError(
-                    f"split: part {part} names patches {wanted.min()} to {wanted.max()} of {store.path}, which has "
-                    f"{store.n_patches}; make the split again"
-                )
         found = [self.stores[store].boxes_of(patch) for store, patch in zip(self.store_of, self.patch_of, strict=True)]
         self.ptr = np.cumsum([0, *(len(labels) for _, labels in found)], dtype=np.int64)
         self.boxes = np.concatenate([np.empty((0, 4), np.float32), *(boxes for boxes, _ in found)])
