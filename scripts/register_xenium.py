@@ -35,7 +35,7 @@ def main(snakemake):
         )
         figure = registration_figure(registration, he, nuclei, settings, name=params.sample)
         save(figure, output.picture, dpi=110)
-    registration.write(output.json)
+    registration.write(output.json, params.sample)
     write_provenance(
         output.provenance,
         settings={"registration": settings.to_dict(), "he_mpp": params.he_mpp, "sample": params.sample},

@@ -16,7 +16,8 @@ def main(snakemake):
     cells = read_cells(given.cells).set_index("cell_id")
     names = dict(enumerate(ST_TYPES))
     cells.insert(0, "type", cells["label"].map(names).fillna("unlabelled"))
-    write_spatialdata(snakemake.output[0], given.outs, given.he, read_registration(given.registration).matrix, cells)
+    registration = read_registration(given.registration, snakemake.wildcards.sample)
+    write_spatialdata(snakemake.output[0], given.outs, given.he, registration.matrix, cells)
 
 
 if "snakemake" in globals():

@@ -127,10 +127,14 @@ def trained_on(path: str | os.PathLike[str], declared: Collection[str] | None, k
     Raises
     ------
     InputError
-        Neither the file nor the declaration says.
+        Neither the file nor the declaration says, or the file lies where the model of another experiment belongs.
     """
     extra = read_checkpoint(path).get("extra")
-    named = extra.get("trained_on") if isinstance(extra, Mapping) else None
+    extra = extra if isinstance(extra, Mapping) else {}
+    named, made_by = extra.get("trained_on"), extra.get("experiment")
+    place = re.search(r"/results/models/([^/]+)/split\d/model\.pt$", Path(path).absolute().as_posix())
+    if place and made_by not in (None, place[1]):
+        raise InputError(f"{path}: got the model of experiment {made_by!r}, expected {place[1]!r}; train it again")
     if named is None and declared is None:
         raise InputError(
             f"{path}: does not say what it was trained on; list it in {key}, e.g. [fold1, fold3], or [] if it has seen "

@@ -59,7 +59,7 @@ def extract_sample(
 
     Raises InputError if a file is damaged, the files are of different samples, or no patch meets the thresholds.
     """
-    registration = read_registration(sample.registration)
+    registration = read_registration(sample.registration, sample.name)
     he_mpp = registration.he_mpp
     placed, dropped = place_nuclei(read_nuclei(sample.outs), read_cells(sample.cells), registration, mpp)
     dapi_image = open_pyramid(dapi_path(sample.outs), registration.pixel_size, plane=0)

@@ -14,7 +14,7 @@ import train as train_script
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.weights import read_checkpoint, save_model
+from celldetr.model.weights import read_checkpoint, save_model, trained_on
 from celldetr.runtime.errors import InputError, Interrupted
 from celldetr.runtime.provenance import sha256
 from celldetr.store import StoreWriter, open_store
@@ -178,6 +178,17 @@ def test_a_file_that_does_not_say_what_it_has_seen_must_be_declared(tmp_path):
     save_model(tmp_path / "foreign.pt", CellDETR(EXPERIMENT.model), EXPERIMENT.model)
     with pytest.raises(InputError, match=r"foreign\.pt: does not say .* list it in experiments\.tiny\.trained_on"):
         train(EXPERIMENT, [store], make_split(store, 4, 2), tmp_path / "run", initial=tmp_path / "foreign.pt")
+
+
+def test_the_model_of_another_experiment_in_the_place_of_a_model_is_refused(tmp_path):
+    for name in ("mine", "tiny"):
+        place = tmp_path / "results" / "models" / name / "split1" / "model.pt"
+        place.parent.mkdir(parents=True)
+        extra = {"experiment": "tiny", "trained_on": ["fold1"]}
+        save_model(place, CellDETR(EXPERIMENT.model), EXPERIMENT.model, extra)
+    assert trained_on(place, None, "") == ["fold1"]
+    with pytest.raises(InputError, match=r"mine/split1/model\.pt: got the model of experiment 'tiny', expected 'mine'"):
+        trained_on(place.parents[2] / "mine" / "split1" / "model.pt", None, "")
 
 
 def test_the_rule_refuses_a_split_that_was_cut_short_or_names_test_patches(tmp_path):

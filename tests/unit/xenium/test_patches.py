@@ -38,7 +38,7 @@ def sample(tmp_path_factory):
     registration = Registration(
         matrix=truth.matrix, pixel_size=truth.pixel_size, origin="file", quality=quality, attempts=(attempt,)
     )
-    registration.write(folder / "registration.json")
+    registration.write(folder / "registration.json", "s1")
     labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
     fractions = pd.get_dummies(pd.Categorical(truth.types, ST_TYPES), dtype=np.float32).set_axis(FRACTIONS, axis=1)
     reasons = np.where(labels >= 0, "labelled", "no counts")

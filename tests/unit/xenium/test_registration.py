@@ -238,8 +238,8 @@ def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
 
 def test_a_registration_comes_back_from_its_file(scene, tmp_path):
     found = run(scene, scene.matrix, refine="never")
-    found.write(tmp_path / "r.json")
-    again = read_registration(tmp_path / "r.json")
+    found.write(tmp_path / "r.json", "lung")
+    again = read_registration(tmp_path / "r.json", "lung")
     assert np.array_equal(again.matrix, found.matrix)
     assert again.to_dict() == found.to_dict()
     assert np.allclose(again.he_to_um() @ again.um_to_he(), np.eye(3))
@@ -249,7 +249,7 @@ def test_a_registration_comes_back_from_its_file(scene, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(scene):
-    return run(scene, scene.matrix, refine="never").to_dict()
+    return {"sample": "lung", **run(scene, scene.matrix, refine="never").to_dict()}
 
 
 def turned(content):
@@ -269,14 +269,15 @@ def turned(content):
         (lambda content: {"he_mpp": None}, "whose he_mpp is None"),
         (lambda content: {"quality": {**content["quality"], "regions_passed": 0.5}}, "whose regions_passed is 0.5"),
         (turned, "none of its attempts"),
+        (lambda content: {"sample": "breast"}, "of sample 'breast', expected that of 'lung'"),
     ],
 )
 def test_a_registration_that_failed_or_contradicts_itself_is_refused(written, tmp_path, change, message):
     (tmp_path / "r.json").write_text(json.dumps(written))
-    assert read_registration(tmp_path / "r.json").to_dict() == written
+    assert read_registration(tmp_path / "r.json", "lung").matrix.tolist() == written["matrix"]
     (tmp_path / "r.json").write_text(json.dumps(written | change(written)))
     with pytest.raises(InputError, match=rf"r\.json: got .*{message}.*run .* again"):
-        read_registration(tmp_path / "r.json")
+        read_registration(tmp_path / "r.json", "lung")
 
 
 def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
@@ -288,7 +289,7 @@ def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
     names = {"json": "r.json", "picture": "r.png", "provenance": "p.json"}
     output = SimpleNamespace(**{key: tmp_path / name for key, name in names.items()})
     register_xenium.main(SimpleNamespace(input=source, params=params, output=output))
-    found = read_registration(output.json)
+    found = read_registration(output.json, "lung")
     points = np.concatenate(truth.nuclei_he)
     off = apply(found.he_to_um(), points) - apply(scaling(PIXEL) @ truth.matrix, points)
     assert np.median(np.linalg.norm(off, axis=1)) < 0.5

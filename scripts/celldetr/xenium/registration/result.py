@@ -111,20 +111,21 @@ class Registration(Settings):
             "parts": asdict(decompose(self.matrix)),
         }
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write registration.json."""
-        write_json(path, self.to_dict())
+    def write(self, path: str | os.PathLike[str], sample: str) -> None:
+        """Write registration.json of a sample."""
+        write_json(path, {"sample": sample, **self.to_dict()})
 
 
-def read_registration(path: str | os.PathLike[str]) -> Registration:
+def read_registration(path: str | os.PathLike[str], sample: str) -> Registration:
     """Read a file of `Registration.write`.
 
-    Raises InputError if it holds none, or one that did not pass, or a matrix that the figures in the file contradict.
+    Raises InputError if it holds none, or one of another sample, or one that did not pass, or a matrix that the figures
+    in the file contradict.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         found = Registration.model_validate(content)
-        problem = next(_contradictions(found, content), None)
+        problem = next(_contradictions(found, content, sample), None)
     except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
         raise InputError(f"{path}: got no readable registration ({error}); run the registration again") from error
     if problem:
@@ -134,9 +135,11 @@ def read_registration(path: str | os.PathLike[str]) -> Registration:
     return found
 
 
-def _contradictions(found: Registration, content: Mapping[str, Any]) -> Iterator[str]:
-    """Reasons not to use a registration: it did not pass, or parts of the file disagree."""
+def _contradictions(found: Registration, content: Mapping[str, Any], sample: str) -> Iterator[str]:
+    """Reasons not to use a registration: it is of another sample, did not pass, or parts of the file disagree."""
     quality = found.quality
+    if (name := content.get("sample")) != sample:
+        yield f"of sample {name!r}, expected that of {sample!r}"
     if not quality.passed or quality.failures:
         yield f"that does not pass ({'; '.join(quality.failures) or quality.summary()})"
     judged = [region.passed for region in quality.regions if region.inside >= 0.5]
