@@ -243,6 +243,23 @@ def test_summary_for_people(tmp_path):
     assert "images without a nucleus (kept)" in html
 
 
+def test_masks_that_do_not_lie_on_the_nuclei_of_their_images_are_refused(tmp_path):
+    fold = arrays(24)
+    places = np.random.default_rng(0).integers(0, SIZE - 4, (24, 2))
+    fold["images"][:], fold["masks"][:] = 200, np.eye(CHANNELS)[-1]
+    for image, mask, (x, y) in zip(fold["images"], fold["masks"], places, strict=True):
+        image[y : y + 4, x : x + 4, 0] = 100
+        image[12 - y : 16 - y, x : x + 4, 0] = 250
+        mask[y : y + 4, x : x + 4] = np.eye(CHANNELS)[1]
+    summary, _ = convert(tmp_path, fold)
+    assert summary.nuclei["inflammatory"] == 24
+    turned = fold | {"masks": fold["masks"][:, ::-1]}
+    with pytest.raises(InputError, match=r"masks.npy: in \d+ of 24 images the nuclei are paler.*same order"):
+        convert(tmp_path, turned)
+    few = {name: array[:5] for name, array in turned.items()}
+    assert convert(tmp_path, few)[0].odd["pale nuclei"] > 2  # too few to judge
+
+
 def test_memory_does_not_grow_with_the_fold(tmp_path):
     """A fold whose arrays would take 280 MB is converted within 180 MB more than an empty process needs."""
     code = (
