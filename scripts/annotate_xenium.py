@@ -9,7 +9,7 @@ from pathlib import Path
 
 from celldetr.config.xenium import CellTypeSettings
 from celldetr.report.cell_types import cell_types_figure
-from celldetr.report.style import save
+from celldetr.report.style import PREVIEW_DPI, save
 from celldetr.runtime.files import write_json
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
@@ -27,7 +27,7 @@ def main(snakemake):
     counts = read_counts(outs)
     annotation = annotate(counts, reference, settings, params.seed)
     figures = quality(counts, reference, annotation, settings, params.seed)
-    save(cell_types_figure(figures, f"Cell types of {snakemake.wildcards.sample}"), output.qc_png, dpi=110)
+    save(cell_types_figure(figures, f"Cell types of {snakemake.wildcards.sample}"), output.qc_png, dpi=PREVIEW_DPI)
     write_json(output.qc_json, figures)
     metadata = {
         "settings": settings.to_dict(),

@@ -7,7 +7,7 @@ Params: settings, he_mpp (um per H&E px, or None: as in the file), sample (name)
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.report.registration import registration_figure
-from celldetr.report.style import save
+from celldetr.report.style import PREVIEW_DPI, save
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.slides.pyramid import open_pyramid
@@ -34,7 +34,7 @@ def main(snakemake):
             seed=params.seed,
         )
         figure = registration_figure(registration, he, nuclei, settings, name=params.sample)
-        save(figure, output.picture, dpi=110)
+        save(figure, output.picture, dpi=PREVIEW_DPI)
     registration.write(output.json, params.sample)
     write_provenance(
         output.provenance,

@@ -51,6 +51,8 @@ STYLE: Any = {  # rc parameters
     "axes.linewidth": 0.6,
 }
 DPI = 200
+PREVIEW_DPI = 110
+"""Resolution of pictures beside data; here, so that changing it does not make the data again."""
 _P = ParamSpec("_P")
 
 

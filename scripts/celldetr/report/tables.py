@@ -252,7 +252,7 @@ def build_table(
     Raises
     ------
     InputError
-        A system was not scored once on each split.
+        A system, or frozen features, were not scored once on each split.
     """
     classes, splits = published_classes(published.columns), sorted(set(scores["split"].tolist()))
     rows, by_system = [_published_row(row, classes) for _, row in published.iterrows()], []
@@ -273,6 +273,11 @@ def build_table(
         by_model = frozen_features.groupby(["experiment", "weights", "classifier"], sort=False)
         for key, chosen in by_model:
             experiment, weights, classifier = map(str, key)
+            if sorted(chosen["split"]) != np.repeat(splits, chosen["class"].nunique()).tolist():
+                got = chosen["split"].unique().tolist()
+                raise InputError(
+                    f"{name}: got frozen features of {experiment} on splits {got}, expected each of {splits}; {_AGAIN}"
+                )
             title = CLASSIFIER_TITLES[classifier] + ("" if weights == TRAINED else f", {weights} weights")
             rows.append(_row(FROZEN, title, experiment, chosen, classes, FROZEN_NOTE))
     columns = ["source", "group", "system", "experiment", *value_columns(classes), "splits", "citation", "note"]

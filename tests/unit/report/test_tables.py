@@ -361,6 +361,11 @@ def test_frozen_features_are_rows_of_their_own_beside_those_of_random_weights_an
     assert "not to be compared with rows that detect" in text
     assert "**0.85**" not in text
     assert "0.85" in text
+    twice = read_frozen_features([frozen_files(tmp_path)[0]] * 2, ORDER)
+    with pytest.raises(
+        InputError, match=r"table2: got frozen features of ssl on splits \[1\], expected each of \[1, 2\]"
+    ):
+        make_table(make_scores(tmp_path), name="table2", frozen_features=twice)
 
 
 @pytest.mark.parametrize(("column", "value"), [("f1", 0.9876), ("f1", -5.0), ("precision", 5.0), ("n", 0)])
