@@ -53,7 +53,9 @@ class NpyMember:
         if not self.dtype.itemsize or not all(0 <= length <= sys.maxsize for length in self.shape):
             raise InputError(f"{self.label}: got {self.dtype} of shape {self.shape}; get the archive again")
         if self.dtype.hasobject:
-            raise InputError(f"{self.label}: got Python objects (a pickle), expected numbers or text; it is not read")
+            raise InputError(
+                f"{self.label}: got Python objects (a pickle), expected numbers or text; save text after .astype(str)"
+            )
         if fortran and len(self.shape) > 1:
             raise InputError(f"{self.label}: got Fortran order, expected C order; save it with numpy.ascontiguousarray")
 

@@ -109,7 +109,7 @@ def patch_grid(
         x, y = np.rint(corners[counts.argmax()] * ratio).astype(int)
         raise InputError(
             f"outlines: got {counts.max()} nuclei in the patch at {x}, {y} px of level 0, expected at most "
-            f"{_MOST_NUCLEI}; are nuclei in the file many times?"
+            f"{_MOST_NUCLEI}; are nuclei in the file many times, or is a patch too large (patch.size times patch.mpp)?"
         )
     rules = {"with too few nuclei": counts >= settings.min_nuclei}
     if settings.min_labelled:

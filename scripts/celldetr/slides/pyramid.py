@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from tifffile import TiffFile
+from tifffile import TiffFile, TiffFileError
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.tiff import DamagedSlide, check_tile_bytes, level_pages, number, stated_pixel_size, tile_planes
@@ -182,6 +182,8 @@ class _Tiff(Pyramid):
                 with path.open("rb") as file:
                     page = b"<html" in file.read(1024).lower()
                 reason = "it is a web page (HTML); get the slide again" if page else f"{error}; is the file complete?"
+                if isinstance(error, TiffFileError):
+                    reason += " Other formats (PNG, JPEG) must be converted: vips tiffsave --tile --pyramid"
                 raise DamagedSlide(f"{path}: cannot be read as TIFF: {reason}") from error
             opened.pop_all()
 

@@ -168,7 +168,7 @@ BAD = {
     "fractions": (lambda: broken("images", lambda a: a + 0.5), "expected whole numbers 0 to 255"),
     "negative id": (lambda: broken("masks", lambda a: -a), "masks.npy, image 0: got the id -7"),
     "text masks": (lambda: broken("masks", lambda a: a.astype(str)), "masks.npy: got <U"),
-    "pickle": (lambda: broken("types", lambda a: a.astype(object)), "types.npy: got Python objects"),
+    "pickle": (lambda: broken("types", lambda a: a.astype(object)), "types.npy: got Python objects.*astype"),
     "fortran": (lambda: broken("masks", np.asfortranarray), "masks.npy: got Fortran order"),
     "no header": (lambda: broken("masks", lambda a: b"nothing"), "masks.npy: cannot be read as an array"),
     "background first": (lambda: broken("masks", lambda a: np.roll(a, 1, axis=-1)), "in 3 of 3 images an id covers"),

@@ -199,6 +199,9 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     (tmp_path / "web.svs").write_bytes(b"<!DOCTYPE html>\n<HTML><body>Log in</body></HTML>")
     with pytest.raises(DamagedSlide, match=r"web\.svs: .*it is a web page \(HTML\)"):
         open_pyramid(tmp_path / "web.svs")
+    Image.fromarray(IMAGE).save(tmp_path / "he.png")
+    with pytest.raises(DamagedSlide, match=r"he\.png: .*PNG, JPEG\) must be converted"):
+        open_pyramid(tmp_path / "he.png")
     (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"cut\.tif"), open_pyramid(tmp_path / "cut.tif") as image:
         image.read(0, 0, 0, WIDTH, HEIGHT)
