@@ -70,6 +70,9 @@ class OutlineCheck:
             "": np.eye(3),
             "with x and y swapped": np.eye(3)[[1, 0, 2]],
             "with y negated": np.diag([1.0, -1.0, 1.0]),
+            "with y counted from the bottom": np.array(
+                [[1, 0, 0], [0, -1, self._image.size[1] * self._image_mpp], [0, 0, 1]]
+            ),
         }
         x, y = _bounds_offset(self._image)
         if x or y:

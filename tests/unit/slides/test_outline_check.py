@@ -46,9 +46,10 @@ def test_outlines_that_fit_are_taken(slide):
         (lambda xy: xy[:, ::-1], "with x and y swapped"),
         (lambda xy: xy * [1, -1], "with y negated"),
         (lambda xy: xy - OFFSET, r"moved by 300, 170 px of level 0 \(openslide.bounds-x.*"),
-        (lambda xy: [0, 1225] + xy * [1, -1], ""),  # upside down
+        (lambda xy: [0, 1225] + xy * [1, -1], "with y counted from the bottom"),
+        (lambda xy: [1450, 0] + xy * [-1, 1], ""),  # left and right swapped
     ],
-    ids=["half", "0.91", "um", "shifted", "far", "swapped", "negated", "QuPath", "mirrored"],
+    ids=["half", "0.91", "um", "shifted", "far", "swapped", "negated", "QuPath", "upside down", "mirrored"],
 )
 def test_outlines_that_do_not_fit_are_refused_and_the_remedy_named(slide, monkeypatch, fault, remedies):
     monkeypatch.setattr(outline_check, "_bounds_offset", lambda image: OFFSET)
