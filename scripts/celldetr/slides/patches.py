@@ -1,6 +1,7 @@
 """Patches of a slide without cell types, with the boxes of its nuclei, for self-supervised pretraining (paper, 3.3)."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from celldetr.store import PatchStore, StoreWriter
 log = logging.getLogger(__name__)
 
 _ON_SLIDE = 0.9  # smallest fraction of the outlines that must lie on the slide
+_BESIDE = 1.0  # um; warn if outlines that fit lie farther beside the nuclei
 _COARSE = 2.0  # warn if the slide's pixels are larger than those of the patches by more than this
 
 
@@ -169,6 +171,8 @@ def _check_outlines(slide: Slide, nuclei: SlideNuclei, image: Pyramid, mpp: floa
         log.warning("%s: %d nuclei are too few to check that they fit the slide", slide.name, fit.nuclei)
     elif not fit.good:
         log.warning("%s: the outlines do not fit the slide, and are taken as check_outlines is no", slide.name)
+    elif math.hypot(*fit.shift) > _BESIDE:
+        log.warning("%s: outlines lie beside the nuclei: they fit best if moved by %g, %g um", slide.name, *fit.shift)
     return inside, fit
 
 

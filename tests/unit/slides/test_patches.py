@@ -144,6 +144,9 @@ def test_outlines_that_do_not_fit_are_refused_or_taken_if_asked_to(tmp_path, cut
     _, rows = cut(file, few)
     assert rows["checked", "outlines against the stain: too few to judge"] == 9
     assert "9 nuclei are too few" in caplog.text
+    assert "beside" not in caplog.text
+    cut(file, write_outlines(tmp_path / "near", shapely.transform(SHAPES, lambda points: points + [4, 0])))
+    assert "beside the nuclei: they fit best if moved by -2, 0 um" in caplog.text
 
 
 def test_outlines_in_um_give_the_same_boxes(tmp_path, cut):
