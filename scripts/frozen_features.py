@@ -24,7 +24,8 @@ from celldetr.model.weights import load_model, random_model, trained_on
 from celldetr.runtime.provenance import write_provenance
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
-from celldetr.store.splits import read_split, refuse_seen_store
+from celldetr.store.seen import refuse_seen_store
+from celldetr.store.splits import read_split
 
 log = logging.getLogger("frozen_features")
 

@@ -16,7 +16,7 @@ from celldetr.model.weights import load_model, trained_on
 from celldetr.runtime.provenance import git_revision, sha256, versions
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
-from celldetr.store.splits import refuse_seen_store
+from celldetr.store.seen import refuse_seen_store
 
 log = logging.getLogger("predict")
 

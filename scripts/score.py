@@ -14,7 +14,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.runtime.provenance import sha256
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
-from celldetr.store.splits import refuse_seen_store
+from celldetr.store.seen import refuse_seen_store
 
 log = logging.getLogger("score")
 

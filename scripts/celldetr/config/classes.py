@@ -23,4 +23,7 @@ ST_TO_PANNUKE: Mapping[str, str] = {
     "Myeloid": "inflammatory",
     "Mast": "inflammatory",
 }
-"""PanNuke class of each cell type (paper, 4.4); necrotic nuclei have none."""
+"""PanNuke class of each cell type (paper, 4.4); necrotic nuclei have none.
+
+In zero-shot transfer the score of a class is the largest of its types (`celldetr.inference.predict.predict_fold`).
+"""

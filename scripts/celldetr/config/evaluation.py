@@ -47,7 +47,7 @@ class EvaluationSettings(_CountingSettings):
 
 
 class ScoringSettings(_CountingSettings):
-    """What validation and test share: see `celldetr.evaluation.evaluator.Evaluator`."""
+    """What validation and test share: see `celldetr.evaluation.counting.Evaluator`."""
 
     nucleus_threshold: Share = 0.4
 

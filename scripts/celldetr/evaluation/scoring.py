@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from celldetr.config.evaluation import ScoringSettings
-from celldetr.evaluation.evaluator import Evaluator
+from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.intervals import intervals
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, row_names, scores

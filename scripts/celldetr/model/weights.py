@@ -122,7 +122,7 @@ def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Col
 def trained_on(path: str | os.PathLike[str], declared: Collection[str] | None, key: str) -> list[str]:
     """Return the groups that a model was trained or validated on: as its file says, and as declared for it.
 
-    `celldetr.store.splits` says how groups are named. `key` is where a user declares them.
+    `celldetr.store.seen` says how groups are named. `key` is where a user declares them.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 A file of published rows (config/published/*.tsv) has a row per system with the values as text. Measured values come
 from the files of the score and frozen_features rules, one per experiment and split, and are means over the splits in
-which the class has true nuclei.
+which the class has true nuclei; `evaluation.metric` chooses their metric (`celldetr.evaluation.metrics`).
 """
 
 import itertools

@@ -2,14 +2,11 @@
 
 A split table is a TSV with a row for every patch: ``store`` (name of the store without suffix), ``patch`` (index in the
 store), ``part`` (train, val, test, unused).
-
-What a model has seen is told by groups (column ``group`` of the stores): ``GROUP`` if the whole group trains, validates
-or is unused, ``GROUP@DIGEST`` if the split with this digest tests on other patches of it.
 """
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -33,44 +30,6 @@ def complete_split(table: pd.DataFrame, sizes: Mapping[str, int]) -> pd.DataFram
 def split_digest(table: pd.DataFrame) -> str:
     """Identity of a split: 16 hex digits."""
     return hashlib.sha256(table.to_csv(sep="\t", index=False).encode()).hexdigest()[:16]
-
-
-def groups_of(split: pd.DataFrame, stores: Sequence[PatchStore], *parts: str) -> set[str]:
-    """Return the groups with patches in these parts; a store that is not given counts as a group of its own."""
-    rows = split[split["part"].isin(parts)]
-    found = set(rows["store"]) - {store.path.stem for store in stores}
-    for store in stores:
-        chosen = np.isin(np.arange(len(store)), rows.loc[rows["store"] == store.path.stem, "patch"])
-        found |= set(store.patches["group"][chosen])
-    return found
-
-
-def seen_groups(split: pd.DataFrame, stores: Sequence[PatchStore]) -> set[str]:
-    """Return the groups whose patches train or validate, as a model file names them (see the top of this module)."""
-    tested, digest = groups_of(split, stores, "test"), split_digest(split)
-    return {f"{name}@{digest}" if name in tested else name for name in groups_of(split, stores, "train", "val")}
-
-
-def refuse_seen(seen: Iterable[str], groups: Collection[str], digest: str | None, model: str, test: str) -> None:
-    """Refuse to test on groups that a model has seen, unless the split with this digest keeps their patches apart.
-
-    Raises
-    ------
-    InputError
-        It names the model and the test.
-    """
-    own = {f"{name}@{digest}" for name in groups}
-    leaked = [entry for entry in seen if entry in groups or (entry.rpartition("@")[0] in groups and entry not in own)]
-    if leaked:
-        raise InputError(
-            f"{model}: it, or a model that it started from, was trained or validated on {sorted(leaked)}, expected "
-            f"none of the groups that {test} tests; start from other initial weights, or test on other data"
-        )
-
-
-def refuse_seen_store(seen: Iterable[str], store: PatchStore, model: str) -> None:
-    """Refuse to test on a store, see `refuse_seen`; a test part says in its attributes which split chose it."""
-    refuse_seen(seen, set(store.patches["group"]), store.attrs.get("split", {}).get("digest"), model, str(store.path))
 
 
 def read_split(path: str | os.PathLike[str], stores: Sequence[PatchStore] = ()) -> pd.DataFrame:

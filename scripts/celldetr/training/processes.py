@@ -97,7 +97,7 @@ class StopSignals:
 def launch(run: Any, processes: int, state_file: Path) -> None:
     """Run `celldetr.training.worker` in several processes and wait for them.
 
-    The `run` (`celldetr.training.loop.Run`) is pickled. A stop signal reaches all processes, which write the state of
+    The `run` (`celldetr.training.run.Run`) is pickled. A stop signal reaches all processes, which write the state of
     the run. If one process fails, the others are ended.
 
     Raises

@@ -18,7 +18,8 @@ from celldetr.model.weights import trained_on
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.provenance import origin, sha256
 from celldetr.store import PatchStore
-from celldetr.store.splits import groups_of, refuse_seen, seen_groups, split_digest
+from celldetr.store.seen import groups_of, refuse_seen, seen_groups
+from celldetr.store.splits import split_digest
 
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
 """Settings of training that may change while a run is interrupted: its result differs by rounding at most, and with

@@ -33,7 +33,9 @@ def write_state(path: Path, identity: Mapping[str, Any], **state: Any) -> None:
 
 
 def read_state(path: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Read the state that a run left; None if there is none, or if something of the run's identity changed.
+    """Read the state that a run left; None if there is none, or if its identity changed.
+
+    `celldetr.training.run.identified` makes the identity.
 
     From the state of a finished run its results are written again without training, as they may have been lost with an
     aborted job.

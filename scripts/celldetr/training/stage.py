@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
-from celldetr.evaluation.evaluator import Evaluator
+from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
 from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, float_images

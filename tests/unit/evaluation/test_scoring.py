@@ -8,7 +8,7 @@ import pytest
 from planted_folds import CLASSES, Fold, detections
 
 from celldetr.config.evaluation import ScoringSettings
-from celldetr.evaluation.evaluator import Evaluator
+from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.scoring import score_fold, truth_nuclei
 from celldetr.runtime.errors import ConfigError, InputError

@@ -9,7 +9,8 @@ from tiny_training import make_store
 
 from celldetr.runtime.errors import InputError
 from celldetr.store import open_store, select
-from celldetr.store.splits import complete_split, read_split, refuse_seen_store, split_digest, split_groups
+from celldetr.store.seen import refuse_seen_store
+from celldetr.store.splits import complete_split, read_split, split_digest, split_groups
 
 
 def test_a_table_comes_back(tmp_path):

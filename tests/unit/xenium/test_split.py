@@ -12,7 +12,8 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import XeniumSplitSettings
 from celldetr.runtime.errors import InputError
 from celldetr.store import StoreWriter, open_store
-from celldetr.store.splits import read_split, refuse_seen_store, seen_groups
+from celldetr.store.seen import refuse_seen_store, seen_groups
+from celldetr.store.splits import read_split
 from celldetr.xenium.split import part_counts, xenium_split
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
