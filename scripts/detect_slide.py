@@ -18,7 +18,7 @@ def main(snakemake):
     params = snakemake.params
     torch.set_num_threads(snakemake.threads)
     device = best_device()
-    model = load_model(snakemake.input.model, device)
+    model = load_model(snakemake.input.model, device, mpp=params.mpp)
     settings = DetectionSettings.from_dict(params.settings, "slides.detection")
     boxes, scores = detect_slide(
         snakemake.input.file,

@@ -33,10 +33,10 @@ log = logging.getLogger("frozen_features")
 def main(snakemake):
     torch.set_num_threads(snakemake.threads)
     params, inputs, device = snakemake.params, snakemake.input, best_device()
-    model = load_model(inputs.model, device)
+    stores, test = [open_store(path) for path in inputs.stores], open_store(inputs.test)
+    model = load_model(inputs.model, device, mpp=test.mpp)
     models = {TRAINED: model, f"random (seed {params.seed})": random_model(model.settings, params.seed, device)}
     settings = FrozenFeatureSettings(k=params.k, max_nuclei=params.max_nuclei)
-    stores, test = [open_store(path) for path in inputs.stores], open_store(inputs.test)
     split = read_split(inputs.split, stores)
     refuse_seen_store(trained_on(inputs.model, None, "trained_on"), test, inputs.model)
     options = {"batch_size": params.batch_size, "device": device, "progress": True}

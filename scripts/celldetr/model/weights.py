@@ -54,15 +54,20 @@ def save_model(
     write_checkpoint(path, content)
 
 
-def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CellDETR:
-    """Rebuild a model from its file, in evaluation mode.
+def load_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, mpp: float | None = None
+) -> CellDETR:
+    """Rebuild a model from its file, in evaluation mode; `mpp` is the pixel size of what it will see, um.
 
     Raises
     ------
     InputError
-        Not a model file, or its weights do not fit its settings.
+        Not a model file, its weights do not fit its settings, or it was trained at another pixel size.
     """
     content = read_checkpoint(path)
+    trained_at = _extra(content).get("mpp")
+    if mpp is not None and trained_at not in (None, mpp):
+        raise InputError(f"{path}: got a model that was trained at {trained_at} um per px, expected {mpp} (patch.mpp)")
     settings = model_settings(content, path)
     if 2 * _least_weights(settings) > Path(path).stat().st_size:  # at least two bytes each
         raise InputError(f"{path}: its settings describe a larger model than it has weights for; is it complete?")
@@ -129,8 +134,7 @@ def trained_on(path: str | os.PathLike[str], declared: Collection[str] | None, k
     InputError
         Neither the file nor the declaration says, or the file lies where the model of another experiment belongs.
     """
-    extra = read_checkpoint(path).get("extra")
-    extra = extra if isinstance(extra, Mapping) else {}
+    extra = _extra(read_checkpoint(path))
     named, made_by = extra.get("trained_on"), extra.get("experiment")
     place = re.search(r"/results/models/([^/]+)/split\d/model\.pt$", Path(path).absolute().as_posix())
     if place and made_by not in (None, place[1]):
@@ -141,6 +145,12 @@ def trained_on(path: str | os.PathLike[str], declared: Collection[str] | None, k
             "none of the folds, slides and samples of this configuration"
         )
     return sorted({*(named or ()), *(declared or ())})
+
+
+def _extra(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values that were saved with a model; none if its file has none."""
+    extra = content.get("extra")
+    return extra if isinstance(extra, Mapping) else {}
 
 
 def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> ModelSettings:

@@ -40,6 +40,14 @@ def test_saved_model_comes_back_the_same(path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
+def test_a_model_does_not_see_other_pixels_than_it_was_trained_on(path):
+    load_model(path, mpp=0.5)  # it does not say, as imported models
+    change(path, extra={"mpp": 0.25})
+    load_model(path, mpp=0.25)
+    with pytest.raises(InputError, match=r"model\.pt: got a model that was trained at 0\.25 um per px, expected 0\.5"):
+        load_model(path, mpp=0.5)
+
+
 def test_settings_of_an_earlier_version_that_change_no_weights_are_dropped(path):
     change(path, settings={"fast": True})
     assert load_model(path).settings == SMALL

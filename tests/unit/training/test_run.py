@@ -155,6 +155,7 @@ def test_a_model_names_what_it_and_its_ancestors_have_seen(tmp_path):
     first = train(make_experiment(epochs=1), stores, split, tmp_path / "first")
     own = ["d1", f"d2@{split_digest(split)}"]
     assert read_checkpoint(first)["extra"]["trained_on"] == own
+    assert read_checkpoint(first)["extra"]["mpp"] == stores[0].mpp
     other = make_store(tmp_path / "fold1.zarr", 6, group="fold1")
     second = train(make_experiment(epochs=1), [other], make_split(other, 4, 2), tmp_path / "second", initial=first)
     assert read_checkpoint(second)["extra"]["trained_on"] == [*own, "fold1"]
