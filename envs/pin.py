@@ -31,7 +31,7 @@ ENVIRONMENTS = {
         [
             *SHARED,
             *("anndata", "dask", "fsspec", "geopandas", "h5py", "ijson", "imagecodecs", "jinja2", "openslide-bin"),
-            *("openslide-python", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io"),
+            *("openslide-python", "orjson", "requests", "scanpy", "shapely", "spatialdata", "spatialdata-io"),
             *("tacco", "tifffile", "tqdm"),
         ],
     ),
@@ -39,7 +39,7 @@ ENVIRONMENTS = {
         "Finding nuclei on slides with a trained model; on Linux, pip's own torch is the CUDA build.",
         [
             *SHARED,
-            *("geopandas", "imagecodecs", "kornia", "openslide-bin", "openslide-python"),
+            *("geopandas", "ijson", "imagecodecs", "jinja2", "kornia", "openslide-bin", "openslide-python", "orjson"),
             *("shapely", "tifffile", "torch", "tqdm"),
         ],
     ),

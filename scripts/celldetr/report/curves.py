@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from celldetr.report.style import CASING, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLOUR, cased, class_colours, styled
+from celldetr.config.colours import class_colours
+from celldetr.report.style import CASING, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLOUR, cased, styled
 from celldetr.runtime.errors import InputError
 
 _LOSSES = ("nucleus", "l1", "giou", "classes", "contrastive")

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from celldetr.config.colours import class_colours
 from celldetr.evaluation.matching import pair_nuclei
 from celldetr.evaluation.predictions import Predictions
 from celldetr.evaluation.scoring import predicted_nuclei, truth_nuclei
-from celldetr.report.style import LINE_COLOUR, class_colours, styled
+from celldetr.report.style import LINE_COLOUR, styled
 from celldetr.store import PatchStore
 
 MISSED = "missed"

@@ -9,8 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from celldetr.config.colours import class_colours
 from celldetr.evaluation.predictions import Predictions
-from celldetr.report.style import CASING, cased, class_colours, styled
+from celldetr.report.style import CASING, cased, styled
 from celldetr.runtime.errors import InputError
 
 _COLUMNS = 3  # pairs of panels beside each other

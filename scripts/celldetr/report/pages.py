@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from celldetr.report.style import CASING, class_colours
+from celldetr.config.colours import class_colours
+from celldetr.report.style import CASING
 from celldetr.runtime.files import atomic
 from celldetr.store import PatchStore
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.config.colours import class_colours
 from celldetr.pannuke.convert import ODDITIES, FoldSummary
 from celldetr.report.pages import patch_pictures, write_page
-from celldetr.report.style import class_colours
 from celldetr.runtime.files import write_tsv
 from celldetr.store import PatchStore
 

@@ -10,8 +10,9 @@ import shapely
 from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
+from celldetr.config.colours import class_colours
 from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
-from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR, class_colours
+from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR
 from celldetr.runtime.files import atomic, write_tsv
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import read_patch

@@ -1,7 +1,7 @@
-"""How figures look: the colours of all classes, fonts, and how a figure is written."""
+"""How figures look: colours beside those of the classes, fonts, and how a figure is written."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -12,28 +12,6 @@ from matplotlib.patheffects import Normal, withStroke
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 
-CLASS_COLOURS = {
-    # PanNuke
-    "neoplastic": "#FF9A1F",
-    "inflammatory": "#4FC8FF",
-    "connective": "#19DDA0",
-    "necrotic": "#F7EC3C",
-    "epithelial": "#FFFFFF",
-    # cell types of Xenium
-    "T": "#FF9A1F",
-    "Myeloid": "#4FC8FF",
-    "Malignant": "#19DDA0",
-    "NK": "#F7EC3C",
-    "Mast": "#FFFFFF",
-    "Fibroblast": "#D55E00",
-    "Epithelial": "#0057C2",
-    "Endothelial": "#F4A6D0",
-    "B": "#999933",
-    "Plasma": "#AAAAAA",
-}
-"""From the palettes of Okabe and Ito and of Tol, which colour-blind readers can tell apart; bright, because tissue is
-dark and pink."""
-UNLABELLED_COLOUR = "#000000"
 TRUTH_COLOUR, PREDICTED_COLOUR = "#D55E00", "#000000"  # boxes of figure 3
 TRAIN_COLOUR, VAL_COLOUR = "#8A8A8A", "#0057C2"
 SIMILARITY_COLOURS = ("#1A1A1A", "#B2182B", "#2166AC", TRAIN_COLOUR)  # retrieval, own, others, spread: figure 4c
@@ -54,16 +32,6 @@ DPI = 200
 PREVIEW_DPI = 110
 """Resolution of pictures beside data; here, so that changing it does not make the data again."""
 _P = ParamSpec("_P")
-
-
-def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the colours of classes in order, then that of unlabelled nuclei: label -1 indexes the last one.
-
-    Classes that are not in `CLASS_COLOURS` take its colours in order.
-    """
-    others = tuple(dict.fromkeys(CLASS_COLOURS.values()))
-    known = (CLASS_COLOURS.get(name, others[index % len(others)]) for index, name in enumerate(classes))
-    return (*known, UNLABELLED_COLOUR)
 
 
 def cased(width: float, colour: str = CASING, alpha: float = 1.0) -> list[Any]:

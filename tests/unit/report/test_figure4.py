@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 
 from celldetr.config.classes import PANNUKE_CLASSES
+from celldetr.config.colours import CLASS_COLOURS
 from celldetr.evaluation.similarity import DrawnSimilarities
 from celldetr.report.curves import draw_curves, read_log
 from celldetr.report.figure4 import figure4b, figure4c
-from celldetr.report.style import CLASS_COLOURS, save
+from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
 
 MEASURED = {"store": "fold1", "retrieval": 0.75, "chance": 0.0625, "anchors": 96, "patches": 6}

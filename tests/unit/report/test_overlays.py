@@ -7,8 +7,9 @@ from PIL import Image
 from planted_folds import detections
 
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config.colours import class_colours
 from celldetr.report.overlays import choose_patches, overlays
-from celldetr.report.style import class_colours, save
+from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
 
 SIZE = 64

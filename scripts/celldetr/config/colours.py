@@ -1,0 +1,36 @@
+"""Colours of the classes, in pictures and in files for other tools."""
+
+from collections.abc import Sequence
+
+CLASS_COLOURS = {
+    # PanNuke
+    "neoplastic": "#FF9A1F",
+    "inflammatory": "#4FC8FF",
+    "connective": "#19DDA0",
+    "necrotic": "#F7EC3C",
+    "epithelial": "#FFFFFF",
+    # cell types of Xenium
+    "T": "#FF9A1F",
+    "Myeloid": "#4FC8FF",
+    "Malignant": "#19DDA0",
+    "NK": "#F7EC3C",
+    "Mast": "#FFFFFF",
+    "Fibroblast": "#D55E00",
+    "Epithelial": "#0057C2",
+    "Endothelial": "#F4A6D0",
+    "B": "#999933",
+    "Plasma": "#AAAAAA",
+}
+"""From the palettes of Okabe and Ito and of Tol, which colour-blind readers can tell apart; bright, because tissue is
+dark and pink."""
+UNLABELLED_COLOUR = "#000000"
+
+
+def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the colours of classes in order, then that of unlabelled nuclei: label -1 indexes the last one.
+
+    Classes that are not in `CLASS_COLOURS` take its colours in order.
+    """
+    others = tuple(dict.fromkeys(CLASS_COLOURS.values()))
+    known = (CLASS_COLOURS.get(name, others[index % len(others)]) for index, name in enumerate(classes))
+    return (*known, UNLABELLED_COLOUR)
