@@ -56,6 +56,7 @@ class TolerantPyramid(Pyramid):
         self._reason = ""
         self.path, self.levels, self.mpp = image.path, image.levels, image.mpp
         self.channels, self.dtype, self.background = image.channels, image.dtype, image.background
+        self.origin = image.origin
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         x0, y0, x1, y1 = box

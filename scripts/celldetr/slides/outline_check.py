@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import openslide
 import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -74,7 +73,7 @@ class OutlineCheck:
                 [[1, 0, 0], [0, -1, self._image.size[1] * self._image_mpp], [0, 0, 1]]
             ),
         }
-        x, y = _bounds_offset(self._image)
+        x, y = self._image.origin
         if x or y:
             name = f"moved by {x}, {y} px of level 0 (openslide.bounds-x and -y, which QuPath leaves out)"
             guesses[name] = _moved(np.array([x, y]) * self._image_mpp)
@@ -208,15 +207,3 @@ def _peak(values: NDArray[np.float64], nuclei: int) -> OutlineFit:
     place = np.unravel_index(values.argmax(), values.shape)
     height = float(values[place] - values[far].mean()) / spread
     return OutlineFit(nuclei, height, (float(x[place]), float(y[place])))
-
-
-def _bounds_offset(image: Pyramid) -> tuple[int, int]:
-    """x, y in level-0 px of the part of the slide that was scanned, where QuPath counts from; 0 if all of it was."""
-    try:
-        with openslide.OpenSlide(image.path) as slide:
-            properties = slide.properties
-            names = (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)
-            x, y = (int(properties.get(name, 0)) for name in names)
-            return x, y
-    except openslide.OpenSlideError:
-        return 0, 0

@@ -50,6 +50,8 @@ class Pyramid(ABC):
     dtype: np.dtype[Any]
     background: int
     """Value of pixels outside the image: white (255) for colour, 0 for a single plane."""
+    origin: tuple[int, int] = (0, 0)
+    """Corner x, y of the part that was scanned, px of level 0, from which QuPath counts (openslide.bounds-x, -y)."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -140,8 +142,12 @@ class _Slide(Pyramid):
             tile = f"openslide.level[{level}].tile-"
             sides = (int(self._slide.properties.get(tile + side, 0)) for side in ("width", "height"))
             check_tile_bytes(path, f"of level {level}", 4 * math.prod(sides))
-        keys = (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        self.mpp = mpp or _pixel_size(path, *(self._slide.properties.get(key) for key in keys))
+        stated = self._slide.properties
+        self.mpp = mpp or _pixel_size(
+            path, stated.get(openslide.PROPERTY_NAME_MPP_X), stated.get(openslide.PROPERTY_NAME_MPP_Y)
+        )
+        x, y = (stated.get(name, 0) for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y))
+        self.origin = int(x), int(y)
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
 
     def _open(self) -> openslide.OpenSlide:

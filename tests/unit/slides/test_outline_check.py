@@ -1,14 +1,11 @@
 """Outlines that do not fit their slide are found, and what would make them fit; those that fit are taken."""
 
 import re
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import shapely
 
 from celldetr.example.slide import write_slide
-from celldetr.slides import outline_check
 from celldetr.slides.outline_check import OutlineCheck
 from celldetr.slides.pyramid import open_pyramid
 
@@ -52,8 +49,8 @@ def test_outlines_that_fit_are_taken(slide):
     ids=["half", "0.91", "um", "shifted", "far", "swapped", "negated", "QuPath", "upside down", "mirrored"],
 )
 def test_outlines_that_do_not_fit_are_refused_and_the_remedy_named(slide, monkeypatch, fault, remedies):
-    monkeypatch.setattr(outline_check, "_bounds_offset", lambda image: OFFSET)
     image, outlines = slide
+    monkeypatch.setattr(image, "origin", OFFSET)
     check = OutlineCheck(image, shapely.transform(outlines, fault), MPP)
     fit = check.measure()
     assert fit.judged == (fit.nuclei > 0)  # negated ones lie off the slide
@@ -67,10 +64,3 @@ def test_few_outlines_that_do_not_fit_are_not_judged(slide):
         fit = OutlineCheck(image, shapely.transform(some, lambda xy: xy[:, ::-1]), MPP).measure()
         assert not fit.judged
         assert fit.nuclei == len(some)
-
-
-def test_the_offset_is_what_openslide_says(slide, monkeypatch):
-    assert outline_check._bounds_offset(slide[0]) == (0, 0)
-    scanned = SimpleNamespace(properties={"openslide.bounds-x": "300", "openslide.bounds-y": "170"})
-    monkeypatch.setattr(outline_check.openslide, "OpenSlide", lambda path: nullcontext(scanned))
-    assert outline_check._bounds_offset(slide[0]) == OFFSET

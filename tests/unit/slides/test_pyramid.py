@@ -1,6 +1,8 @@
 """Images read by region: whatever the layout, the pixels are those that were written, and damage is named."""
 
 import struct
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import imagecodecs
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 from slide_files import damage_tiles
 
 from celldetr.runtime.errors import InputError
+from celldetr.slides import pyramid
+from celldetr.slides.damage import open_slide
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tiff import DamagedSlide
 
@@ -305,3 +309,17 @@ def test_slides_that_openslide_knows_are_read_through_it(tmp_path):
         assert np.array_equal(outside[10:, 10:], whole[:10, :10])
         far = image.read(1, 400, 300, 30, 30).astype(int)  # at the far end rounded sizes would be pixels off
         assert np.abs(far - smooth[2::4, 2::4][300:330, 400:430]).mean() < 2
+        assert image.origin == (0, 0)
+
+
+def test_the_origin_is_the_corner_of_what_was_scanned(tmp_path, monkeypatch):
+    corner = {"openslide.bounds-x": "300", "openslide.bounds-y": "170"}
+    scanned = SimpleNamespace(
+        properties=corner, level_dimensions=[(900, 800)], level_downsamples=[1.0], level_count=1, close=lambda: None
+    )
+    monkeypatch.setattr(pyramid.openslide, "OpenSlide", OpenSlide := MagicMock(return_value=scanned))
+    OpenSlide.detect_format.return_value = "mirax"
+    (tmp_path / "a.mrxs").touch()
+    for skip in (False, True):
+        with open_slide(tmp_path / "a.mrxs", 0.25, "a", skip=skip) as image:
+            assert image.origin == (300, 170)
