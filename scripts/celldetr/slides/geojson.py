@@ -37,6 +37,7 @@ class Outline(NamedTuple):
 
     polygons: list[Polygon] | None  # None for a geometry of another type
     kind: str = ""
+    id: str = ""  # property cell_id, or else the id of the feature
 
 
 GZIP = b"\x1f\x8b"  # first bytes of a compressed file
@@ -49,8 +50,8 @@ _LISTS = {"features", "geometries", "cells"}  # keys of what a collection holds
 _BOM, _SEPARATOR = b"\xef\xbb\xbf", b"\x1e"
 
 
-def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
-    """Yield batches of geometries (n,), and what each outlines (see `Outline`).
+def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_], list[str]]]:
+    """Yield batches of geometries (n,), what each outlines, and their ids (see `Outline`).
 
     Geometries are MultiPolygons, empty if unreadable, or a point for any other type.
 
@@ -80,8 +81,8 @@ def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
     yield _to_shapely(batch)
 
 
-def _to_shapely(batch: list[Outline]) -> tuple[NDArray[Any], NDArray[np.str_]]:
-    """Make shapely's geometries (n,) and their kinds; shapely crashes if a polygon has no rings."""
+def _to_shapely(batch: list[Outline]) -> tuple[NDArray[Any], NDArray[np.str_], list[str]]:
+    """Make shapely's geometries (n,), their kinds and ids; shapely crashes if a polygon has no rings."""
     polygonal = [outline.polygons for outline in batch if outline.polygons is not None]
     polygons = list(chain.from_iterable(polygonal))
     rings = list(chain.from_iterable(polygons))
@@ -92,7 +93,8 @@ def _to_shapely(batch: list[Outline]) -> tuple[NDArray[Any], NDArray[np.str_]]:
     shapes[[outline.polygons is not None for outline in batch]] = shapely.from_ragged_array(
         shapely.GeometryType.MULTIPOLYGON, corners, tuple(starts)
     )
-    return shapes, np.array([outline.kind for outline in batch], dtype=np.str_)
+    kinds = np.array([outline.kind for outline in batch], dtype=np.str_)
+    return shapes, kinds, [outline.id for outline in batch]
 
 
 class _Stream:
@@ -141,7 +143,7 @@ def _object(events: Events) -> Iterator[Outline]:
     values: dict[str, Any] = {}
     coordinates: Any = None
     geometries: dict[str, list[Outline]] = {}
-    kind = ""
+    kind = identity = ""
     for key, event, value in _members(events):
         values[key] = value
         if key in _LISTS and event == "start_array":
@@ -153,6 +155,7 @@ def _object(events: Events) -> Iterator[Outline]:
         elif key == "properties" and event == "start_map":
             for name, inner, word in _members(events):
                 kind = str(word) if name in ("objectType", "object_type") else kind
+                identity = str(word) if name == "cell_id" and word is not None else identity
                 _skip(inner, events)
         else:
             _skip(event, events)
@@ -160,11 +163,11 @@ def _object(events: Events) -> Iterator[Outline]:
         yield from _geometry(values.get("type"), coordinates)
     elif "geometry" in values:
         found = geometries.get("nucleusGeometry", geometries.get("geometry", [Outline([])]))
-        if "nucleusGeometry" in geometries:
-            kind = "detection"
-        else:
-            kind = kind or str(values.get("id")).removeprefix("Path").removesuffix("Object").lower()  # QuPath 0.2
-        yield from (Outline(polygons, kind) for polygons, _ in found)
+        word = str(values["id"]) if values.get("id") is not None else ""
+        if word.startswith("Path") and word.endswith("Object"):  # QuPath 0.2 writes the kind of an object there
+            kind, word = kind or word.removeprefix("Path").removesuffix("Object").lower(), ""
+        kind = "detection" if "nucleusGeometry" in geometries else kind
+        yield from (Outline(outline.polygons, kind, identity or word) for outline in found)
     elif {"contour", "centroid"} & set(values):
         yield from _geometry("Polygon" if "contour" in values else "Point", [coordinates])
     elif not _LISTS & set(values):

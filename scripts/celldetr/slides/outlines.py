@@ -176,7 +176,8 @@ def _read(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
         for shapes in _parquet(path):
             yield shapes, np.full(len(shapes), "")
     elif start.startswith((GZIP, b"PK")) or start.removeprefix(_BOM).lstrip(_BLANK)[:1] in (b"{", b"["):
-        yield from read_geojson(path)
+        for shapes, kinds, _ in read_geojson(path):
+            yield shapes, kinds
     else:
         raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected outlines of nuclei as {_KINDS}")
 
