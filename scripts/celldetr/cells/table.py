@@ -132,6 +132,10 @@ def writer(path: str | os.PathLike[str], schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
+class NothingFound(InputError):
+    """A slide has no tissue, or no cell was found on it."""
+
+
 class CellFile:
     """An open file of cells; nothing but the metadata is in memory.
 

@@ -11,6 +11,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,52 @@ def save_model(
     write_checkpoint(path, content)
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model file says about its training; None where it does not."""
+
+    mpp: float | None
+    """um per px of the patches."""
+    size: int | None
+    """Side of the patches, px."""
+    experiment: str | None
+    trained_on: tuple[str, ...] | None
+    """Groups that it has seen, see `celldetr.store.seen`."""
+
+
+def model_facts(path: str | os.PathLike[str]) -> ModelFacts:
+    """Read what a model file says about its training; for errors see `read_checkpoint`."""
+    extra = _extra(read_checkpoint(path))
+    groups = extra.get("trained_on")
+    return ModelFacts(
+        extra.get("mpp"), extra.get("patch_size"), extra.get("experiment"), None if groups is None else tuple(groups)
+    )
+
+
 def load_model(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, mpp: float | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    mpp: float | None = None,
+    patch_size: int | None = None,
 ) -> CellDETR:
-    """Rebuild a model from its file, in evaluation mode; `mpp` is the pixel size of what it will see, um.
+    """Rebuild a model from its file, in evaluation mode.
+
+    `mpp` and `patch_size` are the pixel size, um, and the side, px, of the images that it will see.
 
     Raises
     ------
     InputError
-        Not a model file, its weights do not fit its settings, or it was trained at another pixel size.
+        Not a model file, its weights do not fit its settings, or it was trained on images of another size.
     """
     content = read_checkpoint(path)
-    trained_at = _extra(content).get("mpp")
-    if mpp is not None and trained_at not in (None, mpp):
-        raise InputError(f"{path}: got a model that was trained at {trained_at} um per px, expected {mpp} (patch.mpp)")
+    extra = _extra(content)
+    for name, unit, value, key in (
+        ("mpp", "at {} um per px", mpp, "patch.mpp"),
+        ("patch_size", "on patches of {} px", patch_size, "patch.size"),
+    ):
+        if value is not None and (own := extra.get(name)) not in (None, value):
+            raise InputError(f"{path}: got a model that was trained {unit.format(own)}, expected {value} ({key})")
     settings = model_settings(content, path)
     if 2 * _least_weights(settings) > Path(path).stat().st_size:  # at least two bytes each
         raise InputError(f"{path}: its settings describe a larger model than it has weights for; is it complete?")

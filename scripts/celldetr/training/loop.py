@@ -221,7 +221,8 @@ class Training:
             load_exactly(self.model, read_checkpoint(best_file)["state"], best_file)
             chosen = self.best
         extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
-        extra |= {"trained_on": run.identity["trained_on"], "mpp": self.stage.train_data.mpp}
+        data = self.stage.train_data
+        extra |= {"trained_on": run.identity["trained_on"], "mpp": data.mpp, "patch_size": data.patch_size}
         save_model(run.run_dir / "model.pt", self.model, run.experiment.model, extra)
         write_log(run.run_dir / "log.jsonl", history)
         write_provenance(

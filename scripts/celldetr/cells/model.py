@@ -1,0 +1,73 @@
+"""The model that finds and embeds the cells of slides, with what its file says about it."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from celldetr.config.base import Precision
+from celldetr.model.celldetr import CellDETR
+from celldetr.model.weights import load_model, model_facts
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.provenance import sha256
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """A model in evaluation mode on its device."""
+
+    net: CellDETR
+    mpp: float
+    """um per px of the tiles that it sees."""
+    size: int
+    """Side of a tile, px."""
+    device: str = "cpu"
+    precision: Precision = "fp32"
+    source: Mapping[str, Any] | None = None
+    """What `CellsInfo.model` says about it; ``trained_on`` is None if unknown."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mpp: float | None = None,
+        size: int | None = None,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+        trained_on: Collection[str] | None = None,
+    ) -> Self:
+        """Load a model file.
+
+        Parameters
+        ----------
+        path
+            Model file.
+        mpp, size
+            Pixel size (um) and side (px) of its patches; None: as the file says.
+        device, precision
+            See `celldetr.model.device.computing_in`.
+        trained_on
+            Groups that it has seen besides those that its file names.
+
+        Raises
+        ------
+        InputError
+            See `load_model`; or neither the file nor the caller says what its patches are.
+        """
+        facts = model_facts(path)
+        mpp, size = mpp or facts.mpp, size or facts.size
+        if mpp is None or size is None:
+            raise InputError(
+                f"{path}: does not say the size of its patches and of their pixels, and no value is guessed; give "
+                "patch.mpp and patch.size (command line: --model-mpp and --model-size)"
+            )
+        known = facts.trained_on is not None or trained_on is not None
+        source = {
+            "file": Path(path).name,
+            "sha256": sha256(path),
+            "experiment": facts.experiment,
+            "trained_on": sorted({*(facts.trained_on or ()), *(trained_on or ())}) if known else None,
+        }
+        return cls(load_model(path, device, mpp=mpp, patch_size=size), mpp, size, device, precision, source)
