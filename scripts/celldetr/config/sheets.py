@@ -1,16 +1,18 @@
-"""Sheets (TSV) with a row per Xenium sample, scRNA-seq reference or slide.
+"""Sheets (TSV) with a row per Xenium sample, scRNA-seq reference, or slide for pretraining or cells.
 
 Cells may hold several sources, separated by `` | `` and tried in order. Lines that begin with # are comments.
 """
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from celldetr.config.base import Bytes, Count, Mpp, Settings
+from celldetr.config.cells import CellSettings
 from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
@@ -85,25 +87,17 @@ class ReferenceRow(Settings):
 _SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")  # formats that keep a slide in several files
 
 
-class SlideRow(Settings):
-    """A whole slide without cell types, and the source of its nuclei."""
+class _SlideFile(Settings):
+    """What rows of all sheets of slides have: the file of a slide and the file of its outlines."""
 
-    slide: Name = Field(description="name of the slide and of its folders")
+    slide: Name = Field(description="name of the slide and of its results")
     use: bool = Field(description="yes: part of the run; no: left out")
-    tissue: str = Field(min_length=1, description="organ; each organ gets an equal share of the patches")
     group: str = Field(min_length=1, description="slide or donor; a group is held out for validation as a whole")
     file: Sources = Field((), description="the slide: URLs or paths")
-    hest: Annotated[str, Field(pattern=r"^([A-Z]+[0-9]+)?$")] = Field(
-        "", description="id in HEST-1k (e.g. TENX105), instead of file; needs a Hugging Face token"
-    )
     bytes: Bytes | None = Field(None, description="size of the slide, bytes")
     sha256: Sha256 = Field(None, description="SHA-256 of the slide")
     mpp: Mpp | None = Field(None, description="um per px of level 0, if the file lacks it or is wrong")
-    nuclei: Sources = Field(
-        min_length=1,
-        description="outlines of nuclei (GeoParquet, GeoJSON, Parquet of HEST, cells.json of CellViT): URLs or paths; "
-        "hest: those of HEST-1k; detect: found by the model of slides.detection",
-    )
+    nuclei: Sources = ()
     nuclei_sha256: Sha256 = Field(None, description="SHA-256 of the file of outlines")
     nuclei_unit: Literal["px", "um"] = Field("px", description="unit of the outlines: px of level 0, or um")
     cell_outlines: bool = Field(
@@ -114,15 +108,33 @@ class SlideRow(Settings):
     note: str = Field("", description="free text; not used")
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if bool(self.file) == bool(self.hest):
-            raise ValueError("expected either file or hest")
+    def _in_one_file(self) -> Self:
         several = [source for source in self.file if source.lower().endswith(_SEVERAL_FILES)]
         if several:
             raise ValueError(
                 f"expected slides in one file, got {several[0]!r}, which is one of several; convert the slide to a "
                 "pyramidal TIFF (e.g. vips tiffsave --tile --pyramid)"
             )
+        return self
+
+
+class SlideRow(_SlideFile):
+    """A whole slide without cell types, and the source of its nuclei."""
+
+    nuclei: Sources = Field(
+        min_length=1,
+        description="outlines of nuclei (GeoParquet, GeoJSON, Parquet of HEST, cells.json of CellViT): URLs or paths; "
+        "hest: those of HEST-1k; detect: found by the model of slides.detection",
+    )
+    tissue: str = Field(min_length=1, description="organ; each organ gets an equal share of the patches")
+    hest: Annotated[str, Field(pattern=r"^([A-Z]+[0-9]+)?$")] = Field(
+        "", description="id in HEST-1k (e.g. TENX105), instead of file; needs a Hugging Face token"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.file) == bool(self.hest):
+            raise ValueError("expected either file or hest")
         words = {"hest", "detect"} & set(self.nuclei)
         if words and len(self.nuclei) > 1:
             raise ValueError(f"expected nuclei to be {sorted(words)[0]!r} alone, or sources of outlines")
@@ -140,8 +152,33 @@ class SlideRow(Settings):
         return self.nuclei == ("detect",)
 
 
+class CellRow(_SlideFile):
+    """A slide whose cells get types and embeddings: cells that a model finds, or cells of a file."""
+
+    group: str = Field("", description="slide or donor; results state whether the model has seen this group")
+    file: Sources = Field(min_length=1, description="the slide: URLs or paths")
+    nuclei: Sources = Field(
+        (),
+        description="your own cells (outlines, boxes or points): URLs or paths; empty: the model finds the cells",
+    )
+    region: str = Field("", description="GeoJSON with the polygons to read, px of level 0; empty: all tissue")
+    diameter_um: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="diameter of a cell whose position is a point, um"
+    )
+
+    @model_validator(mode="after")
+    def _given_or_found(self) -> Self:
+        if words := {"hest", "detect"} & set(self.nuclei):
+            raise ValueError(f"expected nuclei to be a file, or empty: the model finds them; got {sorted(words)[0]!r}")
+        about = {"nuclei_sha256", "nuclei_unit", "diameter_um", "cell_outlines", "check_outlines"}
+        changed = [name for name in sorted(about) if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and not self.nuclei:
+            raise ValueError(f"expected a file in column nuclei, as there is a value in {', '.join(changed)}")
+        return self
+
+
 Row = TypeVar("Row", bound=Settings)
-UsableRow = TypeVar("UsableRow", XeniumRow, SlideRow)
+UsableRow = TypeVar("UsableRow", XeniumRow, SlideRow, CellRow)
 
 
 def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[str, Row]:
@@ -188,7 +225,7 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
         if len(cells) > len(names):
             raise ConfigError(f"{where}: got {len(cells)} cells, expected at most {len(names)}")
         values = {name: cell.strip() for name, cell in zip(names, cells, strict=False) if cell.strip()}
-        row = _row(where, values, kind)
+        row = checked_row(where, values, kind)
         name = str(getattr(row, key))
         if name.lower() in taken:
             raise ConfigError(f"{where}: {key}: got {name!r} twice, expected a name of its own")
@@ -199,7 +236,8 @@ def read_sheet(path: str | os.PathLike[str], kind: type[Row], key: str) -> dict[
     return rows
 
 
-def _row(where: str, values: dict[str, str], kind: type[Row]) -> Row:
+def checked_row(where: str, values: Mapping[str, Any], kind: type[Row]) -> Row:
+    """Build settings from texts; `ConfigError` with `where` and the column if a value is not valid."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -251,11 +289,47 @@ def used_slides(path: str | None, root: Path) -> dict[str, SlideRow]:
     return {} if path is None else _used(path, root, SlideRow, "slide")
 
 
-def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> dict[str, UsableRow]:
-    sheet = locate(path, root)
+def cell_slides(
+    paths: CellSettings | None, samples: Mapping[str, XeniumRow], slides: Mapping[str, SlideRow], root: Path
+) -> dict[str, CellRow]:
+    """Return the slides whose cells are found: those of the sheet in use; without a sheet, the samples and slides.
+
+    The `file` of a slide without a sheet is the workflow's own copy.
+
+    Raises
+    ------
+    ConfigError
+        The sheet is not valid (`read_sheet`), no slide is in use, or a sample is called like a slide.
+    """
+    if paths is None:
+        return {}
+    if paths.sheet is not None:
+        return _in_use(locate(paths.sheet, root), CellRow, "slide")
+    if both := sorted({name.lower() for name in samples} & {name.lower() for name in slides}):
+        raise ConfigError(
+            f"cells.sheet: got null, but {both} are names of Xenium samples and of slides, too; expected names of "
+            "their own, or a sheet"
+        )
+    copies = {name: (row.group, f"results/raw/slides/{name}.tif", row.mpp) for name, row in slides.items()}
+    copies |= {
+        name: (row.group, f"results/raw/xenium/{name}/he_image.tif", row.he_mpp) for name, row in samples.items()
+    }
+    return {
+        name: CellRow(slide=name, use=True, group=group, file=(file,), mpp=mpp)
+        for name, (group, file, mpp) in copies.items()
+    }
+
+
+def _in_use(sheet: Path, kind: type[UsableRow], key: str) -> dict[str, UsableRow]:
     used = {name: row for name, row in read_sheet(sheet, kind, key).items() if row.use}
     if not used:
         raise ConfigError(f"{sheet}: column use: got 'yes' in no row, expected at least one")
+    return used
+
+
+def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> dict[str, UsableRow]:
+    sheet = locate(path, root)
+    used = _in_use(sheet, kind, key)
     owners = dict[str, str]()
     for name, used_row in used.items():
         given: dict[str, Any] = used_row.to_dict()

@@ -21,6 +21,7 @@ from celldetr.config.blocks import (
     PatchSizeSettings,
     TableSettings,
 )
+from celldetr.config.cells import CellSettings
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.evaluation import EvaluationSettings, FrozenFeatureSettings, InferenceSettings, ScoringSettings
 from celldetr.config.experiment import (
@@ -32,7 +33,7 @@ from celldetr.config.experiment import (
     TrainingSettings,
 )
 from celldetr.config.pannuke import FOLDS, PanNukeSettings, SourceSettings, fold_parts
-from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow
+from celldetr.config.sheets import CellRow, ReferenceRow, SlideRow, XeniumRow
 from celldetr.config.slides import SlideSettings
 from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
@@ -61,6 +62,9 @@ class Config(Settings):
     imagenet: SourceSettings = Field(description="ResNet-50 weights of torchvision, for `initial: imagenet`")
     xenium: XeniumSettings | None = Field(None, description="Xenium samples; null: none")
     slides: SlideSettings | None = Field(None, description="whole slides for pretraining; null: none")
+    cells: CellSettings | None = Field(
+        None, description="cells of slides with types and embeddings, for other tools; null: none"
+    )
     model: SharedModelSettings = Field(SharedModelSettings(), description="the model that experiments share")
     training: SharedTrainingSettings = Field(SharedTrainingSettings(), description="the recipe that experiments share")
     inference: InferenceSettings = Field(InferenceSettings(), description="how models predict")
@@ -88,11 +92,15 @@ class Config(Settings):
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
         half = self.patch.size * self.patch.mpp / 2
-        if self.slides is not None and self.slides.detection.margin_um > half - self.patch.mpp:
-            raise ValueError(
-                f"slides.detection.margin_um: got {self.slides.detection.margin_um}, expected less than half the side "
-                f"of a patch ({half:g} um)"
-            )
+        margins = {} if self.slides is None else {"slides.detection": self.slides.detection.margin_um}
+        margins |= {} if self.cells is None else {"cells": self.cells.margin_um}
+        for where, margin in margins.items():
+            if margin > half - self.patch.mpp:
+                raise ValueError(
+                    f"{where}.margin_um: got {margin}, expected less than half the side of a patch ({half:g} um)"
+                )
+        if self.cells is not None and self.cells.sheet is None and self.slides is None and self.xenium is None:
+            raise ValueError("cells.sheet: got null, but there are no slides and no Xenium samples; expected a sheet")
         for fold in FOLDS if self.example is not None else ():
             if all("://" in url for url in self.pannuke.fold(fold).urls):
                 raise ValueError(f"pannuke.fold{fold}.urls: got URLs, expected a path to which the example writes")
@@ -100,7 +108,7 @@ class Config(Settings):
         return self
 
     def _check_names(self) -> None:
-        """Refuse tables, figures and detection with experiments that do not exist or cannot do it."""
+        """Refuse tables, figures, detection and cells with experiments that do not exist or cannot do it."""
         stages = {name: block.stage for name, block in self.experiments.items()}
         tested = {name for name, stage in stages.items() if stage in ("supervised", "zero_shot")}
         supervised = {name for name in tested if stages[name] == "supervised"}
@@ -123,11 +131,21 @@ class Config(Settings):
             uses.append(
                 ("slides.detection.model", (self.slides.detection.model,), free, "that need no patches of these slides")
             )
+        if self.cells is not None and not self.cells.model.endswith(".pt"):
+            typed = {name for name in embeds if self.classes(name)}
+            uses.append(("cells.model", (self.cells.model,), typed, "with classes and a representation decoder"))
         for key, names, fit, expected in uses:
             if unknown := [name for name in names if name not in stages]:
                 raise ValueError(f"{key}: got {unknown}, expected names of experiments: {sorted(stages)}")
             if wrong := [name for name in names if name not in fit]:
                 raise ValueError(f"{key}: got {wrong}, expected experiments {expected}")
+        if self.cells is not None and self.cells.model in stages:
+            splits = self.splits(self.cells.model)
+            if self.cells.split not in splits:
+                raise ValueError(
+                    f"cells.split: got {self.cells.split}, expected one of {list(splits)}, the splits of experiment "
+                    f"{self.cells.model}"
+                )
 
     def _line(self, name: str) -> list[str]:
         """Return an experiment, the one that it starts from, and so on."""
@@ -300,6 +318,7 @@ def schemas() -> dict[str, str]:
         "xenium": XeniumRow,
         "references": ReferenceRow,
         "slides": SlideRow,
+        "cells": CellRow,
     }
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return {

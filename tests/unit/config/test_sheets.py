@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow, locate, read_sheet, used_samples, used_slides
+from celldetr.config.cells import CellSettings
+from celldetr.config.sheets import (
+    ReferenceRow,
+    SlideRow,
+    XeniumRow,
+    cell_slides,
+    locate,
+    read_sheet,
+    used_samples,
+    used_slides,
+)
 from celldetr.config.slides import SlideSettings
 from celldetr.config.workflow import schemas
 from celldetr.runtime.errors import ConfigError
@@ -16,6 +26,7 @@ from celldetr.runtime.errors import ConfigError
 ROOT = Path(__file__).parents[3]
 ROW = {"sample": "a", "use": "yes", "tissue": "lung", "group": "s1", "reference": "r", "outs": "o.zip", "he": "h.tif"}
 SLIDE = {"slide": "a", "use": "yes", "tissue": "lung", "group": "a", "file": "a.tif", "nuclei": "a.parquet"}
+CELLS = {"slide": "a", "use": "yes", "file": "a.png", "nuclei": "a.geojson"}
 REFERENCE = {"reference": "other", "file": "r.h5ad", "label_column": "cell_type", "mapping": "m.tsv"}
 
 
@@ -120,6 +131,47 @@ def test_mistakes_in_slides_are_named(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         used_slides("slides.tsv", tmp_path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": ""}, "row 1: file: empty; expected a value"),
+        ({"file": "a.mrxs"}, "pyramidal TIFF"),
+        ({"nuclei": "detect"}, "expected nuclei to be a file, or empty: the model finds them; got 'detect'"),
+        ({"nuclei": "", "nuclei_unit": "um"}, "a file in column nuclei, as there is a value in nuclei_unit"),
+        ({"nuclei": "", "diameter_um": "8"}, "a file in column nuclei, as there is a value in diameter_um"),
+        ({"diameter_um": "0"}, "diameter_um: got '0', expected greater than 0"),
+        ({"use": "no"}, "column use: got 'yes' in no row"),
+        ({"tissue": "lung"}, "columns: unknown ['tissue']"),
+    ],
+)
+def test_mistakes_in_cells_are_named(tmp_path, change, message):
+    path = write(tmp_path / "cells.tsv", {**CELLS, **change})
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        cell_slides(CellSettings(sheet="cells.tsv"), {}, {}, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_cells_of_one_slide_may_be_found_and_given(tmp_path):
+    write(tmp_path / "cells.tsv", CELLS, {**CELLS, "slide": "b", "nuclei": ""})
+    rows = cell_slides(CellSettings(sheet="cells.tsv"), {}, {}, tmp_path)
+    assert {name: (row.file, row.nuclei) for name, row in rows.items()} == {
+        "a": (("a.png",), ("a.geojson",)),
+        "b": (("a.png",), ()),
+    }
+    assert cell_slides(None, {}, {}, tmp_path) == {}
+
+
+def test_without_a_sheet_cells_are_found_on_the_slides_and_samples_of_the_other_sheets():
+    slides, samples = {"a": SlideRow(**SLIDE, mpp=0.25)}, {"b": XeniumRow(**ROW | {"sample": "b"}, he_mpp=0.3)}
+    rows = cell_slides(CellSettings(), samples, slides, ROOT)
+    assert {name: (row.file, row.mpp, row.group, row.nuclei) for name, row in rows.items()} == {
+        "a": (("results/raw/slides/a.tif",), 0.25, "a", ()),
+        "b": (("results/raw/xenium/b/he_image.tif",), 0.3, "s1", ()),
+    }
+    with pytest.raises(ConfigError, match=r"cells.sheet: got null, but \['a'\] are names of Xenium samples"):
+        cell_slides(CellSettings(), {"A": samples["b"]}, slides, ROOT)
 
 
 @pytest.mark.parametrize("change", [{"file": ""}, {"cellxgene_collection": "c", "cellxgene_dataset": "d"}])

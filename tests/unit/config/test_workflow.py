@@ -121,6 +121,9 @@ FAIL_LATE = [  # accepted, these would fail after hours of work, or give somethi
     ("slides.detection.model", "celldetr_q"),
     ("slides.detection.model", "ssl_finetune"),  # it is trained on patches of the slides
     ("slides.detection.margin_um", 32.0),
+    *(("cells.model", name) for name in ("celldetr_q", "deformable_detr", "ssl_pretrain", "st_zero_shot")),
+    ("cells.margin_um", 32.0),
+    ("cells.outputs", ["h5ad", "h5ad"]),
     ("figure3.experiments", ["st_zero_shot"]),
     ("figure3.experiments", ["celldetr_p", "celldetr_p"]),
     ("tables.table1.experiments", ["celldetr_s", "celldetr_s"]),
@@ -226,6 +229,18 @@ FAIL_LATE = [  # accepted, these would fail after hours of work, or give somethi
 def test_mistakes_are_named_with_their_key(path, value, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Config.from_dict(with_value(path, value))
+
+
+def test_cells_need_a_split_of_their_model_and_slides():
+    for model, split in (("celldetr_p", 3), ("ssl_finetune", 2), ("st_pretrain", 1), ("mine.pt", 1)):
+        Config.from_dict(with_value("cells", {"model": model, "split": split}))
+    with pytest.raises(ConfigError, match=r"cells\.split: got 2, expected one of \[1\], the splits of .* st_pretrain"):
+        Config.from_dict(with_value("cells", {"model": "st_pretrain", "split": 2}))
+    alone = {"pannuke": read()["pannuke"], "imagenet": read()["imagenet"], "cells": {"model": "mine.pt"}}
+    alone["experiments"] = {"celldetr_s": {"title": "S", "mode": "sequential"}}
+    with pytest.raises(ConfigError, match=r"cells\.sheet: got null, but there are no slides and no Xenium samples"):
+        Config.from_dict(alone)
+    Config.from_dict(merge(alone, {"cells": {"sheet": "mine.tsv"}}))
 
 
 def test_initial_models_need_what_an_experiment_takes_from_them():
