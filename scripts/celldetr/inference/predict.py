@@ -15,6 +15,7 @@ from tqdm import tqdm
 from celldetr.config.base import Precision
 from celldetr.evaluation.predictions import Predictions, write_predictions
 from celldetr.inference.attention import PatchAttention
+from celldetr.inference.batch import read_batch
 from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in
 from celldetr.runtime.errors import InputError
@@ -48,21 +49,17 @@ def predict_fold(
     Raises
     ------
     InputError
-        The classes of the model are neither those of the store nor mapped to them by `class_map`.
+        The classes of the model are neither those of the store nor mapped to them by `class_map`; or see `read_batch`.
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
     empty = (np.empty(0, int), np.empty(0, int), np.empty((0, 4)), np.empty(0), np.empty((0, len(store.classes))))
     rows: list[tuple[NDArray[Any], ...]] = [empty]
-    for start, images in _batches(store, batch_size, device, progress):
-        with computing_in(precision, device):
-            batch = model.predict(images, nucleus_threshold)
-        for index, found in enumerate(batch, start):
-            clipped = _numpy(found.boxes).clip(0, store.patch_size)
-            scores = _numpy(found.class_scores)
-            mapped = np.stack([scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
-            query = _numpy(found.query)
-            rows.append((np.full(len(query), index), query, clipped, _numpy(found.nucleus_score), mapped))
+    for start, images in _batches(store, batch_size, progress):
+        found = read_batch(model, images, device=device, precision=precision, nucleus_threshold=nucleus_threshold)[0]
+        clipped = found.boxes.clip(0, store.patch_size)
+        mapped = np.stack([found.class_scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
+        rows.append((found.image + start, found.query, clipped, found.nucleus_score, mapped))
     own = {
         "test_store": store.path.stem,
         "store_digest": store.digest,
@@ -106,9 +103,9 @@ def attend_patches(
 
     For parameters see `predict_fold`.
     """
-    for _, images in _batches(store, batch_size, device, progress):
+    for _, images in _batches(store, batch_size, progress):
         with computing_in(precision, device):
-            batch = model.attention(images, nucleus_threshold)
+            batch = model.attention(float_images(torch.from_numpy(images).to(device)), nucleus_threshold)
         for found, sampled in batch:
             weights = _numpy(sampled.weights.flatten(1))
             yield PatchAttention(
@@ -137,8 +134,8 @@ def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, s
     return [[k for k, name in enumerate(names) if class_map[name] == target] for target in store.classes]
 
 
-def _batches(store: PatchStore, batch_size: int, device: str, progress: bool) -> Iterator[tuple[int, Tensor]]:
-    """Yield batches in order: index of the first patch, images (B, 3, S, S) in [0, 1]. One batch is read ahead."""
+def _batches(store: PatchStore, batch_size: int, progress: bool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Yield batches in order: index of the first patch, images (B, S, S, 3). One batch is read ahead."""
     starts = range(0, store.n_patches, batch_size)
     spans = [np.arange(start, min(start + batch_size, store.n_patches)) for start in starts]
     with (
@@ -148,9 +145,9 @@ def _batches(store: PatchStore, batch_size: int, device: str, progress: bool) ->
         ahead = reader.submit(store.images, spans[0]) if spans else None
         for number, span in enumerate(spans):
             assert ahead is not None
-            pixels = torch.from_numpy(ahead.result())
+            images = ahead.result()
             ahead = reader.submit(store.images, spans[number + 1]) if number + 1 < len(spans) else None
-            yield int(span[0]), float_images(pixels.to(device))
+            yield int(span[0]), images
             bar.update(len(span))
 
 

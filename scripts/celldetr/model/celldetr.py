@@ -1,6 +1,7 @@
 """The model: images in, nuclei with classes and embeddings out (paper, 3 and A.1)."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,21 @@ class Detections(NamedTuple):
     """(L, B, Q, 1) of the nucleus score, or (L, B, Q, K) of the classes in mode ``baseline``."""
     boxes: Tensor
     """(L, B, Q, 4), cxcywh in [0, 1]."""
+
+
+class Kept(NamedTuple):
+    """The D queries that found a nucleus in a batch of images, image after image."""
+
+    counts: list[int]
+    """How many each image has."""
+    image: Tensor
+    """Index of the image (D,) int64."""
+    query: Tensor
+    """Index of the query (D,) int64."""
+    boxes: Tensor
+    """(D, 4) float, xyxy px."""
+    scores: Tensor
+    """(D, 1) in [0, 1], or (D, K) in mode ``baseline``."""
 
 
 class ImagePredictions(NamedTuple):
@@ -162,7 +178,10 @@ class CellDETR(nn.Module):
 
     def predict(self, images: Tensor, nucleus_threshold: float) -> list[ImagePredictions]:
         """Find nuclei in images (B, 3, h, w), RGB in [0, 1], with dropout and gradients off."""
-        return [found for found, _ in self.attention(images, nucleus_threshold)]
+        with evaluating(self):
+            features = self.encode(images)
+            size = images.shape[-1], images.shape[-2]
+            return self.select(features, self.detect(features), size, nucleus_threshold)[0]
 
     def attention(self, images: Tensor, nucleus_threshold: float) -> list[tuple[ImagePredictions, SamplingPoints]]:
         """Predict, and return the points that the last decoder layer sampled for each nucleus.
@@ -182,46 +201,52 @@ class CellDETR(nn.Module):
             ]
             return list(zip(nuclei, sampled, strict=True))
 
+    def keep(self, detections: Detections, size: tuple[int, int], nucleus_threshold: float) -> Kept:
+        """Choose the queries that found a nucleus in images of a size (width, height).
+
+        A score that is not a number is kept, so that whoever takes the results sees it.
+        """
+        logits, boxes = (values[-1] for values in detections)
+        scores = logits.sigmoid()
+        kept = ~(scores.amax(dim=-1) < nucleus_threshold)
+        counts = kept.sum(dim=1).tolist()
+        image, query = kept.nonzero().unbind(1)
+        side = cached_tensor(size * 2, boxes.device, boxes.dtype)
+        return Kept(counts, image, query, cxcywh_to_xyxy(boxes[image, query]) * side, scores[image, query])
+
     def select(
         self, features: Features, detections: Detections, size: tuple[int, int], nucleus_threshold: float
-    ) -> tuple[list[ImagePredictions], list[Tensor], SamplingPoints | None]:
+    ) -> tuple[list[ImagePredictions], tuple[Tensor, ...], SamplingPoints | None]:
         """Select the nuclei of images of a size (width, height) from what was detected, and classify them.
 
         Returns also the rows (D,) of each image's nuclei in the decoder that classifies, and the points that this
         decoder sampled (None in mode ``baseline``: those of `detections`).
         """
-        logits, boxes = (values[-1] for values in detections)
-        scores = logits.sigmoid()
-        keep = scores.amax(dim=-1) >= nucleus_threshold
-        kept = [image.nonzero().squeeze(1) for image in keep]
-        side = cached_tensor(size * 2, boxes.device, boxes.dtype)
-        rows, embeddings, points = kept, None, None
+        counts, image, query, corners, classes = self.keep(detections, size, nucleus_threshold)
+        nucleus_score, row, points = classes.amax(dim=-1), query, None
+        own: Sequence[Tensor | None] = [None] * len(counts)
         if not self.baseline:
-            rows, embeddings, points = self._represent_kept(features, boxes, kept)
-        nuclei = []
-        for image, (query, row) in enumerate(zip(kept, rows, strict=True)):
-            classes, own = scores[image, query], None
-            nucleus_score = classes.amax(dim=-1)
-            if embeddings is not None:
-                own = embeddings[image, row]
-                classes = self.classify(own).sigmoid()
-            corners = cxcywh_to_xyxy(boxes[image, query]) * side
-            nuclei.append(ImagePredictions(query, corners, nucleus_score, classes, own))
-        return nuclei, rows, points
+            row, padded, points = self._represent_kept(features, detections.boxes[-1], counts, image, query)
+            embeddings = padded[image, row]
+            classes = self.classify(embeddings).sigmoid()
+            own = embeddings.split(counts)
+        columns = [values.split(counts) for values in (query, corners, nucleus_score, classes)]
+        return [ImagePredictions(*values) for values in zip(*columns, own, strict=True)], row.split(counts), points
 
     def _represent_kept(
-        self, features: Features, boxes: Tensor, kept: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor, SamplingPoints]:
-        """Represent the kept queries: the rows (D,) of each image's in the result, embeddings (B, R, C) and points.
+        self, features: Features, boxes: Tensor, counts: list[int], image: Tensor, query: Tensor
+    ) -> tuple[Tensor, Tensor, SamplingPoints]:
+        """Represent the kept queries: the row (D,) of each in its image's result, embeddings (B, R, C) and points.
 
         In mode ``sequential`` all queries enter the decoder and attend to each other, as in training; in mode
         ``parallel`` only the kept ones do, padded to the largest count.
         """
-        valid, rows = None, kept
+        valid, row = None, query
         if self.settings.mode == "parallel":
-            padded = nn.utils.rnn.pad_sequence(kept, batch_first=True)
-            boxes = boxes.gather(1, padded[..., None].expand(-1, -1, 4))
-            counts = torch.tensor([len(query) for query in kept]).to(boxes.device, non_blocking=True)
-            valid = torch.arange(padded.shape[1], device=boxes.device) < counts[:, None]
-            rows = [torch.arange(len(query), device=boxes.device) for query in kept]
-        return rows, *self.representation(*features, boxes, valid)
+            first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(boxes.device, non_blocking=True)
+            row = torch.arange(len(query), device=boxes.device) - first[image]
+            kept = boxes[image, query]
+            boxes = boxes.new_zeros(len(counts), max(counts, default=0), 4)
+            valid = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+            boxes[image, row], valid[image, row] = kept, True
+        return row, *self.representation(*features, boxes, valid)

@@ -131,3 +131,27 @@ def test_models_without_embeddings_or_with_broken_ones_are_refused(store):
         model.level_embed.fill_(float("nan"))
     with pytest.raises(InputError, match="patches 0 to 3: .*not finite"):
         embed(model, store)
+
+
+def test_thousands_of_nuclei_in_a_patch_do_not_pad_the_others(store, monkeypatch):
+    """Groups of images have the results of one batch, in the given order, and each is small."""
+    model, seen = small_model("parallel", tokens=2), []
+    counts = [3, 40, 0, 7, 40, 1]
+    rng = np.random.default_rng(0)
+    boxes = []
+    for count in counts:
+        low = rng.uniform(0, store.patch_size - 9, (count, 2))
+        boxes.append(np.concatenate([low, low + rng.uniform(4, 9, (count, 2))], axis=1).astype(np.float32))
+    images = store.images(np.arange(len(counts)))
+    expected = np.concatenate(embed_boxes(model, images, boxes, device="cpu"))
+    monkeypatch.setattr("celldetr.inference.batch._MOST_PAIRS", 100)
+    represent = model.represent
+
+    def watched(features, given, valid):
+        seen.append((given.shape[0], given.shape[1], valid is None))
+        return represent(features, given, valid)
+
+    monkeypatch.setattr(model, "represent", watched)
+    found = np.concatenate(embed_boxes(model, images, boxes, device="cpu"))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert seen == [(2, 3, False), (1, 7, True), (1, 40, True), (1, 40, True)]
