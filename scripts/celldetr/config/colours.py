@@ -24,6 +24,7 @@ CLASS_COLOURS = {
 """From the palettes of Okabe and Ito and of Tol, which colour-blind readers can tell apart; bright, because tissue is
 dark and pink."""
 UNLABELLED_COLOUR = "#000000"
+_WHITE, _GRAY = "#FFFFFF", "#555555"
 
 
 def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
@@ -34,3 +35,8 @@ def class_colours(classes: Sequence[str]) -> tuple[str, ...]:
     others = tuple(dict.fromkeys(CLASS_COLOURS.values()))
     known = (CLASS_COLOURS.get(name, others[index % len(others)]) for index, name in enumerate(classes))
     return (*known, UNLABELLED_COLOUR)
+
+
+def colours_on_white(classes: Sequence[str]) -> list[str]:
+    """Return the colours of classes for plots on white paper, where white points cannot be seen: gray instead."""
+    return [_GRAY if colour == _WHITE else colour for colour in class_colours(classes)[:-1]]

@@ -2,25 +2,20 @@
 
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
-import dask.array as da
 import numpy as np
 import pandas as pd
 import spatialdata_io
-from dask.array.core import normalize_chunks
 from numpy.typing import NDArray
-from spatialdata.models import Image2DModel, ShapesModel
-from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Affine, Identity, Scale
 
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
-from celldetr.slides.pyramid import Pyramid, open_pyramid
+from celldetr.slides.multiscale import multiscale_image
+from celldetr.slides.pyramid import open_pyramid
 from celldetr.xenium.output import dapi_path, read_nuclei, read_pixel_size
-
-_CHUNK = 1024  # px
-_SMALLEST = 1024  # px; longer side of the coarsest level at most
 
 
 def write_spatialdata(
@@ -50,8 +45,8 @@ def write_spatialdata(
                 "itself (cells.zarr.zip), not an imported segmentation: get the original output folder"
             ) from error
         to_global = Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
-        sample.images["he"] = _image(stained, ["r", "g", "b"], to_global)
-        sample.images["dapi"] = _image(dapi, ["DAPI"], Identity())
+        sample.images["he"] = multiscale_image(stained, ["r", "g", "b"], {"global": to_global})
+        sample.images["dapi"] = multiscale_image(dapi, ["DAPI"], {"global": Identity()})
         if "nucleus_boundaries" not in sample.shapes:  # not read by spatialdata_io for early builds of version 2
             to_pixels = {"global": Scale([1 / pixel_size] * 2, axes=("x", "y"))}
             nuclei = read_nuclei(outs)
@@ -61,25 +56,3 @@ def write_spatialdata(
             table.obs[str(name)] = values.to_numpy()
         with atomic(path) as temporary:
             sample.write(temporary)
-
-
-def _image(image: Pyramid, channels: list[str], transformation: BaseTransformation) -> object:
-    """Wrap an image as a pyramid whose pixels are read block by block when it is written."""
-    width, height = image.size
-
-    def block(block_info: Mapping[None, Mapping[str, list[tuple[int, int]]]]) -> NDArray[np.generic]:
-        (_, _), (y0, y1), (x0, x1) = block_info[None]["array-location"]
-        pixels = image.read(0, x0, y0, x1 - x0, y1 - y0)
-        return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
-
-    chunks = normalize_chunks((-1, _CHUNK, _CHUNK), (len(channels), height, width))
-    pixels = da.map_blocks(block, chunks=chunks, dtype=image.dtype, meta=np.empty((0, 0, 0), image.dtype))
-    halvings = max(0, int(np.ceil(np.log2(max(width, height) / _SMALLEST))))
-    return Image2DModel.parse(
-        pixels,
-        dims=("c", "y", "x"),
-        c_coords=channels,
-        scale_factors=[2] * halvings or None,
-        transformations={"global": transformation},
-        chunks=(len(channels), _CHUNK, _CHUNK),
-    )
