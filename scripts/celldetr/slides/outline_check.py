@@ -5,8 +5,11 @@ Nuclei are dark, so that outlines that fit have a sharp peak without a shift. Ou
 place or with x and y swapped have none, or have it at the shift that they lack.
 """
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import shapely
@@ -15,9 +18,15 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.signal import fftconvolve
 
+from celldetr.runtime.errors import InputError
+from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
 
+log = logging.getLogger(__name__)
+
+_ON_SLIDE = 0.9  # smallest fraction of the outlines that must lie on the slide
+_BESIDE = 1.0  # um; warn if outlines that fit lie farther beside the nuclei
 _SPACING = 0.5  # um of a pixel of a window
 _SIDE, _REACH = 128.0, 40.0  # um; side of a window, and largest shift
 _WINDOWS, _IN_WINDOW = 12, 300  # windows; nuclei that are drawn in each
@@ -31,6 +40,26 @@ _DARKEST, _FAINT = 1.5, 0.3  # optical density at which folds and ink are cut, i
 _COARSE, _STRIP = 4.0, 512  # um of a cell of the overview; rows that are read at once for it
 _MOST_CELLS = 1500  # longest side of the overview on which a shift is searched
 _SAMPLED, _LARGEST = 4000, 5.0  # outlines with which factors are tried; the largest factor
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What errors call the settings of a file of nuclei: columns of a sheet, or options of a command."""
+
+    sheet: str = ""
+    """Name of the sheet; empty: options."""
+
+    def __call__(self, column: str) -> str:
+        """Name of a setting."""
+        return column if self.sheet else f"--{column.replace('_', '-')}"
+
+    @property
+    def where(self) -> str:
+        """The sheet, for the end of a sentence."""
+        return f" ({self.sheet})" if self.sheet else ""
+
+
+SLIDES = Keys("slides sheet")
 
 
 @dataclass(frozen=True)
@@ -56,10 +85,13 @@ class OutlineFit:
 
 
 class OutlineCheck:
-    """Outlines (M,), px of `mpp` um from the corner of a slide, that are compared with the slide."""
+    """Outlines (M,), px of `mpp` um from the corner of a slide, that are compared with the slide.
 
-    def __init__(self, image: Pyramid, outlines: NDArray[np.object_], mpp: float) -> None:
-        self._image, self._outlines, self._mpp = image, outlines, mpp
+    If they are `circles` that stand for points, only their places depend on the units of a file, not their size.
+    """
+
+    def __init__(self, image: Pyramid, outlines: NDArray[np.object_], mpp: float, *, circles: bool = False) -> None:
+        self._image, self._outlines, self._mpp, self._circles = image, outlines, mpp, circles
         self._image_mpp = float(image.mpp or 0)
         self._tree = shapely.STRtree(outlines)
 
@@ -75,7 +107,7 @@ class OutlineCheck:
         }
         x, y = self._image.origin
         if x or y:
-            name = f"moved by {x}, {y} px of level 0 (openslide.bounds-x and -y, which QuPath leaves out)"
+            name = f"moved by {x}, {y} px of level 0 (openslide.bounds-x and -y, which QuPath leaves out: unit qupath)"
             guesses[name] = _moved(np.array([x, y]) * self._image_mpp)
         found = [*self._fitting(guesses)]
         if not found:
@@ -154,11 +186,20 @@ class OutlineCheck:
             corners = np.array([low, low + _SIDE]) - to_um[:2, 2]
             window = shapely.box(*(np.linalg.inv(to_um[:2, :2]) @ corners.T).T.ravel())
             chosen = self._tree.query(window)[:_IN_WINDOW]
-            mask = _draw(self._outlines[chosen], to_um, low)
+            if self._circles:
+                mask = _draw(self._moved_circles(chosen, to_um), np.eye(3), low)
+            else:
+                mask = _draw(self._outlines[chosen], to_um, low)
             stain_inside += fftconvolve(self._stain(low - _REACH), mask[::-1, ::-1], mode="valid")
             area += mask.sum()
             compared.update(chosen.tolist())
         return _peak(stain_inside / max(area, 1.0), len(compared))
+
+    def _moved_circles(self, chosen: NDArray[np.integer], to_um: NDArray[np.floating]) -> NDArray[np.object_]:
+        """Move the centres of some circles (n,) to um, and keep their size."""
+        bounds = shapely.bounds(self._outlines[chosen]).reshape(-1, 4)
+        centres = (bounds[:, :2] + bounds[:, 2:]) / 2 @ to_um[:2, :2].T + to_um[:2, 2]
+        return np.asarray(shapely.buffer(shapely.points(centres), (bounds[:, 2] - bounds[:, 0]) / 2 * self._mpp))
 
     def _stain(self, low: NDArray[np.float64]) -> NDArray[np.float32]:
         """Hematoxylin of a window and of what is in reach; `low` is its corner, um."""
@@ -170,6 +211,53 @@ class OutlineCheck:
         size = round(side / _SPACING)
         resized = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
         return _sharp(np.minimum(hematoxylin(resized), _DARKEST), _SPACING)
+
+
+def require_fit(
+    image: Pyramid,
+    nuclei: SlideNuclei,
+    mpp: float,
+    *,
+    name: str,
+    file: Path,
+    unit: str,
+    insist: bool = True,
+    circles: bool = False,
+    keys: Keys = SLIDES,
+) -> tuple[SlideNuclei, OutlineFit]:
+    """Return the nuclei, px of `mpp` um, that lie on the slide `name`, and how well they fit it.
+
+    `file` and `unit` (see `celldetr.slides.outlines.file_to_level0`) are what they were read from; for `circles` see
+    `OutlineCheck`. Without `insist`, those that lie on the slide are taken even if they do not fit.
+
+    Raises
+    ------
+    InputError
+        Many lie outside the slide, or not on what hematoxylin stains.
+    """
+    image_mpp = float(image.mpp or 0)
+    width, height = image.size
+    inside = nuclei.on_slide((width * image_mpp / mpp, height * image_mpp / mpp))
+    check = OutlineCheck(image, nuclei.outlines, mpp, circles=circles)
+    fit = check.measure()
+    outside = len(inside) < _ON_SLIDE * len(nuclei)
+    if outside or (insist and fit.judged and not fit.good):
+        remedies = " or ".join(check.remedies(1.0 if unit == "um" else image_mpp))
+        override = "" if outside else f", or set {keys('check_outlines')} to no if they fit"
+        raise InputError(
+            f"{name}: {file}: got {len(nuclei)} nuclei in {unit}, of which {len(inside)} lie on the slide ({width} x "
+            f"{height} px of {image_mpp:.4g} um); of {fit.nuclei} compared, hematoxylin is highest {fit.shift[0]:g}, "
+            f"{fit.shift[1]:g} um away ({fit.peak:.1f} sd above other places); expected outlines on stained nuclei. "
+            f"{f'They would fit {remedies}' if remedies else 'Nothing tried makes them fit'}; correct the file, "
+            f"{keys('nuclei_unit')} or {keys('mpp')}{override}{keys.where}"
+        )
+    if not fit.judged:
+        log.warning("%s: %d nuclei are too few to check that they fit the slide", name, fit.nuclei)
+    elif not fit.good:
+        log.warning("%s: the outlines do not fit the slide, and are taken as %s is no", name, keys("check_outlines"))
+    elif math.hypot(*fit.shift) > _BESIDE:
+        log.warning("%s: outlines lie beside the nuclei: they fit best if moved by %g, %g um", name, *fit.shift)
+    return inside, fit
 
 
 def _sharp(stain: NDArray[np.float32], spacing: float) -> NDArray[np.float32]:

@@ -30,10 +30,12 @@ from scipy.sparse.csgraph import connected_components
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
 from celldetr.slides.geojson import GZIP, MOST_CORNERS, read_geojson
+from celldetr.slides.outline_check import SLIDES, Keys
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
-_LONGEST_UM, _LARGEST_UM2 = 60.0, 1000.0  # longest side and area of a nucleus
+LONGEST_UM = 60.0  # longest side of a nucleus
+_LARGEST_UM2 = 1000.0  # area of a nucleus
 _APART_UM = 1.0  # farthest distance between pieces of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
 _MOST_IN_FILE = 200_000_000  # corners of all outlines together, 3 GB
@@ -42,7 +44,7 @@ _UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNER
 _OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
 _CELL, _LARGE = "cells without an outline of the nucleus", "outlines larger than a nucleus"
 _AGAIN = "nuclei that are in the file already"
-_BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n\x1e"
+BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n\x1e"
 _KINDS = "GeoParquet, Parquet with WKB, GeoJSON or compressed GeoJSON"
 
 
@@ -56,12 +58,18 @@ class NucleusFile:
 
 
 def read_nucleus_file(
-    path: str | os.PathLike[str], *, image_mpp: float, mpp: float, unit: str = "px", cells: bool = False
+    path: str | os.PathLike[str],
+    *,
+    image_mpp: float,
+    mpp: float,
+    unit: str = "px",
+    origin: tuple[int, int] = (0, 0),
+    cells: bool = False,
 ) -> NucleusFile:
     """Read the nuclei of a slide with level-0 px of `image_mpp` um, in px of `mpp` um; the content tells the format.
 
-    `unit` is that of the file's coordinates: ``px`` of level 0, or ``um``. With `cells`, the outline of a cell is taken
-    if there is none of its nucleus.
+    `unit` is that of the file's coordinates, see `file_to_level0`. With `cells`, the outline of a cell is taken if
+    there is none of its nucleus.
 
     Raises
     ------
@@ -70,8 +78,8 @@ def read_nucleus_file(
         size (wrong unit).
     """
     file = Path(path)
-    um = {"px": image_mpp, "um": 1.0}[unit]
-    to_level0 = np.diag([um / image_mpp, um / image_mpp, 1])
+    to_level0 = file_to_level0(unit, image_mpp, origin)
+    um = to_level0[0, 0] * image_mpp
     dropped = Counter(dict.fromkeys((_UNREADABLE, _OTHER, _TILE, _CELL, _LARGE, _FLAT, _AGAIN), 0))
     outlines, annotated = [np.empty(0, dtype=object)], [np.empty(0, dtype=bool)]
     repaired = corners = 0
@@ -98,8 +106,25 @@ def read_nucleus_file(
     dropped[_AGAIN] += int(again.sum())
     found = found[~again]
     nuclei = SlideNuclei(found, np.full(len(found), NO_LABEL, np.int8))
-    _check(file, nuclei.boxes, dropped, mpp, unit)
+    if not len(nuclei) and any(dropped.values()):
+        hint = "set cell_outlines to yes to take those of cells" if dropped[_CELL] else "expected polygons of nuclei"
+        raise InputError(f"{file}: got no outline of a nucleus ({name_counts(dropped)}); {hint}")
+    if len(nuclei):
+        check_width(file, nuclei.boxes, mpp, f"if coordinates are {unit}; dropped: {name_counts(dropped)}")
     return NucleusFile(nuclei, dropped, repaired)
+
+
+def file_to_level0(unit: str, mpp: float, origin: tuple[int, int]) -> NDArray[np.float64]:
+    """Affine (3, 3) from the coordinates of a file to px of level 0 of `mpp` um.
+
+    `unit` is ``px`` of level 0; ``um`` from the corner of the slide; or ``qupath``: px of level 0 from the `origin`,
+    the corner of the scanned part, where the images start that QuPath opens by OpenSlide.
+    """
+    times = {"px": 1.0, "um": 1 / mpp, "qupath": 1.0}[unit]
+    affine = np.diag([times, times, 1.0])
+    if unit == "qupath":
+        affine[:2, 2] = origin
+    return affine
 
 
 def name_counts(counts: Mapping[str, int]) -> str:
@@ -107,18 +132,14 @@ def name_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
 
 
-def _check(path: Path, boxes: NDArray[np.float64], dropped: Counter[str], mpp: float, unit: str) -> None:
-    """Refuse a file with outlines none of which is a nucleus, and nuclei of an impossible size."""
+def check_width(path: Path, boxes: NDArray[np.float64], mpp: float, about: str, keys: Keys = SLIDES) -> None:
+    """Refuse nuclei of an impossible size (`InputError`); boxes (n, 4) are px of `mpp` um."""
     low, high = _PLAUSIBLE_UM
-    if not len(boxes) and any(dropped.values()):
-        hint = "set cell_outlines to yes to take those of cells" if dropped[_CELL] else "expected polygons of nuclei"
-        raise InputError(f"{path}: got no outline of a nucleus ({name_counts(dropped)}); {hint}")
-    width = float(np.median(boxes[:, 2:] - boxes[:, :2])) * mpp if len(boxes) else low
+    width = float(np.median(boxes[:, 2:] - boxes[:, :2])) * mpp
     if not low <= width <= high:
         raise InputError(
-            f"{path}: got nuclei that are {width:.3g} um wide (median, if coordinates are {unit}; dropped: "
-            f"{name_counts(dropped)}), expected {low:g} to {high:g}; correct nuclei_unit (px of level 0, or um) or mpp "
-            "in the slides sheet"
+            f"{path}: got nuclei that are {width:.3g} um wide (median, {about}), expected {low:g} to {high:g}; correct "
+            f"{keys('nuclei_unit')} (px of level 0, or um) or {keys('mpp')}{keys.where}"
         )
 
 
@@ -145,7 +166,7 @@ def _nuclei(shapes: NDArray[Any], um: float) -> tuple[NDArray[Any], NDArray[np.i
     several = shapely.get_num_geometries(shapes) > 1
     parts, owner = shapely.get_parts(shapes[several], return_index=True)
     bounds = shapely.bounds(shapes[several]).reshape(-1, 4)
-    large = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * um > _LONGEST_UM
+    large = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * um > LONGEST_UM
     small = np.flatnonzero(~large[owner])
     one, other = small[shapely.STRtree(parts[small]).query(parts[small], "dwithin", _APART_UM / um)]
     pieces = owner[one] == owner[other]
@@ -162,7 +183,7 @@ def _small(outlines: NDArray[Any], mpp: float) -> NDArray[np.bool_]:
     """Whether outlines (n,), px, are no larger than a nucleus."""
     bounds = shapely.bounds(outlines).reshape(-1, 4)
     longest = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * mpp
-    return np.asarray((longest <= _LONGEST_UM) & (shapely.area(outlines) * mpp**2 <= _LARGEST_UM2))
+    return np.asarray((longest <= LONGEST_UM) & (shapely.area(outlines) * mpp**2 <= _LARGEST_UM2))
 
 
 def _read(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
@@ -175,26 +196,32 @@ def _read(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
     if start.startswith(b"PAR1"):
         for shapes in _parquet(path):
             yield shapes, np.full(len(shapes), "")
-    elif start.startswith((GZIP, b"PK")) or start.removeprefix(_BOM).lstrip(_BLANK)[:1] in (b"{", b"["):
+    elif start.startswith((GZIP, b"PK")) or starts_as_json(start):
         for shapes, kinds, _ in read_geojson(path):
             yield shapes, kinds
     else:
         raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected outlines of nuclei as {_KINDS}")
 
 
+def starts_as_json(start: bytes) -> bool:
+    """Whether the first bytes of a text are those of JSON."""
+    return start.removeprefix(BOM).lstrip(_BLANK)[:1] in (b"{", b"[")
+
+
 def _parquet(path: Path) -> Iterator[NDArray[Any]]:
     try:
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        column = _geometry_column(path, file)
+        column = geometry_column(path, file)
         for batch in file.iter_batches(batch_size=_BATCH, columns=[column], use_threads=False):
-            yield _from_wkb(batch.column(0))
+            yield from_wkb(batch.column(0))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({error}); is the file complete?") from error
 
 
-def _geometry_column(path: Path, file: pq.ParquetFile) -> str:
+def geometry_column(path: Path, file: pq.ParquetFile) -> str:
+    """Name of the column with the outlines; `InputError` if there is none, or not in WKB."""
     schema = file.schema_arrow
-    binary = [name for name in schema.names if _is_binary(schema.field(name).type)]
+    binary = [name for name in schema.names if is_binary(schema.field(name).type)]
     try:
         geo = json.loads((schema.metadata or {})[b"geo"])
         name = str(geo["primary_column"])
@@ -212,11 +239,13 @@ def _geometry_column(path: Path, file: pq.ParquetFile) -> str:
     return name
 
 
-def _is_binary(kind: pa.DataType) -> bool:
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column may hold WKB."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _from_wkb(column: pa.Array) -> NDArray[Any]:
+def from_wkb(column: pa.Array) -> NDArray[Any]:
+    """Geometries (n,), None if missing, unreadable or too large."""
     values = [None if value is None or len(value) > _MOST_WKB else value for value in column.to_pylist()]
     shapes: NDArray[Any] = shapely.from_wkb(np.array(values, dtype=object), on_invalid="ignore")
     return shapes

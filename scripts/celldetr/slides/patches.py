@@ -1,7 +1,6 @@
 """Patches of a slide without cell types, with the boxes of its nuclei, for self-supervised pretraining (paper, 3.3)."""
 
 import logging
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import cut_patches
 from celldetr.slides.damage import log_damage, open_slide
 from celldetr.slides.grid import PatchGrid, patch_grid
-from celldetr.slides.outline_check import OutlineCheck, OutlineFit
+from celldetr.slides.outline_check import require_fit
 from celldetr.slides.outlines import name_counts, read_nucleus_file
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tiff import DamagedSlide
@@ -22,8 +21,6 @@ from celldetr.store import PatchStore, StoreWriter
 
 log = logging.getLogger(__name__)
 
-_ON_SLIDE = 0.9  # smallest fraction of the outlines that must lie on the slide
-_BESIDE = 1.0  # um; warn if outlines that fit lie farther beside the nuclei
 _COARSE = 2.0  # warn if the slide's pixels are larger than those of the patches by more than this
 
 
@@ -37,7 +34,7 @@ class Slide:
     group: str  # slide or donor
     tissue: str  # organ
     mpp: float | None = None  # um per level-0 px; None: as the file says
-    unit: str = "px"  # of the outlines: px of level 0, or um
+    unit: str = "px"  # of the outlines: px of level 0, um, or qupath
     cell_outlines: bool = False  # take the outline of a cell if there is none of its nucleus
     check_outlines: bool = True  # refuse outlines that do not fit the slide
 
@@ -120,8 +117,23 @@ def _plan(
     image_mpp = float(image.mpp or 0)
     if image_mpp > _COARSE * mpp:
         log.warning("%s: pixels of %.3g um are too coarse: patches of %.3g um are blurred", slide.name, image_mpp, mpp)
-    found = read_nucleus_file(slide.nuclei, image_mpp=image_mpp, mpp=mpp, unit=slide.unit, cells=slide.cell_outlines)
-    nuclei, fit = _check_outlines(slide, found.nuclei, image, mpp)
+    found = read_nucleus_file(
+        slide.nuclei,
+        image_mpp=image_mpp,
+        mpp=mpp,
+        unit=slide.unit,
+        origin=image.origin,
+        cells=slide.cell_outlines,
+    )
+    nuclei, fit = require_fit(
+        image,
+        found.nuclei,
+        mpp,
+        name=slide.name,
+        file=slide.nuclei,
+        unit=slide.unit,
+        insist=slide.check_outlines,
+    )
     tissue = tissue_mask(image, image_mpp)
     grid = patch_grid(
         image.size, image_mpp, nuclei, size=size, mpp=mpp, tissue=tissue, settings=settings.rules(), seed=seed
@@ -141,39 +153,6 @@ def _plan(
         ("repaired", "outlines that cross themselves", found.repaired),
     ]
     return SlideExtraction(grid, tissue, nuclei, counts)
-
-
-def _check_outlines(slide: Slide, nuclei: SlideNuclei, image: Pyramid, mpp: float) -> tuple[SlideNuclei, OutlineFit]:
-    """Nuclei that lie on the slide, and how well they fit it.
-
-    Raises
-    ------
-    InputError
-        Many lie outside the slide, or not on what hematoxylin stains.
-    """
-    image_mpp = float(image.mpp or 0)
-    width, height = image.size
-    inside = nuclei.on_slide((width * image_mpp / mpp, height * image_mpp / mpp))
-    check = OutlineCheck(image, nuclei.outlines, mpp)
-    fit = check.measure()
-    outside = len(inside) < _ON_SLIDE * len(nuclei)
-    if outside or (slide.check_outlines and fit.judged and not fit.good):
-        remedies = " or ".join(check.remedies({"px": image_mpp, "um": 1.0}[slide.unit]))
-        raise InputError(
-            f"{slide.name}: {slide.nuclei}: got {len(nuclei)} nuclei in {slide.unit}, of which {len(inside)} lie on the"
-            f" slide ({width} x {height} px of {image_mpp:.4g} um); of {fit.nuclei} compared, hematoxylin is highest"
-            f" {fit.shift[0]:g}, {fit.shift[1]:g} um away ({fit.peak:.1f} sd above other places); expected outlines on"
-            f" stained nuclei. {f'They would fit {remedies}' if remedies else 'Nothing tried makes them fit'}; "
-            f"correct the file, nuclei_unit or mpp{'' if outside else ', or set check_outlines to no if they fit'}"
-            " (slides sheet)"
-        )
-    if not fit.judged:
-        log.warning("%s: %d nuclei are too few to check that they fit the slide", slide.name, fit.nuclei)
-    elif not fit.good:
-        log.warning("%s: the outlines do not fit the slide, and are taken as check_outlines is no", slide.name)
-    elif math.hypot(*fit.shift) > _BESIDE:
-        log.warning("%s: outlines lie beside the nuclei: they fit best if moved by %g, %g um", slide.name, *fit.shift)
-    return inside, fit
 
 
 def summary_rows(found: SlideExtraction | None, store: PatchStore) -> list[tuple[str, str, int]]:
