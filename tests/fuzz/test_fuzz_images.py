@@ -1,4 +1,4 @@
-"""Images: a damaged TIFF is refused with its name by our own error, or gives regions of the size asked for.
+"""Images: a damaged file is refused with its name by our own error, or gives regions of the size asked for.
 
 Slides that OpenSlide alone knows are left out: on some damage its own libraries end the process.
 """
@@ -8,6 +8,7 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from strategies import damages, refused, tries
 
 from celldetr.slides.pyramid import open_pyramid
@@ -20,7 +21,9 @@ KINDS = {
     "lzw": {"compression": "lzw"},
     "plain": {},
     "ome": {"compression": "deflate", "ome": True},
+    "strips": {"tile": None},
 }
+FLAT = {"png": "PNG", "palette": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP"}
 
 
 def write(path, compression=None, ome=False, **options):
@@ -32,10 +35,18 @@ def write(path, compression=None, ome=False, **options):
     return path.read_bytes()
 
 
+def write_flat(path, kind):
+    """Write an image without tiles."""
+    picture = Image.fromarray(IMAGE).quantize() if kind == "palette" else Image.fromarray(IMAGE)
+    picture.save(path, FLAT[kind], exif=Image.Exif(), dpi=(101600, 101600))
+    return path.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    return folder / "a.tif", {kind: write(folder / f"{kind}.tif", **options) for kind, options in KINDS.items()}
+    contents = {kind: write(folder / f"{kind}.tif", **options) for kind, options in KINDS.items()}
+    return folder / "a.tif", contents | {kind: write_flat(folder / kind, kind) for kind in FLAT}
 
 
 def read_all(path):
@@ -51,7 +62,7 @@ def read_all(path):
         return regions
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *FLAT])
 @tries(80)
 @given(damage=damages(), more=st.one_of(st.none(), damages()))
 def test_damaged_images(wholes, kind, damage, more):
@@ -69,3 +80,12 @@ def test_whole_images(wholes, kind):
     first, second = read_all(path)
     assert kind == "jpeg" or np.array_equal(first, IMAGE)
     assert second.shape == ((HEIGHT + 1) // 2, WIDTH // 2, 3)
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_whole_flat_images(wholes, kind):
+    path, contents = wholes
+    path.write_bytes(contents[kind])
+    (only,) = read_all(path)
+    assert only.shape == IMAGE.shape
+    assert kind not in ("png", "bmp") or np.array_equal(only, IMAGE)

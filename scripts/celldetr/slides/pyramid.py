@@ -1,4 +1,4 @@
-"""Pixels of gigapixel images, region by region: TIFF and OME-TIFF pyramids, and the formats that OpenSlide reads.
+"""Pixels of large images, region by region: TIFF, OME-TIFF, what OpenSlide reads, and PNG, JPEG, WebP and BMP.
 
     image = open_pyramid("he.ome.tif")
     image.read(level, x, y, width, height)     # (height, width, 3) uint8, or (height, width) for a single plane
@@ -22,9 +22,19 @@ from numpy.typing import NDArray
 from tifffile import TiffFile, TiffFileError
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.tiff import DamagedSlide, check_tile_bytes, level_pages, number, stated_pixel_size, tile_planes
+from celldetr.slides.flat import is_flat, read_flat
+from celldetr.slides.tiff import (
+    DamagedSlide,
+    check_orientation,
+    check_tile_bytes,
+    level_pages,
+    number,
+    stated_pixel_size,
+    tile_planes,
+)
 
 _PLAUSIBLE_MPP = (0.02, 20.0)  # um; a resolution tag beyond this range is for printing (72 dpi), not from a microscope
+_FINEST_PRINT = 2.0  # um; PNG and JPEG, which are printed and scanned, state larger pixels for that (5.3 um: 4800 dpi)
 _OVAL = 0.02  # largest relative difference between width and height of a pixel
 
 
@@ -108,7 +118,7 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
     ----------
     path
         A slide that OpenSlide reads; or TIFF or OME-TIFF, tiled or in strips, colour as (y, x, 3), (3, y, x), (4, y, x)
-        or (1, y, x, 3). The largest image of the file is taken, with its smaller copies.
+        or (1, y, x, 3). The largest image of the file is taken, with its smaller copies. Or PNG, JPEG, WebP or BMP.
     mpp
         Size of a level-0 pixel in um; replaces what the file says.
     plane
@@ -123,8 +133,14 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"{file}: no such file; expected an image (OME-TIFF, or a slide that OpenSlide reads)")
+        raise InputError(
+            f"{file}: no such file; expected an image (TIFF, OME-TIFF, a slide that OpenSlide reads, PNG, JPEG)"
+        )
     kind = openslide.OpenSlide.detect_format(str(file))
+    if kind is None and is_flat(file):  # MIRAX slides begin as JPEG does
+        if plane is not None:
+            raise InputError(f"{file}: got a PNG, JPEG, WebP or BMP, expected a TIFF or OME-TIFF with planes")
+        return _Flat(file, mpp)
     if kind not in (None, "generic-tiff") and plane is None:
         return _Slide(file, mpp)
     return _Tiff(file, mpp, plane)
@@ -189,13 +205,14 @@ class _Tiff(Pyramid):
                     page = b"<html" in file.read(1024).lower()
                 reason = "it is a web page (HTML); get the slide again" if page else f"{error}; is the file complete?"
                 if isinstance(error, TiffFileError):
-                    reason += " Other formats (PNG, JPEG) must be converted: vips tiffsave --tile --pyramid"
+                    reason += " Expected TIFF, a format of OpenSlide, PNG, JPEG, WebP or BMP; others must be converted"
                 raise DamagedSlide(f"{path}: cannot be read as TIFF: {reason}") from error
             opened.pop_all()
 
     def _read_structure(self, mpp: float | None, plane: int | None) -> None:
         levels = level_pages(self._file)
         first = levels[0][0]
+        check_orientation(self.path, first.tags.valueof("Orientation", 1))
         self._planes = [tile_planes(pages, plane, self.path) for pages in levels]
         self.channels = sum(reader.samples for reader in self._planes[0])
         self.dtype = np.dtype(first.dtype)
@@ -223,6 +240,29 @@ class _Tiff(Pyramid):
         self._file.close()
 
 
+class _Flat(Pyramid):
+    """An image without tiles; transparent pixels are white."""
+
+    def __init__(self, path: Path, mpp: float | None) -> None:
+        self.path = path
+        self._pixels, um = read_flat(path)
+        height, width, _ = self._pixels.shape
+        self.levels = _levels([(width, height)])
+        self.mpp = mpp or _pixel_size(path, *um, largest=_FINEST_PRINT)
+        self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
+
+    def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
+        x0, y0, x1, y1 = box
+        pixels = self._pixels[y0:y1, x0:x1]
+        out[...] = pixels[..., :3]
+        if pixels.shape[2] == 4:
+            alpha = pixels[..., 3:].astype(np.uint16)
+            out[...] = (out * alpha + self.background * (255 - alpha) + 127) // 255
+
+    def close(self) -> None:
+        del self._pixels
+
+
 def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
     """Levels from their sizes (width, height), the finest first.
 
@@ -238,7 +278,7 @@ def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def _pixel_size(path: Path, width: object, height: object) -> float | None:
+def _pixel_size(path: Path, width: object, height: object, largest: float = _PLAUSIBLE_MPP[1]) -> float | None:
     """Size of a pixel in um from what a file states; None if no microscope has such pixels.
 
     Raises
@@ -247,7 +287,7 @@ def _pixel_size(path: Path, width: object, height: object) -> float | None:
         Pixels are not square.
     """
     x, y = number(width), number(height)
-    if x is None or not _PLAUSIBLE_MPP[0] <= x <= _PLAUSIBLE_MPP[1]:
+    if x is None or not _PLAUSIBLE_MPP[0] <= x <= largest:
         return None
     if y and abs(x / y - 1) > _OVAL:
         raise InputError(

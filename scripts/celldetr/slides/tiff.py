@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,15 @@ def _check_colours(page: TiffPage, path: Path) -> None:
         )
 
 
+def check_orientation(path: Path, orientation: object) -> None:
+    """Refuse an image (tag Orientation of TIFF and EXIF) of which a program may show the pixels at other places."""
+    if orientation not in (0, 1):
+        raise InputError(
+            f"{path}: the file asks to be shown turned or mirrored (orientation {orientation}), which some programs do "
+            "and some do not: places of nuclei would be ambiguous; save it as it is to be seen (e.g. vips autorot)"
+        )
+
+
 def check_tile_bytes(path: str | Path, level: str, size: int) -> None:
     """Refuse tiles or strips that would fill the memory when they are decoded."""
     if size > _TILE_BYTES:
@@ -99,7 +109,7 @@ def tile_planes(pages: Sequence[TiffPage], plane: int | None, path: Path) -> lis
 class Tiles:
     """Tiles (or strips) of a page: `samples` of each pixel of a plane (0 unless planes are stored one after another).
 
-    Decoded tiles of `cache` bytes are kept, at least two.
+    Decoded tiles of `cache` bytes are kept, at least two. Strips without compression are not read but mapped.
     """
 
     def __init__(self, page: TiffPage, plane: int, samples: slice, *, cache: int) -> None:
@@ -107,6 +117,7 @@ class Tiles:
         self.samples = samples.stop - samples.start
         self._path = page.parent.filehandle.path
         self._name = f"of the level {page.imagewidth} x {page.imagelength} px"
+        self._mapped = _mapped(page, plane, samples)
         self._width = page.tilewidth if page.is_tiled else page.imagewidth
         self._height = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
         self._across = -(-page.imagewidth // self._width)
@@ -120,7 +131,8 @@ class Tiles:
             )
         stored = page.samplesperpixel if page.planarconfig == 1 else 1
         tile_bytes = self._width * self._height * stored * np.dtype(page.dtype).itemsize
-        check_tile_bytes(self._path, self._name, tile_bytes)
+        if self._mapped is None:
+            check_tile_bytes(self._path, self._name, tile_bytes)
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
@@ -129,6 +141,9 @@ class Tiles:
     def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
         x0, y0, x1, y1 = box
+        if self._mapped is not None:
+            out[...] = self._mapped[y0:y1, x0:x1]
+            return
         for row in range(y0 // self._height, -(-y1 // self._height)):
             for column in range(x0 // self._width, -(-x1 // self._width)):
                 tile = self.tile(row, column)
@@ -166,6 +181,20 @@ class Tiles:
             size = (pixels.shape[1], pixels.shape[0])
             pixels = np.asarray(Image.frombytes("YCbCr", size, pixels[..., :3].tobytes()).convert("RGB"))
         return pixels[..., self._samples]
+
+
+def _mapped(page: TiffPage, plane: int, samples: slice) -> NDArray[Any] | None:
+    """Pixels (H, W, samples) of a plane as the file holds them; None if they are compressed, tiled or scattered."""
+    if page.is_tiled or not page.is_final or sum(page.databytecounts) != page.nbytes:
+        return None
+    stored = page.samplesperpixel if page.planarconfig == 1 else 1
+    shape = (page.imagelength, page.imagewidth, stored)
+    dtype = np.dtype(page.dtype).newbyteorder(page.parent.byteorder)
+    start = page.dataoffsets[0] + plane * math.prod(shape) * dtype.itemsize
+    if start + math.prod(shape) * dtype.itemsize > page.parent.filehandle.size:
+        return None  # cut: rows that are there can still be read
+    pixels: NDArray[Any] = np.memmap(page.parent.filehandle.path, dtype, "r", start, shape)
+    return pixels[..., samples]
 
 
 def stated_pixel_size(file: TiffFile, page: TiffPage) -> tuple[float | None, float | None]:

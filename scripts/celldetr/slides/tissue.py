@@ -103,7 +103,7 @@ def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     pen = ndimage.binary_dilation(_pen(density), iterations=_PEN_RIM)
     smooth = ndimage.gaussian_filter(density, (1, 1, 0))
     spread = smooth.max(axis=-1) - smooth.min(axis=-1)
-    smallest = _SMALLEST_UM2 / mpp**2
+    smallest = min(_SMALLEST_UM2 / mpp**2, spread.size / 2)  # all of an image may be smaller
     stained = _without_small(~pen & (spread > _threshold(spread[~pen])), smallest)
     return ~_without_small(~stained, smallest) & ~pen
 

@@ -14,7 +14,7 @@ from PIL import Image
 from slide_files import damage_tiles
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides import pyramid
+from celldetr.slides import pyramid, tiff
 from celldetr.slides.damage import open_slide
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tiff import DamagedSlide
@@ -125,6 +125,24 @@ def test_tiles_that_are_left_out_are_background(tmp_path):
         assert np.array_equal(found.read(0, 0, 0, 128, 128), image)
 
 
+@pytest.mark.parametrize("name", ["strips", "one strip", "planes"])
+def test_strips_without_compression_may_be_larger_than_memory_for_a_tile(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tiff, "_TILE_BYTES", 99)
+    image, options = {
+        **LAYOUTS,
+        "planes": (np.moveaxis(IMAGE, -1, 0), {**RGB, "planarconfig": "separate"}),
+    }[name]
+    for order in "<>":
+        tifffile.imwrite(tmp_path / "he.tif", image, byteorder=order, **options)
+        with open_pyramid(tmp_path / "he.tif") as found:
+            assert np.array_equal(found.read(0, -9, 40, 100, 90)[:, 9:], IMAGE[40:130, :91])
+            assert np.array_equal(found.read(0, 0, 0, WIDTH, HEIGHT), IMAGE)
+    deep = np.random.default_rng(1).integers(0, 60000, (HEIGHT, WIDTH), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "deep.tif", deep, byteorder=">", photometric="minisblack")
+    with open_pyramid(tmp_path / "deep.tif", plane=0) as found:
+        assert np.array_equal(found.read(0, 0, 0, WIDTH, HEIGHT), deep)
+
+
 def write_tiles(path, images, **options):
     """Write a page of compressed tiles of 64 x 64 px, row by row."""
     with tifffile.TiffWriter(path) as writer:
@@ -203,9 +221,12 @@ def test_files_that_are_no_images_are_refused(tmp_path):
     (tmp_path / "web.svs").write_bytes(b"<!DOCTYPE html>\n<HTML><body>Log in</body></HTML>")
     with pytest.raises(DamagedSlide, match=r"web\.svs: .*it is a web page \(HTML\)"):
         open_pyramid(tmp_path / "web.svs")
-    Image.fromarray(IMAGE).save(tmp_path / "he.png")
-    with pytest.raises(DamagedSlide, match=r"he\.png: .*PNG, JPEG\) must be converted"):
-        open_pyramid(tmp_path / "he.png")
+    Image.fromarray(IMAGE).save(tmp_path / "he.gif")
+    with pytest.raises(DamagedSlide, match=r"he\.gif: .*others must be converted"):
+        open_pyramid(tmp_path / "he.gif")
+    turned = write(tmp_path / "turned.tif", [IMAGE], **RGB, **TILE, extratags=[(274, "H", 1, 6)])
+    with pytest.raises(InputError, match=r"turned or mirrored \(orientation 6\)"):
+        open_pyramid(turned)
     (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"cut\.tif"), open_pyramid(tmp_path / "cut.tif") as image:
         image.read(0, 0, 0, WIDTH, HEIGHT)

@@ -61,6 +61,14 @@ def test_a_slide_of_one_kind_is_all_or_nothing(tmp_path, colour, share):
         assert tissue_mask(slide, 1.0).inside.mean() == share
 
 
+@pytest.mark.parametrize("side", [8, 20, 43, 256])  # px of 1 um; 2,000 um2 are the smallest piece on a slide
+@pytest.mark.parametrize(("colour", "share"), [(GLASS, 0), (TISSUE, 1), ((110, 75, 150), 1)])
+def test_images_of_a_few_cells_are_all_or_nothing(tmp_path, side, colour, share):
+    image = np.clip(np.random.default_rng(0).normal(colour, 5, (side, side, 3)), 0, 255)
+    with open_pyramid(write_image(tmp_path / "he.tif", image)) as slide:
+        assert tissue_mask(slide, 1.0).inside.mean() == share
+
+
 @pytest.mark.parametrize("levels", [1, 4])  # the last pixels of a level are no whole pixel of the next
 def test_a_nucleus_in_the_last_um_of_a_slide_is_in_the_tissue(tmp_path, levels):
     width, height = 327, 319  # cells of 8 px
