@@ -90,9 +90,11 @@ def _cell_means(image: Pyramid, mpp: float) -> tuple[NDArray[np.float32], float]
         for column in range(0, across, step):
             rows, columns = min(step, down - row), min(step, across - column)
             pixels = image.read(level, column * factor, row * factor, columns * factor, rows * factor)
-            shape = (rows, factor, columns, factor, image.channels)
-            block = means[row : row + rows, column : column + columns]
-            pixels.reshape(shape).mean(axis=(1, 3), dtype=np.float32, out=block)
+            # along whole rows first, in small integers: many times as fast as a mean over both axes
+            narrow = pixels.dtype == np.uint8 and factor <= 257
+            sums = pixels.reshape(rows, factor, -1).sum(axis=1, dtype=np.uint16 if narrow else np.uint64)
+            sums = sums.reshape(rows, columns, factor, image.channels).sum(axis=2, dtype=np.float64)
+            means[row : row + rows, column : column + columns] = sums / factor**2
     return means, factor * grid.downsample
 
 
