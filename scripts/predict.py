@@ -1,9 +1,9 @@
 """Predict the test fold of a split.
 
 Input: ``model`` (weights of the experiment), ``store`` (patch store of the test fold).
-Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label.
-Params: nucleus_threshold, batch_size, precision, class_map (class of the model -> class of the store; for zero-shot
-transfer, else None), trained_on (groups that a given model file has seen; else None).
+Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label, embedding.
+Params: nucleus_threshold, batch_size, precision, embeddings (whether they are kept), class_map (class of the model ->
+class of the store; for zero-shot transfer, else None), trained_on (groups that a given model file has seen; else None).
 """
 
 import logging
@@ -47,6 +47,7 @@ def main(snakemake):
         class_map=snakemake.params.class_map,
         device=device,
         precision=snakemake.params.precision,
+        embeddings=snakemake.params.embeddings,
         metadata=metadata,
         progress=True,
     )

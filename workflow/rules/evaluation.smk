@@ -24,6 +24,7 @@ rule predict:
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         batch_size=CONFIG.inference.batch_size,
         precision=CONFIG.inference.precision,
+        embeddings=CONFIG.inference.embeddings,
         class_map=lambda wildcards: class_map(wildcards.experiment),
         trained_on=lambda wildcards: CONFIG.experiments[wildcards.experiment].trained_on,
         code=code("predict"),

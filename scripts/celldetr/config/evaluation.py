@@ -14,6 +14,9 @@ class InferenceSettings(Settings):
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
     batch_size: BatchSize = Field(16, description="patches per batch")
     precision: Precision = Field("tf32", description=PRECISION)
+    embeddings: bool = Field(
+        False, description="keep the embeddings of the detections with the predictions (mode baseline has none)"
+    )
 
 
 class _CountingSettings(Settings):

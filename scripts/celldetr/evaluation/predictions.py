@@ -2,14 +2,16 @@
 
 One row per detection whose nucleus score reached the inference threshold. Columns: ``patch`` int32 (index in the store
 of the test fold), ``query`` int16, ``x0 y0 x1 y1`` float32 (px, half-open), ``nucleus_score`` float32,
-``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score). The schema metadata holds a JSON
-object under the key ``celldetr`` with at least ``classes``, ``n_patches``, ``nucleus_threshold``, ``store_digest`` and
-the ``mode`` of the model. A patch without detections has no rows.
+``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score), and ``embedding``, a fixed-size
+list of float32, if embeddings were asked for. The schema metadata holds a JSON object under the key ``celldetr`` with
+at least ``classes``, ``n_patches``, ``nucleus_threshold``, ``store_digest`` and the ``mode`` of the model. A patch
+without detections has no rows.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +27,7 @@ from celldetr.store import PatchStore
 METADATA_KEY = b"celldetr"
 _MOST_EXPANSION = 100  # of scores and coordinates, which hardly compress: a small file cannot take all memory
 _BOX_COLUMNS = ("x0", "y0", "x1", "y1")
+_ROWS = 16_384  # of a row group: 16 MB of embeddings
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Predictions:
     classes: tuple[str, ...]  # in the order of `class_scores`
     n_patches: int  # that were predicted, with or without detections
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of the file: experiment, split, ...
+    embeddings: NDArray[np.floating] | None = None  # (D, C); only written, as scoring needs none
 
     def __len__(self) -> int:
         return len(self.patch)
@@ -61,7 +65,9 @@ class Predictions:
 
     def select(self, keep: NDArray[np.bool_] | NDArray[np.integer]) -> "Predictions":
         """Return the detections where `keep` (D,) is true, or those at the indices `keep`."""
-        names = ("patch", "query", "boxes", "nucleus_score", "class_scores")
+        names: tuple[str, ...] = ("patch", "query", "boxes", "nucleus_score", "class_scores")
+        if self.embeddings is not None:
+            names = (*names, "embeddings")
         arrays: dict[str, Any] = {name: getattr(self, name)[keep] for name in names}
         return replace(self, **arrays)
 
@@ -80,25 +86,55 @@ class Predictions:
             )
 
 
-def write_predictions(path: str | os.PathLike[str], predictions: Predictions) -> None:
-    """Write the detections of a fold."""
+def write_predictions(path: str | os.PathLike[str], parts: Iterable[Predictions]) -> int:
+    """Write the detections of a fold, which come in parts (at least one), and return their number.
+
+    Parts are of one model and fold. Memory holds a part and a row group.
+    """
+    detections, waiting, rows = 0, [], 0
+    with atomic(path) as temporary, ExitStack() as stack:
+        writer = None
+        for part in parts:
+            table = _table(part)
+            if writer is None:
+                packed = [name for name in table.column_names if name != "embedding"]
+                writer = pq.ParquetWriter(
+                    temporary,
+                    table.schema,
+                    compression={name: "zstd" for name in packed},
+                    use_dictionary=packed,
+                    write_page_checksum=True,
+                )
+                stack.enter_context(writer)
+            waiting.append(table)
+            detections += len(part)
+            rows += len(part)
+            if rows >= _ROWS:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting, rows = [], 0
+        assert writer is not None
+        writer.write_table(pa.concat_tables([*waiting, table.slice(0, 0)]).combine_chunks())
+    return detections
+
+
+def _table(predictions: Predictions) -> pa.Table:
     columns: dict[str, Any] = {"patch": predictions.patch.astype(np.int32), "query": predictions.query.astype(np.int16)}
     values = {name: predictions.boxes[:, index] for index, name in enumerate(_BOX_COLUMNS)}
     values["nucleus_score"] = predictions.nucleus_score
     values |= {f"score_{name}": predictions.class_scores[:, index] for index, name in enumerate(predictions.classes)}
     columns |= {name: value.astype(np.float32) for name, value in values.items()}
     columns["label"] = predictions.labels
+    fields = [pa.field(name, pa.from_numpy_dtype(values.dtype), nullable=False) for name, values in columns.items()]
+    if predictions.embeddings is not None:
+        flat = pa.array(predictions.embeddings.astype(np.float32).reshape(-1))
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, predictions.embeddings.shape[1])
+        fields.append(pa.field("embedding", columns["embedding"].type, nullable=False))
     metadata = {**predictions.metadata, "classes": list(predictions.classes), "n_patches": predictions.n_patches}
-    schema = pa.schema(
-        [pa.field(name, pa.from_numpy_dtype(values.dtype), nullable=False) for name, values in columns.items()],
-        metadata={METADATA_KEY: json.dumps(metadata).encode()},
-    )
-    with atomic(path) as temporary:
-        pq.write_table(pa.table(columns, schema), temporary, compression="zstd", write_page_checksum=True)
+    return pa.table(columns, pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()}))
 
 
 def read_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """Read a predictions file.
+    """Read a predictions file, without the embeddings.
 
     Raises
     ------
@@ -109,7 +145,8 @@ def read_predictions(path: str | os.PathLike[str]) -> Predictions:
         file = pq.read_metadata(path)
         if 4 * file.num_rows * file.num_columns > _MOST_EXPANSION * os.path.getsize(path):
             raise ValueError(f"{file.num_rows} detections, more than a file of this size holds")
-        table = pq.read_table(path, page_checksum_verification=True)
+        names = [name for name in pq.read_schema(path).names if name != "embedding"]
+        table = pq.read_table(path, columns=names, page_checksum_verification=True)
         metadata = json.loads(table.schema.metadata[METADATA_KEY])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,15 @@ def predict_fold(
     class_map: Mapping[str, str] | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
+    embeddings: bool = False,
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> int:
     """Predict all patches of a store in order, write them as Parquet, and return the number of detections.
 
     Boxes are clipped to the patch, px; the file is described in `celldetr.evaluation.predictions`. The model is on
-    `device`; for precision see `celldetr.model.device.computing_in`. `metadata` are more JSON values for the file.
+    `device`; for precision see `celldetr.model.device.computing_in`. `metadata` are more JSON values for the file. With
+    `embeddings` the file also holds those of the detections, which a model of mode ``baseline`` does not have.
 
     `class_map` gives the class of the store for each class of a model that was trained on others (zero-shot transfer,
     paper, 4.4). The score of a class is the maximum of those mapped to it; a class without any scores 0 and is listed
@@ -53,32 +56,46 @@ def predict_fold(
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
-    empty = (np.empty(0, int), np.empty(0, int), np.empty((0, 4)), np.empty(0), np.empty((0, len(store.classes))))
-    rows: list[tuple[NDArray[Any], ...]] = [empty]
-    for start, images in _batches(store, batch_size, progress):
-        found = read_batch(model, images, device=device, precision=precision, nucleus_threshold=nucleus_threshold)[0]
-        clipped = found.boxes.clip(0, store.patch_size)
-        mapped = np.stack([found.class_scores[:, columns].max(axis=1, initial=0.0) for columns in sources], axis=1)
-        rows.append((found.image + start, found.query, clipped, found.nucleus_score, mapped))
     own = {
         "test_store": store.path.stem,
         "store_digest": store.digest,
         "nucleus_threshold": nucleus_threshold,
         "mode": model.settings.mode,
     }
-    patch, queries, boxes, nucleus, scores = (np.concatenate(column) for column in zip(*rows, strict=True))
-    predictions = Predictions(
-        patch,
-        queries,
-        boxes,
-        nucleus,
-        scores,
+    if embeddings and model.baseline:
+        log.warning("%s: a model of mode baseline has no embeddings, the file will have none", path)
+    width = model.settings.d_model if embeddings and not model.baseline else None
+    empty = Predictions(
+        np.empty(0, int),
+        np.empty(0, int),
+        np.empty((0, 4)),
+        np.empty(0),
+        np.empty((0, len(store.classes))),
         classes=store.classes,
         n_patches=store.n_patches,
         metadata={**(metadata or {}), **own, **({"absent": absent} if absent else {})},
+        embeddings=None if width is None else np.empty((0, width), np.float32),
     )
-    write_predictions(path, predictions)
-    if store.n_patches and not len(predictions):
+
+    def parts() -> Iterator[Predictions]:
+        yield empty
+        for start, images in _batches(store, batch_size, progress):
+            found, _ = read_batch(
+                model, images, device=device, precision=precision, nucleus_threshold=nucleus_threshold
+            )
+            scores = [found.class_scores[:, columns].max(axis=1, initial=0.0) for columns in sources]
+            yield replace(
+                empty,
+                patch=found.image + start,
+                query=found.query,
+                boxes=found.boxes.clip(0, store.patch_size),
+                nucleus_score=found.nucleus_score,
+                class_scores=np.stack(scores, axis=1),
+                embeddings=None if width is None else found.embeddings,
+            )
+
+    detections = write_predictions(path, parts())
+    if store.n_patches and not detections:
         log.warning(
             "%s: no detection in %d patches reached a nucleus score of %g: the model is not trained enough, or the "
             "threshold is too high",
@@ -86,7 +103,7 @@ def predict_fold(
             store.n_patches,
             nucleus_threshold,
         )
-    return len(predictions)
+    return detections
 
 
 def attend_patches(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small_model import small_model, small_settings
@@ -122,7 +123,7 @@ def test_a_model_predicts_nothing_that_it_has_seen(store, tmp_path):
     def run(named, declared):
         save_model(tmp_path / "m.pt", CellDETR(settings), settings, {} if named is None else {"trained_on": named})
         inputs = SimpleNamespace(model=tmp_path / "m.pt", store=store.path)
-        params = SimpleNamespace(**LIMITS, precision="fp32", class_map=None, trained_on=declared)
+        params = SimpleNamespace(**LIMITS, precision="fp32", embeddings=False, class_map=None, trained_on=declared)
         output = [tmp_path / "p.parquet"]
         predict.main(SimpleNamespace(input=inputs, params=params, wildcards=wildcards, output=output, threads=1))
         return read_predictions(output[0]).metadata["trained_on"]
@@ -195,6 +196,24 @@ def test_random_weights_predict_the_same_in_every_batch_size_and_nearly_in_bf16(
     np.testing.assert_allclose(found[0].boxes, found[1].boxes, atol=1e-3)
     np.testing.assert_allclose(found[0].class_scores, found[1].class_scores, atol=1e-5)
     assert 0 < np.abs(found[1].boxes - found[2].boxes).mean() < 1
+
+
+@pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
+def test_embeddings_are_those_that_the_classes_are_read_from(store, tmp_path, caplog, mode):
+    model, path = small_model(mode, classes=store.classes), tmp_path / "a.parquet"
+    predict_fold(model, store, path, nucleus_threshold=0.0, batch_size=3, embeddings=True)
+    table = pq.read_table(path)
+    if mode == "baseline":
+        assert "embedding" not in table.column_names
+        assert "a model of mode baseline has no embeddings" in caplog.text
+        return
+    own = np.stack(table.column("embedding").to_numpy())
+    assert own.shape == (10 * store.n_patches, model.settings.d_model)
+    with torch.no_grad():
+        scores = model.classify(torch.from_numpy(own)).sigmoid().numpy()
+    stored = np.stack([table.column(f"score_{name}").to_numpy() for name in store.classes], axis=1)
+    np.testing.assert_allclose(stored, scores, atol=1e-5)
+    assert np.ptp(stored, axis=0).min() > 1e-4  # rows differ, so that others would be noticed
 
 
 @pytest.mark.parametrize("mode", ["baseline", "sequential", "parallel"])
