@@ -18,6 +18,7 @@ from strategies import DEEP, NUMBERS, damages, dump, mutations, refused, tries
 
 from celldetr.example.xenium.sample import write_xenium
 from celldetr.pannuke.archive import NpyMember
+from celldetr.slides import geojson
 from celldetr.slides.outlines import read_nucleus_file
 from celldetr.xenium.celltypes.reference import prepare_reference
 from celldetr.xenium.output import read_counts, read_nuclei, read_pixel_size
@@ -93,6 +94,44 @@ def check_nuclei(found):
 def test_geojson(folder, data, damage):
     content = damage(dump(GEOJSON)) if damage else dump(data.draw(mutations(GEOJSON, most=3))[0])
     check_nuclei(read_damaged(folder / "a.geojson", content, outlines))
+
+
+LIST = [
+    {"type": "Feature", "id": "x", "geometry": shapely.geometry.mapping(shapely.Point(9, 9).buffer(5))},
+    {"type": "Feature", "id": 7, "properties": {"objectType": "cell", "cell_id": "a"}, **GEOJSON["features"][0]},
+    {"type": "Feature", "properties": None, **GEOJSON["features"][1], "nucleusGeometry": None},
+    {"type": "Feature", "id": "PathCellObject", **GEOJSON["features"][0], "nucleusGeometry": {"type": "Point"}},
+    {"type": "Feature", "geometry": {"type": "LineString", "coordinates": [[1, 2, 3], [4, 5, 6]]}},
+    {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[*corner, 1] for corner in square(5, 5)]]}},
+]
+
+
+def batches_of(path):
+    found = [([*shapely.to_wkb(shapes)], kinds.tolist(), ids) for shapes, kinds, ids in geojson.read_geojson(path)]
+    return [sum(parts, []) for parts in zip(*found, strict=True)]
+
+
+@tries(150)
+@given(
+    data=st.data(),
+    damage=st.one_of(st.none(), st.none(), damages()),
+    head=st.sampled_from(["features", "cells", "other", None]),
+    indent=st.sampled_from([None, 1]),
+    block=st.sampled_from([16, 300, 1 << 20]),
+)
+def test_features_read_in_blocks_are_those_read_one_by_one(folder, data, damage, head, indent, block):
+    features = LIST if damage else data.draw(mutations(LIST, most=2))[0]
+    content = json.dumps(features if head is None else {"type": "x", head: features, "name": "n"}, indent=indent)
+    path = folder / "a.geojson"
+    path.write_bytes(damage(content.encode()) if damage else content.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geojson, "_BLOCK", block)
+        fast = refused(batches_of, path)
+        patch.setattr(geojson, "_fast_outlines", lambda stream: [])
+        slow = refused(batches_of, path)
+    if "integer overflow" not in str(slow[0]):  # orjson reads such a number
+        assert fast[1] == slow[1]
+        assert (fast[0] is None) == (slow[0] is None)
 
 
 LONG = b'[{"geometry": {"type": "Polygon", "coordinates": [[[1, 2], [3, ' + b"9" * 5000 + b"], [5, 6]]]}}]"

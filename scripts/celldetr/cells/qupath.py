@@ -2,8 +2,9 @@
 
 QuPath's reader asks for more than GeoJSON does, and stops at the first object that is otherwise: a geometry and closed,
 valid rings; a class with name and colour, or none; measurements that are numbers; no null. It ignores ids that are no
-UUIDs, therefore a cell's own id is its name. Coordinates are px of level 0 from the corner of the scanned part of the
-slide, where QuPath's images of OpenSlide start; with two decimals, which is all that QuPath keeps.
+UUIDs, therefore a cell's own id is its name (and ``cell_id``, which we read). Coordinates are px of level 0 from the
+corner of the scanned part of the slide, where QuPath's images of OpenSlide start; with two decimals, which is all that
+QuPath keeps.
 """
 
 import gzip
@@ -73,7 +74,7 @@ def _texts(cells: CellFile) -> Iterator[bytes]:
         for cell_id, known, geometry, kind, status, row in zip(
             ids, is_uuid, geometries, types, batch["status"].to_pylist(), values, strict=True
         ):
-            properties: dict[str, Any] = {"objectType": "detection", "name": cell_id}
+            properties: dict[str, Any] = {"objectType": "detection", "name": cell_id, "cell_id": cell_id}
             if kind is not None:
                 properties["classification"] = classes[kind]
             properties["measurements"] = {

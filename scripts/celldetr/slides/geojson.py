@@ -1,5 +1,8 @@
 """Outlines of GeoJSON, read as a stream: objects of Python would take ten times the memory of the file.
 
+orjson reads the features of one list block by block; what is not such a list, and every odd feature, goes to ijson,
+which is slower by far but stops nowhere for memory.
+
 A file holds one document or several, one after another or on a line each (GeoJSONSeq): features, geometries, lists or
 collections of them. It may be compressed (gzip, zip). CellViT writes one feature for each cell type: a MultiPolygon of
 all its nuclei; and ``cells.json``, which is no GeoJSON: an object whose ``cells`` have a ``contour`` in px of level 0.
@@ -8,6 +11,8 @@ QuPath's cells have two outlines; that of the nucleus is read.
 
 import contextlib
 import gzip
+import io
+import re
 import zipfile
 from array import array
 from collections.abc import Iterator
@@ -17,6 +22,7 @@ from typing import IO, Any, NamedTuple
 
 import ijson
 import numpy as np
+import orjson
 import shapely
 from numpy.typing import NDArray
 
@@ -47,6 +53,12 @@ _MOST_POLYGONS = 20_000_000  # of a geometry
 _CORNERS = 3  # fewest of a ring; it need not be closed
 _NO_POLYGON = shapely.Point(0, 0)  # stands for a geometry of another type
 _LISTS = {"features", "geometries", "cells"}  # keys of what a collection holds
+_BLOCK, _LARGEST_BLOCK = 1 << 14, 1 << 24  # bytes that orjson reads at once (larger is slower); a feature may need more
+_LIST = re.compile(rb'\s*\[|[^\x00]{0,9999}?"(?:features|cells)"\s*:\s*\[')  # from the start of the file
+_FIRST_KEY = re.compile(rb'\s*\{\s*("[A-Za-z_]+")')  # of the first feature; also that of the others, most likely
+_BETWEEN = re.compile(rb"\}\s*(,)\s*\{\s*\Z")  # what is in front of the first key of another feature
+_FARTHEST = 256  # bytes that these may have
+_PLAIN = {"type", "coordinates", "bbox", "plane", "isEllipse"}  # keys of a geometry without others in it
 _BOM, _SEPARATOR = b"\xef\xbb\xbf", b"\x1e"
 
 
@@ -64,7 +76,9 @@ def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_], l
     read = 0
     try:
         with contextlib.ExitStack() as stack:
-            for outline in _outlines(ijson.basic_parse(_open(path, stack), use_float=True, multiple_values=True)):
+            stream = _open(path, stack)
+            slowly = _outlines(ijson.basic_parse(stream, use_float=True, multiple_values=True))
+            for outline in chain(_fast_outlines(stream), slowly):
                 batch.append(outline)
                 read += 1
                 if len(batch) == _BATCH:
@@ -102,9 +116,11 @@ class _Stream:
 
     def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
         self._file = file
+        self.ahead = b""  # what is read first
 
     def read(self, size: int = -1) -> bytes:
-        return self._file.read(size).replace(_SEPARATOR, b" ")
+        ahead, self.ahead = self.ahead[:size], self.ahead[size:]
+        return ahead or self._file.read(size).replace(_SEPARATOR, b" ")
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> _Stream:
@@ -123,6 +139,104 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _Stream:
     if file.read(len(_BOM)) != _BOM:
         file.seek(0)
     return _Stream(file)
+
+
+def _fast_outlines(stream: _Stream) -> Iterator[Outline]:
+    """Yield the outlines of the features at the start of a list, and leave a shorter document with the others.
+
+    A block of the list is valid JSON by itself if, and only if, it holds whole features.
+    """
+    text = stream.read(_BLOCK)
+    found = _LIST.match(text)
+    head = found.group() if found else b""
+    if not _opens_list(head) or not (first := _FIRST_KEY.match(text, len(head))):
+        stream.ahead = text
+        return
+    key, text, more = first.group(1), text[len(head) :], True
+    while more and len(text) < _LARGEST_BLOCK:
+        if end := _end_of_features(text, key):
+            try:
+                features = orjson.loads(b"[" + text[:end] + b"]")
+            except orjson.JSONDecodeError:
+                break
+            text = text[end + 1 :]
+            for feature in features:
+                fast = _plain_outline(feature)
+                if fast is not None:
+                    yield fast
+                else:
+                    yield from _outlines(ijson.basic_parse(io.BytesIO(orjson.dumps([feature])), use_float=True))
+        block = stream.read(max(_BLOCK, len(text)))
+        more, text = bool(block), text + block
+    stream.ahead = head + text
+
+
+def _opens_list(head: bytes) -> bool:
+    """Whether a text opens an array, or an object and in it the array of a collection."""
+    try:
+        values = orjson.loads(head + (b"]" if head.strip() == b"[" else b"]}"))
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(values, list) or (len(_LISTS & values.keys()) == 1 and list(values)[-1] in _LISTS)
+
+
+def _end_of_features(text: bytes, key: bytes) -> int:
+    """Return the place of the last comma that is followed by an object starting with `key`; 0 if there is none."""
+    place = len(text)
+    while (place := text.rfind(key, 0, place)) > 0:
+        if between := _BETWEEN.search(text, max(0, place - _FARTHEST), place):
+            return between.start(1)
+    return 0
+
+
+def _plain_outline(feature: Any) -> Outline | None:
+    """Return the outline of a feature, or of a cell of CellViT, as `_object` does; None if it is in any way odd."""
+    if not isinstance(feature, dict) or "coordinates" in feature or _LISTS & feature.keys():
+        return None
+    if "geometry" not in feature:
+        ring = _ring(feature.get("contour"))
+        return Outline([[ring]]) if ring else None
+    nucleus = feature.get("nucleusGeometry")
+    geometry = nucleus if isinstance(nucleus, dict) else feature["geometry"]
+    properties = feature.get("properties") or {}
+    if not isinstance(geometry, dict) or not geometry.keys() <= _PLAIN or not isinstance(properties, dict):
+        return None
+    form, kind = geometry.get("type"), properties.get("objectType", "")
+    if {type(form), type(kind)} != {str} or "object_type" in properties or "coordinates" not in geometry:
+        return None
+    polygons = geometry["coordinates"] if form == "MultiPolygon" else [geometry["coordinates"]]
+    found: list[Polygon] | None = None
+    if form in ("Polygon", "MultiPolygon"):
+        found = []
+        for polygon in polygons if isinstance(polygons, list) else [None]:
+            rings = [_ring(ring) for ring in polygon] if isinstance(polygon, list) else []
+            if not rings or None in rings:
+                return None
+            found.append([ring for ring in rings if ring])
+        if not found:
+            return None
+    identity, word = _word(properties.get("cell_id")), _word(feature.get("id"))
+    return _named(found, kind, identity, word, nucleus=geometry is nucleus)
+
+
+def _word(value: Any) -> str:
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
+def _ring(corners: Any) -> bytes | None:
+    """Return an array of corners as bytes; None if they are not two numbers each, or three with a height."""
+    if not isinstance(corners, list) or not _CORNERS <= len(corners) <= MOST_CORNERS:
+        return None
+    try:
+        (width,) = set(map(len, corners))
+        numbers = list(chain.from_iterable(corners))
+    except (TypeError, ValueError):
+        return None
+    if width not in (2, 3) or not set(map(type, numbers)) <= {int, float}:
+        return None
+    if width == 3:
+        del numbers[2::3]
+    return array("d", numbers).tobytes()
 
 
 def _outlines(events: Events) -> Iterator[Outline]:
@@ -164,14 +278,19 @@ def _object(events: Events) -> Iterator[Outline]:
     elif "geometry" in values:
         found = geometries.get("nucleusGeometry", geometries.get("geometry", [Outline([])]))
         word = str(values["id"]) if values.get("id") is not None else ""
-        if word.startswith("Path") and word.endswith("Object"):  # QuPath 0.2 writes the kind of an object there
-            kind, word = kind or word.removeprefix("Path").removesuffix("Object").lower(), ""
-        kind = "detection" if "nucleusGeometry" in geometries else kind
-        yield from (Outline(outline.polygons, kind, identity or word) for outline in found)
+        nucleus = "nucleusGeometry" in geometries
+        yield from (_named(outline.polygons, kind, identity, word, nucleus=nucleus) for outline in found)
     elif {"contour", "centroid"} & set(values):
         yield from _geometry("Polygon" if "contour" in values else "Point", [coordinates])
     elif not _LISTS & set(values):
         raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(list(values)[:9])})")
+
+
+def _named(polygons: list[Polygon] | None, kind: str, identity: str, word: str, *, nucleus: bool) -> Outline:
+    """Return an outline with its kind, and as id the property `identity` or else `word`, the id of the feature."""
+    if word.startswith("Path") and word.endswith("Object"):  # QuPath 0.2 writes the kind of an object there
+        kind, word = kind or word.removeprefix("Path").removesuffix("Object").lower(), ""
+    return Outline(polygons, "detection" if nucleus else kind, identity or word)
 
 
 def _geometry(kind: Any, coordinates: Any) -> Iterator[Outline]:

@@ -27,6 +27,7 @@ from celldetr.cells.table import STATUSES, CellFile, named
 from celldetr.cells.table import writer as cell_writer
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.runtime.errors import InputError
+from celldetr.slides.geojson import read_geojson
 from celldetr.slides.outlines import read_nucleus_file
 
 COUNT, WIDTH, ORIGIN, MPP = 300, 8, (700, 1300), 0.25
@@ -189,6 +190,8 @@ def test_geojson_holds_the_cells_in_the_frame_of_qupath(cells, tmp_path):
     np.testing.assert_allclose(shapely.bounds(found), shapely.bounds(shapes), atol=0.0051)
     good = np.arange(COUNT) != 13
     np.testing.assert_allclose(shapely.area(found)[good], shapely.area(shapes)[good], atol=0.5)
+    (batch,) = read_geojson(tmp_path / "a.geojson.gz")
+    assert batch[2] == list(frame.index)
     write_geojson(cells, tmp_path / "b.geojson.gz")
     assert (tmp_path / "a.geojson.gz").read_bytes() == (tmp_path / "b.geojson.gz").read_bytes()
 
