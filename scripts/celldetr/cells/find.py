@@ -1,15 +1,47 @@
 """Find and embed the cells of a slide: a folder of parts, from which `celldetr.cells.join` makes one file."""
 
+import dataclasses
+import hashlib
+import json
+import logging
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import shapely
+import torch
 from numpy.typing import NDArray
 
 from celldetr.cells.given import GivenCells
+from celldetr.cells.given_tiles import AGREEMENT_UM, GivenTiles, Shown, compare
 from celldetr.cells.model import CellModel
+from celldetr.cells.parts import OUTSIDE_PART, SUMMARY, PartWriter, Tally, parts_of, read_summary, unfinished
+from celldetr.cells.plan import Plan, plan_tiles
+from celldetr.cells.rows import DAMAGED, OUTSIDE, READ, Rows
+from celldetr.cells.table import ROWS, CellsInfo, writer
+from celldetr.cells.tiling import Tiles, Tiling
+from celldetr.inference.batch import FoundNuclei, GivenNuclei, read_batch
+from celldetr.model.device import resolve_precision
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import atomic, write_json
+from celldetr.runtime.provenance import origin
+from celldetr.slides.cutting import read_blocks
+from celldetr.slides.damage import log_damage, open_slide
+from celldetr.slides.pyramid import Pyramid
+from celldetr.store.seen import has_seen
+
+log = logging.getLogger(__name__)
+
+_WAITING = 4  # batches whose rows are not written yet
+_LOGGED = 1000  # tiles between two messages
 
 
 @dataclass(frozen=True)
@@ -76,4 +108,217 @@ def find_cells(
         The model has no classes or embeddings; the slide cannot be read, see `celldetr.slides.damage.open_slide`; the
         region lies outside of the slide; there is no tissue (`NothingFound`); a tile cannot be decoded.
     """
-    raise NotImplementedError
+    _check_model(model, settings, given)
+    out, start = Path(out), time.perf_counter()
+    with open_slide(slide.file, slide.mpp, slide.name, skip=settings.on_damage == "skip") as image:
+        tiles = Tiles.over(Tiling.of(model.size, model.mpp, settings.margin_um), image.size, float(image.mpp or 0))
+        depends = _depends_on(slide, tiles, model, settings, given, region, identity or {})
+        own = {**depends, "job": list(job)}
+        if (out / SUMMARY).exists() and read_summary(out)["identity"] == own:
+            log.info("%s: complete already", out)
+            return
+        plan = plan_tiles(image, tiles, slide.name, given=given, region=region)
+        info = _info(slide, image, model, settings, plan, given is not None)
+    seconds = {"tissue": time.perf_counter() - start}
+    batches = math.ceil(len(plan.tiles) / settings.batch_size)
+    first, last = (
+        min(batches * number // job[1] * settings.batch_size, len(plan.tiles)) for number in (job[0] - 1, job[0])
+    )
+    rows = Rows(plan.tiles, info, settings.dtype, settings.class_threshold, plan.region)
+    with unfinished(out, own) as folder:
+        done = list(parts_of(folder, first))
+        begin = done[-1].stop if done else first
+        if done:
+            log.info("%s: going on after %d of %d tiles", slide.name, begin - first, last - first)
+        read_tiles = _Reading(slide, model, settings, plan, rows, workers)
+        read_tiles.run(PartWriter(folder, rows.schema, begin), begin, last)
+        if job[0] == 1 and plan.given is not None and len(plan.given.outside):
+            _write_outside(folder, rows, plan.given)
+        tally = Tally(seconds=seconds)
+        for part in parts_of(folder, first):
+            tally.add(part.tally)
+        log_damage(slide.name, tally.damaged)
+        log.info("%s: %d tiles in %s s", slide.name, tally.counts["tiles"], {k: round(v) for k, v in seconds.items()})
+        content = {"identity": own, "range": [first, last], "info": dataclasses.asdict(info), **vars(tally)}
+        write_json(folder / SUMMARY, {**content, "dtype": settings.dtype, "given": plan.expected})
+
+
+def _check_model(model: CellModel, settings: FindSettings, given: GivenCells | None) -> None:
+    """Refuse a model that cannot do what is wanted."""
+    name = (model.source or {}).get("file", "the model")
+    if given is not None and not settings.embeddings:
+        raise ValueError("given cells are embedded; embeddings must be true")
+    if settings.embeddings and model.net.baseline:
+        raise InputError(
+            f"{name}: got a model of mode baseline, which has no representation decoder and no embeddings; expected "
+            "one of mode sequential or parallel"
+        )
+    if settings.embeddings and not model.net.settings.classes:
+        raise InputError(
+            f"{name}: got a model without classes (from pretraining), expected one with cell types; train an "
+            "experiment of stage supervised from it and use that model"
+        )
+
+
+def _depends_on(
+    slide: Slide,
+    tiles: Tiles,
+    model: CellModel,
+    settings: FindSettings,
+    given: GivenCells | None,
+    region: NDArray[Any] | None,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Name what the cells depend on (JSON values)."""
+    state, source = slide.file.stat(), model.source or {}
+    values = {
+        "slide": [slide.name, slide.group, state.st_size, state.st_mtime_ns, *tiles.image_size, tiles.image_mpp],
+        "model": [source.get("sha256"), model.size, model.mpp, resolve_precision(model.precision, model.device)],
+        "settings": dataclasses.asdict(settings),
+        "given": None if given is None else _digest(given.ids.tolist(), shapely.to_wkb(given.outlines).tolist()),
+        "region": None if region is None else _digest(shapely.to_wkb(region).tolist()),
+        "more": dict(more),
+    }
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
+
+
+def _digest(*columns: Sequence[str | bytes]) -> str:
+    digest = hashlib.sha256()
+    for column in columns:
+        for value in column:
+            digest.update((value if isinstance(value, bytes) else value.encode()) + b"\0")
+    return digest.hexdigest()
+
+
+def _info(slide: Slide, image: Pyramid, model: CellModel, settings: FindSettings, plan: Plan, given: bool) -> CellsInfo:
+    source = dict(model.source or {})
+    trained_on, began = source.get("trained_on"), origin()
+    device = torch.cuda.get_device_name(model.device) if model.device.startswith("cuda") else "cpu"
+    return CellsInfo(
+        slide=slide.name,
+        file=slide.file.name,
+        mpp=plan.tiles.image_mpp,
+        size=image.size,
+        origin=image.origin,
+        classes=tuple(model.net.settings.classes) if settings.embeddings else (),
+        width=model.net.settings.d_model if settings.embeddings else 0,
+        given=given,
+        model={**source, "seen": None if trained_on is None else has_seen(trained_on, slide.group)},
+        settings={
+            **dataclasses.asdict(settings),
+            "mpp": model.mpp,
+            "patch_size": model.size,
+            "precision": resolve_precision(model.precision, model.device),
+            "region": plan.region is not None,
+        },
+        areas=plan.areas,
+        provenance={**{key: began[key] for key in ("git_revision", "versions", "started")}, "device": device},
+    )
+
+
+def _write_outside(folder: Path, rows: Rows, given: GivenTiles) -> None:
+    """Write the given cells that lie outside of the slide as one more part."""
+    with atomic(folder / OUTSIDE_PART) as temporary, writer(temporary, rows.schema) as file:
+        for start in range(0, len(given.outside), ROWS):
+            index = given.outside[start : start + ROWS]
+            file.write_table(rows.given(given.cells, index, np.full(len(index), -1), OUTSIDE))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The work of a job: threads read tiles, this thread runs the model, and one thread writes."""
+
+    slide: Slide
+    model: CellModel
+    settings: FindSettings
+    plan: Plan
+    rows: Rows
+    workers: int
+
+    def run(self, parts: PartWriter, start: int, stop: int) -> None:
+        """Read the tiles from `start` to `stop`."""
+        blocks = read_blocks(
+            self.slide.file,
+            self.plan.tiles.grid(start, stop),
+            size=self.settings.batch_size,
+            workers=self.workers,
+            skip=self.settings.on_damage == "skip",
+        )
+        waiting: deque[Future[None]] = deque()
+        writing = ThreadPoolExecutor(1)
+        try:
+            now = time.perf_counter()
+            for block in blocks:
+                tally = Tally(seconds={"read": time.perf_counter() - now})
+                now = time.perf_counter()
+                make = self._batch(block.numbers + start, block.pixels)
+                tally.seconds["model"] = time.perf_counter() - now
+                damaged = np.array(sorted(block.damaged), np.int64) + start
+                end = int(max(block.numbers.max(initial=0), max(block.damaged, default=0))) + start + 1
+                tally.damaged = list(block.damaged.values())
+                waiting.append(writing.submit(self._write, parts, make, tally, block.numbers + start, damaged, end))
+                if len(waiting) > _WAITING:
+                    waiting.popleft().result()
+                if end // _LOGGED > (end - len(block.numbers)) // _LOGGED:
+                    log.info("%s: %d of %d tiles", self.slide.name, end - start, stop - start)
+                now = time.perf_counter()
+            for future in waiting:
+                future.result()
+        finally:
+            writing.shutdown(cancel_futures=True)
+        parts.flush(stop)
+
+    def _batch(
+        self, numbers: NDArray[np.int64], pixels: NDArray[np.uint8]
+    ) -> Callable[[], tuple[pa.Table, Counter[str]]]:
+        """Run the model on tiles (B,); returns what makes their rows and counts."""
+        if not len(numbers):
+            return lambda: (self.rows.schema.empty_table(), Counter())
+        given = self.plan.given
+        shown = None if given is None else given.shown(numbers.tolist())
+        nuclei, embedded = read_batch(
+            self.model.net,
+            pixels,
+            device=self.model.device,
+            precision=self.model.precision,
+            nucleus_threshold=self.settings.nucleus_threshold,
+            given=None if shown is None else [tile.boxes for tile in shown],
+            represent=self.settings.embeddings,
+        )
+        if shown is None:
+            return lambda: (self.rows.found(numbers, nuclei), Counter())
+        return lambda: self._given_rows(numbers, shown, nuclei, embedded)
+
+    def _given_rows(
+        self, numbers: NDArray[np.int64], shown: Sequence[Shown], nuclei: FoundNuclei, embedded: GivenNuclei
+    ) -> tuple[pa.Table, Counter[str]]:
+        assert self.plan.given is not None
+        counted = self.rows.detections(numbers, nuclei)
+        scores, counts = compare(shown, nuclei, counted, AGREEMENT_UM / self.model.mpp)
+        own = np.concatenate([tile.own for tile in shown])
+        index = np.concatenate([tile.cells for tile in shown])[own]
+        tile = np.repeat(numbers, [int(tile.own.sum()) for tile in shown])
+        mine = GivenNuclei(*(values[own] for values in embedded))
+        return self.rows.given(self.plan.given.cells, index, tile, READ, mine, scores), counts
+
+    def _write(
+        self,
+        parts: PartWriter,
+        make: Callable[[], tuple[pa.Table, Counter[str]]],
+        tally: Tally,
+        numbers: NDArray[np.int64],
+        damaged: NDArray[np.int64],
+        stop: int,
+    ) -> None:
+        now = time.perf_counter()
+        table, counts = make()
+        if self.plan.given is not None and len(damaged):
+            own = [self.plan.given.of(int(number)) for number in damaged]
+            tile = np.repeat(damaged, [len(cells) for cells in own])
+            lost = self.rows.given(self.plan.given.cells, np.concatenate(own), tile, DAMAGED)
+            table = pa.concat_tables([table, lost])
+        tally.counts = counts + Counter({"tiles": len(numbers), "tiles damaged": len(damaged)})
+        tally.read_mm2 = float(self.plan.mm2[numbers].sum())
+        tally.seconds["write"] = time.perf_counter() - now
+        parts.add(table, tally, stop)

@@ -1,13 +1,35 @@
 """Join the parts that `celldetr.cells.find` has written into the one file of a slide's cells."""
 
+import logging
 import os
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from celldetr.cells.table import CellsInfo
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from celldetr.cells.parts import OUTSIDE_PART, parts_of, read_summary
+from celldetr.cells.stitching import doubles, near_seams
+from celldetr.cells.table import METADATA_KEY, ROWS, STATUSES, CellsInfo, NothingFound, cell_schema, writer
+from celldetr.runtime.errors import InputError
+from celldetr.runtime.files import atomic
+
+log = logging.getLogger(__name__)
+
+_SMALL = ["x_um", "y_um", "width_um", "height_um", "tile", "edge_um"]
 
 
 def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> CellsInfo:
     """Write the file of a slide's cells from the folders of all jobs that share it; each nucleus once.
+
+    Memory holds a few thousand cells, and boxes of those near the borders of cores.
 
     Raises
     ------
@@ -15,4 +37,144 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
         A folder is missing, incomplete or of another slide, model, setting or number of jobs; or no cell was found
         (`NothingFound`).
     """
-    raise NotImplementedError
+    start = time.perf_counter()
+    summaries = _in_order(folders)
+    files = [file for folder, summary in summaries for file in _files(folder, summary["range"])]
+    files += [file for folder, _ in summaries if (file := folder / OUTSIDE_PART).exists()]
+    info, first = _merged(summaries), summaries[0][1]
+    gone, rows = np.empty(0, np.int64), sum(pq.read_metadata(file).num_rows for file in files)
+    if not info.given:
+        margin_um = round(info.settings["margin_um"] / info.settings["mpp"]) * info.settings["mpp"]
+        gone = _doubles(files, margin_um)
+    cells = rows - len(gone)
+    if first["given"] not in (None, cells):
+        raise InputError(f"{path}: got {cells} rows of {first['given']} given cells; find the cells again")
+    if not cells:
+        raise NothingFound(
+            f"{info.slide}: no cell was found in {info.counts['tiles']} tiles: none had a nucleus score of "
+            f"{info.settings['nucleus_threshold']:g}. Lower nucleus_threshold, or see whether the model was trained on "
+            "this stain and tissue and whether the slide's um per px is right"
+        )
+    schema = cell_schema(info, first["dtype"])
+    statuses = Counter[str]()
+    with atomic(path) as temporary, writer(temporary, schema.with_metadata(_without_info(schema))) as file:
+        for table in _numbered(files, gone, schema, info.given):
+            statuses.update(dict(zip(*_counted(table), strict=True)))
+            file.write_table(table, row_group_size=ROWS)
+        counts = {**info.counts, "findings": rows, "doubles": len(gone), "cells": cells}
+        counts |= {f"cells {name}": statuses[name] for name in STATUSES[1:] if info.given}
+        info = replace(info, counts=counts, seconds={**info.seconds, "join": time.perf_counter() - start})
+        file.add_key_value_metadata({METADATA_KEY: info.to_json()})
+    log.info("%s: %d cells, %d doubles at borders of tiles", info.slide, cells, len(gone))
+    return info
+
+
+def _in_order(folders: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Folders with their summaries in the order of the jobs, which must be all jobs of one slide."""
+    found = sorted(((Path(folder), read_summary(folder)) for folder in folders), key=lambda item: item[1]["range"])
+    jobs = [summary["identity"]["job"] for _, summary in found]
+    if not found or sorted(jobs) != [[number, jobs[0][1]] for number in range(1, jobs[0][1] + 1)]:
+        raise InputError(
+            f"{', '.join(map(str, folders))}: got jobs {', '.join(f'{i} of {n}' for i, n in jobs) or 'none'}, expected "
+            "each job of one slide once; find the cells again"
+        )
+    (folder, first), *others = found
+    for other, summary in others:
+        same = {**summary["identity"], "job": None}
+        differing = [key for key, value in {**first["identity"], "job": None}.items() if same[key] != value]
+        if differing:
+            raise InputError(
+                f"{other}: differs from {folder} in {', '.join(differing)}: they are not of one slide, model and "
+                "setting; find the cells again"
+            )
+    return found
+
+
+def _files(folder: Path, span: Sequence[int]) -> list[Path]:
+    """Files of the parts of a job, which must cover its range of tiles."""
+    start, stop = span
+    parts = list(parts_of(folder, start)) if stop > start else []
+    if (reached := parts[-1].stop if parts else start) != stop:
+        raise InputError(f"{folder}: got parts up to tile {reached}, expected {stop}; find the cells again")
+    return [part.path for part in parts]
+
+
+def _merged(summaries: Sequence[tuple[Path, dict[str, Any]]]) -> CellsInfo:
+    """Sum up what the jobs say."""
+    infos = [CellsInfo.from_values(summary["info"]) for _, summary in summaries]
+    counts, seconds = Counter[str](), Counter[str]()
+    for _, summary in summaries:
+        counts.update(summary["counts"])
+        seconds.update(summary["seconds"])
+    origins = [info.provenance for info in infos]
+    return replace(
+        infos[0],
+        counts=dict(counts),
+        seconds=dict(seconds),
+        areas={**infos[0].areas, "read_mm2": sum(summary["read_mm2"] for _, summary in summaries)},
+        provenance={
+            **origins[0],
+            "started": min(one["started"] for one in origins),
+            "device": ", ".join(sorted({one["device"] for one in origins})),
+        },
+    )
+
+
+def _batches(files: Sequence[Path], columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    for path in files:
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                yield from file.iter_batches(batch_size=ROWS, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path}: cannot be read ({error}); find the cells again") from error
+
+
+def _doubles(files: Sequence[Path], margin_um: float) -> NDArray[np.int64]:
+    """Rows of all files, counted from 0, that another tile has deeper in its core."""
+    kept = [np.empty((0, len(_SMALL) + 1))]
+    start = 0
+    for batch in _batches(files, _SMALL):
+        values = np.stack([batch.column(name).to_numpy() for name in _SMALL], axis=1, dtype=np.float64)
+        near = np.flatnonzero(near_seams(values[:, -1] - margin_um, margin_um))
+        kept.append(np.column_stack([values[near], near + start]))
+        start += len(batch)
+    values = np.concatenate(kept)
+    centres, sides, tile, edge, row = values[:, :2], values[:, 2:4], values[:, 4], values[:, 5], values[:, 6]
+    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
+    return row[doubles(boxes, edge - margin_um, tile.astype(np.int64))].astype(np.int64)
+
+
+def _numbered(files: Sequence[Path], gone: NDArray[np.int64], schema: pa.Schema, given: bool) -> Iterator[pa.Table]:
+    """Yield the rows that remain, `ROWS` at a time, with their numbers as ids if they have none."""
+    start = done = 0
+    waiting: list[pa.Table] = []
+    for batch in _batches(files, None):
+        keep = np.ones(len(batch), dtype=bool)
+        first, last = np.searchsorted(gone, [start, start + len(batch)])
+        keep[gone[first:last] - start] = False
+        start += len(batch)
+        table = pa.Table.from_batches([batch])
+        if not keep.all():
+            table = table.filter(pa.array(keep))
+        if not given:
+            ids = pa.array(np.arange(done + 1, done + len(table) + 1)).cast(pa.string())
+            table = table.set_column(0, "cell_id", ids)
+        done += len(table)
+        waiting.append(table.cast(schema))
+        if sum(map(len, waiting)) >= ROWS:
+            table = pa.concat_tables(waiting)
+            whole = len(table) // ROWS * ROWS
+            yield table.slice(0, whole)
+            waiting = [table.slice(whole)]
+    yield pa.concat_tables([schema.empty_table(), *waiting])
+
+
+def _counted(table: pa.Table) -> tuple[list[str], list[int]]:
+    """Statuses of a table and how many rows have each."""
+    found = pc.value_counts(table.column("status").combine_chunks().cast(pa.string()))
+    return found.field("values").to_pylist(), found.field("counts").to_pylist()
+
+
+def _without_info(schema: pa.Schema) -> dict[bytes, bytes]:
+    """Metadata of the columns; what is known only at the end is added there."""
+    return {key: value for key, value in schema.metadata.items() if key != METADATA_KEY}

@@ -9,7 +9,7 @@ One row per cell. Columns:
     nucleus_score   float32; of a given cell that of the detection that agrees with it, null if none does
     type            class with the highest score; null if that is below the class threshold
     score_{class}   float32, one per class
-    tile            int32, number of the tile that shows the cell
+    tile            int32, number of the tile that was read for the cell; -1: the cell lies outside of the slide
     edge_um         float64, distance of the centre from the nearest edge of that tile
     border          bool; the edge of the tile cuts the box
     status          read; outside (of the slide) or damaged: such a given cell has no scores and no embedding
@@ -39,7 +39,7 @@ FORMAT = 1
 STATUSES = ("read", "outside", "damaged")
 ROWS = 16_384
 """Rows of a row group: 16 MB of embeddings."""
-_KEY = b"celldetr"
+METADATA_KEY = b"celldetr"
 _NAMES = pa.dictionary(pa.int8(), pa.string())
 
 
@@ -70,9 +70,10 @@ class CellsInfo:
     counts: Mapping[str, int] = field(default_factory=dict)
     """What was read, left out and merged, by its words, e.g. ``tiles``, ``tiles damaged``, ``cells``."""
     areas: Mapping[str, float] = field(default_factory=dict)
-    """``slide_mm2``, ``tissue_mm2`` and ``read_mm2`` (tissue that the model has seen)."""
+    """``slide_mm2``, ``region_mm2`` (with a region), ``tissue_mm2`` (of the slide) and ``read_mm2``: the part of it
+    that the model has seen. With given cells no tissue is searched for; ``read_mm2`` is the area of what was read."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time of each stage."""
+    """Time of each stage: ``tissue``, ``read`` (waiting for tiles), ``model``, ``write`` (beside these), ``join``."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """``git_revision``, ``versions``, ``device``, ``started``."""
 
@@ -86,9 +87,12 @@ class CellsInfo:
         values = dict(json.loads(text))
         if (found := values.pop("format")) != FORMAT:
             raise ValueError(f"format {found!r}, expected {FORMAT}")
-        for name in ("size", "origin", "classes"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Make it of its fields as JSON values."""
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("size", "origin", "classes")}})
 
 
 def cell_schema(info: CellsInfo, dtype: str = "float32") -> pa.Schema:
@@ -103,7 +107,7 @@ def cell_schema(info: CellsInfo, dtype: str = "float32") -> pa.Schema:
         fields.append(("embedding", pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), info.width)))
     column: dict[str, Any] = {"encoding": "WKB", "geometry_types": [], "crs": None}
     geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
-    return pa.schema(fields, metadata={_KEY: info.to_json(), b"geo": json.dumps(geo).encode()})
+    return pa.schema(fields, metadata={METADATA_KEY: info.to_json(), b"geo": json.dumps(geo).encode()})
 
 
 def named(codes: NDArray[np.integer], names: Sequence[str]) -> pa.DictionaryArray:
@@ -150,7 +154,7 @@ class CellFile:
         try:
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             self.schema: pa.Schema = self._file.schema_arrow
-            self.info = CellsInfo.from_json(self.schema.metadata[_KEY])
+            self.info = CellsInfo.from_json(self._file.metadata.metadata[METADATA_KEY])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: got {error!r}, expected a file of cells (results/cells/SLIDE.parquet)"

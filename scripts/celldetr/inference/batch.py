@@ -123,7 +123,7 @@ def _represent(model: CellDETR, features: Features, given: Sequence[NDArray[np.f
     counts = np.array([len(boxes) for boxes in given])
     order = np.argsort(counts, kind="stable")
     order = order[counts[order] > 0]
-    parts = [(order[:0], features.memory.new_empty(0, features.memory.shape[-1]))]
+    parts = [(order[:0], features.memory.new_empty(0, model.settings.d_model))]
     while len(order):
         fits = np.arange(1, len(order) + 1) * counts[order].astype(float) ** 2 <= _MOST_PAIRS
         group, order = np.split(order, [max(1, int(np.searchsorted(~fits, True)))])

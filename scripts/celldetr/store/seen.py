@@ -32,6 +32,11 @@ def seen_groups(split: pd.DataFrame, stores: Sequence[PatchStore]) -> set[str]:
     return {f"{name}@{digest}" if name in tested else name for name in groups_of(split, stores, "train", "val")}
 
 
+def has_seen(seen: Iterable[str], group: str) -> bool:
+    """Whether a model has seen patches of a group, as a whole or in part."""
+    return any(group in (entry, entry.rpartition("@")[0]) for entry in seen if group)
+
+
 def refuse_seen(seen: Iterable[str], groups: Collection[str], digest: str | None, model: str, test: str) -> None:
     """Refuse to test on groups that a model has seen, unless the split with this digest keeps their patches apart.
 

@@ -1,0 +1,103 @@
+"""Which tiles of a slide are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from celldetr.cells.given import GivenCells
+from celldetr.cells.given_tiles import GivenTiles
+from celldetr.cells.table import NothingFound
+from celldetr.cells.tiling import Tiles
+from celldetr.runtime.errors import InputError
+from celldetr.slides.pyramid import Pyramid
+from celldetr.slides.tissue import tissue_mask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tiles are read."""
+
+    tiles: Tiles
+    mm2: NDArray[np.float64]
+    """Area (N,) that reading each tile adds: of the tissue in its core; with given cells, of its core."""
+    areas: Mapping[str, float]
+    given: GivenTiles | None = None
+    region: shapely.Geometry | None = None
+    left_out: int = 0
+    """Given cells outside of the region."""
+
+    @property
+    def expected(self) -> int | None:
+        """How many rows there must be; None if that is not known."""
+        return None if self.given is None else len(self.given.cells) - self.left_out
+
+
+def plan_tiles(
+    image: Pyramid,
+    tiles: Tiles,
+    slide: str,
+    *,
+    given: GivenCells | None = None,
+    region: NDArray[Any] | None = None,
+) -> Plan:
+    """Choose from all tiles of a slide those with tissue, or with given cells, in the region.
+
+    Parameters
+    ----------
+    image, tiles, slide
+        The slide, its tiles, and its name in messages.
+    given, region
+        See `celldetr.cells.find.find_cells`.
+
+    Raises
+    ------
+    InputError
+        The region lies outside of the slide, there is no tissue (`NothingFound`), or no given cell is on the slide.
+    """
+    width, height = tiles.image_size
+    areas = {"slide_mm2": width * height * (tiles.image_mpp / 1000) ** 2}
+    area = None if region is None else shapely.union_all(region)
+    if area is not None:
+        inside = shapely.intersection(area, shapely.box(0, 0, width, height)).area
+        if not inside > 0:
+            bounds = ", ".join(f"{value:.0f}" for value in area.bounds)
+            raise InputError(
+                f"{slide}: got a region within {bounds} px of level 0, expected one that overlaps the slide "
+                f"({width} x {height} px); its coordinates are px of level 0"
+            )
+        areas["region_mm2"] = inside * (tiles.image_mpp / 1000) ** 2
+    if given is not None:
+        return _plan_given(slide, tiles, given, area, areas)
+    tissue = tissue_mask(image, tiles.image_mpp)
+    areas["tissue_mm2"] = float(tissue.inside.sum()) * (tissue.mpp / 1000) ** 2
+    if area is not None:
+        tiles = tiles.touching(area)
+    mm2 = tiles.tissue_mm2(tissue)
+    if not (mm2 > 0).any():
+        where = "no tissue was found on it" if area is None else "no tissue was found in the region"
+        raise NothingFound(f"{slide}: {image.path}: {where}; is it an H&E slide, and is its um per px right?")
+    return Plan(tiles.select(mm2 > 0), mm2[mm2 > 0], areas, region=area)
+
+
+def _plan_given(
+    slide: str, tiles: Tiles, given: GivenCells, area: shapely.Geometry | None, areas: Mapping[str, float]
+) -> Plan:
+    boxes = given.boxes
+    chosen = np.ones(len(given), dtype=bool)
+    if area is not None:
+        shapely.prepare(area)
+        chosen = shapely.intersects_xy(area, *((boxes[:, :2] + boxes[:, 2:]) / 2).T)
+    placed = GivenTiles(given, tiles, chosen)
+    if not len(placed.tiles):
+        low, high = boxes[:, :2].min(axis=0, initial=np.inf), boxes[:, 2:].max(axis=0, initial=-np.inf)
+        where = "the slide" if area is None else "the region"
+        raise InputError(
+            f"{slide}: got {len(given)} cells from {low} to {high} px of level 0, expected some on {where} (the "
+            f"slide has {tiles.image_size} px); are they of this slide, and is their unit right (px of level 0 or um)?"
+        )
+    read = np.full(len(placed.tiles), placed.tiles.core_mm2)
+    return Plan(placed.tiles, read, areas, placed, area, int((~chosen).sum()))

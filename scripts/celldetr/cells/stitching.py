@@ -1,0 +1,64 @@
+"""Each nucleus once: which findings near the border of two cores another tile has, too.
+
+Two tiles do not place a nucleus at exactly the same position, so findings within a rim outside the core are kept as
+well; of two findings of one nucleus by two tiles, the one deeper in its core counts.
+"""
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+RIM = 0.25
+"""Width of the rim outside a core, as a fraction of the margin."""
+SAME = 0.5
+"""Smallest intersection over union of two boxes of one nucleus."""
+
+
+def near_seams(depth: NDArray[np.floating], margin: float) -> NDArray[np.bool_]:
+    """Whether another tile may have the findings (n,) that lie `depth` inside their cores, in its core or rim."""
+    return np.asarray(depth < 2 * RIM * margin)
+
+
+def doubles(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the findings (their indices, sorted) that another tile has deeper in its core.
+
+    Takes boxes (n, 4) xyxy, how deep each lies in the core of its tile (n,), and the tiles (n,). Pairs of boxes from
+    two tiles are formed in order of their overlap, and a box is paired only once with each other tile, so that nuclei
+    that lie over each other all remain.
+    """
+    one, two = _overlapping(boxes, tile)
+    gone = np.zeros(len(boxes), dtype=bool)
+    # a box and the other tile, of either side of each pair: what may be paired once
+    sides = np.stack(
+        [one * (int(tile.max(initial=0)) + 1) + tile[two], two * (int(tile.max(initial=0)) + 1) + tile[one]]
+    )
+    seats = np.unique(sides, return_inverse=True)[1].reshape(sides.shape)
+    taken = np.zeros(seats.max(initial=-1) + 1, dtype=bool)
+    first = np.empty(len(boxes), np.int64)
+    while len(one):  # in a round, all pairs that come first for both of their boxes; there are few rounds
+        order = np.arange(len(one))
+        first[:] = len(one)
+        for ends in (one, two):
+            np.minimum.at(first, ends, order)
+        chosen = (first[one] == order) & (first[two] == order)
+        a, b = one[chosen], two[chosen]
+        gone[np.where(depth[a] >= depth[b], b, a)] = True
+        taken[seats[:, chosen]] = True
+        left = ~(gone[one] | gone[two] | taken[seats[0]] | taken[seats[1]])
+        one, two, seats = one[left], two[left], seats[:, left]
+    return np.flatnonzero(gone)
+
+
+def _overlapping(boxes: NDArray[np.float64], tile: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs (P,), (P,) of boxes of two tiles that may be one nucleus; those that overlap most come first."""
+    shapes = shapely.box(*boxes.T)
+    one, two = shapely.STRtree(shapes).query(shapes)
+    pairs = (one < two) & (tile[one] != tile[two])
+    one, two = one[pairs], two[pairs]
+    shared = np.minimum(boxes[one, 2:], boxes[two, 2:]) - np.maximum(boxes[one, :2], boxes[two, :2])
+    inner = np.clip(shared, 0, None).prod(axis=1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    overlap = inner / np.maximum(area[one] + area[two] - inner, 1e-9)
+    order = np.argsort(-overlap, kind="stable")
+    order = order[overlap[order] >= SAME]
+    return one[order], two[order]
