@@ -124,6 +124,16 @@ def embedding_column(embeddings: NDArray[np.floating], missing: NDArray[np.bool_
     return pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1], mask=mask)
 
 
+def embedding_values(column: pa.FixedSizeListArray) -> NDArray[np.floating]:
+    """Embeddings (n, C) of a column, NaN where a cell has none."""
+    width = column.type.list_size
+    found = column.values.slice(column.offset * width, len(column) * width)
+    values: NDArray[np.floating] = found.to_numpy(zero_copy_only=False).reshape(-1, width)
+    if column.null_count:
+        values = np.where(column.is_null().to_numpy(zero_copy_only=False)[:, None], np.nan, values)
+    return values
+
+
 def writer(path: str | os.PathLike[str], schema: pa.Schema) -> pq.ParquetWriter:
     """Open a file of cells for writing; use it in a ``with`` and inside `celldetr.runtime.files.atomic`."""
     texts = ["cell_id", "type", "status"]
@@ -170,25 +180,30 @@ class CellFile:
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.path}: cannot be read ({error}); make it again") from error
 
-    def frame(self) -> pd.DataFrame:
-        """Return all columns but geometry and embeddings as one table, indexed by `cell_id`."""
+    def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Return some columns (None: all but geometry and embeddings) as one table, indexed by `cell_id` if taken."""
         names = [name for name in self.schema.names if name not in ("geometry", "embedding")]
+        names = [name for name in names if columns is None or name in columns]
         table = pa.Table.from_batches(self.batches(names), pa.schema([self.schema.field(name) for name in names]))
-        frame: pd.DataFrame = table.to_pandas(self_destruct=True, split_blocks=True).set_index("cell_id")
+        frame: pd.DataFrame = table.to_pandas(self_destruct=True, split_blocks=True)
         for name, categories in (("type", self.info.classes), ("status", STATUSES)):
             if name in frame:
                 frame[name] = frame[name].cat.set_categories(list(categories))
-        return frame
+        return frame.set_index("cell_id") if "cell_id" in frame else frame
+
+    def take(self, numbers: NDArray[np.integer], columns: Sequence[str]) -> pa.Table:
+        """Return some columns of the cells in these rows (n,), ascending; memory holds them and a batch."""
+        found, start = [], 0
+        for batch in self.batches(columns):
+            low, high = np.searchsorted(numbers, [start, start + len(batch)])
+            found.append(batch.take(pa.array(numbers[low:high] - start)))
+            start += len(batch)
+        return pa.Table.from_batches(found, pa.schema([self.schema.field(name) for name in columns]))
 
     def embeddings(self, rows: int = ROWS) -> Iterator[NDArray[np.floating]]:
         """Yield the embeddings (n, C) of all cells in order, NaN where a cell has none."""
         for batch in self.batches(["embedding"], rows):
-            column = batch.column(0)
-            values = column.values.slice(column.offset * self.info.width, len(column) * self.info.width)
-            found = values.to_numpy(zero_copy_only=False).reshape(-1, self.info.width)
-            if column.null_count:
-                found = np.where(column.is_null().to_numpy(zero_copy_only=False)[:, None], np.nan, found)
-            yield found
+            yield embedding_values(batch.column(0))
 
     def outlines(self, rows: int = ROWS) -> Iterator[NDArray[np.object_]]:
         """Yield the geometries (n,) of all cells in order, px of level 0."""

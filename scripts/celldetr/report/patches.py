@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from celldetr.config.colours import class_colours
 from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
+from celldetr.report.slide_pictures import thumbnail
 from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR
 from celldetr.runtime.files import atomic, write_tsv
 from celldetr.slides.boxes import SlideNuclei
@@ -90,18 +91,11 @@ def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
 
 def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
     """Draw the whole slide with the outline of its tissue and its patches."""
-    width, height = image.size
-    scale = max(1.0, max(width, height) / _OVERVIEW)
-    level = image.level_for(scale)
-    plane = image.levels[level]
-    # if the coarsest level is still large, take every n-th row and column of it
-    step = max(1, int(scale / plane.downsample))
-    rows_read = [image.read(level, 0, y, plane.width, 1)[:, ::step] for y in range(0, plane.height, step)]
-    size = (max(1, round(width / scale)), max(1, round(height / scale)))
-    pixels = np.array(Image.fromarray(np.concatenate(rows_read)).resize(size, Image.Resampling.BILINEAR))
+    pixels = thumbnail(image, _OVERVIEW)
+    scale = max(1.0, max(image.size) / _OVERVIEW)
     rows, columns = (
         np.clip((np.arange(count) + 0.5) * scale / tissue.cell, 0, limit - 1).astype(int)
-        for count, limit in zip(size[::-1], tissue.inside.shape, strict=True)
+        for count, limit in zip(pixels.shape[:2], tissue.inside.shape, strict=True)
     )
     inside = tissue.inside[np.ix_(rows, columns)]
     rim = ndimage.binary_dilation(inside) ^ ndimage.binary_erosion(inside, border_value=1)

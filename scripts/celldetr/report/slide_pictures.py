@@ -1,0 +1,69 @@
+"""Pixels of a slide for pictures: the whole slide made small, and squares of it at any scale."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from celldetr.runtime.errors import InputError
+from celldetr.slides.boxes import visible_boxes
+from celldetr.slides.cutting import read_patch
+from celldetr.slides.damage import TolerantPyramid
+from celldetr.slides.grid import PatchGrid
+from celldetr.slides.pyramid import Pyramid
+
+
+class Square(NamedTuple):
+    """A square of a slide."""
+
+    pixels: NDArray[np.uint8]
+    """(S, S, 3); white outside of the slide and where it cannot be decoded."""
+    corner: NDArray[np.float64]
+    """First corner (2,), um from the corner of the slide."""
+    mpp: float
+    """um per px of `pixels`."""
+    damaged: bool
+    """Whether part of it cannot be decoded."""
+
+
+def thumbnail(image: Pyramid, longest: int) -> NDArray[np.uint8]:
+    """Return the whole slide as (H, W, 3) with at most `longest` px on its longer side."""
+    width, height = image.size
+    scale = max(1.0, max(width, height) / longest)
+    level = image.level_for(scale)
+    plane = image.levels[level]
+    # if the coarsest level is still large, take every n-th row and column of it
+    step = max(1, int(scale / plane.downsample))
+    rows = [image.read(level, 0, y, plane.width, 1)[:, ::step] for y in range(0, plane.height, step)]
+    size = (max(1, round(width / scale)), max(1, round(height / scale)))
+    return np.array(Image.fromarray(np.concatenate(rows)).resize(size, Image.Resampling.BILINEAR))
+
+
+def read_squares(image: Pyramid, centres: NDArray[np.floating], side: float, pixels: int) -> list[Square]:
+    """Read squares with `centres` (n, 2) and a side in um, each `pixels` wide, from a slide with a known pixel size."""
+    mpp = side / pixels
+    corners = np.rint(centres.reshape(-1, 2) / mpp - pixels / 2).astype(np.int64)
+    none = visible_boxes(np.empty(0, dtype=object), corners, pixels, 1)
+    grid = PatchGrid(pixels, mpp, float(image.mpp or 0), corners, none, {})
+    tolerant = TolerantPyramid(image)
+    found = []
+    for x, y in corners.tolist():
+        try:
+            square, damaged = read_patch(image, grid, x, y), False
+        except InputError:
+            square, damaged = read_patch(tolerant, grid, x, y), True
+        found.append(Square(square, np.array([x, y]) * mpp, mpp, damaged))
+    return found
+
+
+def round_length(um: float) -> float:
+    """Return the largest of 1, 2, 5, 10, 20, ... um that is not above `um`: the length of a scale bar."""
+    power = 10.0 ** math.floor(math.log10(um))
+    return max(digit * power for digit in (1, 2, 5) if digit * power <= um * 1.0001)
+
+
+def length_text(um: float) -> str:
+    """Write a length for people."""
+    return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
