@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from celldetr.cells.parts import OUTSIDE_PART, parts_of, read_summary
-from celldetr.cells.stitching import doubles, near_seams
+from celldetr.cells.stitching import left_to_others, near_seams
 from celldetr.cells.table import METADATA_KEY, ROWS, STATUSES, CellsInfo, NothingFound, cell_schema, writer
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
@@ -45,7 +45,7 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     gone, rows = np.empty(0, np.int64), sum(pq.read_metadata(file).num_rows for file in files)
     if not info.given:
         margin_um = round(info.settings["margin_um"] / info.settings["mpp"]) * info.settings["mpp"]
-        gone = _doubles(files, margin_um)
+        gone = _left_to_others(files, margin_um)
     cells = rows - len(gone)
     if first["given"] not in (None, cells):
         raise InputError(f"{path}: got {cells} rows of {first['given']} given cells; find the cells again")
@@ -61,11 +61,11 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
         for table in _numbered(files, gone, schema, info.given):
             statuses.update(dict(zip(*_counted(table), strict=True)))
             file.write_table(table, row_group_size=ROWS)
-        counts = {**info.counts, "findings": rows, "doubles": len(gone), "cells": cells}
+        counts = {**info.counts, "findings": rows, "findings left to another tile": len(gone), "cells": cells}
         counts |= {f"cells {name}": statuses[name] for name in STATUSES[1:] if info.given}
         info = replace(info, counts=counts, seconds={**info.seconds, "join": time.perf_counter() - start})
         file.add_key_value_metadata({METADATA_KEY: info.to_json()})
-    log.info("%s: %d cells, %d doubles at borders of tiles", info.slide, cells, len(gone))
+    log.info("%s: %d cells, %d findings at borders of tiles left to another tile", info.slide, cells, len(gone))
     return info
 
 
@@ -129,8 +129,8 @@ def _batches(files: Sequence[Path], columns: Sequence[str] | None) -> Iterator[p
             raise InputError(f"{path}: cannot be read ({error}); find the cells again") from error
 
 
-def _doubles(files: Sequence[Path], margin_um: float) -> NDArray[np.int64]:
-    """Rows of all files, counted from 0, that another tile has deeper in its core."""
+def _left_to_others(files: Sequence[Path], margin_um: float) -> NDArray[np.int64]:
+    """Rows of all files, counted from 0, that do not count, as another tile has their nucleus."""
     kept = [np.empty((0, len(_SMALL) + 1))]
     start = 0
     for batch in _batches(files, _SMALL):
@@ -141,7 +141,7 @@ def _doubles(files: Sequence[Path], margin_um: float) -> NDArray[np.int64]:
     values = np.concatenate(kept)
     centres, sides, tile, edge, row = values[:, :2], values[:, 2:4], values[:, 4], values[:, 5], values[:, 6]
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
-    return row[doubles(boxes, edge - margin_um, tile.astype(np.int64))].astype(np.int64)
+    return row[left_to_others(boxes, edge - margin_um, tile.astype(np.int64))].astype(np.int64)
 
 
 def _numbered(files: Sequence[Path], gone: NDArray[np.int64], schema: pa.Schema, given: bool) -> Iterator[pa.Table]:

@@ -9,7 +9,7 @@ import shapely
 from numpy.typing import NDArray
 
 from celldetr.cells.given import GivenCells
-from celldetr.cells.stitching import RIM
+from celldetr.cells.stitching import rim_um
 from celldetr.cells.table import STATUSES, CellsInfo, cell_schema, embedding_column, named
 from celldetr.cells.tiling import Tiles
 from celldetr.inference.batch import FoundNuclei, GivenNuclei
@@ -68,7 +68,9 @@ class Rows:
         tiling, numbers = self.tiles.tiling, tile[nuclei.image]
         at = _place(self.tiles, numbers, nuclei.boxes)
         boxes = np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2))
-        keep = (at.inside | (at.edge > (1 - RIM) * tiling.margin)) & self._in_region(boxes)
+        keep = (at.inside | (at.edge * tiling.mpp > tiling.margin_um - rim_um(tiling.margin_um))) & self._in_region(
+            boxes
+        )
         edge_um = at.edge * tiling.mpp
         # never rounded to the other side of the border of the core
         beyond = np.nextafter(tiling.margin_um, -np.inf)

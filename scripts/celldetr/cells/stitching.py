@@ -1,33 +1,42 @@
-"""Each nucleus once: which findings near the border of two cores another tile has, too.
+"""Each nucleus once: which findings near the border of two cores count.
 
-Two tiles do not place a nucleus at exactly the same position, so findings within a rim outside the core are kept as
-well; of two findings of one nucleus by two tiles, the one deeper in its core counts.
+Two tiles do not place a nucleus at exactly the same position, so findings within a rim outside the core are looked at
+as well. Findings of two tiles that overlap are one nucleus, and the one deeper in its core counts, even if both lie
+outside of their cores. A finding without such a partner counts in its core alone: if it counted in the rim, too, nuclei
+near borders would have two tiles that may find them and others one, and the density of cells would show the grid.
 """
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-RIM = 0.25
-"""Width of the rim outside a core, as a fraction of the margin."""
-SAME = 0.5
-"""Smallest intersection over union of two boxes of one nucleus."""
+RIM_UM = 3.0
+"""Width of the rim outside a core, um; at most the margin. Figures: tests/benchmarks/README.md."""
+SAME = 0.2
+"""Smallest intersection over union of two boxes of one nucleus, by two tiles."""
 
 
-def near_seams(depth: NDArray[np.floating], margin: float) -> NDArray[np.bool_]:
-    """Whether another tile may have the findings (n,) that lie `depth` inside their cores, in its core or rim."""
-    return np.asarray(depth < 2 * RIM * margin)
+def rim_um(margin_um: float) -> float:
+    """Width of the rim outside a core, um."""
+    return min(RIM_UM, margin_um)
 
 
-def doubles(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return the findings (their indices, sorted) that another tile has deeper in its core.
+def near_seams(depth: NDArray[np.floating], margin_um: float) -> NDArray[np.bool_]:
+    """Whether another tile may have the findings (n,) that lie `depth` um inside their cores, in its core or rim."""
+    return np.asarray(depth < 2 * rim_um(margin_um))
+
+
+def left_to_others(
+    boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Return the findings (their indices, sorted) that do not count: another tile has the nucleus, or should have it.
 
     Takes boxes (n, 4) xyxy, how deep each lies in the core of its tile (n,), and the tiles (n,). Pairs of boxes from
     two tiles are formed in order of their overlap, and a box is paired only once with each other tile, so that nuclei
     that lie over each other all remain.
     """
     one, two = _overlapping(boxes, tile)
-    gone = np.zeros(len(boxes), dtype=bool)
+    gone, paired = np.zeros(len(boxes), dtype=bool), np.zeros(len(boxes), dtype=bool)
     # a box and the other tile, of either side of each pair: what may be paired once
     sides = np.stack(
         [one * (int(tile.max(initial=0)) + 1) + tile[two], two * (int(tile.max(initial=0)) + 1) + tile[one]]
@@ -43,10 +52,10 @@ def doubles(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArra
         chosen = (first[one] == order) & (first[two] == order)
         a, b = one[chosen], two[chosen]
         gone[np.where(depth[a] >= depth[b], b, a)] = True
-        taken[seats[:, chosen]] = True
+        paired[a] = paired[b] = taken[seats[:, chosen]] = True
         left = ~(gone[one] | gone[two] | taken[seats[0]] | taken[seats[1]])
         one, two, seats = one[left], two[left], seats[:, left]
-    return np.flatnonzero(gone)
+    return np.flatnonzero(gone | (~paired & (depth < 0)))
 
 
 def _overlapping(boxes: NDArray[np.float64], tile: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,0 +1,56 @@
+"""Findings of four tiles that place a nucleus differently, or do not all find it: each nucleus counts once."""
+
+import numpy as np
+
+from celldetr.cells.stitching import RIM_UM, left_to_others, near_seams, rim_um
+
+CORE, MARGIN = 40.0, 8.0
+
+
+def findings(nuclei, jitter, missed, rng):
+    """Find nuclei (N, 2) around the corner of four cores: boxes, depths, tiles and nuclei."""
+    boxes, depth, tiles, numbers = [], [], [], []
+    for tile, low in enumerate(np.array([(-1, -1), (0, -1), (-1, 0), (0, 0)]) * CORE):
+        seen = nuclei + rng.uniform(-jitter, jitter, nuclei.shape)
+        deep = np.minimum(seen - low, low + CORE - seen).min(axis=1)
+        found = (deep > -rim_um(MARGIN)) & (rng.random(len(nuclei)) >= missed)
+        half = rng.uniform(3.5, 4.5, (len(nuclei), 2))
+        boxes.append(np.hstack([seen - half, seen + half])[found])
+        depth.append(deep[found])
+        tiles.append(np.full(found.sum(), tile))
+        numbers.append(np.flatnonzero(found))
+    return (np.concatenate(part) for part in (boxes, depth, tiles, numbers))
+
+
+def count(nuclei, jitter, missed=0.0, seed=0):
+    """Count how often each of the nuclei counts."""
+    boxes, depth, tiles, numbers = findings(nuclei, jitter, missed, np.random.default_rng(seed))
+    near = np.flatnonzero(near_seams(depth, MARGIN))
+    left = near[left_to_others(boxes[near], depth[near], tiles[near])]
+    return np.bincount(np.delete(numbers, left), minlength=len(nuclei))
+
+
+def test_a_nucleus_counts_once_wherever_the_tiles_place_it():
+    places = np.stack(np.meshgrid(np.arange(-22, 23, 11.0), np.arange(-22, 23, 11.0)), -1).reshape(-1, 2)
+    for seed, (x, y) in enumerate(np.random.default_rng(1).uniform(-6, 6, (100, 2))):
+        np.testing.assert_array_equal(count(places + (x, y), jitter=RIM_UM / 2, seed=seed), 1)
+
+
+def test_borders_do_not_change_how_many_nuclei_are_found():
+    rng = np.random.default_rng(2)
+    near, inside = [], []
+    for seed in range(300):
+        nuclei = np.stack(np.meshgrid(np.arange(-28, 29, 14.0), np.arange(-28, 29, 14.0)), -1).reshape(-1, 2)
+        nuclei += rng.uniform(-7, 7, 2)
+        counted = count(nuclei, jitter=1.0, missed=0.3, seed=seed)
+        border = np.abs(nuclei).min(axis=1) < 1.5
+        near += counted[border].tolist()
+        inside += counted[np.abs(nuclei).min(axis=1) > 5].tolist()
+    assert abs(np.mean(inside) - 0.7) < 0.03
+    assert abs(np.mean(near) - 0.7) < 0.04
+
+
+def test_nuclei_that_overlap_remain_if_both_tiles_see_both():
+    boxes = np.array([[-5, 0, 3, 8], [-3, 1, 5, 9]] * 2, float)
+    depth = np.array([1.0, -1.0, -1.0, 1.0])
+    assert left_to_others(boxes, depth, np.array([0, 0, 1, 1])).tolist() == [1, 2]
