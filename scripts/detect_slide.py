@@ -1,36 +1,48 @@
 """Find the nuclei of a slide with a trained model.
 
-Inputs: the slide (file) and the model. Output: GeoParquet, a rectangle (px of level 0) and a score for each nucleus.
+Inputs: the slide (file) and the model. Output: a file of cells (GeoParquet) without types and embeddings.
 Params: settings (slides.detection), on_damage, patch_size (px) and mpp (um per px) of the model, slide_mpp (um per px,
-or null), nucleus_threshold, precision. Wildcard: slide.
+or null), nucleus_threshold, precision, code. Wildcard: slide.
 """
+
+from pathlib import Path
 
 import torch
 
+from celldetr.cells.find import FindSettings, Slide
+from celldetr.cells.model import CellModel
+from celldetr.cells.nuclei import find_nuclei
 from celldetr.config.slides import DetectionSettings
-from celldetr.inference.detection import Tiling, detect_slide, model_detector, write_nuclei
 from celldetr.model.device import best_device
-from celldetr.model.weights import load_model
 from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):
     params = snakemake.params
     torch.set_num_threads(snakemake.threads)
-    device = best_device()
-    model = load_model(snakemake.input.model, device, mpp=params.mpp)
-    settings = DetectionSettings.from_dict(params.settings, "slides.detection")
-    boxes, scores = detect_slide(
-        snakemake.input.file,
-        model_detector(model, params.nucleus_threshold, device, params.precision),
-        Tiling.of(params.patch_size, params.mpp, settings.margin_um),
-        slide=snakemake.wildcards.slide,
-        slide_mpp=params.slide_mpp,
-        batch_size=settings.batch_size,
+    detection = DetectionSettings.from_dict(params.settings, "slides.detection")
+    settings = FindSettings(
+        margin_um=detection.margin_um,
+        nucleus_threshold=params.nucleus_threshold,
+        class_threshold=0.0,
+        batch_size=detection.batch_size,
         on_damage=params.on_damage,
-        workers=snakemake.threads,
+        embeddings=False,
     )
-    write_nuclei(snakemake.output[0], boxes, scores)
+    find_nuclei(
+        Slide(snakemake.wildcards.slide, Path(snakemake.input.file), params.slide_mpp),
+        CellModel.load(
+            snakemake.input.model,
+            mpp=params.mpp,
+            size=params.patch_size,
+            device=best_device(),
+            precision=params.precision,
+        ),
+        snakemake.output[0],
+        settings,
+        workers=snakemake.threads,
+        identity={"code": params.code},
+    )
 
 
 if "snakemake" in globals():

@@ -249,24 +249,22 @@ class _Reading:
         writing = ThreadPoolExecutor(1)
         try:
             now = time.perf_counter()
-            for block in blocks:
-                tally = Tally(seconds={"read": time.perf_counter() - now})
+            for begin, block in zip(range(start, stop, self.settings.batch_size), blocks, strict=True):
+                end = min(begin + self.settings.batch_size, stop)
+                tally = Tally(seconds={"read": time.perf_counter() - now}, damaged=list(block.damaged.values()))
                 now = time.perf_counter()
                 make = self._batch(block.numbers + start, block.pixels)
                 tally.seconds["model"] = time.perf_counter() - now
-                damaged = np.array(sorted(block.damaged), np.int64) + start
-                end = int(max(block.numbers.max(initial=0), max(block.damaged, default=0))) + start + 1
-                tally.damaged = list(block.damaged.values())
-                waiting.append(writing.submit(self._write, parts, make, tally, block.numbers + start, damaged, end))
+                waiting.append(writing.submit(self._write, parts, make, tally, begin, end, block.numbers + start))
                 if len(waiting) > _WAITING:
                     waiting.popleft().result()
-                if end // _LOGGED > (end - len(block.numbers)) // _LOGGED:
+                if end // _LOGGED > begin // _LOGGED:
                     log.info("%s: %d of %d tiles", self.slide.name, end - start, stop - start)
                 now = time.perf_counter()
             for future in waiting:
                 future.result()
         finally:
-            writing.shutdown(cancel_futures=True)
+            writing.shutdown()  # after an error, too: what was read is written
         parts.flush(stop)
 
     def _batch(
@@ -307,18 +305,20 @@ class _Reading:
         parts: PartWriter,
         make: Callable[[], tuple[pa.Table, Counter[str]]],
         tally: Tally,
-        numbers: NDArray[np.int64],
-        damaged: NDArray[np.int64],
+        start: int,
         stop: int,
+        numbers: NDArray[np.int64],
     ) -> None:
+        """Write the tiles from `start` to `stop`, of which `numbers` (B,) were read; the others are damaged."""
         now = time.perf_counter()
-        table, counts = make()
+        table, tally.counts = make()
+        damaged = np.setdiff1d(np.arange(start, stop), numbers)
         if self.plan.given is not None and len(damaged):
             own = [self.plan.given.of(int(number)) for number in damaged]
             tile = np.repeat(damaged, [len(cells) for cells in own])
             lost = self.rows.given(self.plan.given.cells, np.concatenate(own), tile, DAMAGED)
             table = pa.concat_tables([table, lost])
-        tally.counts = counts + Counter({"tiles": len(numbers), "tiles damaged": len(damaged)})
+        tally.counts.update({"tiles": len(numbers), "tiles damaged": len(damaged)})
         tally.read_mm2 = float(self.plan.mm2[numbers].sum())
         tally.seconds["write"] = time.perf_counter() - now
-        parts.add(table, tally, stop)
+        parts.add(table, tally, start, stop)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,11 +57,15 @@ class PartWriter:
 
     def __init__(self, folder: Path, schema: pa.Schema, start: int) -> None:
         self.folder, self.schema, self.start = folder, schema, start
+        self._reached = start
         self._tables: list[pa.Table] = []
         self._tally = Tally()
 
-    def add(self, table: pa.Table, tally: Tally, stop: int) -> None:
-        """Add the rows of the tiles up to `stop`."""
+    def add(self, table: pa.Table, tally: Tally, start: int, stop: int) -> None:
+        """Add the rows of the tiles from `start` to `stop`; `RuntimeError` if those before are missing."""
+        if start != self._reached:  # after an error, or a later part would hide what was lost
+            raise RuntimeError(f"tiles {self._reached} to {start} were not written")
+        self._reached = stop
         self._tables.append(table)
         self._tally.add(tally)
         if stop - self.start >= TILES or sum(map(len, self._tables)) >= MOST_ROWS:
@@ -70,8 +75,10 @@ class PartWriter:
         """Write the part that ends at tile `stop`."""
         if stop == self.start:
             return
+        now = time.perf_counter()
         with atomic(self.folder / f"{self.start:09d}.parquet") as temporary, writer(temporary, self.schema) as file:
             file.write_table(pa.concat_tables([self.schema.empty_table(), *self._tables]), row_group_size=ROWS)
+            self._tally.add(Tally(seconds={"write": time.perf_counter() - now}))
             file.add_key_value_metadata({_KEY: json.dumps({"stop": stop, **vars(self._tally)})})
         self.start, self._tables, self._tally = stop, [], Tally()
 
@@ -106,7 +113,11 @@ class Part:
 def parts_of(folder: Path, start: int) -> Iterator[Part]:
     """Yield the successive parts of a folder from tile `start` on, as far as they are there and can be read."""
     while (path := folder / f"{start:09d}.parquet").exists():
-        part = Part.read(path)
+        try:
+            part = Part.read(path)
+        except InputError as error:
+            log.warning("%s", error)
+            return
         yield part
         start = part.stop
 

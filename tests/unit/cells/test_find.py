@@ -5,8 +5,12 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted_cells import CLASSES, boxes_of, cells_of, draw
+from planted_cells import CLASSES, Planted, boxes_of, cells_of, draw, find
 from slide_files import write_image
+
+from celldetr.cells.join import join_cells
+from celldetr.cells.table import CellFile
+from celldetr.runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +35,105 @@ def test_each_nucleus_is_found_once_whatever_the_tiles(slide, tmp_path_factory, 
     np.testing.assert_allclose(embeddings[:, 0] * 255, 20 + 40 * labels[expected], atol=1e-4)
     assert frame.index.tolist() == [str(number + 1) for number in range(len(truth))]
     assert not (frame["border"] & (frame["edge_um"] > 10)).any()
+
+
+def rows(cells):
+    """All rows, with what they hold."""
+    return [row for batch in cells.batches() for row in batch.to_pylist()]
+
+
+def test_jobs_share_a_slide_and_give_the_same_file(slide, tmp_path):
+    whole = cells_of(slide[0], tmp_path / "one")
+    for jobs in (3, 40):  # more than there are batches: some jobs have nothing to do
+        shared = cells_of(slide[0], tmp_path / str(jobs), jobs=jobs)
+        assert rows(shared) == rows(whole)
+        assert shared.info.counts == whole.info.counts
+        assert shared.info.areas == pytest.approx(whole.info.areas)
+
+
+class Killed(BaseException):
+    pass
+
+
+class Dying(Planted):
+    """Fails at its `last` batch."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.left = last
+
+    def encode(self, pixels):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().encode(pixels)
+
+
+def test_a_killed_job_goes_on_from_what_it_has_written(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr("celldetr.cells.parts.TILES", 8)  # two batches
+    whole = cells_of(slide[0], tmp_path / "whole")
+    tiles, out = whole.info.counts["tiles"], tmp_path / "1"
+    for _ in range(2):
+        with pytest.raises(Killed):
+            find(slide[0], out, net=Dying(5))  # two parts of two batches, and one batch that is lost
+    assert not out.exists()
+    assert sorted(path.name for path in (tmp_path / ".1.unfinished").glob("*.parquet")) == [
+        f"{start:09d}.parquet" for start in range(0, 32, 8)
+    ]
+    net = Planted()
+    find(slide[0], out, net=net)
+    assert len(net.seen) == tiles - 32
+    join_cells([out], tmp_path / "cells.parquet")
+    cells = CellFile(tmp_path / "cells.parquet")
+    assert rows(cells) == rows(whole)
+    assert cells.info.counts == whole.info.counts
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "cells.parquet", "whole"]
+
+    net = Planted()
+    find(slide[0], out, net=net)  # complete: nothing is read again
+    assert net.seen == []
+
+
+@pytest.mark.parametrize("change", [{"nucleus_threshold": 0.5}, {"identity": {"code": "b"}}, {"margin_um": 15.0}])
+def test_parts_of_other_settings_are_not_used(slide, tmp_path, monkeypatch, change):
+    monkeypatch.setattr("celldetr.cells.parts.TILES", 8)
+    with pytest.raises(Killed):
+        find(slide[0], tmp_path / "1", net=Dying(5), identity={"code": "a"})
+    net = Planted()
+    find(slide[0], tmp_path / "1", net=net, **{"identity": {"code": "a"}, **change})
+    cells = cells_of(slide[0], tmp_path / "other", **change)
+    assert len(net.seen) == cells.info.counts["tiles"]
+
+
+def test_a_part_that_is_damaged_is_made_again(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr("celldetr.cells.parts.TILES", 8)
+    with pytest.raises(Killed):
+        find(slide[0], tmp_path / "1", net=Dying(7))
+    part = tmp_path / ".1.unfinished" / f"{8:09d}.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    net = Planted()
+    find(slide[0], tmp_path / "1", net=net)
+    join_cells([tmp_path / "1"], tmp_path / "cells.parquet")
+    assert rows(CellFile(tmp_path / "cells.parquet")) == rows(cells_of(slide[0], tmp_path / "whole"))
+
+
+def test_only_all_jobs_of_one_slide_are_joined(slide, tmp_path):
+    for number in (1, 2):
+        find(slide[0], tmp_path / f"two{number}", job=(number, 2))
+        find(slide[0], tmp_path / f"other{number}", job=(number, 2), nucleus_threshold=0.6)
+    find(slide[0], tmp_path / "three1", job=(1, 3))
+
+    def join(*names):
+        join_cells([tmp_path / name for name in names], tmp_path / "cells.parquet")
+
+    for names in (("two1",), ("two1", "two1"), ("two1", "three1"), ()):
+        with pytest.raises(InputError, match="expected each job of one slide once"):
+            join(*names)
+    with pytest.raises(InputError, match="other2: differs from .*two1 in settings"):
+        join("two1", "other2")
+    with pytest.raises(InputError, match=r"nowhere: got no summary\.json"):
+        join("two1", "nowhere")
+    next((tmp_path / "two2").glob("*.parquet")).unlink()
+    with pytest.raises(InputError, match="two2: got parts up to tile .*, expected"):
+        join("two1", "two2")
+    assert not (tmp_path / "cells.parquet").exists()
