@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 from strategies import DEEP, NUMBERS, damages, dump, mutations, refused, tries
 
+from celldetr.cells.given_files import read_objects
 from celldetr.example.xenium.sample import write_xenium
 from celldetr.pannuke.archive import NpyMember
 from celldetr.slides import geojson
@@ -172,6 +173,41 @@ def test_metadata_of_geoparquet(folder, geo):
     path = folder / "geo.parquet"
     pq.write_table(table.replace_schema_metadata({"geo": dump(geo)}), path)
     check_nuclei(read_damaged(path, path.read_bytes(), outlines))
+
+
+@pytest.fixture(scope="module")
+def cell_files(folder):
+    """Bytes of tables of cells: boxes, points, and corners."""
+    boxes = pd.DataFrame({"x0": [1.0, 30], "y0": [2.0, 4], "x1": [20.0, 50], "y1": [24.0, 20], "cell_id": ["a", "b"]})
+    points = pd.DataFrame({"x": [1.0, 30], "y": [2.0, 4], "diameter_um": [6.0, 7], "id": [3, 4]})
+    corners = pd.DataFrame(
+        {"cell_id": list("aaabbb"), "vertex_x": [1, 5, 5, 8, 9, 9.0], "vertex_y": [1, 1, 4, 8, 8, 9]}
+    )
+    files = {}
+    for name, table in {"boxes": boxes, "points": points, "corners": corners}.items():
+        table.to_parquet(folder / "a.parquet")
+        files |= {name: (folder / "a.parquet").read_bytes(), f"{name} as text": table.to_csv(index=False).encode()}
+    return files
+
+
+@tries(100)
+@given(data=st.data(), kind=st.sampled_from(["boxes", "points", "corners"]), damage=st.one_of(st.none(), damages()))
+def test_tables_of_cells(folder, cell_files, data, kind, damage):
+    if damage is None:
+        rows = [line.split(",") for line in cell_files[f"{kind} as text"].decode().splitlines()]
+        row = data.draw(st.sampled_from(rows))
+        odd = st.one_of(
+            NUMBERS, st.sampled_from(["1e308", "-1e308", "", "x", "5e-324", '"', "nan", "inf", "1_0", "0x9"])
+        )
+        row[data.draw(st.integers(0, len(row) - 1))] = str(data.draw(odd))
+        content = ("\n".join(map(",".join, rows)) + "\n").encode()
+    else:
+        content = damage(cell_files[data.draw(st.sampled_from([kind, f"{kind} as text"]))])
+    found = read_damaged(folder / "a.cells", content, lambda path: read_objects(path, um=0.5))
+    if found is not None:
+        assert len(found.ids) == len(found.shapes) == len(found.kinds)
+        assert all(isinstance(name, str) and name for name in found.ids)
+        assert (shapely.is_empty(found.shapes) | np.isfinite(shapely.bounds(found.shapes)).all(axis=1)).all()
 
 
 def packed(header, body=b"\x01" * 64, version=1):

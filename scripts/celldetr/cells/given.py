@@ -152,7 +152,7 @@ def _without_others(objects: CellObjects) -> CellObjects:
     """Leave out what QuPath says is no cell."""
     kinds = objects.kinds
     detections = np.isin(kinds, _DETECTED).any()
-    cells = np.isin(kinds, [*_DETECTED, ""]) if detections else ~np.isin(kinds, ["tile", "tma_core", "tmacore", "root"])
+    cells = np.isin(kinds, [*_DETECTED, ""]) if detections else ~np.isin(kinds, ["tile", "tmaCore", "tma_core", "root"])
     if not cells.all():
         log.warning("%s: left out: %s", objects.path, name_counts(Counter(kinds[~cells].tolist())))
     if not cells.any():

@@ -15,8 +15,9 @@ import gzip
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
+from pyarrow import csv
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.geojson import GZIP, read_geojson
@@ -167,6 +169,11 @@ class _Table:
     index: NDArray[np.object_] | str = ""
     """Column with the index, or its values (n,), that pandas stored; empty: none."""
 
+    def __post_init__(self) -> None:
+        known = {*IDS, *chain.from_iterable((*BOXES, *POINTS, CORNERS)), DIAMETER, LABEL}
+        if twice := sorted({name for name in known if self.columns.count(name) > 1}):
+            raise InputError(f"{self.path}: got columns {', '.join(twice)} twice, expected each once")
+
     def has(self, names: Sequence[str]) -> bool:
         """Whether it has all of these columns."""
         return set(names) <= set(self.columns)
@@ -198,6 +205,10 @@ class _Table:
         if isinstance(self.index, str):
             log.info("%s: cells have no ids; they are numbered in the order of the file", self.path)
             return frame, numbers(len(frame))
+        if len(self.index) != len(frame):
+            raise InputError(
+                f"{self.path}: got {len(frame)} rows and an index of {len(self.index)}; write the file again"
+            )
         return frame, self.index
 
     def _refuse_columns(self, problem: str) -> NoReturn:
@@ -278,27 +289,30 @@ def _text(path: Path, start: bytes) -> _Table:
     if not header or b"\0" in start:
         raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected cells as {KINDS}")
     with path.open("rb") as file:
-        compression: Literal["gzip"] | None = "gzip" if file.read(2) == GZIP else None
-    separator = "\t" if b"\t" in header else ","
+        compression = "gzip" if file.read(2) == GZIP else None
+    form = csv.ParseOptions(delimiter="\t" if b"\t" in header else ",")
+    damaged = f"{path}: cannot be read as a table in UTF-8 (%s); is the file complete?"
 
-    def load(columns: list[str] | None, rows: int | None = None) -> pd.DataFrame:
+    def load(columns: list[str]) -> pd.DataFrame:
+        texts = csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
         try:
-            frame: pd.DataFrame = pd.read_csv(
-                path,
-                sep=separator,
-                usecols=columns,
-                nrows=rows,
-                index_col=False,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-                compression=compression,
-            )
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"{path}: cannot be read as a table in UTF-8 ({error}); is the file complete?") from error
-        return frame
+            with pa.input_stream(path, compression=compression) as stream:
+                return _frame(csv.read_csv(stream, parse_options=form, convert_options=texts))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(damaged % error) from error
 
-    return _Table(path, load(None, rows=0).columns.tolist(), load)
+    try:
+        names = csv.read_csv(pa.py_buffer(header.removesuffix(b"\r") + b"\n"), parse_options=form).column_names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(damaged % error) from error
+    return _Table(path, names, load)
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """Columns as pandas has them; ids that repeat take little memory."""
+    repeated = [name for name in table.column_names if name == "cell_id"]
+    frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas(categories=repeated)
+    return frame
 
 
 def _parquet(path: Path, um: float, diameter_um: float | None) -> CellObjects:
@@ -312,14 +326,11 @@ def _parquet(path: Path, um: float, diameter_um: float | None) -> CellObjects:
 
     def load(columns: list[str]) -> pd.DataFrame:
         try:
-            table = file.read(columns=columns)
-            repeated = [name for name in columns if name == "cell_id"]
-            frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, categories=repeated)
+            return _frame(file.read(columns=columns))
         except (OSError, pa.ArrowException) as error:
             raise InputError(damaged % error) from error
-        return frame
 
-    table = _Table(path, schema.names, load, _stored_index(schema))
+    table = _Table(path, schema.names, load, _stored_index(path, schema))
     binary = any(is_binary(schema.field(name).type) for name in schema.names if name not in IDS)
     if table.has(CORNERS) or not (binary or b"geo" in (schema.metadata or {})):
         return table.objects(um, diameter_um)
@@ -329,9 +340,14 @@ def _parquet(path: Path, um: float, diameter_um: float | None) -> CellObjects:
     return CellObjects(path, shapes, ids, np.full(len(ids), ""), "cell")
 
 
-def _stored_index(schema: pa.Schema) -> NDArray[np.object_] | str:
+def _stored_index(path: Path, schema: pa.Schema) -> NDArray[np.object_] | str:
     """Column of the index that pandas stored, or its values (n,) if it is a range; empty if there is none."""
-    stored = ((schema.pandas_metadata or {}).get("index_columns") or [""])[0]
-    if isinstance(stored, dict):
-        return np.arange(stored["start"], stored["stop"], stored["step"]).astype(str).astype(object)
+    try:
+        stored = ((schema.pandas_metadata or {}).get("index_columns") or [""])[0]
+        if isinstance(stored, dict):
+            return np.arange(stored["start"], stored["stop"], stored["step"]).astype(str).astype(object)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: the metadata of pandas cannot be read ({error}); write the file again, with a column cell_id"
+        ) from error
     return str(stored) if stored in schema.names else ""

@@ -316,6 +316,9 @@ def test_bad_cells_are_named(tmp_path, slide):
         ("x,y,width,height\n1,2,3,4\n", "may be a corner or the centre; name the columns left and top"),
         ("row,column\n1,2\n", "got columns row, column; none says where a cell is; expected x0, y0, x1, y1 | .*"),
         ("x;y\n1;2\n", "got columns x;y"),
+        ("x0,y0,x1,y1\nr1,1,2,9,9\n", "Expected 4 columns, got 5"),  # as R writes row names
+        ("type,x0,y0,x1,y1\na,1,2,9,9\na, b,1,2,9,9\n", "Expected 5 columns, got 6"),
+        ("x0,y0,x1,y1,x0\n1,2,9,9,4\n", "columns x0 twice"),
         ("x,y,diameter_um\n1,2,0\n", "a diameter_um of 0 or less: row 1"),
         ("cell_id,vertex_x,vertex_y\na,1,2\na,1,3\nb,1,1\nb,2,1\nb,2,2\n", "fewer than 3 corners: cell 'a';"),
         ("cell_id,vertex_x,vertex_y\n,1,2\n", "no id in column cell_id"),
