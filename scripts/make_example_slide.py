@@ -1,6 +1,6 @@
 """Draw synthetic tissue and write it as a whole slide with the outlines of its nuclei, raw input of the example.
 
-Output: ``slide`` (pyramidal TIFF), ``nuclei`` (GeoParquet, level-0 px).
+Output: ``slide`` (pyramidal TIFF), ``nuclei`` (GeoParquet, level-0 px), ``cells`` (the same with ids, all valid).
 Params: size_um (width and height of the tissue), mpp (um per px of level 0), number (of the slide), seed.
 """
 
@@ -17,6 +17,7 @@ def main(snakemake):
     truth = write_slide(
         output.slide,
         output.nuclei,
+        output.cells,
         seed=params.seed + params.number,
         size_um=tuple(params.size_um),
         mpp=params.mpp,

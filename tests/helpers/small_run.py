@@ -55,6 +55,7 @@ SMALL = {
         "slides": {"drawn_slide_1": [300, 240], "drawn_slide_2": [300, 240]},
     },
     "slides": {"total": 40},
+    "cells": {"nucleus_threshold": 0.01, "class_threshold": 0.01, "jobs": 2},
     "figure3": {"experiments": ["celldetr_p"], "nuclei": 2},
     "figure4": {"patches": 2},
     "frozen_features": {"k": 3},

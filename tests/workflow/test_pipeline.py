@@ -1,14 +1,21 @@
 """What a finished run of the whole workflow holds: tables, samples, slides, provenance, logs, the report."""
 
+import gzip
 import json
 import re
 
+import anndata
+import geopandas
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import shapely
+import spatialdata
 import torch
 from small_run import ROOT, SMALL
 
+from celldetr.cells.table import CellFile
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.model.weights import load_model
 from celldetr.store import open_store
@@ -89,6 +96,57 @@ def test_xenium_samples_are_registered_labelled_and_split_without_shared_tissue(
 def test_a_sample_is_saved_as_spatialdata(results):
     saved = results / "xenium" / "drawn_1" / "spatialdata.zarr"
     assert {"images", "shapes", "tables"} <= {path.name for path in saved.iterdir()}
+
+
+SLIDES_OF_CELLS = {"drawn_slide_1": True, "drawn_slide_2": False}
+"""Slide -> whether its cells are given."""
+
+
+@pytest.mark.parametrize("slide", SLIDES_OF_CELLS)
+def test_all_files_of_cells_hold_the_same_cells(results, slide):
+    cells = CellFile(results / "cells" / f"{slide}.parquet")
+    table = cells.frame()
+    assert table.index.is_unique
+    assert len(table) > 50
+    assert (cells.info.given, cells.info.model["seen"]) == (SLIDES_OF_CELLS[slide], False)
+    embeddings = np.concatenate(list(cells.embeddings()))
+    adata = anndata.read_h5ad(results / "cells" / f"{slide}.h5ad")
+    assert list(adata.obs_names) == list(table.index)
+    np.testing.assert_array_equal(adata.X, embeddings)
+    np.testing.assert_allclose(adata.obsm["spatial"], table[["x_um", "y_um"]])
+    assert [*adata.obs["type"].astype(object).fillna("")] == [*table["type"].astype(object).fillna("")]
+    with gzip.open(results / "cells" / f"{slide}.geojson.gz") as file:
+        features = json.load(file)["features"]
+    centres = [shapely.geometry.shape(feature["geometry"]).envelope.centroid for feature in features]
+    np.testing.assert_allclose(shapely.get_coordinates(centres) * cells.info.mpp, table[["x_um", "y_um"]], atol=0.1)
+    saved = spatialdata.read_zarr(results / "cells" / f"{slide}.zarr")
+    (saved_table,) = saved.tables.values()
+    assert list(saved_table.obs_names) == list(table.index)
+    assert slide in (results / "cells" / f"{slide}.html").read_text(encoding="utf-8")
+    assert not (results / "cells" / "parts" / slide / "1").exists()
+
+
+def test_given_cells_are_all_there_with_their_outlines(results):
+    given = geopandas.read_parquet(results.parent / "example-input" / "slides" / "drawn_slide_1_cells.parquet")
+    cells = CellFile(results / "cells" / "drawn_slide_1.parquet")
+    outlines = pd.Series(np.concatenate(list(cells.outlines())), cells.frame().index)[given["cell_id"]]
+    assert len(cells) == len(given)
+    assert shapely.hausdorff_distance(outlines.to_numpy(), given.geometry.to_numpy()).max() < 0.01
+    assert (cells.frame()["status"] == "read").all()
+
+
+def test_found_cells_lie_on_drawn_nuclei(results):
+    """The model has learnt little in two epochs: what it finds is on the tissue."""
+    drawn = geopandas.read_parquet(results.parent / "example-input" / "slides" / "drawn_slide_2.parquet")
+    cells = CellFile(results / "cells" / "drawn_slide_2.parquet")
+    found = cells.frame()
+    assert cells.info.counts["cells"] == len(found)
+    width, height = (side * cells.info.mpp for side in cells.info.size)
+    assert found["x_um"].between(0, width).all()
+    assert found["y_um"].between(0, height).all()
+    tissue = shapely.box(*drawn.total_bounds).buffer(20 / cells.info.mpp)
+    centres = shapely.points(found[["x_um", "y_um"]].to_numpy() / cells.info.mpp)
+    assert shapely.contains(tissue, centres).mean() > 0.95
 
 
 def test_stores_hold_every_image_and_the_test_fold_is_held_out(results):

@@ -41,12 +41,19 @@ def paper():
         ({"training": {"epocs": 2}}, "training.epocs: unknown key; did you mean 'epochs'?"),
         ({"xenium": {"samples": "xenium.tsv"}}, "row 2: sample: got '../drawn_2'"),
         ("seed: 1\nseed: 2\n", "config.yaml: line 2: got 'seed' again (also in line 1)"),
+        ({"cells": {"model": "celldetr_q"}}, "cells.model: got ['celldetr_q'], expected names of experiments"),
+        ({"cells": {"model": "deformable_detr"}}, "cells.model: got ['deformable_detr'], expected experiments with"),
+        ({"cells": {"split": 2}}, "cells.split: got 2, expected one of [1]"),
+        ({"cells": {"sheet": "none.tsv"}}, "none.tsv: cannot be read"),
+        ({"cells": {"sheet": "cells.tsv"}}, "row 2: slide: got 'DRAWN_slide_2' twice"),
         ({"imagenet": {"bytes": "https://me:S3cret@host/?sig=S3cret"}}, "imagenet.bytes: got 'https://***@host/?***'"),
     ],
 )
 def test_a_mistake_stops_before_anything_runs(tmp_path, changes, message):
     text = (ROOT / "config" / "example" / "xenium.tsv").read_text(encoding="utf-8")
     (tmp_path / "xenium.tsv").write_text(text.replace("drawn_2\tyes", "../drawn_2\tyes"), encoding="utf-8")
+    text = (ROOT / "config" / "example" / "cells.tsv").read_text(encoding="utf-8")
+    (tmp_path / "cells.tsv").write_text(text.replace("drawn_slide_1\tyes", "DRAWN_slide_2\tyes"), encoding="utf-8")
     done = plan(tmp_path, changes)
     assert done.returncode != 0
     assert message in done.stdout
@@ -66,6 +73,25 @@ def test_a_single_target_builds_only_its_ancestors(tmp_path):
     done = plan(tmp_path, {}, "results/table3.tsv")
     assert jobs_of(done)["train"] == 2
     assert not re.search("celldetr_[sp]|deformable_detr", done.stdout)
+
+
+def test_every_file_of_cells_is_a_target_of_its_own(tmp_path):
+    for kind, rule in (("h5ad", "cells_h5ad"), ("geojson.gz", "cells_geojson"), ("zarr", "cells_spatialdata")):
+        jobs = jobs_of(plan(tmp_path, {}, f"results/cells/drawn_slide_2.{kind}"))
+        assert {name for name in jobs if "cell" in name} == {"download_cell_slide", "find_cells", "join_cells", rule}
+        assert (jobs["find_cells"], jobs["train"]) == (small_config()["cells"]["jobs"], 1)
+    jobs = jobs_of(plan(tmp_path, {"cells": {"outputs": []}}))
+    assert {name for name in jobs if name.startswith("cells_")} == {"cells_page"}
+
+
+def test_cells_of_the_slides_of_the_other_sheets_with_a_model_file(tmp_path):
+    """Nothing is trained, and nothing is downloaded but the slides."""
+    (tmp_path / "my.pt").touch()
+    changes = {"cells": {"sheet": None, "model": "my.pt"}}
+    jobs = jobs_of(plan(tmp_path, changes, "results/cells/drawn_slide_1.h5ad", "results/cells/drawn_2.parquet"))
+    assert jobs["download_slide"] == jobs["download_he"] == 1
+    assert "train" not in jobs
+    assert "download_cell_slide" not in jobs
 
 
 def test_profiles_plan_from_a_clone_as_typed(tmp_path):

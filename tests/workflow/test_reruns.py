@@ -26,6 +26,7 @@ INTERMEDIATES = {
     "results/slides/drawn_slide_2/detected.parquet": "detect_slide",
     "results/slides/drawn_slide_1/drawn_slide_1.zarr": "extract_slide",
     "results/slides/split.tsv": "choose_slide_patches",
+    "results/cells/drawn_slide_1.geojson.gz": "cells_geojson",
     "results/models/celldetr_p/split1/model.pt": "train",
     "results/predictions/celldetr_p/split1.parquet": "predict",
     "results/scores/celldetr_p/split1.tsv": "score",
@@ -45,7 +46,9 @@ AFTER_SLIDES = {"similarity", "figure4b", "figure4c", "frozen_features"} | AFTER
 PICTURES = {"figure3", "figure4b", "figure4c", "figure5a", "figure5b", "learning_curves", "overlays"}
 FIGURES = (PICTURES | {"attention", "similarity"}) - {"figure5a"}
 DETECTED = {"detect_slide", "extract_slide", "choose_slide_patches"}  # a slide's nuclei are found by celldetr_p
-EVERY_MODEL = AFTER_TRAINING | AFTER_SLIDES | FIGURES | DETECTED
+FILES_OF_CELLS = {"cells_h5ad", "cells_geojson", "cells_spatialdata", "cells_page"}
+CELLS = {"find_cells", "join_cells"} | FILES_OF_CELLS
+EVERY_MODEL = AFTER_TRAINING | AFTER_SLIDES | FIGURES | DETECTED | CELLS
 STORES = {"convert_pannuke", "extract_xenium", "extract_slide"}
 
 
@@ -93,6 +96,10 @@ CODE_EDITS = {
     "report/curves.py": {"learning_curves", "figure4b", "figure4c"},
     "report/tables.py": {"table"},
     "report/style.py": PICTURES,
+    "cells/qupath.py": {"cells_geojson"},
+    "cells/h5ad.py": {"cells_h5ad", "cells_spatialdata"},
+    "cells/join.py": {"join_cells"} | FILES_OF_CELLS,
+    "report/cells.py": {"cells_page"},
     "training/losses.py": EVERY_MODEL,
     "xenium/registration/gate.py": {"register_xenium", "extract_xenium"} | AFTER_XENIUM,
     "xenium/celltypes/annotate.py": {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM,
@@ -119,6 +126,12 @@ def test_an_edit_of_code_repeats_what_it_affects(planner, name):
         ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium"} | AFTER_XENIUM),
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM),
         ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_XENIUM - {"figure5a"}),
+        ({"cells": {"nucleus_threshold": 0.02}}, CELLS),
+        ({"cells": {"jobs": 3}}, CELLS),
+        ({"cells": {"batch_size": 4}}, set()),
+        ({"cells": {"outputs": ["h5ad"]}}, set()),
+        ({"cells": {"embeddings": "float16"}}, CELLS),
+        ({"cells": {"image": "write"}}, {"cells_spatialdata"}),
         ({"slides": {"total": 30}}, {"choose_slide_patches"} | AFTER_SLIDES),
         (
             {"inference": {"batch_size": 4}},
@@ -137,6 +150,13 @@ def test_a_row_of_a_sheet_repeats_the_sample_and_what_it_is_in(planner):
         planned = planner.planned()
     assert set(planned) == {"extract_xenium"} | AFTER_XENIUM
     assert planned["extract_xenium"] == 1
+
+
+def test_a_row_of_cells_repeats_its_slide_alone(planner):
+    with edited(planner, {"example/cells.tsv": ("drawn_slide_2\tyes\tdrawn_slide_2", "drawn_slide_2\tyes\tother")}):
+        assert planner.planned() == dict.fromkeys(CELLS, 1) | {"find_cells": 2}
+    with edited(planner, {"example/cells.tsv": ("the example's model finds its cells", "no note")}):
+        assert planner.planned() == {}
 
 
 def test_another_experiment_runs_alone(planner):

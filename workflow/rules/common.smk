@@ -46,7 +46,12 @@ try:
     from celldetr.config.classes import ST_TO_PANNUKE
     from celldetr.config.load import load_config
     from celldetr.config.pannuke import FOLDS, fold_parts
-    from celldetr.config.sheets import locate, used_samples, used_slides
+    from celldetr.config.sheets import (
+        cell_slides,
+        locate,
+        used_samples,
+        used_slides,
+    )
     from celldetr.runtime.errors import ConfigError, masked
     from celldetr.runtime.provenance import source_hash
 except ImportError as error:
@@ -59,11 +64,16 @@ try:
     CONFIG = load_config(config, ROOT, workflow.configfiles)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
     SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
+    CELLS = cell_slides(CONFIG.cells, SAMPLES, SLIDES, ROOT)
     CONFIG.check_groups(SAMPLES, SLIDES)
 except ConfigError as error:
     raise WorkflowError(
         f"The configuration is not valid:\n{masked(str(error))}"
     ) from None
+
+
+CELL_FILES = {"h5ad": "h5ad", "geojson": "geojson.gz", "spatialdata": "zarr"}
+"""Ending of each file of cells that `cells.outputs` may list."""
 
 
 wildcard_constraints:
@@ -179,6 +189,37 @@ def slide_nuclei(wildcards) -> str:
     return f"results/raw/slides/{wildcards.slide}_nuclei"
 
 
+def cell_slide(wildcards) -> str:
+    """File of a slide whose cells are found."""
+    if CONFIG.cells.sheet is None:
+        return CELLS[wildcards.slide].file[0]
+    return f"results/raw/cells/{wildcards.slide}.tif"
+
+
+def cell_inputs(wildcards) -> dict[str, str]:
+    """Files of a slide whose cells are found: its image, and the region and the given cells that its row names."""
+    row, files = CELLS[wildcards.slide], {"slide": cell_slide(wildcards)}
+    if row.region:
+        files["region"] = own_file(row.region)
+    if row.nuclei:
+        files["nuclei"] = f"results/raw/cells/{wildcards.slide}_nuclei"
+    return files
+
+
+def cell_settings(slide: str) -> dict:
+    """What the cells of a slide depend on beside its files."""
+    keys = (
+        "group",
+        "mpp",
+        "nuclei_unit",
+        "region_unit",
+        "diameter_um",
+        "cell_outlines",
+        "check_outlines",
+    )
+    return {key: getattr(CELLS[slide], key) for key in keys}
+
+
 def stage_of(experiment: str) -> str:
     """Stage of an experiment, which decides the patches that it trains and tests on."""
     return CONFIG.experiments[experiment].stage
@@ -277,6 +318,8 @@ def trained_models() -> list[str]:
     waiting.append((experiment_of("ssl"), 1))
     if any(row.detect for row in SLIDES.values()):
         waiting.append((CONFIG.slides.detection.model, CONFIG.pannuke.splits[0]))
+    if CONFIG.cells is not None:
+        waiting.append((CONFIG.cells.model, CONFIG.cells.split))
     found = set()
     while waiting:
         name, split = waiting.pop()
@@ -323,4 +366,7 @@ def all_results() -> list[str]:
             for kind in ("png", "svg")
         ]
         wanted.append("results/slides/summary.tsv")
+    if CONFIG.cells is not None:
+        endings = [CELL_FILES[kind] for kind in CONFIG.cells.outputs] + ["html"]
+        wanted += expand("results/cells/{slide}.{kind}", slide=CELLS, kind=endings)
     return wanted

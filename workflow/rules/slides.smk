@@ -6,6 +6,7 @@ if CONFIG.example is not None:
         output:
             slide="example-input/slides/{slide}.tif",
             nuclei="example-input/slides/{slide}.parquet",
+            cells="example-input/slides/{slide}_cells.parquet",
         log:
             "results/logs/make_example_slide/{slide}.log",
         benchmark:

@@ -99,7 +99,10 @@ class _SlideFile(Settings):
     mpp: Mpp | None = Field(None, description="um per px of level 0, if the file lacks it or is wrong")
     nuclei: Sources = ()
     nuclei_sha256: Sha256 = Field(None, description="SHA-256 of the file of outlines")
-    nuclei_unit: Literal["px", "um"] = Field("px", description="unit of the outlines: px of level 0, or um")
+    nuclei_unit: Literal["px", "um", "qupath"] = Field(
+        "px",
+        description="unit of the outlines: px of level 0; um; qupath: px from the corner of what was scanned",
+    )
     cell_outlines: bool = Field(
         False, description="yes: take the outline of a cell where a file (QuPath) has none of its nucleus"
     )
@@ -161,7 +164,11 @@ class CellRow(_SlideFile):
         (),
         description="your own cells (outlines, boxes or points): URLs or paths; empty: the model finds the cells",
     )
-    region: str = Field("", description="GeoJSON with the polygons to read, px of level 0; empty: all tissue")
+    region: str = Field("", description="polygons to read (GeoJSON or GeoParquet), a path; empty: all tissue")
+    region_unit: Literal["px", "um", "qupath"] | None = Field(
+        None,
+        description="unit of the region, as nuclei_unit; needed if the scanned part begins elsewhere than the slide",
+    )
     diameter_um: Annotated[float, Field(gt=0, le=1000)] | None = Field(
         None, description="diameter of a cell whose position is a point, um"
     )
@@ -170,6 +177,8 @@ class CellRow(_SlideFile):
     def _given_or_found(self) -> Self:
         if words := {"hest", "detect"} & set(self.nuclei):
             raise ValueError(f"expected nuclei to be a file, or empty: the model finds them; got {sorted(words)[0]!r}")
+        if self.region_unit and not self.region:
+            raise ValueError("expected a file in column region, as there is a value in region_unit")
         about = {"nuclei_sha256", "nuclei_unit", "diameter_um", "cell_outlines", "check_outlines"}
         changed = [name for name in sorted(about) if getattr(self, name) != type(self).model_fields[name].default]
         if changed and not self.nuclei:

@@ -43,6 +43,7 @@ class SlideTruth:
 def write_slide(
     path: str | os.PathLike[str],
     polygons: str | os.PathLike[str],
+    cells: str | os.PathLike[str] | None = None,
     *,
     seed: int,
     size_um: tuple[float, float],
@@ -52,6 +53,7 @@ def write_slide(
     """Write a slide, tiled and compressed as JPEG, each level 4 times as coarse as the one before, and its outlines.
 
     The outlines (GeoParquet) are in level-0 px and have a class, which pretraining must not read; a few are not valid.
+    `cells` becomes a file of the same nuclei with ids, all valid, like the segmentation of a user.
     The same arguments give the same bytes. `size_um` is width and height of the tissue, `rim_um` empty glass around it,
     `mpp` um per px of level 0.
 
@@ -74,6 +76,10 @@ def write_slide(
     labels = [*classes.tolist(), *classes[:1].tolist() * (len(shapes) - len(classes))]
     with atomic(polygons) as temporary:
         geopandas.GeoDataFrame({"class": labels}, geometry=shapes).to_parquet(temporary, index=False)
+    if cells is not None:
+        own = {"cell_id": [f"nucleus-{number}" for number in range(len(nuclei))]}
+        with atomic(cells) as temporary:
+            geopandas.GeoDataFrame(own, geometry=shapely.polygons(nuclei)).to_parquet(temporary, index=False)
     size = image.shape[1], image.shape[0]
     return SlideTruth(Path(path), Path(polygons), mpp, size, border, pen, _PEN / mpp, nuclei, classes, invalid)
 

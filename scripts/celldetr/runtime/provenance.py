@@ -20,7 +20,7 @@ from celldetr.runtime.errors import masked
 from celldetr.runtime.files import write_json
 
 PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "kornia", "snakemake")
-_MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "cells", "example"}
+_MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "example"}
 """Rooms that make data and models."""
 _FRAME = {"runtime/rule.py", "runtime/errors.py", "runtime/provenance.py", "config/base.py"}
 """Modules around the work of a rule: its log and errors, provenance, checks of settings (they are parameters)."""

@@ -1,0 +1,129 @@
+"""The command for one slide: the files of the rules, continued after a break, and one clear line for each mistake."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from small_model import small_model, small_settings
+
+from celldetr.cells import __main__ as command
+from celldetr.cells.table import CellFile
+from celldetr.config.cells import CellSettings
+from celldetr.config.sheets import CellRow
+from celldetr.model.weights import save_model
+from celldetr.runtime.errors import CellDETRError
+
+PINK, DARK = (225, 170, 205), (70, 40, 130)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Write a PNG with dark discs, boxes of the discs, and models."""
+    folder = tmp_path_factory.mktemp("command")
+    rng = np.random.default_rng(2)
+    image = rng.normal(PINK, 3, (160, 200, 3)).clip(0, 255).astype(np.uint8)
+    y, x = np.mgrid[:160, :200]
+    centres = [(20 + 24 * column, 20 + 24 * row) for row in range(6) for column in range(7)]
+    for cx, cy in centres:
+        image[(x - cx) ** 2 + (y - cy) ** 2 <= 36] = DARK
+    Image.fromarray(image).save(folder / "my tile.png")
+    boxes = [(f"cell {number}", cx - 6, cy - 6, cx + 7, cy + 7) for number, (cx, cy) in enumerate(centres)]
+    pd.DataFrame(boxes, columns=["cell_id", "x0", "y0", "x1", "y1"]).to_csv(folder / "mine.csv", index=False)
+    for mode in ("parallel", "baseline"):
+        extra = {"mpp": 0.5, "patch_size": 64, "trained_on": ["fold1"]}
+        save_model(folder / f"{mode}.pt", small_model(mode), small_settings(mode), extra)
+    return folder
+
+
+def call(files, out, *more, model="parallel.pt", mpp="0.5", slide="my tile.png"):
+    given = [files / slide, "--model", files / model, "--out", out, *(("--mpp", mpp) if mpp else ()), *more]
+    command.main([*map(str, [given[0], "--threads", 1, "--margin-um", 4, *given[1:]])])
+
+
+def test_given_cells_get_a_type_and_an_embedding_each(files, tmp_path):
+    call(files, tmp_path, "--nuclei", files / "mine.csv", "--class-threshold", "0", "--outputs", "h5ad", "geojson")
+    cells = CellFile(tmp_path / "my_tile.parquet")
+    assert sorted(cells.frame().index) == sorted(pd.read_csv(files / "mine.csv")["cell_id"])
+    assert cells.frame()["type"].notna().all()
+    assert cells.info.mpp == 0.5
+    names = ("geojson.gz", "h5ad", "html", "parquet", "provenance.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"my_tile.{ending}" for ending in names]
+
+
+def test_the_same_call_finds_nothing_twice_and_another_one_replaces_nothing(files, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(command, "write_cells_page", lambda path, *_, **__: path.touch())
+    more = ("--name", "a", "--nucleus-threshold", "0")
+    call(files, tmp_path, *more, "--outputs")
+    written = (tmp_path / "a.parquet").read_bytes()
+    monkeypatch.setattr(command, "find_cells_of_row", pytest.fail)
+    call(files, tmp_path, *more, "--outputs", "geojson", "--batch-size", "3")
+    assert "a.parquet: its cells are found already" in caplog.text
+    assert (tmp_path / "a.geojson.gz").exists()
+    with pytest.raises(
+        CellDETRError, match=r"a\.parquet: holds cells .* another nucleus_threshold; give another --out"
+    ):
+        call(files, tmp_path, "--name", "a", "--nucleus-threshold", "0.4")
+    assert (tmp_path / "a.parquet").read_bytes() == written
+
+
+def test_a_break_before_joining_costs_no_second_search(files, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "join_cells", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(files, tmp_path, "--nucleus-threshold", "0")
+    assert not (tmp_path / "my_tile.parquet").exists()
+    monkeypatch.setattr(command, "find_cells_of_row", pytest.fail)
+    monkeypatch.setattr(command, "write_cells_page", lambda path, *_, **__: path.touch())
+    call(files, tmp_path, "--nucleus-threshold", "0", "--outputs")
+    record = json.loads((tmp_path / "my_tile.provenance.json").read_text())
+    assert record["counts"]["cells"] == len(CellFile(tmp_path / "my_tile.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"slide": "none.png"}, "none.png: no such file"),
+        ({"model": "none.pt"}, "none.pt: no such file"),
+        ({"model": "my tile.png"}, "my tile.png: cannot be read as a PyTorch file"),
+        ({"model": "baseline.pt"}, "baseline"),
+        ({"mpp": None}, "the file does not state its pixel size"),
+        ({"mpp": "half"}, "command line: mpp: got 'half', expected a valid number"),
+        ({"more": ("--margin-um", "-1")}, "command line: margin_um: got '-1'"),
+        ({"more": ("--outputs", "pdf")}, "command line: outputs: got"),
+        ({"more": ("--diameter-um", "8")}, "expected a file in column nuclei"),
+        ({"more": ("--name", "../up")}, "command line: slide: got '../up'"),
+        ({"more": ("--model-mpp", "0.25")}, "trained at 0.5 um per px"),
+        ({"more": ("--nucleus-threshold", "1")}, "no cell"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named_and_nothing_is_written(files, tmp_path, more, message):
+    more = dict(more)
+    with pytest.raises(CellDETRError) as caught:
+        call(files, tmp_path / "out", *more.pop("more", ()), **more)
+    assert message in str(caught.value)
+    assert [path.name for path in tmp_path.glob("out/*") if path.name != ".my_tile.unfinished"] == []
+
+
+def test_an_error_is_one_line_and_status_1(files, tmp_path):
+    line = [sys.executable, "-m", "celldetr.cells", files / "none.png", "--model", files / "parallel.pt"]
+    done = subprocess.run([*map(str, line), "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == f"error: {files / 'none.png'}: no such file"
+
+
+def test_options_are_the_settings_and_columns_that_matter_to_one_slide():
+    """A new setting, or a new column of the sheet, must be an option, or be named here."""
+    options = {name for names in command._OPTIONS.values() for name in names}
+    assert {*CellSettings.model_fields} - options == {"sheet", "model", "split", "jobs"}
+    not_needed = {"slide", "use", "file", "bytes", "sha256", "nuclei_sha256", "licence", "note"}
+    assert {*CellRow.model_fields} - options == not_needed
