@@ -68,7 +68,7 @@ def write_spatialdata(
                 group = zarr.open_group(temporary / "tables" / _TABLE, mode="r+")
                 shape = (len(cells), cells.info.width)
                 array = group.create_array(
-                    "X", shape=shape, chunks=(ROWS, shape[1]), dtype=dtype, compressors=None, fill_value=0
+                    "X", shape=shape, chunks=(ROWS // 4, shape[1]), dtype=dtype, compressors=None, fill_value=0
                 )
                 fill_embeddings(cells, array)
                 zarr.consolidate_metadata(temporary)
