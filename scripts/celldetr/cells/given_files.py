@@ -270,7 +270,7 @@ class _Table:
         cell, label, corners = cell[order], label[order], corners[order]
         new = np.ones(len(cell), dtype=bool)
         new[1:] = (np.diff(cell) != 0) | (np.diff(label) != 0)
-        few = np.diff(np.flatnonzero([*new, True])) < _FEWEST
+        few = np.diff(np.flatnonzero(np.append(new, True))) < _FEWEST
         ids = self._ids(pd.Series(names), "cell_id")
         bad = np.unique(cell[new][few])
         _refuse(self.path, [f"cell {ids[i]!r}" for i in bad[:_NAMED]], len(bad), f"fewer than {_FEWEST} corners")
