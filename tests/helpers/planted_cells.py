@@ -68,7 +68,8 @@ class Planted(nn.Module):
             if valid is None or valid[place]:
                 x, y, width, height = (boxes[place] * side).tolist()
                 rows, columns = (
-                    slice(max(0, round(c - s / 2)), round(c + s / 2)) for c, s in ((y, height), (x, width))
+                    slice(int(max(0, np.floor(c - s / 2 + 1e-3))), int(np.ceil(c + s / 2 - 1e-3)))
+                    for c, s in ((y, height), (x, width))
                 )
                 inner = features.memory[place[0], :, rows, columns].flatten(1)
                 dark = inner[1] < 0.4
