@@ -6,6 +6,7 @@ import scanpy
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from celldetr.cells.table import CellFile, embedding_values
 from celldetr.report.cell_maps import DrawnCells
 from celldetr.report.style import CASING, styled
 
@@ -14,6 +15,24 @@ SAMPLED = 6_000
 FEWEST = 50
 """Fewest cells of which a map is made."""
 _PAPER = "#C4C4C4"  # below the points: neither white nor black, which are colours of classes
+
+
+def embedding_map(file: CellFile, cells: DrawnCells, seed: int) -> tuple[Figure | None, str]:
+    """Draw the UMAP of a sample of cells, and describe it; without a figure, say why there is none."""
+    if not file.info.width:
+        return None, "There are no embeddings in the file."
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(cells))[:SAMPLED])
+    column = file.take(cells.numbers[chosen], ["embedding"])["embedding"]
+    embeddings = np.concatenate([np.empty((0, file.info.width)), *map(embedding_values, column.chunks)])
+    whole = np.isfinite(embeddings).all(axis=1)
+    chosen, embeddings = chosen[whole], embeddings[whole]
+    if len(chosen) < FEWEST:
+        return None, f"There is no UMAP of {len(chosen)} cells with an embedding; it takes at least {FEWEST}."
+    sample = f"{len(chosen):,} cells, drawn from {len(cells):,}" if len(chosen) < len(cells) else "all cells"
+    return umap_figure(umap_points(embeddings, seed), cells, chosen), (
+        f"UMAP of the embeddings of {sample}, by scanpy: cells that look alike to the model lie near each other. "
+        "Distances between groups mean little."
+    )
 
 
 def umap_points(embeddings: NDArray[np.floating], seed: int) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,15 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from celldetr.report.slide_pictures import length_text, round_length
+from celldetr.report.slide_pictures import length_text, round_length, thumbnail
 from celldetr.report.style import CASING, PATCH_COLOUR, PREVIEW_DPI, cased, styled
+from celldetr.slides.pyramid import Pyramid
 
 FIELD_UM = 200.0
 """Side of a field, um."""
 OVERVIEW = 1400
 """Longest side of the picture of the slide, px."""
+POINTS = 1_000_000
+"""Most cells that are drawn on the slide."""
 _FIELDS = 2  # of each kind
-_POINTS = 1_000_000  # most cells that are drawn on the slide
+_PART = 0.5  # of the width and height of the slide: if cells lie in less, only that part is shown
 _POINT_PX = (1.0, 9.0)  # smallest and largest diameter of a cell on the slide
 _GREYS = (85.0, 195.0)  # of the slide below its cells: neither black nor white, which are colours of classes
 _PAPER = (205.0, 255.0)  # of the slide below densities
@@ -54,6 +58,23 @@ class DrawnCells:
         return len(self.numbers)
 
 
+class View(NamedTuple):
+    """The part of a slide that its maps show."""
+
+    pixels: NDArray[np.uint8]
+    """(H, W, 3)."""
+    corner: NDArray[np.float64]
+    """First corner (2,), um from the corner of the slide."""
+    size: NDArray[np.float64]
+    """Width and height (2,), um."""
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top, um, as matplotlib has them."""
+        (x0, y0), (x1, y1) = self.corner.tolist(), (self.corner + self.size).tolist()
+        return x0, x1, y1, y0
+
+
 @dataclass(frozen=True)
 class Field:
     """A square of the slide that is shown enlarged."""
@@ -66,6 +87,19 @@ class Field:
     """um."""
     members: NDArray[np.int64]
     """Cells (m,) of `DrawnCells` with their centre in it."""
+
+
+def view_of(image: Pyramid, cells: DrawnCells, mpp: float) -> View:
+    """Show the whole slide, or around its cells if they take less than half of its width and height; um per px."""
+    size = np.array(image.size) * mpp
+    low, high = np.zeros(2), size
+    if len(cells):
+        rim = 0.05 * np.ptp(cells.centres, axis=0).max() + FIELD_UM / 4
+        around = np.clip([cells.centres.min(axis=0) - rim, cells.centres.max(axis=0) + rim], 0, size)
+        if (np.ptp(around, axis=0) < _PART * size).all():
+            low, high = around
+    (x0, y0), (x1, y1) = (low / mpp).tolist(), (high / mpp).tolist()
+    return View(thumbnail(image, OVERVIEW, (x0, y0, x1, y1)), low, high - low)
 
 
 def choose_fields(cells: DrawnCells, extent: tuple[float, float]) -> list[Field]:
@@ -108,19 +142,16 @@ def choose_fields(cells: DrawnCells, extent: tuple[float, float]) -> list[Field]
 
 
 @styled
-def slide_figure(
-    pixels: NDArray[np.uint8], extent: tuple[float, float], fields: Sequence[Field], cells: DrawnCells | None, seed: int
-) -> Figure:
-    """Draw a slide (H, W, 3) of some width and height in um: its tissue, or its cells on grey tissue."""
-    width, height = np.array(extent) * (OVERVIEW / max(extent))
+def slide_figure(view: View, fields: Sequence[Field], cells: DrawnCells | None, seed: int) -> Figure:
+    """Draw the tissue with the places of fields, or also its cells, on grey tissue."""
+    width, height = view.size * (OVERVIEW / view.size.max())
     figure = Figure(figsize=(width / PREVIEW_DPI, height / PREVIEW_DPI), dpi=PREVIEW_DPI)
     axes = figure.add_axes((0, 0, 1, 1))
-    shown = pixels if cells is None else _grey(pixels, *_GREYS)
-    _map(axes, shown, extent)
+    _show(axes, view, view.pixels if cells is None else _grey(view.pixels, *_GREYS))
     if cells is not None:
-        drawn = np.random.default_rng(seed).permutation(len(cells))[:_POINTS]  # so that no type lies above the others
+        drawn = np.random.default_rng(seed).permutation(len(cells))[:POINTS]  # so that no type lies above the others
         spacing = np.sqrt(width * height / max(1, len(drawn)))
-        nucleus = float(np.median(cells.sizes)) * width / extent[0] if len(cells) else 0
+        nucleus = float(np.median(cells.sizes)) * width / view.size[0] if len(cells) else 0
         diameter = float(np.clip(max(nucleus, 0.3 * spacing), *_POINT_PX))
         x, y = cells.centres[drawn].T
         axes.scatter(
@@ -135,7 +166,7 @@ def slide_figure(
         for colour, line in (("white", 2.6), (PATCH_COLOUR, 1.4)):
             corner = field.corner.tolist()
             axes.add_patch(Rectangle(corner, field.side, field.side, fill=False, edgecolor=colour, linewidth=line))
-        right = field.corner[0] + field.side < 0.95 * extent[0]
+        right = field.corner[0] + field.side < view.corner[0] + 0.95 * view.size[0]
         at = field.corner[0] + (field.side if right else 0)
         axes.annotate(
             field.letter,
@@ -149,44 +180,43 @@ def slide_figure(
             weight="bold",
             path_effects=cased(3, "white"),
         )
-    _scale_bar(axes, extent, fontsize=13)
+    _scale_bar(axes, view, fontsize=13)
     return figure
 
 
-def density_squares(extent: tuple[float, float]) -> tuple[float, float]:
+def density_squares(view: View) -> tuple[float, float]:
     """Side of the squares in which cells are counted, and standard deviation of the window that smooths them, um."""
-    side = max(_FINEST_UM, round_length(max(extent) / _BINS))
+    side = max(_FINEST_UM, round_length(view.size.max() / _BINS))
     return side, max(_WINDOW_UM, side)
 
 
 @styled
-def density_figure(pixels: NDArray[np.uint8], extent: tuple[float, float], cells: DrawnCells) -> Figure:
-    """Draw the density of all cells and of each type over the slide (H, W, 3), with one scale of colours."""
-    side, window = density_squares(extent)
+def density_figure(view: View, cells: DrawnCells) -> Figure:
+    """Draw the density of all cells and of each type over the slide, with one scale of colours."""
+    side, window = density_squares(view)
     present = [group for group in range(len(cells.names)) if (cells.groups == group).any()]
-    counts = [_counts(cells.centres, extent, side)]
-    counts += [_counts(cells.centres[cells.groups == group], extent, side) for group in present]
+    counts = [_counts(cells.centres, view, side)]
+    counts += [_counts(cells.centres[cells.groups == group], view, side) for group in present]
     maps = [ndimage.gaussian_filter(one, window / side, mode="constant") / (side / 1000) ** 2 for one in counts]
     near = _closed(counts[0] > 0, max(1, round(window / side)))
     titles = [f"all cells ({len(cells):,})"]
     titles += [f"{cells.names[group]} ({(cells.groups == group).sum():,})" for group in present]
-    across = min(len(maps), 3 if extent[0] < 2.5 * extent[1] else 2)
+    across = min(len(maps), 3 if view.size[0] < 2.5 * view.size[1] else 2)
     down = -(-len(maps) // across)
     each = 9.6 / across
-    figure = Figure(figsize=(10.4, down * (each * min(1.6, extent[1] / extent[0]) + 0.3)), layout="constrained")
+    figure = Figure(figsize=(10.4, down * (each * min(1.6, view.size[1] / view.size[0]) + 0.3)), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    paper = _grey(pixels, *_PAPER)
+    paper = _grey(view.pixels, *_PAPER)
     most = max(float(one.max()) for one in maps)
     norm = PowerNorm(0.5, 0, most or 1)
     for axis, density, title in zip(axes, maps, titles, strict=False):
-        _map(axis, paper, extent)
-        x, y = np.array(density.shape[::-1]) * side
-        image = axis.imshow(
-            np.ma.array(density, mask=~near), norm=norm, cmap="magma_r", extent=(0, x, y, 0), interpolation="nearest"
-        )
-        axis.set(xlim=(0, extent[0]), ylim=(extent[1], 0))
+        _show(axis, view, paper)
+        squares = view._replace(size=np.array(density.shape[::-1]) * side)
+        shown = np.ma.array(density, mask=~near)
+        image = axis.imshow(shown, norm=norm, cmap="magma_r", extent=squares.extent, interpolation="nearest")
+        axis.set(xlim=view.extent[:2], ylim=view.extent[2:])
         axis.set_title(title, fontsize=9, parse_math=False)
-        _scale_bar(axis, extent)
+        _scale_bar(axis, view)
     for axis in axes[len(maps) :]:
         axis.remove()
     ticks = {0.0, *(round_length(share * most) for share in (0.01, 0.04, 0.12, 0.25, 0.5, 1) if most)}
@@ -196,10 +226,10 @@ def density_figure(pixels: NDArray[np.uint8], extent: tuple[float, float], cells
     return figure
 
 
-def _counts(centres: NDArray[np.float64], extent: tuple[float, float], side: float) -> NDArray[np.float64]:
+def _counts(centres: NDArray[np.float64], view: View, side: float) -> NDArray[np.float64]:
     """Cells (H, W) in squares of some side, um."""
-    shape = np.maximum(np.ceil(np.array(extent)[::-1] / side).astype(int), 1)
-    row, column = np.clip((centres[:, ::-1] / side).astype(int), 0, shape - 1).T
+    shape = np.maximum(np.ceil(view.size[::-1] / side).astype(int), 1)
+    row, column = np.clip(((centres - view.corner)[:, ::-1] / side).astype(int), 0, shape - 1).T
     return np.bincount(row * shape[1] + column, minlength=shape.prod()).reshape(shape).astype(np.float64)
 
 
@@ -217,17 +247,18 @@ def _grey(pixels: NDArray[np.uint8], low: float, high: float) -> NDArray[np.uint
     return np.repeat(level.astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _map(axes: Axes, pixels: NDArray[np.uint8], extent: tuple[float, float]) -> None:
+def _show(axes: Axes, view: View, pixels: NDArray[np.uint8]) -> None:
     """Show the slide with axes in um."""
-    axes.imshow(pixels, extent=(0, extent[0], extent[1], 0), interpolation="antialiased", zorder=0)
-    axes.set(xlim=(0, extent[0]), ylim=(extent[1], 0), xticks=[], yticks=[])
+    axes.imshow(pixels, extent=view.extent, interpolation="antialiased")
+    axes.set(xlim=view.extent[:2], ylim=view.extent[2:], xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _scale_bar(axes: Axes, extent: tuple[float, float], fontsize: float = 9) -> None:
+def _scale_bar(axes: Axes, view: View, fontsize: float = 9) -> None:
     """Draw a scale bar in the lower left corner."""
-    length = round_length(max(extent) / 5 if max(extent) < 3 * min(extent) else min(extent) / 2)
-    x, y = 0.03 * extent[0], extent[1] - 0.03 * max(extent)
+    longest, shortest = view.size.max(), view.size.min()
+    length = round_length(longest / 5 if longest < 3 * shortest else shortest / 2)
+    x, y = view.corner + (0.03 * view.size[0], view.size[1] - 0.03 * longest)
     axes.plot([x, x + length], [y, y], color=CASING, linewidth=2.5, path_effects=cased(4.5, "white"))
     axes.annotate(
         length_text(length),

@@ -16,6 +16,7 @@ from celldetr.slides.pyramid import Pyramid
 
 _FIELD_PX, _CROP_PX = 840, 192
 _CROP_UM = 24.0  # side of a crop, at least
+_UNSEEN_PX = 0.5  # how far an outline may be drawn from its place
 _SHOWN = 8  # most certain cells of a type, and as many least certain ones
 
 
@@ -85,7 +86,7 @@ class CellPictures:
         names, bar = self._cells.names, round_length(field.side / 4)
         counts = np.bincount(self._cells.groups[field.members], minlength=len(names))
         words = ", ".join(
-            f"{counts[group]} {names[group]}" for group in np.argsort(-counts, kind="stable") if counts[group]
+            f"{counts[group]:,} {names[group]}" for group in np.argsort(-counts, kind="stable") if counts[group]
         )
         [square] = read_squares(self._image, (field.corner + field.side / 2)[None], field.side, _FIELD_PX)
         return self._picture(
@@ -115,7 +116,9 @@ class CellPictures:
         text = f"cell {self._ids[place]}, {cells.names[cells.groups[cell]]}"
         text += "".join(f", {name} {score:.2f}" for name, score in scores.items() if np.isfinite(score))
         path = ""
-        for ring in shapely.get_rings(self._outlines[place]):
+        # a polygon along the pixels of a mask has many more corners than can be seen
+        outline = shapely.simplify(self._outlines[place], _UNSEEN_PX * square.mpp / self._mpp)
+        for ring in shapely.get_rings(outline):
             corners = (shapely.get_coordinates(ring)[:-1] * self._mpp - square.corner) / square.mpp
             path += "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners) + "Z"
         return Shape(path, int(cells.groups[cell]), text)

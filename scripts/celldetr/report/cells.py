@@ -1,20 +1,28 @@
 """The page about the cells of a slide: the slide with its cells, counts, galleries, UMAP, and how it was read."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from celldetr.cells.table import CellFile, CellsInfo, embedding_values
+from celldetr.cells.table import STATUSES, CellFile, CellsInfo
 from celldetr.config.colours import class_colours
-from celldetr.report.cell_embeddings import FEWEST, SAMPLED, umap_figure, umap_points
-from celldetr.report.cell_maps import OVERVIEW, DrawnCells, choose_fields, density_figure, density_squares, slide_figure
+from celldetr.report.cell_embeddings import embedding_map
+from celldetr.report.cell_maps import (
+    POINTS,
+    DrawnCells,
+    choose_fields,
+    density_figure,
+    density_squares,
+    slide_figure,
+    view_of,
+)
 from celldetr.report.cell_pictures import CellPictures, crop_side, rank
 from celldetr.report.pages import embed_figure, write_page
 from celldetr.report.rendering import BANNER, DASH
-from celldetr.report.slide_pictures import length_text, thumbnail
+from celldetr.report.slide_pictures import length_text
 from celldetr.runtime.errors import InputError
 from celldetr.slides.damage import TolerantPyramid, log_damage, open_slide
 from celldetr.slides.pyramid import Pyramid
@@ -23,13 +31,13 @@ from celldetr.slides.tiff import DamagedSlide
 _SEED = 0
 _DPI = 180  # of figures with text; they are as wide as the page
 _NO_TYPE = "no type"
-_AREAS = {"slide_mm2": "slide, mm²", "tissue_mm2": "tissue, mm²", "read_mm2": "tissue that was read, mm²"}
+_AREAS = {"slide_mm2": "slide", "region_mm2": "region", "tissue_mm2": "tissue", "read_mm2": "what was read"}
 _MODEL = {"trained_on": "trained on", "seen": "trained on the group of this slide"}
 _BODY = """
 <style>
 .pic { position: relative; line-height: 0 } .pic > .over { position: absolute; inset: 0; width: 100%; height: 100% }
-.pic path { fill: none; pointer-events: all; vector-effect: non-scaling-stroke; stroke-width: 1.6px }
-.pic .case { stroke: #1a1a1a; stroke-width: 2.8px }
+.pic path { fill: none; pointer-events: all; vector-effect: non-scaling-stroke; stroke-width: 1.5px }
+.pic .case { stroke: #1a1a1a; stroke-width: 2.5px }
 .crops path { stroke-width: 2px } .crops .case { stroke-width: 3.4px }
 .key { position: sticky; top: 0; background: #fff; padding: .4rem 0; z-index: 1; border-bottom: 1px solid #ddd }
 .key label { margin-right: 1em; white-space: nowrap } .key input { margin-right: .1em }
@@ -54,7 +62,8 @@ body:has(#t{{ loop.index0 }}:not(:checked)) .t{{ loop.index0 }} { display: none 
 </div><figcaption>{{ one.caption }}</figcaption></figure>
 {% endmacro %}
 {% if banner %}<p class="warning"><b>{{ banner }}</b></p>{% endif %}
-<p>{{ read }} cells {{ "of your file" if given else "found" }} in {{ area }} on {{ file }} ({{ size }}).</p>
+<p>{{ read }} cells {{ "of your file" if given else "found" }}{% if area %} in {{ area }}{% endif %} on {{ file }}
+({{ size }}).</p>
 {% if warning %}<p class="warning">{{ warning }}</p>{% endif %}
 <table><tr><th>type</th>{% for name in heads %}<th class="n">{{ name }}</th>{% endfor %}</tr>
 {% for group, row in types %}<tr><td>{{ swatch(group) }}{{ groups[group][0] }}</td>
@@ -65,8 +74,9 @@ body:has(#t{{ loop.index0 }}:not(:checked)) .t{{ loop.index0 }} { display: none 
 {% for name, colour in groups %}<label><input type="checkbox" id="t{{ loop.index0 }}" checked>
 {{- swatch(loop.index0) }}{{ name }}</label>{% endfor %}</p>
 <h2>The slide</h2>
-<p>Each cell is a point in the colour of its type, on the slide in grey; without the tick at “cells” the slide has its
-own colours. Blue squares: the fields below.</p>
+<p>{% if part %}The part with cells, {{ part }}. {% endif %}
+{{ points or "Each cell is a point" }} in the colour of its type, on the slide in grey; without the tick at “cells” the
+slide has its own colours. Blue squares: the fields below.</p>
 <div class="pic" style="display:inline-block"><img alt="the slide" src="data:image/jpeg;base64,{{ tissue }}">
 <img class="over" alt="the slide with its cells" src="data:image/jpeg;base64,{{ overview }}"></div>
 <h2>Fields of {{ field_size }}</h2>
@@ -86,12 +96,11 @@ All maps have the same colours and scale bar.</p>
 {% else %}<p>There are no cells with a score.</p>{% endfor %}
 {% endif %}
 <h2>Embeddings</h2>
-{% if umap %}<p>UMAP of the embeddings of {{ sample }}, by scanpy: cells that look alike to the model lie near each
-other. Distances between groups mean little.</p>
-<img alt="UMAP of the embeddings by type and by scores" src="data:image/jpeg;base64,{{ umap }}">
-{% else %}<p>{{ no_umap }}</p>{% endif %}
+<p>{{ umap_words }}</p>
+{% if umap %}<img alt="UMAP of the embeddings by type and by scores" src="data:image/jpeg;base64,{{ umap }}">{% endif %}
 <h2>Quality</h2>
 {{ table(["what", "count"], quality) }}
+{% if given %}<p>Cells outside of the slide or in a damaged tile have no scores and no embedding.</p>{% endif %}
 {% if seconds %}{{ table(["stage", "seconds"], seconds) }}{% endif %}
 {{ table(["made with", ""], origin, 2) }}
 """
@@ -125,7 +134,7 @@ def write_cells_page(
         "file": info.file,
         "given": info.given,
         "read": f"{len(drawn):,}",
-        "size": " × ".join(length_text(float(f"{side:.3g}")) for side in extent),
+        "size": _size(extent),
         "groups": list(zip(drawn.names, drawn.colours, strict=True)),
         **_counts(drawn, info),
         **_quality(frame, info),
@@ -139,7 +148,9 @@ def write_cells_page(
     else:
         with image:
             values |= _pictures(image, cells, drawn, extent)
-    write_page(path, _BODY, values | _embeddings(cells, drawn))
+    figure, words = embedding_map(cells, drawn, _SEED)
+    values["umap"] = embed_figure(figure, _DPI) if figure else ""
+    write_page(path, _BODY, values | {"umap_words": words})
 
 
 def _load(cells: CellFile) -> pd.DataFrame:
@@ -167,14 +178,15 @@ def _drawn(frame: pd.DataFrame, info: CellsInfo) -> DrawnCells:
         groups=groups,
         certainty=certainty,
         nucleus_score=nucleus,
-        names=(*info.classes, _NO_TYPE),
+        names=(*info.classes, _NO_TYPE if info.classes else "cell"),
         colours=class_colours(info.classes),
     )
 
 
 def _counts(cells: DrawnCells, info: CellsInfo) -> dict[str, Any]:
     """Count the cells of each type: index of the group and texts."""
-    mm2 = float(info.areas.get("read_mm2") or info.areas.get("tissue_mm2") or 0)
+    mm2 = float(info.areas.get("read_mm2") or 0)
+    what = "tissue" if info.areas.get("tissue_mm2") else "what was read"
     rows = []
     for group in range(len(cells.names)):
         members = cells.groups == group
@@ -194,23 +206,22 @@ def _counts(cells: DrawnCells, info: CellsInfo) -> dict[str, Any]:
         )
     return {
         "types": rows,
-        "heads": ("cells", "share", "per mm² of tissue", "median score", "median length, µm"),
-        "area": f"{mm2:,.2f} mm² of tissue" if mm2 else "the tissue",
+        "heads": ("cells", "share", f"per mm² of {what}", "median score", "median length, µm"),
+        "area": f"{mm2:,.3g} mm² of tissue" if mm2 and info.areas.get("tissue_mm2") else "",
     }
 
 
 def _quality(frame: pd.DataFrame, info: CellsInfo) -> dict[str, Any]:
     """Tabulate how the slide was read, and with what."""
-    areas, counts = info.areas, info.counts
-    rows = [(_AREAS.get(name, name), f"{value:,.2f}") for name, value in areas.items()]
+    areas, counts, statuses = info.areas, dict(info.counts), frame["status"].value_counts()
+    if info.given:
+        counts |= {f"cells {status}": int(statuses[status]) for status in STATUSES[1:]}
+    rows = [(f"{_AREAS.get(name, name)}, mm²", f"{value:,.2f}") for name, value in areas.items()]
     if areas.get("tissue_mm2"):
         rows.append(("share of the tissue that was read", f"{areas.get('read_mm2', 0) / areas['tissue_mm2']:.1%}"))
     rows += [(name, f"{value:,}") for name, value in counts.items()]
     border = int(frame["border"].sum())
     rows.append(("cells that the edge of their tile cuts", f"{border:,} ({border / max(1, len(frame)):.2%})"))
-    for status in ("outside", "damaged"):
-        if count := int((frame["status"] == status).sum()):
-            rows.append((f"cells {status}: without scores and embedding", f"{count:,}"))
     if info.given and counts.get("detections"):
         agree = counts.get("cells with a detection", 0)
         rows.append(("share of your cells with a detection", f"{agree / max(1, len(frame)):.1%}"))
@@ -252,33 +263,24 @@ def _pictures(image: Pyramid, file: CellFile, cells: DrawnCells, extent: tuple[f
             f"{info.size[0]} x {info.size[1]} px as in {file.path}; was the slide replaced? Then find its cells again"
         )
     tolerant = TolerantPyramid(image)
-    pixels = thumbnail(tolerant, OVERVIEW)
+    view = view_of(tolerant, cells, info.mpp)
     log_damage(info.slide, tolerant.damage())
     fields, ranked, side = choose_fields(cells, extent), rank(cells), crop_side(cells)
     pictures = CellPictures(image, file, cells, fields, ranked)
     return {
-        "tissue": embed_figure(slide_figure(pixels, extent, fields, None, _SEED)),
-        "overview": embed_figure(slide_figure(pixels, extent, fields, cells, _SEED)),
+        "tissue": embed_figure(slide_figure(view, fields, None, _SEED)),
+        "overview": embed_figure(slide_figure(view, fields, cells, _SEED)),
+        "part": _size(view.size.tolist()) if (view.size < extent).all() else "",
+        "points": f"{POINTS:,} cells, drawn from {len(cells):,}, are points" if len(cells) > POINTS else "",
         "fields": [pictures.field(field) for field in fields],
         "field_size": length_text(round(fields[0].side, 1)) if fields else "",
-        "density": embed_figure(density_figure(pixels, extent, cells), _DPI),
-        "squares": [length_text(um) for um in density_squares(extent)],
+        "density": embed_figure(density_figure(view, cells), _DPI),
+        "squares": [length_text(um) for um in density_squares(view)],
         "extremes": [(one, pictures.crops(one, side)) for one in ranked],
         "crop": length_text(side),
     }
 
 
-def _embeddings(file: CellFile, cells: DrawnCells) -> dict[str, Any]:
-    """Draw the UMAP of a sample of cells, or say why there is none."""
-    if not file.info.width:
-        return {"no_umap": "There are no embeddings in the file."}
-    chosen = np.sort(np.random.default_rng(_SEED).permutation(len(cells))[:SAMPLED])
-    column = file.take(cells.numbers[chosen], ["embedding"])["embedding"]
-    embeddings = np.concatenate([np.empty((0, file.info.width)), *map(embedding_values, column.chunks)])
-    whole = np.isfinite(embeddings).all(axis=1)
-    chosen, embeddings = chosen[whole], embeddings[whole]
-    if len(chosen) < FEWEST:
-        return {"no_umap": f"There is no UMAP of {len(chosen)} cells with an embedding; it takes at least {FEWEST}."}
-    sample = f"{len(chosen):,} cells, drawn from {len(cells):,}" if len(chosen) < len(cells) else "all cells"
-    figure = umap_figure(umap_points(embeddings, _SEED), cells, chosen)
-    return {"umap": embed_figure(figure, _DPI), "sample": sample}
+def _size(um: Sequence[float]) -> str:
+    """Write a width and a height for people."""
+    return " × ".join(length_text(float(f"{side:.3g}")) for side in um)

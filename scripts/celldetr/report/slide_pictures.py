@@ -28,15 +28,22 @@ class Square(NamedTuple):
     """Whether part of it cannot be decoded."""
 
 
-def thumbnail(image: Pyramid, longest: int) -> NDArray[np.uint8]:
-    """Return the whole slide as (H, W, 3) with at most `longest` px on its longer side."""
-    width, height = image.size
+def thumbnail(image: Pyramid, longest: int, box: tuple[float, float, float, float] | None = None) -> NDArray[np.uint8]:
+    """Return a box (x0, y0, x1, y1) of the slide, px of level 0, as (H, W, 3) with at most `longest` px on a side.
+
+    None: the whole slide.
+    """
+    x0, y0, x1, y1 = box or (0, 0, *image.size)
+    width, height = x1 - x0, y1 - y0
     scale = max(1.0, max(width, height) / longest)
     level = image.level_for(scale)
-    plane = image.levels[level]
+    down = image.levels[level].downsample
+    left, top, right, bottom = round(x0 / down), round(y0 / down), round(x1 / down), round(y1 / down)
     # if the coarsest level is still large, take every n-th row and column of it
-    step = max(1, int(scale / plane.downsample))
-    rows = [image.read(level, 0, y, plane.width, 1)[:, ::step] for y in range(0, plane.height, step)]
+    step = max(1, int(scale / down))
+    rows = [
+        image.read(level, left, y, max(1, right - left), 1)[:, ::step] for y in range(top, max(bottom, top + 1), step)
+    ]
     size = (max(1, round(width / scale)), max(1, round(height / scale)))
     return np.array(Image.fromarray(np.concatenate(rows)).resize(size, Image.Resampling.BILINEAR))
 

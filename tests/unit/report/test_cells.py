@@ -13,11 +13,12 @@ from PIL import Image
 from slide_files import damage_tiles, write_image
 
 from celldetr.cells.table import STATUSES, CellFile, CellsInfo, cell_schema, embedding_column, named, writer
-from celldetr.report import cells as page
-from celldetr.report.cell_maps import DrawnCells, choose_fields
+from celldetr.report import cell_embeddings
+from celldetr.report.cell_maps import DrawnCells, choose_fields, view_of
 from celldetr.report.cells import write_cells_page
 from celldetr.report.rendering import BANNER
 from celldetr.runtime.errors import InputError
+from celldetr.slides.pyramid import open_pyramid
 
 CLASSES = ("red one", "blue one")
 TISSUE, RED, BLUE, GREEN = (200, 150, 190), (200, 20, 20), (20, 20, 200), (20, 160, 20)
@@ -131,6 +132,14 @@ def test_galleries_show_the_planted_extremes_in_their_middle(tmp_path, mpp, orig
     assert len(found) == 17
 
 
+def drawn_at(centres, groups=None):
+    centres = np.asarray(centres, float).reshape(-1, 2)
+    score, groups = np.ones(len(centres)), np.zeros(len(centres), int) if groups is None else groups
+    return DrawnCells(
+        np.arange(len(centres)), centres, 8 * score, groups, score, score, (*"ab", "no type"), ("red",) * 3
+    )
+
+
 def test_fields_are_where_types_mix_and_inside_the_slide():
     rng = np.random.default_rng(1)
     pure = rng.uniform(0, 2000, (4000, 2))
@@ -139,10 +148,7 @@ def test_fields_are_where_types_mix_and_inside_the_slide():
     dense = rng.uniform(5, 195, (300, 2))
     centres = np.concatenate([pure, mixed, dense])
     groups = np.concatenate([np.zeros(len(pure), int), np.arange(100) % 2, np.zeros(300, int)])
-    score = np.ones(len(centres))
-    cells = DrawnCells(
-        np.arange(len(centres)), centres, 8 * score, groups, score, score, ("a", "b", "no type"), ("red",) * 3
-    )
+    cells = drawn_at(centres, groups)
     fields = choose_fields(cells, (2000.0, 2000.0))
     assert (np.abs(fields[0].corner + 100 - 1700) < 30).all()
     assert len(fields[0].members) >= 90
@@ -152,6 +158,24 @@ def test_fields_are_where_types_mix_and_inside_the_slide():
     for field in fields:
         assert (field.corner >= 0).all()
         assert (field.corner + field.side <= 2000).all()
+
+
+def test_a_region_is_shown_alone_and_at_its_place(tmp_path):
+    """The map around the cells is that part of the slide; cells that take most of the slide show all of it."""
+    pixels = (
+        np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    )
+    with open_pyramid(write_image(tmp_path / "s.tif", pixels, levels=2)) as image:
+        view = view_of(image, drawn_at([(700.0, 300.0), (740.0, 330.0)]), 1.0)
+        assert (view.corner < (700, 300)).all()
+        assert (view.corner + view.size > (740, 330)).all()
+        assert view.size.max() < 200
+        low, high = np.rint(view.corner).astype(int), np.rint(view.corner + view.size).astype(int)
+        part = pixels[low[1] : high[1], low[0] : high[0]]
+        assert np.abs(view.pixels.astype(int) - part[: len(view.pixels), : view.pixels.shape[1]]).mean() < 12
+        for centres in ([(10.0, 10.0), (600.0, 30.0)], []):
+            whole = view_of(image, drawn_at(centres), 1.0)
+            assert (*whole.corner, *whole.size) == (0, 0, 960, 640)
 
 
 def test_cells_that_were_not_read_are_counted_apart(tmp_path):
@@ -168,8 +192,7 @@ def test_cells_that_were_not_read_are_counted_apart(tmp_path):
     )
     text = written(tmp_path, cells, slide_with(tmp_path / "s.tif", (400, 300), []))
     assert row(text, "red one")[0] == row(text, "no type")[0] == "1"
-    assert row(text, "cells outside: without scores and embedding") == ["1"]
-    assert row(text, "cells damaged: without scores and embedding") == ["1"]
+    assert row(text, "cells outside") == row(text, "cells damaged") == ["1"]
     assert "cell &lt;b&gt;&amp;, red one, score 0.90, nucleus score 0.70" in text
     assert [words for _, _, words in crops(text)] == ["0.90", "0.70"]
     assert "no UMAP of 2 cells" in text
@@ -208,8 +231,10 @@ def test_a_slide_that_cannot_be_opened(tmp_path):
 
 def test_the_umap_is_of_a_sample_of_whole_embeddings(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(page, "SAMPLED", 100)
-    monkeypatch.setattr(page, "umap_points", lambda embeddings, seed: taken.append(embeddings) or embeddings[:, :2])
+    monkeypatch.setattr(cell_embeddings, "SAMPLED", 100)
+    monkeypatch.setattr(
+        cell_embeddings, "umap_points", lambda embeddings, seed: taken.append(embeddings) or embeddings[:, :2]
+    )
     centres = np.random.default_rng(0).uniform(0, 70, (400, 2))
     embeddings = np.arange(400, dtype=np.float32)[:, None].repeat(4, axis=1)
     status = (np.arange(400) % 4 == 0) * 2
@@ -235,7 +260,7 @@ def test_the_umap_is_of_a_sample_of_whole_embeddings(tmp_path, monkeypatch):
 def test_the_umap_separates_planted_types():
     rng = np.random.default_rng(0)
     groups = np.arange(120) % 3
-    points = page.umap_points(rng.normal(size=(120, 16)) + 12 * np.eye(3, 16)[groups], seed=0)
+    points = cell_embeddings.umap_points(rng.normal(size=(120, 16)) + 12 * np.eye(3, 16)[groups], seed=0)
     middles = np.stack([points[groups == group].mean(axis=0) for group in range(3)])
     nearest = np.linalg.norm(points[:, None] - middles, axis=2).argmin(axis=1)
     assert (nearest == groups).all()
