@@ -51,6 +51,7 @@ POINTS: dict[tuple[str, ...], str] = {
 CORNERS: tuple[str, ...] = ("cell_id", "vertex_x", "vertex_y")
 DIAMETER, LABEL = "diameter_um", "label_id"
 KINDS = "GeoJSON, GeoParquet, Parquet with WKB, or a table (CSV, TSV, Parquet)"
+_IMAGE, _TYPE = "Image", "Object type"  # columns of QuPath
 _AMBIGUOUS = ("x", "y", "width", "height")
 _NAMED = 5  # cells that an error names
 _FEWEST = 3  # corners
@@ -251,12 +252,20 @@ class _Table:
                 f"{self.path}: got points ({', '.join(names)}) without the size of the cells; give their diameter_um, "
                 f"or add a column {DIAMETER}"
             )
-        frame, ids = self.rows([*names, *([DIAMETER] if own else [])])
+        more = [name for name in (_IMAGE, _TYPE) if name in self.columns]
+        frame, ids = self.rows([*names, *([DIAMETER] if own else []), *more])
+        if _IMAGE in frame and frame[_IMAGE].nunique() > 1:
+            images = ", ".join(map(str, frame[_IMAGE].unique()[:_NAMED]))
+            raise InputError(f"{self.path}: got cells of several images ({images}); keep the rows of this slide alone")
         diameter = self._numbers(frame, [DIAMETER])[:, 0] if own else np.full(len(frame), diameter_um)
         _refuse_rows(self.path, "row", diameter <= 0, f"a {DIAMETER} of 0 or less")
         points = shapely.points(self._numbers(frame, names))
         circles = shapely.buffer(points, diameter / 2 / (1.0 if unit == "um" else um))
-        return self._made(circles, ids, unit=unit, circles=True)
+        cells = self._made(circles, ids, unit=unit, circles=True)
+        if _TYPE not in frame:
+            return cells
+        kinds = frame[_TYPE].astype(str).str.lower().replace("cell", "detection")  # it has no outline to choose
+        return dataclasses.replace(cells, kinds=kinds.to_numpy(np.str_))
 
     def _corners(self) -> CellObjects:
         """Make cells of corners; nuclei of a cell that has several are one cell in pieces."""

@@ -99,6 +99,9 @@ def test_outlines_in_um_are_scaled_and_the_wrong_unit_is_noticed(tmp_path):
         read(small)
     with pytest.raises(InputError, match="nuclei_unit"):
         read(write("geoparquet", tmp_path), unit="um")
+    scanned = write("geoparquet", tmp_path, shapely.transform(SHAPES, lambda corners: corners - [300, 170]))
+    found = read_nucleus_file(scanned, image_mpp=MPP, mpp=2 * MPP, unit="qupath", origin=(300, 170))
+    np.testing.assert_allclose(found.nuclei.boxes, TRUTH / 2, atol=1e-9)
 
 
 def test_bad_outlines_are_counted_and_the_others_kept(tmp_path, monkeypatch):
