@@ -14,6 +14,7 @@ RIM_UM = 3.0
 """Width of the rim outside a core, um; at most the margin. Figures: tests/benchmarks/README.md."""
 SAME = 0.2
 """Smallest intersection over union of two boxes of one nucleus, by two tiles."""
+_CHUNK = 200_000  # boxes that are compared with their neighbours at a time
 
 
 def rim_um(margin_um: float) -> float:
@@ -60,14 +61,20 @@ def left_to_others(
 
 def _overlapping(boxes: NDArray[np.float64], tile: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs (P,), (P,) of boxes of two tiles that may be one nucleus; those that overlap most come first."""
-    shapes = shapely.box(*boxes.T)
-    one, two = shapely.STRtree(shapes).query(shapes)
-    pairs = (one < two) & (tile[one] != tile[two])
-    one, two = one[pairs], two[pairs]
-    shared = np.minimum(boxes[one, 2:], boxes[two, 2:]) - np.maximum(boxes[one, :2], boxes[two, :2])
-    inner = np.clip(shared, 0, None).prod(axis=1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    overlap = inner / np.maximum(area[one] + area[two] - inner, 1e-9)
-    order = np.argsort(-overlap, kind="stable")
-    order = order[overlap[order] >= SAME]
-    return one[order], two[order]
+    from_left = np.argsort(boxes[:, 0], kind="stable")
+    left, found = boxes[from_left, 0], [np.empty((3, 0))]
+    for start in range(0, len(boxes), _CHUNK):  # the boxes themselves take much more memory than the pairs
+        members = from_left[start : start + _CHUNK]
+        stop = int(np.searchsorted(left, boxes[members, 2].max(), side="right"))
+        others = from_left[start:stop]
+        one, two = shapely.STRtree(shapely.box(*boxes[others].T)).query(shapely.box(*boxes[members].T))
+        one, two = members[one[one < two]], others[two[one < two]]
+        one, two = np.sort([one, two], axis=0)[:, tile[one] != tile[two]]
+        shared = np.minimum(boxes[one, 2:], boxes[two, 2:]) - np.maximum(boxes[one, :2], boxes[two, :2])
+        inner = np.clip(shared, 0, None).prod(axis=1)
+        area = [(boxes[side, 2:] - boxes[side, :2]).prod(axis=1) for side in (one, two)]
+        overlap = inner / np.maximum(sum(area) - inner, 1e-9)
+        found.append(np.stack([overlap, one, two])[:, overlap >= SAME])
+    overlap, one, two = np.concatenate(found, axis=1)
+    order = np.lexsort((two, one, -overlap))
+    return one[order].astype(np.int64), two[order].astype(np.int64)
