@@ -285,7 +285,7 @@ class _Reading:
             represent=self.settings.embeddings,
         )
         if shown is None:
-            return lambda: (self.rows.found(numbers, nuclei), Counter())
+            return lambda: self.rows.found(numbers, nuclei)
         return lambda: self._given_rows(numbers, shown, nuclei, embedded)
 
     def _given_rows(

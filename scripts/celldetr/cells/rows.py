@@ -1,5 +1,6 @@
 """Rows of the file of cells from what the model says about a batch of tiles."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import shapely
 from numpy.typing import NDArray
 
 from celldetr.cells.given import GivenCells
-from celldetr.cells.stitching import rim_um
+from celldetr.cells.stitching import repeated, rim_um
 from celldetr.cells.table import STATUSES, CellsInfo, cell_schema, embedding_column, named
 from celldetr.cells.tiling import Tiles
 from celldetr.inference.batch import FoundNuclei, GivenNuclei
@@ -63,20 +64,24 @@ class Rows:
         """Columns of the tables."""
         return cell_schema(self.info, self.dtype)
 
-    def found(self, tile: NDArray[np.int64], nuclei: FoundNuclei) -> pa.Table:
-        """Rows of what was found in the tiles with these numbers (B,): in the core, and in the rim around it."""
+    def found(self, tile: NDArray[np.int64], nuclei: FoundNuclei) -> tuple[pa.Table, Counter[str]]:
+        """Rows of what was found in the tiles with these numbers (B,): in the core, and in the rim around it; counts.
+
+        Of a nucleus that a tile has found twice there is one row.
+        """
         tiling, numbers = self.tiles.tiling, tile[nuclei.image]
         at = _place(self.tiles, numbers, nuclei.boxes)
         boxes = np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2))
-        keep = (at.inside | (at.edge * tiling.mpp > tiling.margin_um - rim_um(tiling.margin_um))) & self._in_region(
-            boxes
-        )
+        near = at.inside | (at.edge * tiling.mpp > tiling.margin_um - rim_um(tiling.margin_um))
+        wanted = near & self._in_region(boxes)
+        twice = repeated(at.boxes, nuclei.nucleus_score, numbers)
+        keep = wanted & ~twice
         edge_um = at.edge * tiling.mpp
         # never rounded to the other side of the border of the core
         beyond = np.nextafter(tiling.margin_um, -np.inf)
         edge_um = np.where(at.inside, np.maximum(edge_um, tiling.margin_um), np.minimum(edge_um, beyond))
         scores, boxes = nuclei.class_scores[keep], boxes[keep]
-        return self._table(
+        table = self._table(
             pa.nulls(len(boxes), pa.string()),
             shapely.box(*(boxes * self.tiles.ratio).T),
             boxes,
@@ -87,11 +92,13 @@ class Rows:
             edge_um=edge_um[keep],
             border=at.border[keep],
         )
+        return table, Counter({"findings repeated in a tile": int((wanted & twice).sum())})
 
     def detections(self, tile: NDArray[np.int64], nuclei: FoundNuclei) -> NDArray[np.bool_]:
         """Which of the nuclei (N,) that were found count for their tile: those in the core, in the region."""
         at = _place(self.tiles, tile[nuclei.image], nuclei.boxes)
-        return at.inside & self._in_region(np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2)))
+        counts = at.inside & ~repeated(at.boxes, nuclei.nucleus_score, nuclei.image)
+        return counts & self._in_region(np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2)))
 
     def given(
         self,

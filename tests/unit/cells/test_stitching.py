@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from celldetr.cells.stitching import RIM_UM, left_to_others, near_seams, rim_um
+from celldetr.cells.stitching import RIM_UM, left_to_others, near_seams, repeated, rim_um
 
 CORE, MARGIN = 40.0, 8.0
 
@@ -54,3 +54,17 @@ def test_nuclei_that_overlap_remain_if_both_tiles_see_both():
     boxes = np.array([[-5, 0, 3, 8], [-3, 1, 5, 9]] * 2, float)
     depth = np.array([1.0, -1.0, -1.0, 1.0])
     assert left_to_others(boxes, depth, np.array([0, 0, 1, 1])).tolist() == [1, 2]
+
+
+def test_a_nucleus_counts_once_in_its_tile():
+    rng = np.random.default_rng(3)
+    places = np.stack(np.meshgrid(np.arange(10.0), np.arange(10.0)), -1).reshape(-1, 2) * 9
+    boxes = np.hstack([places, places + 8])
+    again = np.concatenate([boxes, boxes[:40] + rng.uniform(-1, 1, (40, 1)), boxes[:20], boxes])
+    image, score = np.repeat([0, 0, 0, 1], [100, 40, 20, 100]), rng.random(260)
+    gone = repeated(again, score, image)
+    nucleus = np.concatenate([np.arange(100), np.arange(40), np.arange(20)])
+    best = [max(np.flatnonzero(nucleus == number), key=lambda row: score[row]) for number in range(100)]
+    assert np.flatnonzero(~gone).tolist() == sorted(best) + list(range(160, 260))
+    chain = np.array([[0, 0, 8, 8], [2, 0, 10, 8], [4, 0, 12, 8]], float)  # the middle one goes: the ends remain
+    assert repeated(chain, np.array([0.9, 0.8, 0.7]), np.zeros(3, int)).tolist() == [False, True, False]
