@@ -1,6 +1,6 @@
 """Draw the page of a slide's cells: where they are, by type; counts; examples; embeddings.
 
-Inputs: cells (Parquet), slide (file). Output: HTML. Param: synthetic (whether the slide is drawn). Wildcard: slide.
+Inputs: cells (Parquet), file (the slide). Output: HTML. Param: synthetic (whether the slide is drawn). Wildcard: slide.
 """
 
 from celldetr.cells.table import CellFile
@@ -13,7 +13,7 @@ def main(snakemake):
     write_cells_page(
         snakemake.output[0],
         CellFile(given.cells),
-        given.slide,
+        given.file,
         title=f"Cells of {snakemake.wildcards.slide}",
         synthetic=snakemake.params.synthetic,
     )

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from run_job import checksum
@@ -67,7 +69,33 @@ def test_a_killed_job_leaves_no_damage_and_the_next_try_gives_the_same(work, rul
     assert leftovers(work.work) == []
 
 
-@pytest.mark.parametrize("rule", ["download_xenium", "predict"])
+def test_a_killed_search_for_cells_goes_on_and_finds_the_same(work):
+    """Its parts state how long they took: their rows are compared."""
+    folder = work.work / work.job("find_cells")[1].output[0]
+
+    def rows():
+        return pa.concat_tables(
+            [pq.read_table(path).replace_schema_metadata() for path in sorted(folder.glob("*.parquet"))]
+        )
+
+    (first,) = work.run_job("find_cells", "none")
+    assert first["status"] == 0, first["text"][-3000:]
+    wanted = rows()
+    assert len(wanted)
+    _, *killed, last = work.run_job(
+        "find_cells", "none", "kill_change=0.5", "kill_seconds=0.7", "kill_change=1", "none"
+    )
+    assert killed[0]["status"] == -9
+    for attempt in killed:
+        assert attempt["status"] in (-9, 0), attempt["text"][-3000:]  # 0: little was left to do after an earlier kill
+        assert set(attempt["outputs"].values()) == {None} or attempt["status"] == 0
+    assert last["status"] == 0, last["text"][-3000:]
+    assert rows().equals(wanted)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert leftovers(work.work) == []
+
+
+@pytest.mark.parametrize("rule", ["download_xenium", "predict", "cells_h5ad", "cells_geojson"])
 def test_a_limit_on_the_size_of_files_is_named_and_nothing_half_written_gets_a_name(finished, work, rule):
     full, after = work.run_job(rule, "file_bytes=1500", "none")
     assert full["status"] == 1
