@@ -16,7 +16,7 @@ import re
 import zipfile
 from array import array
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -54,7 +54,8 @@ _CORNERS = 3  # fewest of a ring; it need not be closed
 _NO_POLYGON = shapely.Point(0, 0)  # stands for a geometry of another type
 _LISTS = {"features", "geometries", "cells"}  # keys of what a collection holds
 _BLOCK, _LARGEST_BLOCK = 1 << 14, 1 << 24  # bytes that orjson reads at once (larger is slower); a feature may need more
-_LIST = re.compile(rb'\s*\[|[^\x00]{0,9999}?"(?:features|cells)"\s*:\s*\[')  # from the start of the file
+_HEAD = 1 << 20  # bytes of a file in which such a list starts
+_LIST = re.compile(rb'\s*\[|[^\x00]*?"(?:features|cells)"\s*:\s*\[')  # from the start of the file
 _FIRST_KEY = re.compile(rb'\s*\{\s*("[A-Za-z_]+")')  # of the first feature; also that of the others, most likely
 _BETWEEN = re.compile(rb"\}\s*(,)\s*\{\s*\Z")  # what is in front of the first key of another feature
 _FARTHEST = 256  # bytes that these may have
@@ -146,7 +147,7 @@ def _fast_outlines(stream: _Stream) -> Iterator[Outline]:
 
     A block of the list is valid JSON by itself if, and only if, it holds whole features.
     """
-    text = stream.read(_BLOCK)
+    text = stream.read(_HEAD)
     found = _LIST.match(text)
     head = found.group() if found else b""
     if not _opens_list(head) or not (first := _FIRST_KEY.match(text, len(head))):
@@ -160,12 +161,13 @@ def _fast_outlines(stream: _Stream) -> Iterator[Outline]:
             except orjson.JSONDecodeError:
                 break
             text = text[end + 1 :]
-            for feature in features:
-                fast = _plain_outline(feature)
-                if fast is not None:
-                    yield fast
+            pairs = zip(map(_plain_outline, features), features, strict=True)
+            for odd, group in groupby(pairs, lambda pair: pair[0] is None):
+                if odd:
+                    others = io.BytesIO(orjson.dumps([feature for _, feature in group]))
+                    yield from _outlines(ijson.basic_parse(others, use_float=True))
                 else:
-                    yield from _outlines(ijson.basic_parse(io.BytesIO(orjson.dumps([feature])), use_float=True))
+                    yield from (outline for outline, _ in group if outline)
         block = stream.read(max(_BLOCK, len(text)))
         more, text = bool(block), text + block
     stream.ahead = head + text
