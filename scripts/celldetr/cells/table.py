@@ -40,6 +40,7 @@ STATUSES = ("read", "outside", "damaged")
 ROWS = 16_384
 """Rows of a row group: 16 MB of embeddings."""
 METADATA_KEY = b"celldetr"
+_BUFFER = 1 << 20  # bytes of a file that are read at once
 _NAMES = pa.dictionary(pa.int8(), pa.string())
 
 
@@ -162,7 +163,8 @@ class CellFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            # With what pyarrow takes by default, row groups that have been read stay in memory.
+            self._file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=_BUFFER, pre_buffer=False)
             self.schema: pa.Schema = self._file.schema_arrow
             self.info = CellsInfo.from_json(self._file.metadata.metadata[METADATA_KEY])
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:

@@ -218,6 +218,15 @@ def test_geojson_is_written_batch_by_batch(tmp_path, monkeypatch):
     assert json.loads(lines[20_000].rstrip(b","))["properties"]["name"] == "20000"
 
 
+def test_batches_that_have_been_read_leave_the_memory(tmp_path):
+    write_cells(tmp_path / "a.parquet", 80_000, width=64)  # five row groups of 4 MB
+    before, peak = pa.total_allocated_bytes(), 0
+    for batch in CellFile(tmp_path / "a.parquet").embeddings():
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        del batch
+    assert peak < 14e6
+
+
 @pytest.mark.parametrize("image", [False, True])
 def test_spatialdata_holds_outlines_table_and_image_in_one_frame(cells, tmp_path, image):
     pixels = np.random.default_rng(0).integers(0, 255, (1500, 1100, 3), np.uint8)
