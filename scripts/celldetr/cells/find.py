@@ -8,8 +8,9 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ from celldetr.store.seen import has_seen
 
 log = logging.getLogger(__name__)
 
-_WAITING = 4  # batches whose rows are not written yet
+_WAITING = 4  # batches whose rows are not written yet, or whose given cells are ready
 _LOGGED = 1000  # tiles between two messages
 
 
@@ -238,43 +239,41 @@ class _Reading:
 
     def run(self, parts: PartWriter, start: int, stop: int) -> None:
         """Read the tiles from `start` to `stop`."""
-        blocks = read_blocks(
-            self.slide.file,
-            self.plan.tiles.grid(start, stop),
-            size=self.settings.batch_size,
-            workers=self.workers,
-            skip=self.settings.on_damage == "skip",
-        )
+        size, given = self.settings.batch_size, self.plan.given
+        grid, skip = self.plan.tiles.grid(start, stop), self.settings.on_damage == "skip"
+        spans = [range(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
         waiting: deque[Future[None]] = deque()
         writing = ThreadPoolExecutor(1)
-        try:
-            now = time.perf_counter()
-            for begin, block in zip(range(start, stop, self.settings.batch_size), blocks, strict=True):
-                end = min(begin + self.settings.batch_size, stop)
-                tally = Tally(seconds={"read": time.perf_counter() - now}, damaged=list(block.damaged.values()))
+        with (
+            closing(read_blocks(self.slide.file, grid, size=size, workers=self.workers, skip=skip)) as blocks,
+            closing(_ahead((lambda _: None) if given is None else given.shown, spans)) as shown,
+        ):
+            try:
                 now = time.perf_counter()
-                make = self._batch(block.numbers + start, block.pixels)
-                tally.seconds["model"] = time.perf_counter() - now
-                waiting.append(writing.submit(self._write, parts, make, tally, begin, end, block.numbers + start))
-                if len(waiting) > _WAITING:
-                    waiting.popleft().result()
-                if end // _LOGGED > begin // _LOGGED:
-                    log.info("%s: %d of %d tiles", self.slide.name, end - start, stop - start)
-                now = time.perf_counter()
-            for future in waiting:
-                future.result()
-        finally:
-            writing.shutdown()  # after an error, too: what was read is written
+                for span, block, cells in zip(spans, blocks, shown, strict=True):
+                    tally = Tally(seconds={"read": time.perf_counter() - now}, damaged=list(block.damaged.values()))
+                    now = time.perf_counter()
+                    numbers = block.numbers + start
+                    make = self._batch(numbers, block.pixels, cells and [cells[k - span.start] for k in numbers])
+                    tally.seconds["model"] = time.perf_counter() - now
+                    waiting.append(writing.submit(self._write, parts, make, tally, span, numbers))
+                    if len(waiting) > _WAITING:
+                        waiting.popleft().result()
+                    if span.stop // _LOGGED > span.start // _LOGGED:
+                        log.info("%s: %d of %d tiles", self.slide.name, span.stop - start, stop - start)
+                    now = time.perf_counter()
+                for future in waiting:
+                    future.result()
+            finally:
+                writing.shutdown()  # after an error, too: what was read is written
         parts.flush(stop)
 
     def _batch(
-        self, numbers: NDArray[np.int64], pixels: NDArray[np.uint8]
+        self, numbers: NDArray[np.int64], pixels: NDArray[np.uint8], shown: Sequence[Shown] | None
     ) -> Callable[[], tuple[pa.Table, Counter[str]]]:
         """Run the model on tiles (B,); returns what makes their rows and counts."""
         if not len(numbers):
             return lambda: (self.rows.schema.empty_table(), Counter())
-        given = self.plan.given
-        shown = None if given is None else given.shown(numbers.tolist())
         nuclei, embedded = read_batch(
             self.model.net,
             pixels,
@@ -305,14 +304,13 @@ class _Reading:
         parts: PartWriter,
         make: Callable[[], tuple[pa.Table, Counter[str]]],
         tally: Tally,
-        start: int,
-        stop: int,
+        span: range,
         numbers: NDArray[np.int64],
     ) -> None:
-        """Write the tiles from `start` to `stop`, of which `numbers` (B,) were read; the others are damaged."""
+        """Write the tiles of a span, of which `numbers` (B,) were read; the others are damaged."""
         now = time.perf_counter()
         table, tally.counts = make()
-        damaged = np.setdiff1d(np.arange(start, stop), numbers)
+        damaged = np.setdiff1d(span, numbers)
         if self.plan.given is not None and len(damaged):
             own = [self.plan.given.of(int(number)) for number in damaged]
             tile = np.repeat(damaged, [len(cells) for cells in own])
@@ -321,4 +319,16 @@ class _Reading:
         tally.counts.update({"tiles": len(numbers), "tiles damaged": len(damaged)})
         tally.read_mm2 = float(self.plan.mm2[numbers].sum())
         tally.seconds["write"] = time.perf_counter() - now
-        parts.add(table, tally, start, stop)
+        parts.add(table, tally, span.start, span.stop)
+
+
+def _ahead(make: Callable[[range], Any], spans: Sequence[range]) -> Generator[Any, None, None]:
+    """Yield what `make` returns for each span; a thread is a few ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[Any]] = deque()
+        for span in spans:
+            waiting.append(pool.submit(make, span))
+            if len(waiting) > _WAITING:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -62,14 +62,15 @@ class PartWriter:
         self._tally = Tally()
 
     def add(self, table: pa.Table, tally: Tally, start: int, stop: int) -> None:
-        """Add the rows of the tiles from `start` to `stop`; `RuntimeError` if those before are missing."""
-        if start != self._reached:  # after an error, or a later part would hide what was lost
-            raise RuntimeError(f"tiles {self._reached} to {start} were not written")
-        self._reached = stop
+        """Add the rows of the tiles from `start` to `stop`; `RuntimeError` after an error: those before are missing."""
+        if start != self._reached:
+            raise RuntimeError(f"tiles before {start} were not written")
+        self._reached = -1
         self._tables.append(table)
         self._tally.add(tally)
         if stop - self.start >= TILES or sum(map(len, self._tables)) >= MOST_ROWS:
             self.flush(stop)
+        self._reached = stop
 
     def flush(self, stop: int) -> None:
         """Write the part that ends at tile `stop`."""

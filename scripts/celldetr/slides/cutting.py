@@ -5,7 +5,7 @@ import math
 import os
 import queue
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def cut_patches(
 
 def read_blocks(
     path: str | os.PathLike[str], grid: PatchGrid, *, size: int, workers: int, skip: bool = False
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     """Yield the patches of a grid in order, `size` at a time; threads read a few blocks ahead. See `cut_patches`."""
     idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
 

@@ -1,6 +1,9 @@
 """Cells of a slide: every planted nucleus once, whatever the tiles and jobs; and what a killed job leaves."""
 
+import errno
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import shapely
 from hypothesis import given, settings
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from planted_cells import CLASSES, Planted, boxes_of, cells_of, draw, find
 from slide_files import write_image
 
+from celldetr.cells import parts
 from celldetr.cells.join import join_cells
 from celldetr.cells.table import CellFile
 from celldetr.runtime.errors import InputError
@@ -137,3 +141,44 @@ def test_only_all_jobs_of_one_slide_are_joined(slide, tmp_path):
     with pytest.raises(InputError, match="two2: got parts up to tile .*, expected"):
         join("two1", "two2")
     assert not (tmp_path / "cells.parquet").exists()
+
+
+def test_a_full_disk_leaves_no_gap_in_the_parts(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr("celldetr.cells.parts.TILES", 8)
+    calls, write = [], parts.writer
+
+    def full(path, schema):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, schema)
+
+    monkeypatch.setattr("celldetr.cells.parts.writer", full)
+    with pytest.raises(OSError, match="No space left"):
+        find(slide[0], tmp_path / "1")
+    assert len(calls) == 2
+    find(slide[0], tmp_path / "1")
+    join_cells([tmp_path / "1"], tmp_path / "cells.parquet")
+    assert rows(CellFile(tmp_path / "cells.parquet")) == rows(cells_of(slide[0], tmp_path / "whole"))
+
+
+def test_few_rows_are_held_at_a_time(slide, tmp_path, monkeypatch):
+    """Parts end when they have many rows; a join holds no more than two groups of them."""
+    whole = cells_of(slide[0], tmp_path / "whole")
+    for name in ("parts.ROWS", "join.ROWS"):
+        monkeypatch.setattr(f"celldetr.cells.{name}", 8)
+    monkeypatch.setattr("celldetr.cells.parts.MOST_ROWS", 20)
+    held, concat = [], pa.concat_tables
+
+    def counted(tables):
+        table = concat(tables)
+        held.append(len(table))
+        return table
+
+    monkeypatch.setattr(pa, "concat_tables", counted)
+    find(slide[0], tmp_path / "1")
+    assert max(held) < 20 + 4 * 25  # and the last batch
+    held.clear()
+    join_cells([tmp_path / "1"], tmp_path / "cells.parquet")
+    assert max(held) <= 16
+    assert rows(CellFile(tmp_path / "cells.parquet")) == rows(whole)
