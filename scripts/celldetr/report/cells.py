@@ -31,7 +31,7 @@ from celldetr.slides.tiff import DamagedSlide
 _SEED = 0
 _DPI = 180  # of figures with text; they are as wide as the page
 _NO_TYPE = "no type"
-_AREAS = {"slide_mm2": "slide", "region_mm2": "region", "tissue_mm2": "tissue", "read_mm2": "what was read"}
+_AREAS = {"slide_mm2": "slide", "region_mm2": "region", "tissue_mm2": "tissue", "read_mm2": "read by the model"}
 _MODEL = {"trained_on": "trained on", "seen": "trained on the group of this slide"}
 _BODY = """
 <style>
@@ -62,8 +62,7 @@ body:has(#t{{ loop.index0 }}:not(:checked)) .t{{ loop.index0 }} { display: none 
 </div><figcaption>{{ one.caption }}</figcaption></figure>
 {% endmacro %}
 {% if banner %}<p class="warning"><b>{{ banner }}</b></p>{% endif %}
-<p>{{ read }} cells {{ "of your file" if given else "found" }}{% if area %} in {{ area }}{% endif %} on {{ file }}
-({{ size }}).</p>
+<p>{{ read }} cells {{ "of your file were read" if given else "found" }}{{ area }} on {{ file }} ({{ size }}).</p>
 {% if warning %}<p class="warning">{{ warning }}</p>{% endif %}
 <table><tr><th>type</th>{% for name in heads %}<th class="n">{{ name }}</th>{% endfor %}</tr>
 {% for group, row in types %}<tr><td>{{ swatch(group) }}{{ groups[group][0] }}</td>
@@ -133,7 +132,7 @@ def write_cells_page(
         "banner": BANNER if synthetic else "",
         "file": info.file,
         "given": info.given,
-        "read": f"{len(drawn):,}",
+        "read": f"{len(drawn):,}" + (f" of {len(cells):,}" if info.given else ""),
         "size": _size(extent),
         "groups": list(zip(drawn.names, drawn.colours, strict=True)),
         **_counts(drawn, info),
@@ -186,7 +185,7 @@ def _drawn(frame: pd.DataFrame, info: CellsInfo) -> DrawnCells:
 def _counts(cells: DrawnCells, info: CellsInfo) -> dict[str, Any]:
     """Count the cells of each type: index of the group and texts."""
     mm2 = float(info.areas.get("read_mm2") or 0)
-    what = "tissue" if info.areas.get("tissue_mm2") else "what was read"
+    tissue = bool(info.areas.get("tissue_mm2"))
     rows = []
     for group in range(len(cells.names)):
         members = cells.groups == group
@@ -206,8 +205,14 @@ def _counts(cells: DrawnCells, info: CellsInfo) -> dict[str, Any]:
         )
     return {
         "types": rows,
-        "heads": ("cells", "share", f"per mm² of {what}", "median score", "median length, µm"),
-        "area": f"{mm2:,.3g} mm² of tissue" if mm2 and info.areas.get("tissue_mm2") else "",
+        "heads": (
+            "cells",
+            "share",
+            "per mm² of tissue" if tissue else "per mm² read",
+            "median score",
+            "median longer side, µm",
+        ),
+        "area": f" in {mm2:,.3g} mm² of tissue" if mm2 and tissue else "",
     }
 
 
@@ -224,7 +229,7 @@ def _quality(frame: pd.DataFrame, info: CellsInfo) -> dict[str, Any]:
     rows.append(("cells that the edge of their tile cuts", f"{border:,} ({border / max(1, len(frame)):.2%})"))
     if info.given and counts.get("detections"):
         agree = counts.get("cells with a detection", 0)
-        rows.append(("share of your cells with a detection", f"{agree / max(1, len(frame)):.1%}"))
+        rows.append(("share of the cells read that have a detection", f"{agree / max(1, statuses['read']):.1%}"))
         alone = counts.get("detections without a cell", 0)
         rows.append(("share of the detections without a cell", f"{alone / counts['detections']:.1%}"))
     seen = info.model.get("seen")

@@ -39,7 +39,9 @@ def planted_file(path, centres, scores, *, mpp, size, origin=(0, 0), status=None
     centres, scores = np.asarray(centres, float).reshape(-1, 2), np.asarray(scores, np.float32).reshape(-1, 2)
     count, width = len(centres), 0 if embeddings is None else embeddings.shape[1]
     status = np.zeros(count, np.int8) if status is None else np.asarray(status, np.int8)
-    info = CellsInfo("s", "s.tif", mpp, size, origin, CLASSES, width, ids is not None, areas={"read_mm2": 0.5})
+    counts = {"detections": 4, "cells with a detection": 1, "detections without a cell": 3} if ids else {}
+    more = {"areas": {"read_mm2": 0.5}, "counts": counts}
+    info = CellsInfo("s", "s.tif", mpp, size, origin, CLASSES, width, ids is not None, **more)
     unread = status > 0
     types = np.where((scores.max(axis=1, initial=0) >= 0.4) & ~unread, scores.argmax(axis=1), -1)
     boxes = np.concatenate([centres - side / 2, centres + side / 2], axis=1) / mpp
@@ -192,6 +194,9 @@ def test_cells_that_were_not_read_are_counted_apart(tmp_path):
     )
     text = written(tmp_path, cells, slide_with(tmp_path / "s.tif", (400, 300), []))
     assert row(text, "red one")[0] == row(text, "no type")[0] == "1"
+    assert "2 of 4 cells of your file were read" in text
+    assert row(text, "share of the cells read that have a detection") == ["50.0%"]
+    assert row(text, "share of the detections without a cell") == ["75.0%"]
     assert row(text, "cells outside") == row(text, "cells damaged") == ["1"]
     assert "cell &lt;b&gt;&amp;, red one, score 0.90, nucleus score 0.70" in text
     assert [words for _, _, words in crops(text)] == ["0.90", "0.70"]
