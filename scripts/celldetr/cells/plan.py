@@ -1,5 +1,6 @@
 """Which tiles of a slide are read."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from celldetr.cells.tiling import Tiles
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tissue import tissue_mask
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,5 +102,8 @@ def _plan_given(
             f"{slide}: got {len(given)} cells from {low} to {high} px of level 0, expected some on {where} (the "
             f"slide has {tiles.image_size} px); are they of this slide, and is their unit right (px of level 0 or um)?"
         )
+    left_out = int((~chosen).sum())
+    if left_out:
+        log.warning("%s: %d of %d given cells lie outside of the region and are left out", slide, left_out, len(given))
     read = np.full(len(placed.tiles), placed.tiles.core_mm2)
-    return Plan(placed.tiles, read, areas, placed, area, int((~chosen).sum()))
+    return Plan(placed.tiles, read, areas, placed, area, left_out)

@@ -136,7 +136,7 @@ def test_damaged_tiles_stop_or_are_left_out_and_counted(tmp_path, caplog):
     assert frame.loc[~lost, "type"].notna().all()
 
 
-def test_only_cells_in_the_region_count(slide, tmp_path):
+def test_only_cells_in_the_region_count(slide, tmp_path, caplog):
     path, truth, _ = slide
     region = np.array([shapely.box(100, 90, 180, 150), shapely.Point(250, 200).buffer(30)])
     centres = (truth[:, :2] + truth[:, 2:]) / 2
@@ -148,6 +148,7 @@ def test_only_cells_in_the_region_count(slide, tmp_path):
     given = cells_at(truth)
     cells = cells_of(path, tmp_path / "given", given=given, region=region)
     assert set(cells.frame().index) == set(given.ids[inside])
+    assert f"{(~inside).sum()} of {len(given)} given cells lie outside of the region" in caplog.text
     for away in (shapely.box(400, 0, 500, 100), shapely.box(331, 0, 400, 100)):
         with pytest.raises(InputError, match="got a region within .* expected one that overlaps the slide"):
             find(path, tmp_path / "away", region=np.array([away]))
