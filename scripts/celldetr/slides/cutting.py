@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _BLOCK = 64  # patches that a thread reads at a time
 _LOGGED = 2048  # patches between two messages
 _SUPPORT = 2  # px that the bicubic filter reaches to either side
+_TOGETHER, _WORTH = 32, 0.8  # patches that are read as one at most, and the share of their pixels that must remain
 _ALIGNED = 1e-6  # px; patches that lie on the pixels of a level to within this are copied
 
 
@@ -95,21 +96,26 @@ def read_blocks(
     idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
 
     def read(start: int) -> Block:
-        numbers = range(start, min(start + size, len(grid)))
-        pixels = np.empty((len(numbers), grid.size, grid.size, 3), np.uint8)
+        corners = grid.corners[start : start + size]
+        pixels = np.empty((len(corners), grid.size, grid.size, 3), np.uint8)
         good: list[int] = []
         damaged: dict[int, str] = {}
+        groups = _groups(corners, grid.size)
         image = idle.get()
         try:
-            for number in numbers:
+            while groups:
+                first, last = groups.pop()
                 try:
-                    pixels[len(good)] = read_patch(image, grid, *grid.corners[number].tolist())
+                    read_patches(image, grid, corners[first:last], pixels[len(good) : len(good) + last - first])
                 except InputError as error:
                     if not skip:
                         raise
-                    damaged[number] = str(error)
+                    if last - first > 1:
+                        groups += [(number, number + 1) for number in reversed(range(first, last))]
+                    else:
+                        damaged[start + first] = str(error)
                 else:
-                    good.append(number)
+                    good += range(start + first, start + last)
         finally:
             idle.put(image)
         return Block(np.array(good, dtype=np.int64), pixels[: len(good)], damaged)
@@ -130,22 +136,52 @@ def read_blocks(
             pool.shutdown(cancel_futures=True)
 
 
+def _groups(corners: NDArray[np.int64], size: int) -> list[tuple[int, int]]:
+    """Divide successive patches (n, 2) into ranges that are read as one because they overlap; the last range first."""
+    groups, waiting = [], [(0, len(corners))]
+    while waiting:
+        first, last = waiting.pop()
+        low, high = corners[first:last].min(axis=0), corners[first:last].max(axis=0) + size
+        count = last - first
+        if count > 1 and (count > _TOGETHER or (high - low).prod() > _WORTH * count * size**2):
+            waiting += [(first, first + count // 2), (first + count // 2, last)]
+        else:
+            groups.append((first, last))
+    return groups
+
+
+def read_patches(image: Pyramid, grid: PatchGrid, corners: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+    """Read the patches with these corners (n, 2) to `out` (n, S, S, 3), from one area that holds them all.
+
+    They differ from what `read_patch` reads by the rounding of the filter.
+    """
+    low = corners.min(axis=0)
+    width, height = (corners.max(axis=0) - low + grid.size).tolist()
+    area = _read_area(image, grid, int(low[0]), int(low[1]), width, height)
+    for place, (x, y) in enumerate((corners - low).tolist()):
+        out[place] = area[y : y + grid.size, x : x + grid.size]
+
+
 def read_patch(image: Pyramid, grid: PatchGrid, x: int, y: int) -> NDArray[np.uint8]:
     """Read the patch (S, S, 3) whose first pixel is (x, y), px of the grid.
 
     It is resampled at exactly its place, so that neighbouring patches have no seam, from the coarsest level that is not
     coarser than the patch; the bicubic filter is wide enough to prevent aliasing.
     """
+    return _read_area(image, grid, x, y, grid.size, grid.size)
+
+
+def _read_area(image: Pyramid, grid: PatchGrid, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    """Read an area (height, width, 3) whose first pixel is (x, y), px of the grid; see `read_patch`."""
     ratio = grid.mpp / grid.image_mpp
     level = image.level_for(ratio)
     scale = ratio / image.levels[level].downsample
-    left, top, side = x * scale, y * scale, grid.size * scale
-    if max(abs(value - round(value)) for value in (left, top, side, scale)) < _ALIGNED and round(scale) == 1:
-        pixels: NDArray[np.uint8] = image.read(level, round(left), round(top), grid.size, grid.size)
+    left, top, right, bottom = (value * scale for value in (x, y, x + width, y + height))
+    if max(abs(value - round(value)) for value in (left, top, right, bottom, scale)) < _ALIGNED and round(scale) == 1:
+        pixels: NDArray[np.uint8] = image.read(level, round(left), round(top), width, height)
         return pixels
     margin = math.ceil(_SUPPORT * max(1.0, scale)) + 1
     x0, y0 = math.floor(left) - margin, math.floor(top) - margin
-    width, height = (math.ceil(start + side) + margin - first for start, first in ((left, x0), (top, y0)))
-    region = image.read(level, x0, y0, width, height)
-    box = (left - x0, top - y0, left - x0 + side, top - y0 + side)
-    return np.asarray(Image.fromarray(region).resize((grid.size, grid.size), Image.Resampling.BICUBIC, box=box))
+    region = image.read(level, x0, y0, math.ceil(right) + margin - x0, math.ceil(bottom) + margin - y0)
+    box = (left - x0, top - y0, right - x0, bottom - y0)
+    return np.asarray(Image.fromarray(region).resize((width, height), Image.Resampling.BICUBIC, box=box))

@@ -4,6 +4,7 @@ import functools
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -198,10 +199,13 @@ def _mapped(page: TiffPage, plane: int, samples: slice) -> NDArray[Any] | None:
 
 
 def stated_pixel_size(file: TiffFile, page: TiffPage) -> tuple[float | None, float | None]:
-    """Width and height of a pixel of a page in um, as the OME metadata or the resolution tags state it."""
+    """Width and height of a pixel of a page in um, as the metadata (OME, Aperio) or the resolution tags state it."""
     text = file.pages.first.description or ""
     if "OME" in text[:2000] and "PhysicalSizeX" in text:
         return _ome_size(text, page)
+    if text.startswith("Aperio"):
+        stated = [number(found[1]) for found in re.finditer(r"\|\s*MPP\s*=\s*([^|]*)", text)]
+        return (stated[0], stated[0]) if stated else (None, None)
     unit = {2: 25400.0, 3: 10000.0}.get(int(page.resolutionunit or 1))
     x, y = (page.tags.valueof(name, (0, 1)) for name in ("XResolution", "YResolution"))
     return (unit * x[1] / x[0], unit * y[1] / y[0]) if unit and x[0] and y[0] else (None, None)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import shapely
-from slide_files import ALL_PATCHES, boxes_on_slide, grid_over, whole_tissue, write_image
+from slide_files import ALL_PATCHES, boxes_on_slide, damage_tiles, grid_over, whole_tissue, write_image
 
+from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
-from celldetr.slides.cutting import cut_patches, read_patch
+from celldetr.slides.cutting import _groups, cut_patches, read_blocks, read_patch
 from celldetr.slides.grid import patch_grid
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.store import open_store
@@ -108,5 +109,38 @@ def test_the_cut_is_the_same_for_any_number_of_workers(tmp_path):
     assert one.patches.equals(three.patches)
     with open_pyramid(path) as slide:
         for patch in (0, 70, len(grid) - 1):
-            assert np.array_equal(one.read(patch).image, read_patch(slide, grid, *grid.corners[patch].tolist()))
+            alone = read_patch(slide, grid, *grid.corners[patch].tolist()).astype(int)
+            assert np.abs(one.read(patch).image - alone).max() <= 1  # rounding of the filter
     assert np.array_equal(one.patches[["x", "y"]], np.rint(grid.corners * 1.1).astype(int))
+
+
+@pytest.mark.parametrize(("ratio", "most"), [(1, 0), (1.37, 1)])
+def test_tiles_that_overlap_are_read_together_and_damage_apart(tmp_path, ratio, most):
+    image = np.random.default_rng(0).integers(0, 256, (400, 500, 3))
+    path = write_image(tmp_path / "he.tif", image, compression="deflate")
+    grid = grid_over(
+        (500, 400), boxes_on_slide([]), ratio=ratio, settings=ALL_PATCHES.model_copy(update={"stride": 0.7})
+    )
+    for damaged in ((), (10, 30)):
+        damage_tiles(path, [(0, tile) for tile in damaged])
+        blocks = list(read_blocks(path, grid, size=50, workers=2, skip=True))
+        lost, count = {number for block in blocks for number in block.damaged}, 0
+        with open_pyramid(path) as slide:
+            for block in blocks:
+                for number, pixels in zip(block.numbers, block.pixels, strict=True):
+                    alone = read_patch(slide, grid, *grid.corners[number].tolist())
+                    assert np.abs(alone.astype(int) - pixels).max() <= most
+                    count += 1
+            for number in lost:
+                with pytest.raises(InputError):
+                    read_patch(slide, grid, *grid.corners[number].tolist())
+        assert count + len(lost) == len(grid) > 100
+        assert bool(lost) == bool(damaged)
+        assert sorted([*lost, *np.concatenate([block.numbers for block in blocks])]) == list(range(len(grid)))
+
+
+def test_tiles_that_overlap_are_few_reads(tmp_path):
+    corners = np.stack(np.meshgrid(np.arange(16), np.arange(4)), axis=-1).reshape(-1, 2) * 192
+    assert [last - first for first, last in _groups(corners, 256)] == [32, 32]
+    assert len(_groups(corners * 256 // 192, 256)) == 64  # nothing is read twice
+    assert _groups(corners[:1], 256) == [(0, 1)]
