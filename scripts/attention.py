@@ -26,7 +26,7 @@ def main(snakemake):
     params, device = snakemake.params, best_device()
     store = open_store(snakemake.input.store)
     patches = attend_patches(
-        load_model(snakemake.input.model, device, mpp=store.mpp),
+        load_model(snakemake.input.model, device, mpp=store.mpp, patch_size=store.patch_size),
         store,
         nucleus_threshold=params.nucleus_threshold,
         batch_size=params.batch_size,

@@ -34,7 +34,7 @@ def main(snakemake):
     torch.set_num_threads(snakemake.threads)
     params, inputs, device = snakemake.params, snakemake.input, best_device()
     stores, test = [open_store(path) for path in inputs.stores], open_store(inputs.test)
-    model = load_model(inputs.model, device, mpp=test.mpp)
+    model = load_model(inputs.model, device, mpp=test.mpp, patch_size=test.patch_size)
     models = {TRAINED: model, f"random (seed {params.seed})": random_model(model.settings, params.seed, device)}
     settings = FrozenFeatureSettings(k=params.k, max_nuclei=params.max_nuclei)
     split = read_split(inputs.split, stores)

@@ -39,7 +39,7 @@ def main(snakemake):
         "precision": resolve_precision(snakemake.params.precision, device),
     }
     count = predict_fold(
-        load_model(snakemake.input.model, device, mpp=store.mpp),
+        load_model(snakemake.input.model, device, mpp=store.mpp, patch_size=store.patch_size),
         store,
         snakemake.output[0],
         nucleus_threshold=snakemake.params.nucleus_threshold,

@@ -28,7 +28,7 @@ def main(snakemake):
     params, device = snakemake.params, best_device()
     store = open_store(snakemake.input.store)
     drawn, measured = measure_similarity(
-        load_model(snakemake.input.model, device, mpp=store.mpp),
+        load_model(snakemake.input.model, device, mpp=store.mpp, patch_size=store.patch_size),
         store,
         patches=choose_readable(store.box_ptr, params.patches, params.seed),
         seed=params.seed,

@@ -31,7 +31,6 @@ from celldetr.cells.table import ROWS, CellsInfo, writer
 from celldetr.cells.tiling import Tiles, Tiling
 from celldetr.inference.batch import FoundNuclei, GivenNuclei, read_batch
 from celldetr.model.device import resolve_precision
-from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic, write_json
 from celldetr.runtime.provenance import origin
 from celldetr.slides.cutting import read_blocks
@@ -42,6 +41,8 @@ from celldetr.store.seen import has_seen
 log = logging.getLogger(__name__)
 
 _WAITING = 4  # batches whose rows are not written yet, or whose given cells are ready
+_UNIT = 64
+"""Jobs begin at multiples of as many tiles: batches of sizes that divide it are the same for any number of jobs."""
 _LOGGED = 1000  # tiles between two messages
 
 
@@ -109,7 +110,10 @@ def find_cells(
         The model has no classes or embeddings; the slide cannot be read, see `celldetr.slides.damage.open_slide`; the
         region lies outside of the slide; there is no tissue (`NothingFound`); a tile cannot be decoded.
     """
-    _check_model(model, settings, given)
+    if given is not None and not settings.embeddings:
+        raise ValueError("given cells are embedded; embeddings must be true")
+    if settings.embeddings:
+        model.require_types()
     out, start = Path(out), time.perf_counter()
     with open_slide(slide.file, slide.mpp, slide.name, skip=settings.on_damage == "skip") as image:
         tiles = Tiles.over(Tiling.of(model.size, model.mpp, settings.margin_um), image.size, float(image.mpp or 0))
@@ -121,10 +125,8 @@ def find_cells(
         plan = plan_tiles(image, tiles, slide.name, given=given, region=region)
         info = _info(slide, image, model, settings, plan, given is not None)
     seconds = {"tissue": time.perf_counter() - start}
-    batches = math.ceil(len(plan.tiles) / settings.batch_size)
-    first, last = (
-        min(batches * number // job[1] * settings.batch_size, len(plan.tiles)) for number in (job[0] - 1, job[0])
-    )
+    units = math.ceil(len(plan.tiles) / _UNIT)
+    first, last = (min(units * number // job[1] * _UNIT, len(plan.tiles)) for number in (job[0] - 1, job[0]))
     rows = Rows(plan.tiles, info, settings.dtype, settings.class_threshold, plan.region)
     with unfinished(out, own) as folder:
         done = list(parts_of(folder, first))
@@ -144,23 +146,6 @@ def find_cells(
         write_json(folder / SUMMARY, {**content, "dtype": settings.dtype, "given": plan.expected})
 
 
-def _check_model(model: CellModel, settings: FindSettings, given: GivenCells | None) -> None:
-    """Refuse a model that cannot do what is wanted."""
-    name = (model.source or {}).get("file", "the model")
-    if given is not None and not settings.embeddings:
-        raise ValueError("given cells are embedded; embeddings must be true")
-    if settings.embeddings and model.net.baseline:
-        raise InputError(
-            f"{name}: got a model of mode baseline, which has no representation decoder and no embeddings; expected "
-            "one of mode sequential or parallel"
-        )
-    if settings.embeddings and not model.net.settings.classes:
-        raise InputError(
-            f"{name}: got a model without classes (from pretraining), expected one with cell types; train an "
-            "experiment of stage supervised from it and use that model"
-        )
-
-
 def _depends_on(
     slide: Slide,
     tiles: Tiles,
@@ -175,7 +160,8 @@ def _depends_on(
     values = {
         "slide": [slide.name, slide.group, state.st_size, state.st_mtime_ns, *tiles.image_size, tiles.image_mpp],
         "model": [source.get("sha256"), model.size, model.mpp, resolve_precision(model.precision, model.device)],
-        "settings": dataclasses.asdict(settings),
+        # with another size of batches a job may go on: values change by rounding only
+        "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key != "batch_size"},
         "given": None if given is None else _digest(given.ids.tolist(), shapely.to_wkb(given.outlines).tolist()),
         "region": None if region is None else _digest(shapely.to_wkb(region).tolist()),
         "more": dict(more),

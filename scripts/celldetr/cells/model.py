@@ -71,3 +71,17 @@ class CellModel:
             "trained_on": sorted({*(facts.trained_on or ()), *(trained_on or ())}) if known else None,
         }
         return cls(load_model(path, device, mpp=mpp, patch_size=size), mpp, size, device, precision, source)
+
+    def require_types(self) -> None:
+        """Refuse a model that cannot tell types or embed; `InputError`."""
+        name = (self.source or {}).get("file", "the model")
+        if self.net.baseline:
+            raise InputError(
+                f"{name}: got a model of mode baseline, which has no representation decoder and no embeddings; "
+                "expected one of mode sequential or parallel"
+            )
+        if not self.net.settings.classes:
+            raise InputError(
+                f"{name}: got a model without classes (from pretraining), expected one with cell types; train an "
+                "experiment of stage supervised from it and use that model"
+            )

@@ -34,6 +34,7 @@ def find_cells_of_row(
     `file`, `nuclei` and `region` are local files in place of the sources of the row; `keys` is what errors call its
     columns. For errors see `find_cells`, `read_given_cells` and `read_region`.
     """
+    model.require_types()
     slide = Slide(row.slide, Path(file), row.mpp, row.group)
     given = polygons = None
     if nuclei is not None or region is not None:

@@ -46,7 +46,8 @@ def rows(cells):
     return [row for batch in cells.batches() for row in batch.to_pylist()]
 
 
-def test_jobs_share_a_slide_and_give_the_same_file(slide, tmp_path):
+def test_jobs_share_a_slide_and_give_the_same_file(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr("celldetr.cells.find._UNIT", 4)
     whole = cells_of(slide[0], tmp_path / "one")
     for jobs in (3, 40):  # more than there are batches: some jobs have nothing to do
         shared = cells_of(slide[0], tmp_path / str(jobs), jobs=jobs)
@@ -85,7 +86,7 @@ def test_a_killed_job_goes_on_from_what_it_has_written(slide, tmp_path, monkeypa
         f"{start:09d}.parquet" for start in range(0, 32, 8)
     ]
     net = Planted()
-    find(slide[0], out, net=net)
+    find(slide[0], out, net=net, batch_size=8)  # as after a lack of memory
     assert len(net.seen) == tiles - 32
     join_cells([out], tmp_path / "cells.parquet")
     cells = CellFile(tmp_path / "cells.parquet")
@@ -94,7 +95,7 @@ def test_a_killed_job_goes_on_from_what_it_has_written(slide, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "cells.parquet", "whole"]
 
     net = Planted()
-    find(slide[0], out, net=net)  # complete: nothing is read again
+    find(slide[0], out, net=net, batch_size=3)  # complete: nothing is read again
     assert net.seen == []
 
 
