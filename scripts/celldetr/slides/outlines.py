@@ -138,8 +138,8 @@ def check_width(path: Path, boxes: NDArray[np.float64], mpp: float, about: str, 
     width = float(np.median(boxes[:, 2:] - boxes[:, :2])) * mpp
     if not low <= width <= high:
         raise InputError(
-            f"{path}: got nuclei that are {width:.3g} um wide (median, {about}), expected {low:g} to {high:g}; correct "
-            f"{keys('nuclei_unit')} (px of level 0, or um) or {keys('mpp')}{keys.where}"
+            f"{path}: got nuclei that are {width:.3g} um wide (median, {about}), expected {low:g} to {high:g} (nuclei, "
+            f"not whole cells); correct {keys('nuclei_unit')} (px of level 0, or um) or {keys('mpp')}{keys.where}"
         )
 
 
