@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import geopandas
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -79,6 +80,10 @@ def _table(cells: CellFile) -> Any:
     table = table_of(cells)
     table.obs.index.name = None
     table.obs.columns = [re.sub(r"[^\w.-]", "_", name) for name in table.obs.columns]  # SpatialData takes no others
+    if "type" in table.obs:  # spatialdata-plot takes colours of other types if there is one without cells
+        colours = dict(zip(table.obs["type"].cat.categories, table.uns["type_colors"], strict=True))
+        table.obs["type"] = table.obs["type"].cat.remove_unused_categories()
+        table.uns["type_colors"] = np.array([colours[kind] for kind in table.obs["type"].cat.categories], dtype=object)
     if len(cells):
         table.obs["region"] = pd.Categorical([_CELLS]).repeat(len(cells))
         table.obs["cell_id"] = table.obs_names

@@ -275,6 +275,28 @@ def test_files_of_no_cells_and_of_a_model_without_classes_and_embeddings(tmp_pat
     assert spatialdata.read_zarr(tmp_path / "a.zarr")["table"].shape == table.shape
 
 
+@pytest.mark.parametrize("kinds", [[-1, -1, -1], [4, -1, 2]])
+def test_types_without_cells(tmp_path, kinds):
+    write_cells(tmp_path / "a.parquet", 3, width=2)
+    cells = changed(tmp_path / "a.parquet", type=named(np.array(kinds), PANNUKE_CLASSES))
+    for name, write in WRITERS.items():
+        write(cells, tmp_path / name)
+    expected = [PANNUKE_CLASSES[kind] if kind >= 0 else None for kind in kinds]
+    classes = [
+        feature["properties"].get("classification", {}).get("name")
+        for feature in read_as_qupath(tmp_path / "a.geojson.gz")
+    ]
+    assert classes == expected
+    table, shown = anndata.read_h5ad(tmp_path / "a.h5ad"), spatialdata.read_zarr(tmp_path / "a.zarr")["table"]
+    for found in (table, shown):
+        assert [None if pd.isna(kind) else kind for kind in found.obs["type"]] == expected
+    assert list(table.obs["type"].cat.categories) == list(PANNUKE_CLASSES)
+    colours = dict(zip(table.obs["type"].cat.categories, table.uns["type_colors"], strict=True))
+    used = list(shown.obs["type"].cat.categories)  # others would shift the colours in spatialdata-plot
+    assert set(used) == set(expected) - {None}
+    assert list(shown.uns["type_colors"]) == [colours[kind] for kind in used]
+
+
 @contextlib.contextmanager
 def file_limit(size):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
