@@ -99,7 +99,7 @@ def find(path, out, *, net=None, size=64, mpp=1.0, margin_um=16.0, slide_mpp=1.0
     names = ("nucleus_threshold", "class_threshold", "batch_size", "on_damage", "dtype", "embeddings")
     defaults = {"nucleus_threshold": 0.4, "class_threshold": 0.4, "batch_size": 4}
     settings = FindSettings(margin_um, **defaults | {k: options.pop(k) for k in names if k in options})
-    model = CellModel(net or Planted(), mpp, size, source={"file": "planted.pt", "trained_on": ["seen"]})
+    model = CellModel(net or Planted(), mpp, size, source={"file": "planted.pt", "trained_on": ["seen", "part@1a2b"]})
     group = options.pop("group", "")
     find_cells(Slide("s", path, slide_mpp, group), model, out, settings, **options)
 

@@ -119,7 +119,7 @@ def find_cells(
         tiles = Tiles.over(Tiling.of(model.size, model.mpp, settings.margin_um), image.size, float(image.mpp or 0))
         depends = _depends_on(slide, tiles, model, settings, given, region, identity or {})
         own = {**depends, "job": list(job)}
-        if (out / SUMMARY).exists() and read_summary(out)["identity"] == own:
+        if (out / SUMMARY).exists() and read_summary(out).get("identity") == own:
             log.info("%s: complete already", out)
             return
         plan = plan_tiles(image, tiles, slide.name, given=given, region=region)
@@ -162,19 +162,18 @@ def _depends_on(
         "model": [source.get("sha256"), model.size, model.mpp, resolve_precision(model.precision, model.device)],
         # with another size of batches a job may go on: values change by rounding only
         "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key != "batch_size"},
-        "given": None if given is None else _digest(given.ids.tolist(), shapely.to_wkb(given.outlines).tolist()),
-        "region": None if region is None else _digest(shapely.to_wkb(region).tolist()),
+        "given": None if given is None else _digest(given.outlines, given.ids.tolist()),
+        "region": None if region is None else _digest(region),
         "more": dict(more),
     }
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found
 
 
-def _digest(*columns: Sequence[str | bytes]) -> str:
-    digest = hashlib.sha256()
-    for column in columns:
-        for value in column:
-            digest.update((value if isinstance(value, bytes) else value.encode()) + b"\0")
+def _digest(outlines: NDArray[Any], names: Sequence[str] = ()) -> str:
+    digest = hashlib.sha256("\0".join(names).encode())
+    for start in range(0, len(outlines), ROWS):
+        digest.update(b"\0".join(shapely.to_wkb(outlines[start : start + ROWS]).tolist()))
     return digest.hexdigest()
 
 
