@@ -27,6 +27,7 @@ from celldetr.cells.model import CellModel
 from celldetr.cells.parts import OUTSIDE_PART, SUMMARY, PartWriter, Tally, parts_of, read_summary, unfinished
 from celldetr.cells.plan import Plan, plan_tiles
 from celldetr.cells.rows import DAMAGED, OUTSIDE, READ, Rows
+from celldetr.cells.stitching import repeated
 from celldetr.cells.table import ROWS, CellsInfo, writer
 from celldetr.cells.tiling import Tiles, Tiling
 from celldetr.inference.batch import FoundNuclei, GivenNuclei, read_batch
@@ -276,6 +277,8 @@ class _Reading:
         self, numbers: NDArray[np.int64], shown: Sequence[Shown], nuclei: FoundNuclei, embedded: GivenNuclei
     ) -> tuple[pa.Table, Counter[str]]:
         assert self.plan.given is not None
+        once = ~repeated(nuclei.boxes, nuclei.nucleus_score, nuclei.image)
+        nuclei = FoundNuclei._make(values[once] for values in nuclei)
         counted = self.rows.detections(numbers, nuclei)
         scores, counts = compare(shown, nuclei, counted, AGREEMENT_UM / self.model.mpp)
         own = np.concatenate([tile.own for tile in shown])

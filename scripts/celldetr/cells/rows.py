@@ -97,8 +97,7 @@ class Rows:
     def detections(self, tile: NDArray[np.int64], nuclei: FoundNuclei) -> NDArray[np.bool_]:
         """Which of the nuclei (N,) that were found count for their tile: those in the core, in the region."""
         at = _place(self.tiles, tile[nuclei.image], nuclei.boxes)
-        counts = at.inside & ~repeated(at.boxes, nuclei.nucleus_score, nuclei.image)
-        return counts & self._in_region(np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2)))
+        return at.inside & self._in_region(np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2)))
 
     def given(
         self,

@@ -81,6 +81,22 @@ def test_each_given_cell_has_one_row_with_its_type(slide, tmp_path, jobs):
     assert counts["detections without a cell"] == 0
 
 
+class Twice(Planted):
+    """Finds each nucleus twice, the second time nearer, with a higher score."""
+
+    def detect(self, features):
+        return [np.concatenate([boxes + np.float32(0.5), boxes]) for boxes in super().detect(features)]
+
+
+def test_a_nucleus_that_a_tile_finds_twice_is_one_cell_and_one_detection(slide, tmp_path):
+    path, truth, _ = slide
+    found = cells_of(path, tmp_path / "found", net=Twice(), margin_um=16)
+    np.testing.assert_allclose(boxes_of(found), in_order(truth), atol=1e-9)
+    counts = cells_of(path, tmp_path / "given", net=Twice(), given=cells_at(truth), margin_um=16).info.counts
+    assert counts["detections"] == counts["cells with a detection"] == len(truth)
+    assert counts["detections without a cell"] == 0
+
+
 def test_agreement_tells_cells_without_a_detection_and_detections_without_a_cell(slide, tmp_path):
     path, truth, _ = slide
     between = truth[:10] + 11.0
