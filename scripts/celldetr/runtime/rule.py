@@ -33,8 +33,8 @@ _LACKING = ("can't start new thread", "can't allocate lock", "can't allocate mem
 """Out-of-memory messages of Python, torch and CUDA."""
 _MORE_MEMORY = "give the rule more mem_mb (--set-resources) and start again"
 _MORE_GPU_MEMORY = (
-    "set training.activation_checkpointing: true or a smaller inference.batch_size, or take a GPU with more memory, "
-    "and start again"
+    "set training.activation_checkpointing: true or a smaller batch_size (inference, cells), or take a GPU "
+    "with more memory, and start again"
 )
 
 
