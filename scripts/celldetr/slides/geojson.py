@@ -10,13 +10,14 @@ QuPath's cells have two outlines; that of the nucleus is read.
 """
 
 import contextlib
+import gc
 import gzip
 import io
 import re
 import zipfile
 from array import array
 from collections.abc import Iterator
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -73,18 +74,15 @@ def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_], l
     InputError
         The file is damaged, or has no features.
     """
-    batch: list[Outline] = []
     read = 0
     try:
         with contextlib.ExitStack() as stack:
             stream = _open(path, stack)
             slowly = _outlines(ijson.basic_parse(stream, use_float=True, multiple_values=True))
-            for outline in chain(_fast_outlines(stream), slowly):
-                batch.append(outline)
-                read += 1
-                if len(batch) == _BATCH:
-                    yield _to_shapely(batch)
-                    batch = []
+            outlines = chain(_fast_outlines(stream), slowly)
+            while batch := _take(outlines):
+                yield _to_shapely(batch)
+                read += len(batch)
     except (ijson.JSONError, RecursionError) as error:
         problem = " ".join(line.strip() for line in str(error).splitlines()[:2])
         expected = "expected features with polygons, or polygons; is the file complete?"
@@ -93,7 +91,17 @@ def read_geojson(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_], l
         raise InputError(f"{path}: cannot be read ({error}); if it is damaged, get it again") from error
     if not read:
         raise InputError(f"{path}: got no features, expected features with polygons, or polygons")
-    yield _to_shapely(batch)
+
+
+def _take(outlines: Iterator[Outline]) -> list[Outline]:
+    """Take a batch. Garbage collection would search all of it for cycles, which are not there, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return list(islice(outlines, _BATCH))
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _to_shapely(batch: list[Outline]) -> tuple[NDArray[Any], NDArray[np.str_], list[str]]:
