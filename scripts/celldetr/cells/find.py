@@ -45,6 +45,7 @@ _WAITING = 4  # batches whose rows are not written yet, or whose given cells are
 _UNIT = 64
 """Jobs begin at multiples of as many tiles: batches of sizes that divide it are the same for any number of jobs."""
 _LOGGED = 1000  # tiles between two messages
+_COARSE = 1.3  # times the model's um per px, from which on a slide's pixels are said to be coarse
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,14 @@ def find_cells(
             return
         plan = plan_tiles(image, tiles, slide.name, given=given, region=region)
         info = _info(slide, image, model, settings, plan, given is not None)
+    if tiles.ratio < 1 / _COARSE:
+        log.warning(
+            "%s: its pixels of %.3g um are enlarged to the %.3g um of the model, which has seen finer images; look at "
+            "the page before you use the types",
+            slide.name,
+            tiles.image_mpp,
+            model.mpp,
+        )
     seconds = {"tissue": time.perf_counter() - start}
     units = math.ceil(len(plan.tiles) / _UNIT)
     first, last = (min(units * number // job[1] * _UNIT, len(plan.tiles)) for number in (job[0] - 1, job[0]))

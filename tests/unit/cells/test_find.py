@@ -183,3 +183,10 @@ def test_few_rows_are_held_at_a_time(slide, tmp_path, monkeypatch):
     join_cells([tmp_path / "1"], tmp_path / "cells.parquet")
     assert max(held) <= 16
     assert rows(CellFile(tmp_path / "cells.parquet")) == rows(whole)
+
+
+def test_a_slide_with_coarser_pixels_than_the_model_knows_is_said_to_be_so(slide, tmp_path, caplog):
+    for place, slide_mpp in (("same", 1.0), ("coarse", 2.0)):
+        caplog.clear()
+        cells_of(slide[0], tmp_path / place, size=128, slide_mpp=slide_mpp)
+        assert ("pixels of 2 um are enlarged to the 1 um" in caplog.text) == (place == "coarse")
