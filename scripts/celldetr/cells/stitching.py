@@ -83,13 +83,19 @@ def _pairs(
     boxes: NDArray[np.floating], image: NDArray[np.integer], least: float, *, same: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Pairs (P,), (P,) of boxes of the `same` image, or of two, and their overlap (P,), which is at least `least`."""
-    shapes = shapely.box(*boxes.T)
-    one, two = shapely.STRtree(shapes).query(shapes)
-    pairs = (one < two) & ((image[one] == image[two]) == same)
-    one, two = one[pairs], two[pairs]
-    shared = np.minimum(boxes[one, 2:], boxes[two, 2:]) - np.maximum(boxes[one, :2], boxes[two, :2])
-    inner = np.clip(shared, 0, None).prod(axis=1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    overlap = inner / np.maximum(area[one] + area[two] - inner, 1e-9)
-    enough = overlap >= least
-    return one[enough], two[enough], overlap[enough]
+    from_left = np.argsort(boxes[:, 0], kind="stable")
+    left, found = boxes[from_left, 0], [np.empty((3, 0))]
+    for start in range(0, len(boxes), _CHUNK):  # the boxes as shapes take much more memory than the pairs
+        members = from_left[start : start + _CHUNK]
+        others = from_left[start : int(np.searchsorted(left, boxes[members, 2].max(), side="right"))]
+        one, two = shapely.STRtree(shapely.box(*boxes[others].T)).query(shapely.box(*boxes[members].T))
+        one, two = members[one[one < two]], others[two[one < two]]
+        one, two = np.sort([one, two], axis=0)[:, (image[one] == image[two]) == same]
+        shared = np.minimum(boxes[one, 2:], boxes[two, 2:]) - np.maximum(boxes[one, :2], boxes[two, :2])
+        inner = np.clip(shared, 0, None).prod(axis=1)
+        area = [(boxes[side, 2:] - boxes[side, :2]).prod(axis=1) for side in (one, two)]
+        overlap = inner / np.maximum(sum(area) - inner, 1e-9)
+        found.append(np.stack([overlap, one, two])[:, overlap >= least])
+    overlap, one, two = np.concatenate(found, axis=1)
+    order = np.lexsort((two, one))
+    return one[order].astype(np.int64), two[order].astype(np.int64), overlap[order]

@@ -26,7 +26,7 @@ def unique(tiles, boxes_of_tile):
     counts = [len(boxes) for boxes in boxes_of_tile]
     image, boxes = np.repeat(np.arange(len(tiles)), counts), np.concatenate(boxes_of_tile).astype(np.float32)
     none = np.empty((len(image), 0), np.float32)
-    found = rows.found(np.arange(len(tiles)), FoundNuclei(image, image, boxes, np.ones(len(image)), none, none))
+    found, _ = rows.found(np.arange(len(tiles)), FoundNuclei(image, image, boxes, np.ones(len(image)), none, none))
     frame, margin = (
         found.select(["x_um", "y_um", "width_um", "height_um", "tile", "edge_um"]).to_pandas(),
         tiles.tiling.margin,
@@ -62,8 +62,8 @@ TWO = tiles_over(96, 24, 96, 48)  # cores meet at x = 48
     ("tiles", "truth"),
     [
         (FOUR, [[28, 28, 36, 36]]),  # the centre is on the corner of four cores
-        (TWO, [[36, 10, 56, 30], [40, 10, 60, 30]]),  # over each other, on either side of the border
-        (TWO, [[30, 10, 50, 30], [33, 10, 53, 30]]),  # and on one side of it
+        (TWO, [[36, 10, 56, 30], [44, 10, 64, 30]]),  # over each other, on either side of the border
+        (TWO, [[27, 10, 47, 30], [35, 10, 55, 30]]),  # and on one side of it
     ],
 )
 @pytest.mark.parametrize("shift", [0.0, 0.1])
