@@ -200,7 +200,7 @@ def _info(slide: Slide, image: Pyramid, model: CellModel, settings: FindSettings
         classes=tuple(model.net.settings.classes) if settings.embeddings else (),
         width=model.net.settings.d_model if settings.embeddings else 0,
         given=given,
-        model={**source, "seen": None if trained_on is None else has_seen(trained_on, slide.group)},
+        model={**source, "seen": has_seen(trained_on, slide.group) if trained_on is not None and slide.group else None},
         settings={
             **dataclasses.asdict(settings),
             "mpp": model.mpp,
