@@ -98,7 +98,7 @@ CODE_EDITS = {
     "report/style.py": PICTURES,
     "cells/qupath.py": {"cells_geojson"},
     "cells/h5ad.py": {"cells_h5ad", "cells_spatialdata"},
-    "cells/join.py": {"join_cells"} | FILES_OF_CELLS,
+    "cells/join.py": CELLS | DETECTED | AFTER_SLIDES,  # the parts that it joins are gone
     "report/cells.py": {"cells_page"},
     "training/losses.py": EVERY_MODEL,
     "xenium/registration/gate.py": {"register_xenium", "extract_xenium"} | AFTER_XENIUM,
