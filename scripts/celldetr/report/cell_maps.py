@@ -127,6 +127,8 @@ def choose_fields(cells: DrawnCells, extent: tuple[float, float]) -> list[Field]
     }
     at = np.stack([taken % shape[0], taken // shape[0]], axis=1)
     free = np.ones(len(taken), dtype=bool)
+    low = np.clip(cells.centres.min(axis=0) - np.median(cells.sizes), 0, np.array(extent) - side)
+    high = np.clip(cells.centres.max(axis=0) + np.median(cells.sizes) - side, low, np.array(extent) - side)
     found: list[Field] = []
     for why, rank in ranks.items():
         for _ in range(_FIELDS):
@@ -135,7 +137,7 @@ def choose_fields(cells: DrawnCells, extent: tuple[float, float]) -> list[Field]
                 break
             free &= np.abs(at - at[best]).max(axis=1) > 1
             middle = cells.centres[place == best].mean(axis=0)
-            corner = np.clip(middle - side / 2, 0, np.maximum(np.array(extent) - side, 0))
+            corner = np.clip(middle - side / 2, low, high)
             members = np.flatnonzero(((cells.centres >= corner) & (cells.centres < corner + side)).all(axis=1))
             found.append(Field("ABCDEFGH"[len(found)], why, corner, side, members))
     return found
