@@ -1,6 +1,7 @@
-"""Turn a checkpoint of another code into a model file of this one.
+r"""Turn a checkpoint of another code into a model file of this one.
 
-python scripts/import_checkpoint.py --source authors CHECKPOINT OUT --mode parallel --trained-on fold1 fold3
+python scripts/import_checkpoint.py --source authors CHECKPOINT OUT --mode parallel --trained-on fold1 fold3 \
+  --mpp 0.25 --patch-size 256
 python scripts/import_checkpoint.py --source coco CHECKPOINT OUT --mode baseline --trained-on
 
 Reads CHECKPOINT: of the CellDETR repository ({"model_state_dict": ...}), or of the Deformable DETR repository, trained
@@ -35,6 +36,8 @@ def main() -> None:
         required=True,
         help="folds of PanNuke (fold1 ...) and groups of slides and samples that it was trained or validated on",
     )
+    parser.add_argument("--mpp", type=float, help="um per px of the patches that it was trained on")
+    parser.add_argument("--patch-size", type=int, help="side of these patches, px")
     parser.add_argument("--classes", help="class names in the order of the logits, separated by commas")
     parser.add_argument(
         "--global-tokens", type=int, help="global tokens, parallel mode (default: as the code that wrote it)"
@@ -52,7 +55,8 @@ def main() -> None:
         heads=args.heads,
     )
     settings = imported.model.settings
-    save_model(args.out, imported.model, settings, {"source": args.source, "trained_on": args.trained_on})
+    extra = {"source": args.source, "trained_on": args.trained_on, "mpp": args.mpp, "patch_size": args.patch_size}
+    save_model(args.out, imported.model, settings, {name: value for name, value in extra.items() if value is not None})
     write_provenance(
         f"{args.out}.json",
         settings=settings.to_dict(),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from celldetr.model.celldetr import IMAGE_MEAN, IMAGE_STD
 from celldetr.model.imports import _renamed, import_checkpoint
-from celldetr.model.weights import load_model, trained_on
+from celldetr.model.weights import load_model, model_facts
 from celldetr.runtime.errors import ConfigError, InputError
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "import_checkpoint.py"
@@ -266,10 +266,10 @@ def test_checkpoints_with_the_authors_settings_object_are_read_without_their_cod
 def test_import_script_writes_a_model_file_and_the_list_of_tensors(tmp_path, coco_file):
     out = tmp_path / "model.pt"
     command = [sys.executable, str(SCRIPT), "--source", "coco", "--mode", "baseline"]
-    seen = ["--trained-on", "fold1", "donor 2"]
+    seen = ["--trained-on", "fold1", "donor 2", "--mpp", "0.5", "--patch-size", "64"]
     subprocess.run([*command, str(coco_file), str(out), *seen], check=True, capture_output=True)
     assert load_model(out).settings.mode == "baseline"
-    assert trained_on(out, None, "") == ["donor 2", "fold1"]
+    assert model_facts(out) == (0.5, 64, None, ("donor 2", "fold1"))
     listed = json.loads(Path(f"{out}.json").read_text())
     assert listed["used"]["query_embed.weight"] == "decoder.query_embed.weight"
     misspelt = subprocess.run(
