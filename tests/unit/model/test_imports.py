@@ -269,7 +269,8 @@ def test_import_script_writes_a_model_file_and_the_list_of_tensors(tmp_path, coc
     seen = ["--trained-on", "fold1", "donor 2", "--mpp", "0.5", "--patch-size", "64"]
     subprocess.run([*command, str(coco_file), str(out), *seen], check=True, capture_output=True)
     assert load_model(out).settings.mode == "baseline"
-    assert model_facts(out) == (0.5, 64, None, ("donor 2", "fold1"))
+    facts = model_facts(out)
+    assert (facts.mpp, facts.size, facts.trained_on) == (0.5, 64, ("fold1", "donor 2"))
     listed = json.loads(Path(f"{out}.json").read_text())
     assert listed["used"]["query_embed.weight"] == "decoder.query_embed.weight"
     misspelt = subprocess.run(
