@@ -98,7 +98,7 @@ def find_cells(
     given
         Cells of the user, which are embedded in place of those that the model finds.
     region
-        Polygons (n,), px of level 0: only cells whose centre lies in one of them. None: the whole slide.
+        Polygons (n,) on the slide, px of level 0: only cells whose centre lies in one of them. None: the whole slide.
     job
         Number of this job, from 1, and how many share the slide.
     workers
@@ -109,8 +109,8 @@ def find_cells(
     Raises
     ------
     InputError
-        The model has no classes or embeddings; the slide cannot be read, see `celldetr.slides.damage.open_slide`; the
-        region lies outside of the slide; there is no tissue (`NothingFound`); a tile cannot be decoded.
+        The model has no classes or embeddings; the slide cannot be read, see `celldetr.slides.damage.open_slide`;
+        there is no tissue (`NothingFound`); a tile cannot be decoded.
     """
     if given is not None and not settings.embeddings:
         raise ValueError("given cells are embedded; embeddings must be true")

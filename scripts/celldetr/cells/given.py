@@ -14,9 +14,9 @@ from scipy.spatial import cKDTree
 
 from celldetr.cells.given_files import CellObjects, numbers, read_objects
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideNuclei, place_outlines
+from celldetr.slides.boxes import SlideNuclei, centres_of, place_outlines
 from celldetr.slides.outline_check import Keys, require_fit
-from celldetr.slides.outlines import LONGEST_UM, check_width, file_to_level0, name_counts
+from celldetr.slides.outlines import LONGEST_UM, check_width, file_to_level0, is_polygonal, longest_sides, name_counts
 from celldetr.slides.pyramid import Pyramid
 from celldetr.store import NO_LABEL
 
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 _LARGEST_UM = 200.0  # longest side of what may be a cell; larger outlines are of tissue
 _MOST_LISTS = 50  # features of a file that has one for each type
 _DETECTED = ["cell", "detection"]
-_AREAS = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class GivenCells:
     def boxes(self) -> NDArray[np.float64]:
         """Boxes (N, 4) xyxy, px of level 0."""
         bounds: NDArray[np.float64] = shapely.bounds(self.outlines)
-        return bounds.reshape(-1, 4)
+        return bounds
 
 
 def agreement(given_boxes: NDArray[np.floating], found_boxes: NDArray[np.floating], radius: float) -> NDArray[np.int64]:
@@ -56,7 +55,7 @@ def agreement(given_boxes: NDArray[np.floating], found_boxes: NDArray[np.floatin
     partner = np.full(len(given), -1, np.int64)
     if not len(given) or not len(found):
         return partner
-    trees = (cKDTree((boxes[:, :2] + boxes[:, 2:]) / 2) for boxes in (given, found))
+    trees = (cKDTree(centres_of(boxes)) for boxes in (given, found))
     pairs = next(trees).sparse_distance_matrix(next(trees), radius, output_type="ndarray")
     pairs = pairs[np.lexsort((pairs["j"], pairs["i"], pairs["v"]))]
     free = np.ones(len(found), dtype=bool)
@@ -165,8 +164,7 @@ def _split_lists(cells: CellObjects, um: float) -> CellObjects:
 
     `um` is um per unit of the file.
     """
-    bounds = shapely.bounds(cells.shapes).reshape(-1, 4)
-    wide = (bounds[:, 2:] - bounds[:, :2]).max(axis=1, initial=0) * um > LONGEST_UM
+    wide = longest_sides(shapely.bounds(cells.shapes)) * um > LONGEST_UM
     lists = wide & (shapely.get_num_geometries(cells.shapes) > 1) & ~np.isin(cells.kinds, _DETECTED)
     if cells.word != "feature" or len(cells) > _MOST_LISTS or not lists.any():
         return cells
@@ -190,8 +188,7 @@ def _require_areas(cells: CellObjects, cell_outlines: bool, keys: Keys) -> None:
     empty = shapely.is_missing(cells.shapes) | shapely.is_empty(cells.shapes)
     empty[owner[~np.isfinite(corners).all(axis=1)]] = True
     cells.refuse(empty, "empty or unreadable outlines")
-    other = ~np.isin(shapely.get_type_id(cells.shapes), _AREAS)
-    cells.refuse(other, "points or lines", "give outlines, or a table of points with diameter_um")
+    cells.refuse(~is_polygonal(cells.shapes), "points or lines", "give outlines, or a table of points with diameter_um")
     if not cell_outlines:
         remedy = f"set {keys('cell_outlines')} to yes to take those of the cells{keys.where}"
         cells.refuse(cells.kinds == "cell", "cells without an outline of the nucleus", remedy)
@@ -201,7 +198,7 @@ def _require_sizes(cells: CellObjects, boxes: NDArray[np.float64], mpp: float, u
     """Refuse cells that are too large, and sizes that are impossible for nuclei; boxes (n, 4) are px of `mpp` um."""
     about = f"{len(cells)} cells, if coordinates are {cells.unit or unit}"
     check_width(cells.path, boxes, mpp, about, keys)
-    longest = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) * mpp
+    longest = longest_sides(boxes) * mpp
     cells.refuse(longest > _LARGEST_UM, f"outlines of more than {_LARGEST_UM:g} um", "remove what outlines no cell")
     if large := int((longest > LONGEST_UM).sum()):
         log.warning("%s: %d cells are longer than %g um; a tile shows them in part", cells.path, large, LONGEST_UM)

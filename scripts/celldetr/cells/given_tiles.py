@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from celldetr.cells.given import GivenCells, agreement
 from celldetr.cells.tiling import Tiles
 from celldetr.inference.batch import FoundNuclei
-from celldetr.slides.boxes import visible_boxes
+from celldetr.slides.boxes import centres_of, on_slide, visible_boxes
 
 AGREEMENT_UM = 3.0
 """Largest distance between the centres of a given cell and a detection of it (paper: 12 px of 0.25 um)."""
@@ -41,10 +41,9 @@ class GivenTiles:
         """Take the cells that are `chosen` (N,); only tiles with such a cell remain in `tiles`."""
         self.cells = cells
         self._boxes = cells.boxes / tiles.ratio
-        centres = (self._boxes[:, :2] + self._boxes[:, 2:]) / 2
-        on_slide = (self._boxes[:, 2:] > 0).all(axis=1) & (self._boxes[:, :2] < tiles.limit).all(axis=1)
-        self.outside = np.flatnonzero(chosen & ~on_slide)
-        self._own = np.flatnonzero(chosen & on_slide)
+        centres, there = centres_of(self._boxes), on_slide(self._boxes, tiles.limit)
+        self.outside = np.flatnonzero(chosen & ~there)
+        self._own = np.flatnonzero(chosen & there)
         used = np.zeros(len(tiles), dtype=bool)
         used[tiles.numbers_at(centres[self._own])] = True
         self.tiles = tiles.select(used)

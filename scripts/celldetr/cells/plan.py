@@ -14,6 +14,7 @@ from celldetr.cells.given_tiles import GivenTiles
 from celldetr.cells.table import NothingFound
 from celldetr.cells.tiling import Tiles
 from celldetr.runtime.errors import InputError
+from celldetr.slides.boxes import centres_of
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tissue import tissue_mask
 
@@ -59,20 +60,13 @@ def plan_tiles(
     Raises
     ------
     InputError
-        The region lies outside of the slide, there is no tissue (`NothingFound`), or no given cell is on the slide.
+        There is no tissue (`NothingFound`), or no given cell is on the slide.
     """
     width, height = tiles.image_size
     areas = {"slide_mm2": width * height * (tiles.image_mpp / 1000) ** 2}
     area = None if region is None else shapely.union_all(region)
     if area is not None:
-        inside = shapely.intersection(area, shapely.box(0, 0, width, height)).area
-        if not inside > 0:
-            bounds = ", ".join(f"{value:.0f}" for value in area.bounds)
-            raise InputError(
-                f"{slide}: got a region within {bounds} px of level 0, expected one that overlaps the slide "
-                f"({width} x {height} px); its coordinates are px of level 0"
-            )
-        areas["region_mm2"] = inside * (tiles.image_mpp / 1000) ** 2
+        areas["region_mm2"] = area.area * (tiles.image_mpp / 1000) ** 2
     if given is not None:
         return _plan_given(slide, tiles, given, area, areas)
     tissue = tissue_mask(image, tiles.image_mpp)
@@ -93,7 +87,7 @@ def _plan_given(
     chosen = np.ones(len(given), dtype=bool)
     if area is not None:
         shapely.prepare(area)
-        chosen = shapely.intersects_xy(area, *((boxes[:, :2] + boxes[:, 2:]) / 2).T)
+        chosen = shapely.intersects_xy(area, *centres_of(boxes).T)
     placed = GivenTiles(given, tiles, chosen)
     if not len(placed.tiles):
         low, high = boxes[:, :2].min(axis=0, initial=np.inf), boxes[:, 2:].max(axis=0, initial=-np.inf)

@@ -13,12 +13,11 @@ from celldetr.cells.given_files import CellObjects, read_objects
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import place_outlines
 from celldetr.slides.outline_check import Keys
-from celldetr.slides.outlines import file_to_level0, name_counts
+from celldetr.slides.outlines import file_to_level0, is_polygonal, name_counts
 from celldetr.slides.pyramid import Pyramid
 
 log = logging.getLogger(__name__)
 
-_AREAS = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 _CUT = 0.99  # log the share of a region that lies on the slide if it is smaller
 
 
@@ -80,7 +79,7 @@ def _polygons(objects: CellObjects) -> CellObjects:
     chosen = annotations if annotations.any() else np.ones(len(objects), dtype=bool)
     empty = shapely.is_missing(objects.shapes) | shapely.is_empty(objects.shapes)
     objects.refuse(chosen & empty, "empty or unreadable regions", "correct or simplify them")
-    areas = np.isin(shapely.get_type_id(objects.shapes), _AREAS)
+    areas = is_polygonal(objects.shapes)
     if not (chosen & areas).any():
         raise InputError(f"{objects.path}: got no polygon in {len(objects)} {objects.word}s, expected at least one")
     if not (chosen & areas).all():

@@ -14,6 +14,7 @@ from celldetr.cells.stitching import repeated, rim_um
 from celldetr.cells.table import STATUSES, CellsInfo, cell_schema, embedding_column, named
 from celldetr.cells.tiling import Tiles
 from celldetr.inference.batch import FoundNuclei, GivenNuclei
+from celldetr.slides.boxes import centres_of
 
 _TOUCHES = 1.0  # px; a box that ends this close to the edge of its tile is cut by it
 READ, OUTSIDE, DAMAGED = range(len(STATUSES))
@@ -30,17 +31,12 @@ class _Positions:
     """Whether the centre lies in the core, which is half-open, and on the slide."""
     border: NDArray[np.bool_]
 
-    @property
-    def centres(self) -> NDArray[np.float64]:
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
-
 
 def _place(tiles: Tiles, numbers: NDArray[np.int64], boxes: NDArray[np.floating]) -> _Positions:
     """Place boxes (n, 4), px from the corner of each one's tile."""
     local, tiling = np.asarray(boxes, np.float64), tiles.tiling
-    centres = (local[:, :2] + local[:, 2:]) / 2
-    world = local + np.tile(tiles.corners[numbers], 2)
-    middle = (world[:, :2] + world[:, 2:]) / 2
+    centres, world = centres_of(local), local + np.tile(tiles.corners[numbers], 2)
+    middle = centres_of(world)
     in_core = (centres >= tiling.margin) & (centres < tiling.size - tiling.margin)
     on_slide = (middle >= 0) & (middle < tiles.limit)
     edge = np.minimum(centres, tiling.size - centres).min(axis=1)
@@ -80,13 +76,13 @@ class Rows:
         # never rounded to the other side of the border of the core
         beyond = np.nextafter(tiling.margin_um, -np.inf)
         edge_um = np.where(at.inside, np.maximum(edge_um, tiling.margin_um), np.minimum(edge_um, beyond))
-        scores, boxes = nuclei.class_scores[keep], boxes[keep]
+        boxes = boxes[keep]
         table = self._table(
             pa.nulls(len(boxes), pa.string()),
             shapely.box(*(boxes * self.tiles.ratio).T),
             boxes,
             nucleus_score=nuclei.nucleus_score[keep],
-            scores=scores,
+            scores=nuclei.class_scores[keep],
             embeddings=nuclei.embeddings[keep],
             tile=numbers[keep],
             edge_um=edge_um[keep],
@@ -114,11 +110,11 @@ class Rows:
         `nuclei` they have no scores and no embedding. A cell outside of the slide has tile -1 and no distance.
         """
         outlines, count = cells.outlines[index], len(index)
-        world = shapely.bounds(outlines).reshape(-1, 4) / self.tiles.ratio
+        world = shapely.bounds(outlines) / self.tiles.ratio
         edge, border = np.full(count, np.nan), np.zeros(count, bool)
         if status != OUTSIDE:
             at = _place(self.tiles, tile, world - np.tile(self.tiles.corners[tile], 2))
-            local = (world[:, :2] + world[:, 2:]) / 2 - self.tiles.corners[tile]
+            local = centres_of(world) - self.tiles.corners[tile]
             edge, border = np.minimum(local, self.tiles.tiling.size - local).min(axis=1), at.border
         scores = np.full((count, len(self.info.classes)), np.nan, np.float32)
         embeddings = np.zeros((count, self.info.width), np.float32)
@@ -141,8 +137,7 @@ class Rows:
         """Whether the centres of boxes (n, 4), px of the tiles, lie in the region."""
         if self.region is None:
             return np.ones(len(boxes), dtype=bool)
-        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2 * self.tiles.ratio).T
-        return np.asarray(shapely.intersects_xy(self.region, x, y))
+        return np.asarray(shapely.intersects_xy(self.region, *(centres_of(boxes) * self.tiles.ratio).T))
 
     def _table(
         self,
@@ -159,7 +154,7 @@ class Rows:
         status: int = READ,
     ) -> pa.Table:
         um = boxes * self.tiles.tiling.mpp
-        centres, sides = (um[:, :2] + um[:, 2:]) / 2, um[:, 2:] - um[:, :2]
+        centres, sides = centres_of(um), um[:, 2:] - um[:, :2]
         columns: dict[str, Any] = {
             "cell_id": ids,
             "geometry": pa.array(shapely.to_wkb(outlines), pa.binary()),

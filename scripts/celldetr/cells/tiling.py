@@ -11,7 +11,6 @@ import shapely
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import ConfigError
-from celldetr.slides.boxes import visible_boxes
 from celldetr.slides.grid import PatchGrid, stripe_order
 from celldetr.slides.tissue import Raster
 
@@ -125,6 +124,4 @@ class Tiles:
 
     def grid(self, start: int, stop: int) -> PatchGrid:
         """Tiles from `start` to `stop` as patches to be read."""
-        corners, size = self.corners[start:stop], self.tiling.size
-        none = visible_boxes(np.empty(0, dtype=object), corners, size, 1)
-        return PatchGrid(size, self.tiling.mpp, self.image_mpp, corners, none, {})
+        return PatchGrid.bare(self.tiling.size, self.tiling.mpp, self.image_mpp, self.corners[start:stop])

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import visible_boxes
 from celldetr.slides.cutting import read_patch
 from celldetr.slides.damage import TolerantPyramid
 from celldetr.slides.grid import PatchGrid
@@ -52,8 +51,7 @@ def read_squares(image: Pyramid, centres: NDArray[np.floating], side: float, pix
     """Read squares with `centres` (n, 2) and a side in um, each `pixels` wide, from a slide with a known pixel size."""
     mpp = side / pixels
     corners = np.rint(centres.reshape(-1, 2) / mpp - pixels / 2).astype(np.int64)
-    none = visible_boxes(np.empty(0, dtype=object), corners, pixels, 1)
-    grid = PatchGrid(pixels, mpp, float(image.mpp or 0), corners, none, {})
+    grid = PatchGrid.bare(pixels, mpp, float(image.mpp or 0), corners)
     tolerant = TolerantPyramid(image)
     found = []
     for x, y in corners.tolist():

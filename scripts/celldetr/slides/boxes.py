@@ -30,8 +30,7 @@ class SlideNuclei:
 
     def on_slide(self, size: tuple[float, float]) -> "SlideNuclei":
         """Nuclei whose box overlaps a slide of this width and height, px."""
-        boxes = self.boxes
-        inside = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < np.asarray(size)).all(axis=1)
+        inside = on_slide(self.boxes, size)
         return SlideNuclei(self.outlines[inside], self.labels[inside])
 
 
@@ -64,6 +63,11 @@ class PatchBoxes:
         )
 
 
+def centres_of(boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Centres (M, 2) of boxes (M, 4)."""
+    return np.asarray(boxes[:, :2] + boxes[:, 2:], np.float64) / 2
+
+
 def place_outlines(
     polygons: ArrayLike, to_level0: NDArray[np.floating], image_mpp: float, mpp: float
 ) -> tuple[NDArray[np.object_], NDArray[np.bool_]]:
@@ -80,6 +84,11 @@ def place_outlines(
     outlines[crossed] = shapely.make_valid(outlines[crossed], method="structure", keep_collapsed=False)
     bounds = shapely.bounds(outlines).reshape(-1, 4)
     return outlines, _thick(bounds) & (shapely.area(outlines) > 0)
+
+
+def on_slide(boxes: NDArray[np.floating], size: ArrayLike) -> NDArray[np.bool_]:
+    """Whether boxes (M, 4) overlap a slide of this width and height, px."""
+    return np.asarray((boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < np.asarray(size)).all(axis=1))
 
 
 def visible_boxes(

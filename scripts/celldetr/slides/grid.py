@@ -6,6 +6,7 @@ level-0 pixels x * mpp / image_mpp to (x + 1) * mpp / image_mpp.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,11 @@ class PatchGrid:
     corners: NDArray[np.int64]  # (N, 2) x, y of the first pixels, px of `mpp` um
     boxes: PatchBoxes  # nuclei in the patches
     passed_over: dict[str, int]  # reason -> patches of the grid that are not cut
+
+    @classmethod
+    def bare(cls, size: int, mpp: float, image_mpp: float, corners: NDArray[np.int64]) -> Self:
+        """Patches (N) without nuclei."""
+        return cls(size, mpp, image_mpp, corners, visible_boxes(np.empty(0, dtype=object), corners, size, 1), {})
 
     def __len__(self) -> int:
         return len(self.corners)

@@ -19,7 +19,7 @@ from scipy import ndimage
 from scipy.signal import fftconvolve
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.boxes import SlideNuclei
+from celldetr.slides.boxes import SlideNuclei, centres_of
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
 
@@ -168,8 +168,7 @@ class OutlineCheck:
 
     def _centres(self) -> NDArray[np.float64]:
         """Centres of the outlines (M, 2), um."""
-        bounds = shapely.bounds(self._outlines).reshape(-1, 4)
-        return (bounds[:, :2] + bounds[:, 2:]) / 2 * self._mpp
+        return centres_of(shapely.bounds(self._outlines)) * self._mpp
 
     def measure(self, to_slide: NDArray[np.floating] | None = None) -> OutlineFit:
         """Compare the outlines with the slide; `to_slide` (3, 3) moves them first, um to um from the slide's corner."""
@@ -197,8 +196,8 @@ class OutlineCheck:
 
     def _moved_circles(self, chosen: NDArray[np.integer], to_um: NDArray[np.floating]) -> NDArray[np.object_]:
         """Move the centres of some circles (n,) to um, and keep their size."""
-        bounds = shapely.bounds(self._outlines[chosen]).reshape(-1, 4)
-        centres = (bounds[:, :2] + bounds[:, 2:]) / 2 @ to_um[:2, :2].T + to_um[:2, 2]
+        bounds = shapely.bounds(self._outlines[chosen])
+        centres = centres_of(bounds) @ to_um[:2, :2].T + to_um[:2, 2]
         return np.asarray(shapely.buffer(shapely.points(centres), (bounds[:, 2] - bounds[:, 0]) / 2 * self._mpp))
 
     def _stain(self, low: NDArray[np.float64]) -> NDArray[np.float32]:

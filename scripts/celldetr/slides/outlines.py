@@ -143,16 +143,26 @@ def check_width(path: Path, boxes: NDArray[np.float64], mpp: float, about: str, 
         )
 
 
+def is_polygonal(shapes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether shapes (n,) are Polygons or MultiPolygons."""
+    kinds = [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON]
+    return np.isin(shapely.get_type_id(shapes), kinds)
+
+
+def longest_sides(boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Longer side (n,) of boxes (n, 4)."""
+    return np.asarray((boxes[:, 2:] - boxes[:, :2]).max(axis=1), np.float64)
+
+
 def _usable(shapes: NDArray[Any], kinds: NDArray[np.str_], cells: bool, dropped: Counter[str]) -> NDArray[np.bool_]:
     """Where shapes (n,) are polygons of nuclei, as far as the file says; others are counted in `dropped`."""
     readable = np.isfinite(shapely.bounds(shapes)).all(axis=1)
     corners, owner = shapely.get_coordinates(shapes, return_index=True)
     readable[owner[~np.isfinite(corners).all(axis=1)]] = False
-    polygonal = np.isin(shapely.get_type_id(shapes), [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
     good = np.ones(len(shapes), dtype=bool)
     for reason, bad in (
         (_UNREADABLE, ~readable),
-        (_OTHER, ~polygonal),
+        (_OTHER, ~is_polygonal(shapes)),
         (_TILE, kinds == "tile"),
         (_CELL, (kinds == "cell") & (not cells)),
     ):
@@ -165,8 +175,7 @@ def _nuclei(shapes: NDArray[Any], um: float) -> tuple[NDArray[Any], NDArray[np.i
     """Divide shapes (n,), with units of `um`, into one (m,) for each nucleus; and the index of each one's shape."""
     several = shapely.get_num_geometries(shapes) > 1
     parts, owner = shapely.get_parts(shapes[several], return_index=True)
-    bounds = shapely.bounds(shapes[several]).reshape(-1, 4)
-    large = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * um > LONGEST_UM
+    large = longest_sides(shapely.bounds(shapes[several])) * um > LONGEST_UM
     small = np.flatnonzero(~large[owner])
     one, other = small[shapely.STRtree(parts[small]).query(parts[small], "dwithin", _APART_UM / um)]
     pieces = owner[one] == owner[other]
@@ -181,8 +190,7 @@ def _nuclei(shapes: NDArray[Any], um: float) -> tuple[NDArray[Any], NDArray[np.i
 
 def _small(outlines: NDArray[Any], mpp: float) -> NDArray[np.bool_]:
     """Whether outlines (n,), px, are no larger than a nucleus."""
-    bounds = shapely.bounds(outlines).reshape(-1, 4)
-    longest = (bounds[:, 2:] - bounds[:, :2]).max(axis=1) * mpp
+    longest = longest_sides(shapely.bounds(outlines)) * mpp
     return np.asarray((longest <= LONGEST_UM) & (shapely.area(outlines) * mpp**2 <= _LARGEST_UM2))
 
 
