@@ -27,7 +27,7 @@ def main(snakemake):
         class_threshold=0.0,
         batch_size=detection.batch_size,
         on_damage=params.on_damage,
-        embeddings=False,
+        embeddings=None,
     )
     find_nuclei(
         Slide(snakemake.wildcards.slide, Path(snakemake.input.file), params.slide_mpp),

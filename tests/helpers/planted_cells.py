@@ -96,7 +96,7 @@ class Planted(nn.Module):
 
 def find(path, out, *, net=None, size=64, mpp=1.0, margin_um=16.0, slide_mpp=1.0, **options):
     """Find the planted cells of a slide, batches of 4 tiles; some options are settings."""
-    names = ("nucleus_threshold", "class_threshold", "batch_size", "on_damage", "dtype", "embeddings")
+    names = ("nucleus_threshold", "class_threshold", "batch_size", "on_damage", "embeddings")
     defaults = {"nucleus_threshold": 0.4, "class_threshold": 0.4, "batch_size": 4}
     settings = FindSettings(margin_um, **defaults | {k: options.pop(k) for k in names if k in options})
     model = CellModel(net or Planted(), mpp, size, source={"file": "planted.pt", "trained_on": ["seen", "part@1a2b"]})

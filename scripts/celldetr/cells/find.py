@@ -28,7 +28,7 @@ from celldetr.cells.parts import OUTSIDE_PART, SUMMARY, PartWriter, Tally, parts
 from celldetr.cells.plan import Plan, plan_tiles
 from celldetr.cells.rows import DAMAGED, OUTSIDE, READ, Rows
 from celldetr.cells.stitching import repeated
-from celldetr.cells.table import ROWS, CellsInfo, writer
+from celldetr.cells.table import ROWS, CellsInfo, Floats, writer
 from celldetr.cells.tiling import Tiles, Tiling
 from celldetr.inference.batch import FoundNuclei, GivenNuclei, read_batch
 from celldetr.model.device import resolve_precision
@@ -69,9 +69,8 @@ class FindSettings:
     class_threshold: float
     batch_size: int
     on_damage: Literal["stop", "skip"] = "stop"
-    dtype: Literal["float32", "float16"] = "float32"
-    embeddings: bool = True
-    """False: boxes and nucleus scores alone, by any model."""
+    embeddings: Floats | None = "float32"
+    """Their type; None: boxes and nucleus scores alone, by any model."""
 
 
 def find_cells(
@@ -112,8 +111,6 @@ def find_cells(
         The model has no classes or embeddings; the slide cannot be read, see `celldetr.slides.damage.open_slide`;
         there is no tissue (`NothingFound`); a tile cannot be decoded.
     """
-    if given is not None and not settings.embeddings:
-        raise ValueError("given cells are embedded; embeddings must be true")
     if settings.embeddings:
         model.require_types()
     out, start = Path(out), time.perf_counter()
@@ -137,7 +134,7 @@ def find_cells(
     seconds = {"tissue": time.perf_counter() - start}
     units = math.ceil(len(plan.tiles) / _UNIT)
     first, last = (min(units * number // job[1] * _UNIT, len(plan.tiles)) for number in (job[0] - 1, job[0]))
-    rows = Rows(plan.tiles, info, settings.dtype, settings.class_threshold, plan.region)
+    rows = Rows(plan.tiles, info, settings.embeddings or "float32", settings.class_threshold, plan.region)
     with unfinished(out, own) as folder:
         done = list(parts_of(folder, first))
         begin = done[-1].stop if done else first
@@ -153,7 +150,7 @@ def find_cells(
         log_damage(slide.name, tally.damaged)
         log.info("%s: %d tiles in %s s", slide.name, tally.counts["tiles"], {k: round(v) for k, v in seconds.items()})
         content = {"identity": own, "range": [first, last], "info": dataclasses.asdict(info), **vars(tally)}
-        write_json(folder / SUMMARY, {**content, "dtype": settings.dtype, "given": plan.expected})
+        write_json(folder / SUMMARY, {**content, "given": plan.expected})
 
 
 def _depends_on(
@@ -276,7 +273,7 @@ class _Reading:
             precision=self.model.precision,
             nucleus_threshold=self.settings.nucleus_threshold,
             given=None if shown is None else [tile.boxes for tile in shown],
-            represent=self.settings.embeddings,
+            represent=self.settings.embeddings is not None,
         )
         if shown is None:
             return lambda: self.rows.found(numbers, nuclei)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import anndata
 import h5py
@@ -23,16 +23,14 @@ import pandas as pd
 import zarr
 from anndata.io import write_elem
 
-from celldetr.cells.table import ROWS, CellFile
+from celldetr.cells.table import ROWS, CellFile, Floats
 from celldetr.config.colours import colours_on_white
 from celldetr.runtime.files import atomic
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["float32", "float16"]
 
-
-def write_h5ad(cells: CellFile, path: str | os.PathLike[str], dtype: Precision = "float32") -> None:
+def write_h5ad(cells: CellFile, path: str | os.PathLike[str], dtype: Floats = "float32") -> None:
     """Write the cells; `dtype` is that of X. At no time are all embeddings in memory.
 
     Raises

@@ -55,7 +55,7 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
             f"{info.settings['nucleus_threshold']:g}. Lower nucleus_threshold, or see whether the model was trained on "
             "this stain and tissue and whether the slide's um per px is right"
         )
-    schema = cell_schema(info, first["dtype"])
+    schema = cell_schema(info, info.settings["embeddings"] or "float32")
     statuses = Counter[str]()
     with atomic(path) as temporary, writer(temporary, schema.with_metadata(_without_info(schema))) as file:
         for table in _numbered(files, gone, schema, info.given):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from celldetr.cells.given import GivenCells
 from celldetr.cells.stitching import repeated, rim_um
-from celldetr.cells.table import STATUSES, CellsInfo, cell_schema, embedding_column, named
+from celldetr.cells.table import STATUSES, CellsInfo, Floats, cell_schema, embedding_column, named
 from celldetr.cells.tiling import Tiles
 from celldetr.inference.batch import FoundNuclei, GivenNuclei
 from celldetr.slides.boxes import centres_of
@@ -51,7 +51,7 @@ class Rows:
 
     tiles: Tiles
     info: CellsInfo
-    dtype: str
+    dtype: Floats
     class_threshold: float
     region: shapely.Geometry | None = None
 

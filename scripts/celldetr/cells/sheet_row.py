@@ -58,6 +58,6 @@ def find_cells_of_row(
         class_threshold=settings.class_threshold,
         batch_size=settings.batch_size,
         on_damage=settings.on_damage,
-        dtype=settings.embeddings,
+        embeddings=settings.embeddings,
     )
     find_cells(slide, model, out, how, given=given, region=polygons, job=job, workers=workers, identity=identity)

@@ -24,8 +24,8 @@ import zarr
 from spatialdata.models import ShapesModel
 from spatialdata.transformations import Identity, Scale
 
-from celldetr.cells.h5ad import Precision, fill_embeddings, table_of
-from celldetr.cells.table import ROWS, CellFile
+from celldetr.cells.h5ad import fill_embeddings, table_of
+from celldetr.cells.table import ROWS, CellFile, Floats
 from celldetr.runtime.files import atomic
 from celldetr.slides.multiscale import multiscale_image
 from celldetr.slides.pyramid import open_pyramid
@@ -36,7 +36,7 @@ _CELLS, _TABLE = "cells", "table"
 def write_spatialdata(
     cells: CellFile,
     path: str | os.PathLike[str],
-    dtype: Precision = "float32",
+    dtype: Floats = "float32",
     image: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the cells, and the pixels of the slide file `image` if one is given.

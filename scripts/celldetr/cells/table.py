@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,8 @@ ROWS = 16_384
 """Rows of a row group: 16 MB of embeddings."""
 METADATA_KEY = b"celldetr"
 _BUFFER = 1 << 20  # bytes of a file that are read at once
+Floats = Literal["float32", "float16"]
+"""Types of embeddings in files."""
 _NAMES = pa.dictionary(pa.int8(), pa.string())
 
 
@@ -96,8 +98,8 @@ class CellsInfo:
         return cls(**{**values, **{name: tuple(values[name]) for name in ("size", "origin", "classes")}})
 
 
-def cell_schema(info: CellsInfo, dtype: str = "float32") -> pa.Schema:
-    """Return the columns of a file; `dtype` is that of the embeddings (float32 or float16)."""
+def cell_schema(info: CellsInfo, dtype: Floats = "float32") -> pa.Schema:
+    """Return the columns of a file; `dtype` is that of the embeddings."""
     fields = [("cell_id", pa.string()), ("geometry", pa.binary())]
     fields += [(name, pa.float64()) for name in ("x_um", "y_um", "width_um", "height_um")]
     fields += [("nucleus_score", pa.float32())]

@@ -2,13 +2,13 @@
 
 import json
 import logging
-import subprocess
+import runpy
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from planted_cells import draw
 from small_model import small_model, small_settings
 
 from celldetr.cells import __main__ as command
@@ -18,22 +18,15 @@ from celldetr.config.sheets import CellRow
 from celldetr.model.weights import save_model
 from celldetr.runtime.errors import CellDETRError
 
-PINK, DARK = (225, 170, 205), (70, 40, 130)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Write a PNG with dark discs, boxes of the discs, and models."""
     folder = tmp_path_factory.mktemp("command")
-    rng = np.random.default_rng(2)
-    image = rng.normal(PINK, 3, (160, 200, 3)).clip(0, 255).astype(np.uint8)
-    y, x = np.mgrid[:160, :200]
-    centres = [(20 + 24 * column, 20 + 24 * row) for row in range(6) for column in range(7)]
-    for cx, cy in centres:
-        image[(x - cx) ** 2 + (y - cy) ** 2 <= 36] = DARK
+    image, boxes, _ = draw(200, 160)
     Image.fromarray(image).save(folder / "my tile.png")
-    boxes = [(f"cell {number}", cx - 6, cy - 6, cx + 7, cy + 7) for number, (cx, cy) in enumerate(centres)]
-    pd.DataFrame(boxes, columns=["cell_id", "x0", "y0", "x1", "y1"]).to_csv(folder / "mine.csv", index=False)
+    table = pd.DataFrame(boxes, columns=["x0", "y0", "x1", "y1"])
+    table.assign(cell_id=[f"cell {number}" for number in table.index]).to_csv(folder / "mine.csv", index=False)
     for mode in ("parallel", "baseline"):
         extra = {"mpp": 0.5, "patch_size": 64, "trained_on": ["fold1"]}
         save_model(folder / f"{mode}.pt", small_model(mode), small_settings(mode), extra)
@@ -114,11 +107,13 @@ def test_mistakes_are_named_and_nothing_is_written(files, tmp_path, more, messag
     assert [path.name for path in tmp_path.glob("out/*") if path.name != ".my_tile.unfinished"] == []
 
 
-def test_an_error_is_one_line_and_status_1(files, tmp_path):
-    line = [sys.executable, "-m", "celldetr.cells", files / "none.png", "--model", files / "parallel.pt"]
-    done = subprocess.run([*map(str, line), "--out", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.strip() == f"error: {files / 'none.png'}: no such file"
+def test_an_error_is_one_line_and_status_1(files, tmp_path, monkeypatch, capsys):
+    line = ["celldetr.cells", files / "none.png", "--model", files / "parallel.pt", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", [*map(str, line)])
+    with pytest.raises(SystemExit) as end:  # Python prints a text that is the status, and the status is 1
+        runpy.run_path(command.__file__, run_name="__main__")
+    assert end.value.code == f"error: {files / 'none.png'}: no such file"
+    assert "".join(capsys.readouterr()) == ""
 
 
 def test_options_are_the_settings_and_columns_that_matter_to_one_slide():

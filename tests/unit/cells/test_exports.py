@@ -118,12 +118,10 @@ def test_scanpy_finds_the_planted_types(tmp_path, dtype, count):
     write_h5ad(CellFile(tmp_path / "a.parquet"), tmp_path / "a.h5ad", dtype)
     found = anndata.read_h5ad(tmp_path / "a.h5ad")
     scanpy.pp.neighbors(found)
-    scanpy.tl.umap(found, maxiter=20)
     scanpy.tl.leiden(found, resolution=0.5, flavor="igraph", n_iterations=2)
     typed = found[found.obs["type"].notna()]
     shares = pd.crosstab(typed.obs["leiden"], typed.obs["type"], normalize="index").max(axis=1)
     assert shares.min() > 0.8
-    assert np.isfinite(found.obsm["X_umap"]).all()
 
 
 def test_squidpy_joins_neighbouring_cells(tmp_path):
@@ -227,10 +225,9 @@ def test_batches_that_have_been_read_leave_the_memory(tmp_path):
     assert peak < 14e6
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_spatialdata_holds_outlines_table_and_image_in_one_frame(cells, tmp_path, image):
-    pixels = np.random.default_rng(0).integers(0, 255, (1500, 1100, 3), np.uint8)
-    slide = write_image(tmp_path / "a.tif", pixels) if image else None
+def test_spatialdata_holds_outlines_table_and_image_in_one_frame(cells, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (1100, 900, 3), np.uint8)
+    slide = write_image(tmp_path / "a.tif", pixels)
     write_spatialdata(cells, tmp_path / "a.zarr", "float16", slide)
     found = spatialdata.read_zarr(tmp_path / "a.zarr")
     check_table(found["table"], cells, "float16")
@@ -245,18 +242,17 @@ def test_spatialdata_holds_outlines_table_and_image_in_one_frame(cells, tmp_path
     np.testing.assert_allclose(centres[good], found["table"].obsm["spatial"][good], atol=1e-6)
     matched = spatialdata.match_sdata_to_table(found, table_name="table")
     assert len(matched["cells"]) == COUNT
-    assert set(found.images) == ({"he"} if image else set())
-    if image:
-        read = found["he"]["scale0"].image
-        np.testing.assert_array_equal(read.transpose("y", "x", "c"), pixels)
-        for frame, mpp in (("global", 1), ("um", MPP)):
-            for element in (read, found["cells"]):
-                matrix = get_transformation(element, frame).to_affine_matrix(("x", "y"), ("x", "y"))
-                np.testing.assert_allclose(matrix, np.diag([mpp, mpp, 1]))
-        (tmp_path / "a.tif").write_bytes(b"none")
-        with pytest.raises(InputError, match="a.tif"):
-            write_spatialdata(cells, tmp_path / "b.zarr", image=slide)
-        assert not (tmp_path / "b.zarr").exists()
+    assert set(found.images) == {"he"}
+    read = found["he"]["scale0"].image
+    np.testing.assert_array_equal(read.transpose("y", "x", "c"), pixels)
+    for frame, mpp in (("global", 1), ("um", MPP)):
+        for element in (read, found["cells"]):
+            matrix = get_transformation(element, frame).to_affine_matrix(("x", "y"), ("x", "y"))
+            np.testing.assert_allclose(matrix, np.diag([mpp, mpp, 1]))
+    slide.write_bytes(b"none")
+    with pytest.raises(InputError, match="a.tif"):
+        write_spatialdata(cells, tmp_path / "b.zarr", image=slide)
+    assert not (tmp_path / "b.zarr").exists()
 
 
 WRITERS = {"a.h5ad": write_h5ad, "a.geojson.gz": write_geojson, "a.zarr": write_spatialdata}
@@ -272,7 +268,9 @@ def test_files_of_no_cells_and_of_a_model_without_classes_and_embeddings(tmp_pat
     assert table.shape == (count, 0 if count else WIDTH)
     assert len(table.obs["type"].cat.categories) == len(cells.info.classes)
     assert len(read_as_qupath(tmp_path / "a.geojson.gz")) == count
-    assert spatialdata.read_zarr(tmp_path / "a.zarr")["table"].shape == table.shape
+    data = spatialdata.read_zarr(tmp_path / "a.zarr")
+    assert data["table"].shape == table.shape
+    assert not data.images
 
 
 @pytest.mark.parametrize("kinds", [[-1, -1, -1], [4, -1, 2]])

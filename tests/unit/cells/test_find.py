@@ -8,19 +8,12 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted_cells import CLASSES, Planted, boxes_of, cells_of, draw, find
-from slide_files import write_image
+from planted_cells import CLASSES, Planted, boxes_of, cells_of, find
 
 from celldetr.cells import parts
 from celldetr.cells.join import join_cells
 from celldetr.cells.table import CellFile
 from celldetr.runtime.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def slide(tmp_path_factory):
-    image, boxes, labels = draw(331, 287)
-    return write_image(tmp_path_factory.mktemp("slide") / "slide.tif", image), boxes, labels
 
 
 @settings(max_examples=10, deadline=None)
@@ -47,9 +40,9 @@ def rows(cells):
 
 
 def test_jobs_share_a_slide_and_give_the_same_file(slide, tmp_path, monkeypatch):
-    monkeypatch.setattr("celldetr.cells.find._UNIT", 4)
+    monkeypatch.setattr("celldetr.cells.find._UNIT", 16)
     whole = cells_of(slide[0], tmp_path / "one")
-    for jobs in (3, 40):  # more than there are batches: some jobs have nothing to do
+    for jobs in (3, 9):  # more than there are batches: some jobs have nothing to do
         shared = cells_of(slide[0], tmp_path / str(jobs), jobs=jobs)
         assert rows(shared) == rows(whole)
         assert shared.info.counts == whole.info.counts

@@ -1,8 +1,12 @@
 """Findings of four tiles that place a nucleus differently, or do not all find it: each nucleus counts once."""
 
-import numpy as np
+from unittest import mock
 
-from celldetr.cells.stitching import RIM_UM, left_to_others, near_seams, repeated, rim_um
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from celldetr.cells.stitching import RIM_UM, SAME, left_to_others, near_seams, repeated, rim_um
 
 CORE, MARGIN = 40.0, 8.0
 
@@ -50,10 +54,35 @@ def test_borders_do_not_change_how_many_nuclei_are_found():
     assert abs(np.mean(near) - 0.7) < 0.04
 
 
-def test_nuclei_that_overlap_remain_if_both_tiles_see_both():
-    boxes = np.array([[-5, 0, 3, 8], [-3, 1, 5, 9]] * 2, float)
-    depth = np.array([1.0, -1.0, -1.0, 1.0])
-    assert left_to_others(boxes, depth, np.array([0, 0, 1, 1])).tolist() == [1, 2]
+def one_by_one(boxes, depth, tile):
+    """Decide pair after pair, as the rounds must: of two boxes, in order of their overlap."""
+    pairs = []
+    for a in range(len(boxes)):
+        for b in range(a + 1, len(boxes)):
+            inner = np.clip(
+                np.minimum(boxes[a, 2:], boxes[b, 2:]) - np.maximum(boxes[a, :2], boxes[b, :2]), 0, None
+            ).prod()
+            both = (boxes[a, 2:] - boxes[a, :2]).prod() + (boxes[b, 2:] - boxes[b, :2]).prod() - inner
+            if tile[a] != tile[b] and inner / both >= SAME:
+                pairs.append((-inner / both, a, b))
+    gone, paired = set(), set()
+    for _, a, b in sorted(pairs):
+        if not (gone & {a, b} or paired & {(a, tile[b]), (b, tile[a])}):
+            paired |= {(a, tile[b]), (b, tile[a])}
+            gone.add(b if depth[a] >= depth[b] else a)
+    alone = {k for k in range(len(boxes)) if depth[k] < 0 and k not in {k for k, _ in paired}}
+    return sorted(gone | alone)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 60), st.integers(1, 5), st.integers(1, 80))
+def test_rounds_decide_like_one_pair_after_the_other(seed, count, tiles, chunk):
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 12, (count, 2))
+    boxes = np.concatenate([low, low + rng.uniform(6, 9, (count, 2))], axis=1)
+    depth, tile = rng.uniform(-1, 2, count), rng.integers(0, tiles, count)
+    with mock.patch("celldetr.cells.stitching._CHUNK", chunk):
+        assert left_to_others(boxes, depth, tile).tolist() == one_by_one(boxes, depth, tile)
 
 
 def test_a_nucleus_counts_once_in_its_tile():

@@ -1,7 +1,5 @@
 """Tiles of a slide that do not agree on the place of a nucleus: each counts once, also where nuclei lie over others."""
 
-from unittest import mock
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from planted_cells import draw, in_order
 
 from celldetr.cells.rows import Rows
-from celldetr.cells.stitching import SAME, left_to_others, near_seams
+from celldetr.cells.stitching import left_to_others, near_seams
 from celldetr.cells.table import CellsInfo
 from celldetr.cells.tiling import Tiles, Tiling
 from celldetr.inference.batch import FoundNuclei
@@ -70,37 +68,6 @@ TWO = tiles_over(96, 24, 96, 48)  # cores meet at x = 48
 def test_nuclei_at_the_border_of_cores_count_once_each(tiles, truth, shift):
     found = [np.array(truth) - np.tile(corner, 2) + shift * tile for tile, corner in enumerate(tiles.corners)]
     np.testing.assert_allclose(in_order(unique(tiles, found)), truth, atol=0.4)
-
-
-def one_by_one(boxes, depth, tile):
-    """Decide pair after pair, as the rounds must: of two boxes, in order of their overlap."""
-    pairs = []
-    for a in range(len(boxes)):
-        for b in range(a + 1, len(boxes)):
-            inner = np.clip(
-                np.minimum(boxes[a, 2:], boxes[b, 2:]) - np.maximum(boxes[a, :2], boxes[b, :2]), 0, None
-            ).prod()
-            both = (boxes[a, 2:] - boxes[a, :2]).prod() + (boxes[b, 2:] - boxes[b, :2]).prod() - inner
-            if tile[a] != tile[b] and inner / both >= SAME:
-                pairs.append((-inner / both, a, b))
-    gone, paired = set(), set()
-    for _, a, b in sorted(pairs):
-        if not (gone & {a, b} or paired & {(a, tile[b]), (b, tile[a])}):
-            paired |= {(a, tile[b]), (b, tile[a])}
-            gone.add(b if depth[a] >= depth[b] else a)
-    alone = {k for k in range(len(boxes)) if depth[k] < 0 and k not in {k for k, _ in paired}}
-    return sorted(gone | alone)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.integers(0, 60), st.integers(1, 5), st.integers(1, 80))
-def test_rounds_decide_like_one_pair_after_the_other(seed, count, tiles, chunk):
-    rng = np.random.default_rng(seed)
-    low = rng.uniform(0, 12, (count, 2))
-    boxes = np.concatenate([low, low + rng.uniform(6, 9, (count, 2))], axis=1)
-    depth, tile = rng.uniform(-1, 2, count), rng.integers(0, tiles, count)
-    with mock.patch("celldetr.cells.stitching._CHUNK", chunk):
-        assert left_to_others(boxes, depth, tile).tolist() == one_by_one(boxes, depth, tile)
 
 
 def test_a_margin_must_leave_a_core():
