@@ -39,7 +39,7 @@ def main(snakemake):
         file=given.slide,
         nuclei=given.get("nuclei"),
         region=given.get("region"),
-        keys=Keys("sheet of cells"),
+        keys=Keys("cells sheet"),
         job=(int(snakemake.wildcards.job), params.jobs),
         workers=snakemake.threads,
         identity={"code": params.code},

@@ -47,6 +47,7 @@ try:
     from celldetr.config.load import load_config
     from celldetr.config.pannuke import FOLDS, fold_parts
     from celldetr.config.sheets import (
+        CELLS_DEPEND_ON,
         cell_slides,
         locate,
         used_samples,
@@ -208,16 +209,7 @@ def cell_inputs(wildcards) -> dict[str, str]:
 
 def cell_settings(slide: str) -> dict:
     """What the cells of a slide depend on beside its files."""
-    keys = (
-        "group",
-        "mpp",
-        "nuclei_unit",
-        "region_unit",
-        "diameter_um",
-        "cell_outlines",
-        "check_outlines",
-    )
-    return {key: getattr(CELLS[slide], key) for key in keys}
+    return {key: getattr(CELLS[slide], key) for key in CELLS_DEPEND_ON}
 
 
 def stage_of(experiment: str) -> str:

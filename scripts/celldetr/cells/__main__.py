@@ -28,7 +28,7 @@ from celldetr.cells.table import CellFile
 from celldetr.config.base import Settings
 from celldetr.config.cells import CellSettings
 from celldetr.config.evaluation import InferenceSettings
-from celldetr.config.sheets import CellRow, checked_row
+from celldetr.config.sheets import CELLS_DEPEND_ON, CellRow, checked_row
 from celldetr.model.device import best_device
 from celldetr.report.cells import write_cells_page
 from celldetr.runtime.errors import InputError
@@ -38,10 +38,9 @@ from celldetr.runtime.rule import explain
 
 log = logging.getLogger("celldetr.cells")
 
-_COLUMNS = ("mpp", "group", "region", "region_unit", "nuclei", "nuclei_unit", "diameter_um", "cell_outlines")
 _HOW = ("margin_um", "nucleus_threshold", "class_threshold", "on_damage", "embeddings")
 _OPTIONS: dict[type[Settings], tuple[str, ...]] = {
-    CellRow: (*_COLUMNS, "check_outlines"),
+    CellRow: ("region", "nuclei", *CELLS_DEPEND_ON),
     CellSettings: (*_HOW, "batch_size", "outputs", "image"),
     InferenceSettings: ("precision",),
 }
@@ -162,7 +161,7 @@ def _identity(given: argparse.Namespace, row: CellRow, settings: CellSettings, m
         "model": [(model.source or {}).get("sha256"), model.mpp, model.size],
         "precision": model.precision,
         **{name: sha256(path) for name, path in (("nuclei", "".join(row.nuclei)), ("region", row.region)) if path},
-        **row.model_dump(mode="json", include={*_OPTIONS[CellRow]} - {"nuclei", "region"}),
+        **row.model_dump(mode="json", include={*CELLS_DEPEND_ON}),
         **settings.model_dump(mode="json", include={*_HOW}),
     }
     return dict(json.loads(json.dumps(identity)))

@@ -27,8 +27,10 @@ class _Positions:
     boxes: NDArray[np.float64]
     edge: NDArray[np.float64]
     """Distance of the centre from the nearest edge of the tile, px."""
+    on_slide: NDArray[np.bool_]
+    """Whether the centre lies on the slide."""
     inside: NDArray[np.bool_]
-    """Whether the centre lies in the core, which is half-open, and on the slide."""
+    """Whether it also lies in the core, which is half-open."""
     border: NDArray[np.bool_]
 
 
@@ -37,12 +39,11 @@ def _place(tiles: Tiles, numbers: NDArray[np.int64], boxes: NDArray[np.floating]
     local, tiling = np.asarray(boxes, np.float64), tiles.tiling
     centres, world = centres_of(local), local + np.tile(tiles.corners[numbers], 2)
     middle = centres_of(world)
-    in_core = (centres >= tiling.margin) & (centres < tiling.size - tiling.margin)
-    on_slide = (middle >= 0) & (middle < tiles.limit)
+    in_core = np.asarray(((centres >= tiling.margin) & (centres < tiling.size - tiling.margin)).all(axis=1))
+    on_slide = np.asarray(((middle >= 0) & (middle < tiles.limit)).all(axis=1))
     edge = np.minimum(centres, tiling.size - centres).min(axis=1)
     border = (local[:, :2] <= _TOUCHES).any(axis=1) | (local[:, 2:] >= tiling.size - _TOUCHES).any(axis=1)
-    inside = np.asarray((in_core & on_slide).all(axis=1))
-    return _Positions(world, np.where(on_slide.all(axis=1), edge, -np.inf), inside, np.asarray(border))
+    return _Positions(world, edge, on_slide, in_core & on_slide, np.asarray(border))
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Rows:
         tiling, numbers = self.tiles.tiling, tile[nuclei.image]
         at = _place(self.tiles, numbers, nuclei.boxes)
         boxes = np.clip(at.boxes, 0, np.tile(self.tiles.limit, 2))
-        near = at.inside | (at.edge * tiling.mpp > tiling.margin_um - rim_um(tiling.margin_um))
-        wanted = near & self._in_region(boxes)
+        near = at.edge * tiling.mpp > tiling.margin_um - rim_um(tiling.margin_um)
+        wanted = (at.inside | near & at.on_slide) & self._in_region(boxes)
         twice = repeated(at.boxes, nuclei.nucleus_score, numbers)
         keep = wanted & ~twice
         edge_um = at.edge * tiling.mpp
@@ -114,8 +115,7 @@ class Rows:
         edge, border = np.full(count, np.nan), np.zeros(count, bool)
         if status != OUTSIDE:
             at = _place(self.tiles, tile, world - np.tile(self.tiles.corners[tile], 2))
-            local = centres_of(world) - self.tiles.corners[tile]
-            edge, border = np.minimum(local, self.tiles.tiling.size - local).min(axis=1), at.border
+            edge, border = at.edge, at.border
         scores = np.full((count, len(self.info.classes)), np.nan, np.float32)
         embeddings = np.zeros((count, self.info.width), np.float32)
         if nuclei is not None:

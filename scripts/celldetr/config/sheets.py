@@ -186,6 +186,17 @@ class CellRow(_SlideFile):
         return self
 
 
+CELLS_DEPEND_ON = (
+    "mpp",
+    "group",
+    "region_unit",
+    "nuclei_unit",
+    "diameter_um",
+    "cell_outlines",
+    "check_outlines",
+)
+"""Columns of `CellRow` that decide about the cells, beside the files."""
+
 Row = TypeVar("Row", bound=Settings)
 UsableRow = TypeVar("UsableRow", XeniumRow, SlideRow, CellRow)
 

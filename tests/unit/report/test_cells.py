@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
-import shapely
-from cell_files import write_cells
+from cell_files import cell_table, write_cells
 from PIL import Image
 from slide_files import damage_tiles, write_image
 
@@ -44,27 +43,14 @@ def planted_file(path, centres, scores, *, mpp, size, origin=(0, 0), status=None
     info = CellsInfo("s", "s.tif", mpp, size, origin, CLASSES, width, ids is not None, **more)
     unread = status > 0
     types = np.where((scores.max(axis=1, initial=0) >= 0.4) & ~unread, scores.argmax(axis=1), -1)
-    boxes = np.concatenate([centres - side / 2, centres + side / 2], axis=1) / mpp
-    columns = {
-        "cell_id": pa.array([str(k) for k in range(count)] if ids is None else ids, pa.string()),
-        "geometry": pa.array(shapely.to_wkb(shapely.box(*boxes.T)), pa.binary()),
-        "x_um": centres[:, 0],
-        "y_um": centres[:, 1],
-        "width_um": np.full(count, side),
-        "height_um": np.full(count, side),
-        "nucleus_score": pa.array(np.full(count, 0.7, np.float32), mask=unread),
-        "type": named(types, CLASSES),
-        **{f"score_{name}": pa.array(scores[:, k].copy(), mask=unread) for k, name in enumerate(CLASSES)},
-        "tile": np.zeros(count, np.int32),
-        "edge_um": np.full(count, 9.0),
-        "border": np.zeros(count, bool),
-        "status": named(status, STATUSES),
-    }
+    columns = {"nucleus_score": pa.array(np.full(count, 0.7, np.float32), mask=unread)}
+    columns |= {f"score_{name}": pa.array(scores[:, k].copy(), mask=unread) for k, name in enumerate(CLASSES)}
+    columns |= {"status": named(status, STATUSES)} | ({} if ids is None else {"cell_id": ids})
     if embeddings is not None:
         columns["embedding"] = embedding_column(embeddings, unread)
     schema = cell_schema(info)
     with writer(path, schema) as file:
-        file.write_table(pa.table(columns, schema))
+        file.write_table(cell_table(schema, info, centres, np.full((count, 2), side), scores, types, **columns))
     return CellFile(path)
 
 
