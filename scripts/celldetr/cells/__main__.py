@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from celldetr.cells import sheet_row
 from celldetr.cells.h5ad import write_h5ad
 from celldetr.cells.join import join_cells
 from celldetr.cells.model import CellModel
@@ -33,7 +34,7 @@ from celldetr.model.device import best_device
 from celldetr.report.cells import write_cells_page
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import held, remove, write_json
-from celldetr.runtime.provenance import sha256
+from celldetr.runtime.provenance import sha256, source_hash
 from celldetr.runtime.rule import explain
 
 log = logging.getLogger("celldetr.cells")
@@ -133,6 +134,7 @@ def _cells(given: argparse.Namespace, row: CellRow, settings: CellSettings, mode
                 _refuse_others(path, _read(record).get("command", {}), identity)
                 log.info("%s: its cells are found already", path)
                 return CellFile(path)
+            _refuse_leftovers(given.out, row.slide)
             for old in work.iterdir():
                 remove(old)
             write_json(begun, identity)
@@ -146,7 +148,9 @@ def _cells(given: argparse.Namespace, row: CellRow, settings: CellSettings, mode
                 nuclei=row.nuclei[0] if row.nuclei else None,
                 region=row.region or None,
                 workers=max(1, given.threads),
+                identity={"code": source_hash(sheet_row.__file__)},
             )
+        record.unlink(missing_ok=True)  # it may be of other cells, whose file was removed
         info = join_cells([part], path)
         write_json(record, {**json.loads(info.to_json()), "command": identity})
         remove(work)
@@ -190,6 +194,16 @@ def _refuse_others(path: Path, found: dict[str, Any], identity: dict[str, Any]) 
         raise InputError(
             f"{path}: holds cells that were found with another {', '.join(differs)}; give another --out or --name, or "
             "remove it"
+        )
+
+
+def _refuse_leftovers(out: Path, name: str) -> None:
+    """Refuse to find cells beside files of other cells that have the same name."""
+    files = [out / f"{name}.{ending}" for ending in ("h5ad", "geojson.gz", "zarr", "html")]
+    if left := [file.name for file in files if file.exists()]:
+        raise InputError(
+            f"{out}: holds {', '.join(left)} of cells whose file {name}.parquet is gone; give another --out or --name, "
+            "or remove them"
         )
 
 

@@ -117,11 +117,13 @@ def find_cells(
     with open_slide(slide.file, slide.mpp, slide.name, skip=settings.on_damage == "skip") as image:
         tiles = Tiles.over(Tiling.of(model.size, model.mpp, settings.margin_um), image.size, float(image.mpp or 0))
         depends = _depends_on(slide, tiles, model, settings, given, region, identity or {})
-        own = {**depends, "job": list(job)}
-        if (out / SUMMARY).exists() and read_summary(out).get("identity") == own:
+        own: dict[str, Any] = {**depends, "job": list(job), "tiles": None}
+        if (out / SUMMARY).exists() and {**read_summary(out).get("identity", {}), "tiles": None} == own:
             log.info("%s: complete already", out)
             return
         plan = plan_tiles(image, tiles, slide.name, given=given, region=region)
+        log_damage(slide.name, image.damage())  # there, no tissue can be found
+        own["tiles"] = hashlib.sha256(plan.tiles.cores.tobytes()).hexdigest()  # their numbers mean the same
         info = _info(slide, image, model, settings, plan, given is not None)
     if tiles.ratio < 1 / _COARSE:
         log.warning(
@@ -141,7 +143,7 @@ def find_cells(
         if done:
             log.info("%s: going on after %d of %d tiles", slide.name, begin - first, last - first)
         read_tiles = _Reading(slide, model, settings, plan, rows, workers)
-        read_tiles.run(PartWriter(folder, rows.schema, begin), begin, last)
+        read_tiles.run(PartWriter(folder, rows.schema, begin, own), begin, last)
         if job[0] == 1 and plan.given is not None and len(plan.given.outside):
             _write_outside(folder, rows, plan.given)
         tally = Tally(seconds=seconds)

@@ -328,7 +328,7 @@ def _parquet(path: Path, um: float, diameter_um: float | None) -> CellObjects:
     """Read Parquet: outlines if it has a column of geometry, or else a table."""
     damaged = f"{path}: cannot be read as Parquet (%s); is the file complete?"
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise InputError(damaged % error) from error
     schema = file.schema_arrow

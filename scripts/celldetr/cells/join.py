@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from celldetr.cells.parts import OUTSIDE_PART, parts_of, read_summary
+from celldetr.cells.parts import OUTSIDE_PART, digest_of, parts_of, read_summary
 from celldetr.cells.stitching import left_to_others, near_seams
 from celldetr.cells.table import METADATA_KEY, ROWS, STATUSES, CellsInfo, NothingFound, cell_schema, writer
 from celldetr.runtime.errors import InputError
@@ -39,7 +39,7 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
     """
     start = time.perf_counter()
     summaries = _in_order(folders)
-    files = [file for folder, summary in summaries for file in _files(folder, summary["range"])]
+    files = [file for folder, summary in summaries for file in _files(folder, summary)]
     files += [file for folder, _ in summaries if (file := folder / OUTSIDE_PART).exists()]
     info, first = _merged(summaries), summaries[0][1]
     gone, rows = np.empty(0, np.int64), sum(pq.read_metadata(file).num_rows for file in files)
@@ -90,12 +90,15 @@ def _in_order(folders: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, dic
     return found
 
 
-def _files(folder: Path, span: Sequence[int]) -> list[Path]:
+def _files(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Files of the parts of a job, which must cover its range of tiles."""
-    start, stop = span
+    start, stop = summary["range"]
     parts = list(parts_of(folder, start)) if stop > start else []
     if (reached := parts[-1].stop if parts else start) != stop:
         raise InputError(f"{folder}: got parts up to tile {reached}, expected {stop}; find the cells again")
+    for part in parts:
+        if part.of != digest_of(summary["identity"]):
+            raise InputError(f"{part.path}: is of another slide, model, setting or job; find the cells again")
     return [part.path for part in parts]
 
 

@@ -5,6 +5,7 @@ ends and what was counted. A folder of parts is complete when it has its name an
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -55,8 +56,9 @@ class Tally:
 class PartWriter:
     """Writes parts, one after the other, from tile `start` on; use it in one thread."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, start: int) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, start: int, identity: Mapping[str, Any]) -> None:
         self.folder, self.schema, self.start = folder, schema, start
+        self._of = digest_of(identity)
         self._reached = start
         self._tables: list[pa.Table] = []
         self._tally = Tally()
@@ -80,8 +82,14 @@ class PartWriter:
         with atomic(self.folder / f"{self.start:09d}.parquet") as temporary, writer(temporary, self.schema) as file:
             file.write_table(pa.concat_tables([self.schema.empty_table(), *self._tables]), row_group_size=ROWS)
             self._tally.add(Tally(seconds={"write": time.perf_counter() - now}))
-            file.add_key_value_metadata({_KEY: json.dumps({"stop": stop, **vars(self._tally)})})
+            place = {"of": self._of, "start": self.start, "stop": stop}
+            file.add_key_value_metadata({_KEY: json.dumps({**place, **vars(self._tally)})})
         self.start, self._tables, self._tally = stop, [], Tally()
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """Digest of what parts depend on (JSON values)."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class Part:
     start: int
     stop: int
     tally: Tally
+    of: str
+    """Digest of what it depends on, see `digest_of`."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -100,13 +110,15 @@ class Part:
         Raises
         ------
         InputError
-            Not a part, or damaged.
+            Not a part, damaged, or renamed.
         """
         try:
             values = json.loads(pq.read_metadata(path).metadata[_KEY.encode()])
-            stop, damaged, area = values.pop("stop"), values.pop("damaged"), values.pop("read_mm2")
-            tally = Tally(Counter(values["counts"]), values["seconds"], area, damaged)
-            return cls(path, int(path.stem), int(stop), tally)
+            start, stop = int(values["start"]), int(values["stop"])
+            if not int(path.stem) == start < stop:
+                raise ValueError(f"tiles {start} to {stop}")
+            tally = Tally(Counter(values["counts"]), values["seconds"], values["read_mm2"], values["damaged"])
+            return cls(path, start, stop, tally, str(values["of"]))
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: got {error!r}, expected a part of a slide's cells; find them again") from error
 

@@ -27,7 +27,7 @@ class Plan:
 
     tiles: Tiles
     mm2: NDArray[np.float64]
-    """Area (N,) that reading each tile adds: of the tissue in its core; with given cells, of its core."""
+    """Area (N,) that reading each tile adds: of its core in the region; without given cells, of the tissue there."""
     areas: Mapping[str, float]
     given: GivenTiles | None = None
     region: shapely.Geometry | None = None
@@ -70,10 +70,10 @@ def plan_tiles(
     if given is not None:
         return _plan_given(slide, tiles, given, area, areas)
     tissue = tissue_mask(image, tiles.image_mpp)
-    areas["tissue_mm2"] = float(tissue.inside.sum()) * (tissue.mpp / 1000) ** 2
+    areas["tissue_mm2"] = float(tiles.tissue_mm2(tissue).sum())
     if area is not None:
         tiles = tiles.touching(area)
-    mm2 = tiles.tissue_mm2(tissue)
+    mm2 = tiles.tissue_mm2(tissue, area)
     if not (mm2 > 0).any():
         where = "no tissue was found on it" if area is None else "no tissue was found in the region"
         raise NothingFound(f"{slide}: {image.path}: {where}; is it an H&E slide, and is its um per px right?")
@@ -99,5 +99,4 @@ def _plan_given(
     left_out = int((~chosen).sum())
     if left_out:
         log.warning("%s: %d of %d given cells lie outside of the region and are left out", slide, left_out, len(given))
-    read = np.full(len(placed.tiles), placed.tiles.core_mm2)
-    return Plan(placed.tiles, read, areas, placed, area, left_out)
+    return Plan(placed.tiles, placed.tiles.mm2(area), areas, placed, area, left_out)

@@ -101,14 +101,24 @@ class Tiles:
         shapely.prepare(area)
         return self.select(shapely.intersects(area, shapely.box(*low.T, *(low + self.tiling.core * self.ratio).T)))
 
-    def tissue_mm2(self, tissue: Raster) -> NDArray[np.float64]:
-        """Area of the tissue in each core (N,), mm2."""
-        return tissue.share(self.cores * self.ratio, self.tiling.core * self.ratio) * self.core_mm2
+    def tissue_mm2(self, tissue: Raster, area: shapely.Geometry | None = None) -> NDArray[np.float64]:
+        """Area of the tissue in each core (N,), mm2; with an `area`, px of level 0, its share of the core's tissue."""
+        found = tissue.share(self.cores * self.ratio, self.tiling.core * self.ratio)
+        found *= (self.tiling.core * self.tiling.mpp / 1000) ** 2
+        whole = self.mm2()
+        return np.minimum(found / whole, 1) * (whole if area is None else self.mm2(area))  # its map ends in whole cells
 
-    @property
-    def core_mm2(self) -> float:
-        """Area of a core, mm2."""
-        return float((self.tiling.core * self.tiling.mpp / 1000) ** 2)
+    def mm2(self, area: shapely.Geometry | None = None) -> NDArray[np.float64]:
+        """Area of each core (N,) on the slide, and in an `area`, px of level 0, if there is one; mm2."""
+        low = self.cores * self.ratio
+        high = np.minimum(low + self.tiling.core * self.ratio, self.image_size)
+        px = (high - low).prod(axis=1)
+        if area is not None:
+            squares = shapely.box(*low.T, *high.T)
+            shapely.prepare(area)
+            cut = ~shapely.covers(area, squares)
+            px[cut] = shapely.area(shapely.intersection(squares[cut], area))
+        return np.asarray(px * (self.image_mpp / 1000) ** 2)
 
     def numbers_at(self, points: NDArray[np.floating]) -> NDArray[np.int64]:
         """Return the number (M,) of the tile whose core holds each point (M, 2), -1 if it is not among these.

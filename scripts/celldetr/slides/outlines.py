@@ -218,7 +218,7 @@ def starts_as_json(start: bytes) -> bool:
 
 def _parquet(path: Path) -> Iterator[NDArray[Any]]:
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
         column = geometry_column(path, file)
         for batch in file.iter_batches(batch_size=_BATCH, columns=[column], use_threads=False):
             yield from_wkb(batch.column(0))

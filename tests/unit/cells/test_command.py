@@ -122,3 +122,9 @@ def test_options_are_the_settings_and_columns_that_matter_to_one_slide():
     assert {*CellSettings.model_fields} - options == {"sheet", "model", "split", "jobs"}
     not_needed = {"slide", "use", "file", "bytes", "sha256", "nuclei_sha256", "licence", "note"}
     assert {*CellRow.model_fields} - options == not_needed
+
+
+def test_files_of_cells_that_are_gone_do_not_stay_beside_new_ones(files, tmp_path):
+    (tmp_path / "my_tile.h5ad").touch()
+    with pytest.raises(CellDETRError, match=r"holds my_tile\.h5ad of cells whose file my_tile\.parquet is gone"):
+        call(files, tmp_path, "--outputs")

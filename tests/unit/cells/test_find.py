@@ -1,6 +1,7 @@
 """Cells of a slide: every planted nucleus once, whatever the tiles and jobs; and what a killed job leaves."""
 
 import errno
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,12 +9,14 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted_cells import CLASSES, Planted, boxes_of, cells_of, find
+from planted_cells import CLASSES, Planted, boxes_of, cells_of, draw, find
+from slide_files import write_image
 
 from celldetr.cells import parts
 from celldetr.cells.join import join_cells
 from celldetr.cells.table import CellFile
 from celldetr.runtime.errors import InputError
+from celldetr.slides.tissue import Raster
 
 
 @settings(max_examples=10, deadline=None)
@@ -183,3 +186,35 @@ def test_a_slide_with_coarser_pixels_than_the_model_knows_is_said_to_be_so(slide
         caplog.clear()
         cells_of(slide[0], tmp_path / place, size=128, slide_mpp=slide_mpp)
         assert ("pixels of 2 um are enlarged to the 1 um" in caplog.text) == (place == "coarse")
+
+
+@pytest.mark.parametrize("other", ["another slide", "another job", "another place"])
+def test_a_part_that_is_not_of_its_job_is_refused(slide, tmp_path, monkeypatch, other):
+    monkeypatch.setattr("celldetr.cells.parts.TILES", 8)
+    monkeypatch.setattr("celldetr.cells.find._UNIT", 8)
+    image = draw(331, 287, seed=1)[0]
+    for number in (1, 2):
+        find(slide[0], tmp_path / f"{number}", job=(number, 2))
+    find(write_image(tmp_path / "other.tif", image), tmp_path / "other", job=(1, 2))
+    last = max((tmp_path / "2").glob("0*.parquet"))
+    source = {"another slide": tmp_path / "other" / f"{8:09d}.parquet", "another job": last}
+    shutil.copy(source.get(other, tmp_path / "1" / f"{0:09d}.parquet"), tmp_path / "1" / f"{8:09d}.parquet")
+    with pytest.raises(InputError, match="of another slide|got parts up to tile 8"):
+        join_cells([tmp_path / "1", tmp_path / "2"], tmp_path / "cells.parquet")
+
+
+def test_jobs_that_have_planned_other_tiles_are_not_joined(slide, tmp_path):
+    find(slide[0], tmp_path / "1", job=(1, 2))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("celldetr.cells.plan.tissue_mask", lambda *_: Raster(np.eye(42, dtype=bool)[:36], 8, 8))
+        find(slide[0], tmp_path / "2", job=(2, 2))
+    with pytest.raises(InputError, match="differs from .* in tiles"):
+        join_cells([tmp_path / "1", tmp_path / "2"], tmp_path / "cells.parquet")
+
+
+def test_areas_are_those_on_the_slide_and_in_the_region(slide, tmp_path):
+    areas = cells_of(slide[0], tmp_path / "whole").info.areas  # a map of its tissue ends in whole cells
+    assert [areas["tissue_mm2"], areas["read_mm2"]] == pytest.approx([areas["slide_mm2"]] * 2)
+    region = np.array([shapely.Point(150, 140).buffer(60), shapely.box(150, 140, 260, 200)], object)
+    cells = cells_of(slide[0], tmp_path / "region", region=region)
+    assert cells.info.areas["read_mm2"] == pytest.approx(shapely.union_all(region).area / 1e6)
