@@ -34,6 +34,7 @@ from celldetr.cells.find import FindSettings, Slide, find_cells
 from celldetr.cells.join import join_cells
 from celldetr.cells.model import CellModel
 from celldetr.cells.table import CellFile
+from celldetr.slides.boxes import centres_of
 from celldetr.slides.outlines import read_nucleus_file
 from celldetr.slides.pyramid import open_pyramid
 
@@ -57,7 +58,7 @@ class Cells:
     @property
     def centres(self) -> NDArray[np.float64]:
         """Centres of the boxes (n, 2)."""
-        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+        return centres_of(self.boxes)
 
     def from_border(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Distance (m,) of points (m, 2) from the nearest border between two cores."""
@@ -110,7 +111,7 @@ class Found:
     @classmethod
     def of(cls, nuclei: NDArray[np.float64], cells: Cells) -> "Found":
         """Pair cells with nuclei, boxes (N, 4) in um."""
-        centres = (nuclei[:, :2] + nuclei[:, 2:]) / 2
+        centres = centres_of(nuclei)
         near = cKDTree(centres).sparse_distance_matrix(cKDTree(cells.centres), RADIUS, output_type="ndarray")
         cell, free = np.full(len(nuclei), -1), np.ones(len(cells.boxes), dtype=bool)
         for nucleus, other, _ in np.sort(near, order="v").tolist():
@@ -179,7 +180,7 @@ def main() -> None:
         for margin in options.margins:
             runs = [bench.run(margin, step) for step in STEPS[: options.shifts]]
             found = [Found.of(nuclei, cells) for cells in runs]
-            near = np.array([cells.from_border((nuclei[:, :2] + nuclei[:, 2:]) / 2) < options.zone for cells in runs])
+            near = np.array([cells.from_border(centres_of(nuclei)) < options.zone for cells in runs])
             lost, twice = np.array([one.cell < 0 for one in found]), np.array([one.more for one in found])
             alike = np.stack(
                 [likeness(centred, own, cells, one.cell) for cells, one in zip(runs, found, strict=True)], 1

@@ -28,14 +28,14 @@ def cell_table(schema, info, centres, sizes, scores, types, **columns):
     return pa.table(values | columns, schema)
 
 
-def write_cells(path, count, *, width=256, mpp=0.25, origin=(0, 0), given=False, dtype="float32", seed=0, **info):
+def write_cells(path, count, *, width=256, mpp=0.25, origin=(0, 0), given=False, dtype="float32", **info):
     """Write `count` cells on a square slide, each 8 um from the next; every 50th has no type."""
     across = max(1, int(np.ceil(np.sqrt(count))))
     side = int(np.ceil(across * 8 / mpp))
     values = {"slide": "made_up", "file": "made_up.tif", "mpp": mpp, "size": (side, side), "origin": origin}
     found = CellsInfo(**values | {"classes": PANNUKE_CLASSES, "width": width, "given": given} | info)
     schema = cell_schema(found, dtype)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with writer(path, schema) as file:
         for start in range(0, count, ROWS):
             number = np.arange(start, min(start + ROWS, count))

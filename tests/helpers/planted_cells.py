@@ -18,10 +18,10 @@ CLASSES = ("a", "b", "c")
 _DARK = np.array([(20, 40, 120), (60, 40, 120), (100, 40, 120)])  # a colour for each class
 
 
-def draw(width, height, seed=0, spacing=22):
+def draw(width, height, seed=0):
     """Draw discs on pink; the image, their boxes (n, 4) and their classes (n,)."""
     rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(np.arange(spacing, width - 12, spacing), np.arange(spacing, height - 12, spacing)), -1)
+    grid = np.stack(np.meshgrid(np.arange(22, width - 12, 22), np.arange(22, height - 12, 22)), -1)
     centres = grid.reshape(-1, 2) + rng.integers(-4, 5, (grid.size // 2, 2)) + 0.5
     image = np.full((height, width, 3), PINK, np.uint8)
     boxes, labels = [], rng.integers(0, 3, len(centres))

@@ -14,7 +14,7 @@ from celldetr.cells.model import CellModel
 from celldetr.cells.nuclei import find_nuclei
 from celldetr.cells.table import CellFile, NothingFound
 from celldetr.cells.tiling import Tiles, Tiling
-from celldetr.inference.embedding import embed_boxes
+from celldetr.inference.batch import read_batch
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import save_model
 from celldetr.runtime.errors import InputError
@@ -117,7 +117,7 @@ def test_an_embedding_is_that_of_the_box_in_its_tile_among_its_neighbours(tmp_pa
         for number, corner in enumerate(placed.tiles.corners):
             shown = placed.shown([number])[0]
             pixels = read_patch(image, placed.tiles.grid(number, number + 1), *corner.tolist())
-            expected = embed_boxes(model, pixels[None], [shown.boxes], device="cpu")[0][shown.own]
+            expected = read_batch(model, pixels[None], device="cpu", given=[shown.boxes])[1].embeddings[shown.own]
             own = frame.iloc[shown.cells[shown.own]]
             np.testing.assert_allclose(np.stack(own["embedding"].to_list()), expected, atol=1e-4)
             assert (own["tile"] == number).all()

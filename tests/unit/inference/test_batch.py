@@ -6,7 +6,6 @@ import torch
 from small_model import small_model
 
 from celldetr.inference.batch import read_batch
-from celldetr.inference.embedding import embed_boxes
 from celldetr.model.celldetr import float_images
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
@@ -48,7 +47,7 @@ def test_given_boxes_are_embedded_beside_detection_as_alone(mode, transfers):
     found, given = read_batch(model, IMAGES, device="cpu", nucleus_threshold=0.0, given=GIVEN)
     assert len(transfers) == 1
     assert len(found.query) == 30
-    alone = np.concatenate(embed_boxes(model, IMAGES, GIVEN, device="cpu"))
+    alone = read_batch(model, IMAGES, device="cpu", given=GIVEN)[1].embeddings
     np.testing.assert_allclose(given.embeddings, alone, atol=1e-5)
     scores = model.classify(torch.from_numpy(alone)).sigmoid().detach().numpy()
     np.testing.assert_allclose(given.class_scores, scores, atol=1e-5)
