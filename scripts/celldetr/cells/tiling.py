@@ -14,6 +14,8 @@ from celldetr.runtime.errors import ConfigError
 from celldetr.slides.grid import PatchGrid, stripe_order
 from celldetr.slides.tissue import Raster
 
+_ROUNDING = 1e-6  # of a core: what is left by rounding is no tile
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -88,7 +90,8 @@ class Tiles:
     @property
     def across_down(self) -> tuple[int, int]:
         """Columns and rows of the cores of the whole slide."""
-        across, down = np.maximum(1, np.ceil(self.limit / self.tiling.core)).astype(int).tolist()
+        whole = np.ceil(self.limit / self.tiling.core - _ROUNDING)
+        across, down = np.maximum(1, whole).astype(int).tolist()
         return across, down
 
     def select(self, chosen: NDArray[np.bool_]) -> "Tiles":

@@ -161,6 +161,15 @@ def test_nuclei_at_the_border_of_cores_count_once_each(tiles, truth, shift):
     np.testing.assert_allclose(in_order(unique(tiles, found)), truth, atol=0.4)
 
 
+@pytest.mark.parametrize(("mpp", "image_mpp", "size"), [(0.5, 0.07, 1600), (0.3, 0.22, 9090), (0.25, 0.07, 14400)])
+def test_rounding_leaves_no_tile_without_an_area(mpp, image_mpp, size):
+    tiling = Tiling.of(256, mpp, 8.0)
+    tiles = Tiles.over(tiling, (size, size), image_mpp)
+    assert tiles.across_down == (round(size * image_mpp / mpp / tiling.core),) * 2
+    assert tiles.mm2().min() > 1e-4
+    assert tiles.mm2().sum() == pytest.approx((size * image_mpp / 1000) ** 2)
+
+
 def test_a_margin_must_leave_a_core():
     assert Tiling.of(64, 2.0, 28.0) == Tiling(64, 2.0, 14)
     with pytest.raises(ConfigError, match="margin_um: got 64.0 um"):
