@@ -30,6 +30,7 @@ _BESIDE = 1.0  # um; warn if outlines that fit lie farther beside the nuclei
 _SPACING = 0.5  # um of a pixel of a window
 _SIDE, _REACH = 128.0, 40.0  # um; side of a window, and largest shift
 _WINDOWS, _IN_WINDOW = 12, 300  # windows; nuclei that are drawn in each
+_PARTS, _IN_PART = 3, 4  # parts of a slide across and down, and of a file; windows in each
 _NEAR, _FAR = 3.0, 10.0  # um; shifts that do not matter, and shifts that count as another place
 # Standard deviations of the peak above other places. Measured on CoNSeP and TNBC: 5.3 to 11 with 20 nuclei that fit,
 # 50 to 71 with thousands; by chance up to 7.2 with 20 nuclei, 5.1 with thousands, hardly ever without a shift.
@@ -170,13 +171,13 @@ class OutlineCheck:
         """Centres of the outlines (M, 2), um."""
         return centres_of(shapely.bounds(self._outlines)) * self._mpp
 
-    def measure(self, to_slide: NDArray[np.floating] | None = None) -> OutlineFit:
+    def measure(self, to_slide: NDArray[np.floating] | None = None, windows: int = _WINDOWS) -> OutlineFit:
         """Compare the outlines with the slide; `to_slide` (3, 3) moves them first, um to um from the slide's corner."""
         to_slide = np.eye(3) if to_slide is None else to_slide
         centres = self._centres() @ to_slide[:2, :2].T + to_slide[:2, 2]
         to_um = to_slide @ np.diag([self._mpp, self._mpp, 1])
         on_slide = ((centres > 0) & (centres < np.array(self._image.size) * self._image_mpp)).all(axis=1)
-        places = np.random.default_rng(0).permutation(np.flatnonzero(on_slide))[:_WINDOWS]
+        places = np.random.default_rng(0).permutation(np.flatnonzero(on_slide))[:windows]
         reach = round(_REACH / _SPACING)
         stain_inside = np.zeros((2 * reach + 1, 2 * reach + 1))
         compared: set[int] = set()
@@ -256,7 +257,36 @@ def require_fit(
         log.warning("%s: the outlines do not fit the slide, and are taken as %s is no", name, keys("check_outlines"))
     elif math.hypot(*fit.shift) > _BESIDE:
         log.warning("%s: outlines lie beside the nuclei: they fit best if moved by %g, %g um", name, *fit.shift)
+    if fit.good:
+        _warn_of_parts(image, nuclei, mpp, name, circles=circles)
     return inside, fit
+
+
+def _warn_of_parts(image: Pyramid, nuclei: SlideNuclei, mpp: float, name: str, *, circles: bool) -> None:
+    """Name parts of a file that fits which do not fit: parts of the slide, and successive nuclei of the file."""
+    x, y = centres_of(nuclei.boxes).T * mpp / float(image.mpp or 0)
+    places = [np.floor(np.clip(at / side, 0, 1 - 1e-9) * _PARTS) for at, side in zip((x, y), image.size, strict=True)]
+    order = np.arange(len(nuclei))
+    for part in (places[1] * _PARTS + places[0], order * _PARTS // max(1, len(nuclei))):
+        for members in np.split(np.argsort(part, kind="stable"), np.flatnonzero(np.diff(np.sort(part))) + 1):
+            if len(members) < _ENOUGH:
+                continue
+            fit = OutlineCheck(image, nuclei.outlines[members], mpp, circles=circles).measure(windows=_IN_PART)
+            if fit.nuclei >= _ENOUGH and math.hypot(*fit.shift) > _NEAR:  # a low peak that is near is no other place
+                low, high = (np.rint([limit(x[members]), limit(y[members])]).astype(int) for limit in (np.min, np.max))
+                log.warning(
+                    "%s: %d nuclei, %d to %d of those that are given, at %d, %d to %d, %d px of level 0, do not fit: "
+                    "of %d compared, hematoxylin is highest %g, %g um away (%.1f sd above other places)",
+                    name,
+                    len(members),
+                    members.min() + 1,
+                    members.max() + 1,
+                    *low,
+                    *high,
+                    fit.nuclei,
+                    *fit.shift,
+                    fit.peak,
+                )
 
 
 def _sharp(stain: NDArray[np.float32], spacing: float) -> NDArray[np.float32]:

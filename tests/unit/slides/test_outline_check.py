@@ -1,12 +1,15 @@
 """Outlines that do not fit their slide are found, and what would make them fit; those that fit are taken."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import shapely
 
 from celldetr.example.slide import write_slide
-from celldetr.slides.outline_check import OutlineCheck
+from celldetr.slides.boxes import SlideNuclei
+from celldetr.slides.outline_check import OutlineCheck, require_fit
 from celldetr.slides.pyramid import open_pyramid
 
 MPP = 0.4
@@ -64,3 +67,16 @@ def test_few_outlines_that_do_not_fit_are_not_judged(slide):
         fit = OutlineCheck(image, shapely.transform(some, lambda xy: xy[:, ::-1]), MPP).measure()
         assert not fit.judged
         assert fit.nuclei == len(some)
+
+
+def test_parts_that_do_not_fit_are_named_although_all_together_do(slide, caplog):
+    image, outlines = slide
+    moved = outlines.copy()
+    half = len(outlines) // 2
+    for some, shift, expected in ((slice(0), 0, ""), (slice(half, None), 30, r"-12, \S+ um away")):
+        moved[some] = shapely.transform(outlines[some], lambda xy, shift=shift: xy + [shift, 0])
+        nuclei = SlideNuclei(moved, np.zeros(len(moved), np.int8))
+        caplog.clear()
+        require_fit(image, nuclei, MPP, name="s", file=Path("f"), unit="px")
+        assert re.search(rf"{len(outlines)} of those that are given.* do not fit.*{expected}", caplog.text) or not shift
+        assert bool(caplog.text) == bool(shift)
