@@ -38,11 +38,12 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-Names = Annotated[tuple[str, ...], AfterValidator(_each_once), Field(json_schema_extra={"uniqueItems": True})]
+EACH_ONCE = AfterValidator(_each_once)
+Names = Annotated[tuple[str, ...], EACH_ONCE, Field(json_schema_extra={"uniqueItems": True})]
 """Names of experiments, each once."""
 Splits = Annotated[
     tuple[Annotated[int, Field(ge=1, le=3)], ...],
-    AfterValidator(_each_once),
+    EACH_ONCE,
     Field(min_length=1, json_schema_extra={"uniqueItems": True}),
 ]
 """Splits of PanNuke, each once."""

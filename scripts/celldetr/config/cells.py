@@ -4,9 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from celldetr.config.base import BatchSize, Names, NotNegative, Settings, Share
+from celldetr.config.base import EACH_ONCE, BatchSize, NotNegative, Settings, Share
 
-Outputs = Annotated[tuple[Literal["h5ad", "geojson", "spatialdata"], ...], Names.__metadata__[0]]
+Outputs = Annotated[
+    tuple[Literal["h5ad", "geojson", "spatialdata"], ...],
+    EACH_ONCE,
+    Field(json_schema_extra={"uniqueItems": True}),
+]
 
 
 class CellSettings(Settings):
