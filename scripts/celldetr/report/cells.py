@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from celldetr.cells.table import STATUSES, CellFile, CellsInfo
+from celldetr.cells.table import CellFile, CellsInfo
 from celldetr.config.colours import class_colours
 from celldetr.report.cell_embeddings import embedding_map
 from celldetr.report.cell_maps import (
@@ -218,9 +218,7 @@ def _counts(cells: DrawnCells, info: CellsInfo) -> dict[str, Any]:
 
 def _quality(frame: pd.DataFrame, info: CellsInfo) -> dict[str, Any]:
     """Tabulate how the slide was read, and with what."""
-    areas, counts, statuses = info.areas, dict(info.counts), frame["status"].value_counts()
-    if info.given:
-        counts |= {f"cells {status}": int(statuses[status]) for status in STATUSES[1:]}
+    areas, counts = info.areas, info.counts
     rows = [(f"{_AREAS.get(name, name)}, mm²", f"{value:,.2f}") for name, value in areas.items()]
     if areas.get("tissue_mm2"):
         rows.append(("share of the tissue that was read", f"{areas.get('read_mm2', 0) / areas['tissue_mm2']:.1%}"))
@@ -229,7 +227,8 @@ def _quality(frame: pd.DataFrame, info: CellsInfo) -> dict[str, Any]:
     rows.append(("cells that the edge of their tile cuts", f"{border:,} ({border / max(1, len(frame)):.2%})"))
     if info.given and counts.get("detections"):
         agree = counts.get("cells with a detection", 0)
-        rows.append(("share of the cells read that have a detection", f"{agree / max(1, statuses['read']):.1%}"))
+        read = int((frame["status"] == "read").sum())
+        rows.append(("share of the cells read that have a detection", f"{agree / max(1, read):.1%}"))
         alone = counts.get("detections without a cell", 0)
         rows.append(("share of the detections without a cell", f"{alone / counts['detections']:.1%}"))
     seen = info.model.get("seen")

@@ -39,6 +39,7 @@ def planted_file(path, centres, scores, *, mpp, size, origin=(0, 0), status=None
     count, width = len(centres), 0 if embeddings is None else embeddings.shape[1]
     status = np.zeros(count, np.int8) if status is None else np.asarray(status, np.int8)
     counts = {"detections": 4, "cells with a detection": 1, "detections without a cell": 3} if ids else {}
+    counts |= {f"cells {name}": int((status == code).sum()) for code, name in enumerate(STATUSES) if code and ids}
     more = {"areas": {"read_mm2": 0.5}, "counts": counts}
     info = CellsInfo("s", "s.tif", mpp, size, origin, CLASSES, width, ids is not None, **more)
     unread = status > 0
