@@ -14,6 +14,7 @@ from celldetr.slides.pyramid import Pyramid, open_pyramid
 log = logging.getLogger(__name__)
 
 _PIECE_UM, _PIECE_PX = 64.0, 16  # a damaged region as small as either is given up as a whole
+_OTHER = 0.03  # relative difference of pixel sizes that is no rounding
 _NAMED = 10  # damaged places that are named in the log and in the store
 
 
@@ -45,6 +46,14 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, s
     if problem:
         image.close()
         raise InputError(f"{slide}: {path}: {problem}")
+    if mpp and image.stated_mpp and abs(mpp / image.stated_mpp - 1) > _OTHER:
+        log.warning(
+            "%s: %s: its pixels are taken to be %g um, as given, but the file says %.4g um; all sizes depend on it",
+            slide,
+            path,
+            mpp,
+            image.stated_mpp,
+        )
     return TolerantPyramid(image) if skip else image
 
 

@@ -56,6 +56,8 @@ class Pyramid(ABC):
     """At least one, the finest first."""
     mpp: float | None
     """Size of a level-0 pixel in um; None if unknown."""
+    stated_mpp: float | None = None
+    """The same as the file says, whatever the caller does; None if it says nothing."""
     channels: int
     """3 for colour, 1 for a single plane."""
     dtype: np.dtype[Any]
@@ -144,7 +146,10 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
         return _Flat(file, mpp)
     if kind in _FASTER and plane is None:
         with contextlib.suppress(InputError):
-            return _Tiff(file, mpp, plane)
+            image = _Tiff(file, mpp, plane)
+            if image.complete:
+                return image
+            image.close()  # OpenSlide draws tiles that a level lacks from the finer one
     if kind not in (None, "generic-tiff") and plane is None:
         return _Slide(file, mpp)
     return _Tiff(file, mpp, plane)
@@ -163,8 +168,8 @@ class _Slide(Pyramid):
             sides = (int(self._slide.properties.get(tile + side, 0)) for side in ("width", "height"))
             check_tile_bytes(path, f"of level {level}", 4 * math.prod(sides))
         stated = self._slide.properties
-        self.mpp = mpp or _pixel_size(
-            path, stated.get(openslide.PROPERTY_NAME_MPP_X), stated.get(openslide.PROPERTY_NAME_MPP_Y)
+        self.mpp, self.stated_mpp = _pixel_sizes(
+            path, mpp, stated.get(openslide.PROPERTY_NAME_MPP_X), stated.get(openslide.PROPERTY_NAME_MPP_Y)
         )
         x, y = (stated.get(name, 0) for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y))
         self.origin = int(x), int(y)
@@ -228,8 +233,9 @@ class _Tiff(Pyramid):
                 "negative values or NaN); convert the image"
             )
         self.background = 255 if self.channels == 3 else 0
+        self.complete = all(all(page.databytecounts) for pages in levels for page in pages)
         self.levels = _levels([(pages[0].imagewidth, pages[0].imagelength) for pages in levels])
-        self.mpp = mpp or _pixel_size(self.path, *stated_pixel_size(self._file, first))
+        self.mpp, self.stated_mpp = _pixel_sizes(self.path, mpp, *stated_pixel_size(self._file, first))
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         out = out.reshape(*out.shape[:2], self.channels)
@@ -252,7 +258,7 @@ class _Flat(Pyramid):
         self._pixels, um = read_flat(path)
         height, width, _ = self._pixels.shape
         self.levels = _levels([(width, height)])
-        self.mpp = mpp or _pixel_size(path, *um, largest=_FINEST_PRINT)
+        self.mpp, self.stated_mpp = _pixel_sizes(path, mpp, *um, largest=_FINEST_PRINT)
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
@@ -280,6 +286,19 @@ def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
         exact = abs(whole * across - width) < whole and abs(whole * down - height) < whole
         levels.append(Level(across, down, float(whole) if exact else width / across))
     return tuple(levels)
+
+
+def _pixel_sizes(
+    path: Path, mpp: float | None, width: object, height: object, largest: float = _PLAUSIBLE_MPP[1]
+) -> tuple[float | None, float | None]:
+    """Size of a pixel in um that holds, `mpp` if it is given, and the one that the file states."""
+    if not mpp:
+        stated = _pixel_size(path, width, height, largest)
+        return stated, stated
+    try:
+        return mpp, _pixel_size(path, width, height, largest)
+    except InputError:  # not square: the caller knows better
+        return mpp, None
 
 
 def _pixel_size(path: Path, width: object, height: object, largest: float = _PLAUSIBLE_MPP[1]) -> float | None:

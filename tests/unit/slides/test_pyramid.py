@@ -349,3 +349,29 @@ def test_the_origin_is_the_corner_of_what_was_scanned(tmp_path, monkeypatch):
     for skip in (False, True):
         with open_slide(tmp_path / "a.mrxs", 0.25, "a", skip=skip) as image:
             assert image.origin == (300, 170)
+
+
+def test_a_level_of_an_aperio_slide_without_a_tile_shows_the_finer_one(tmp_path):
+    path = tmp_path / "slide.svs"
+    with tifffile.TiffWriter(path) as writer:
+        for side in (1024, 512):
+            pixels = np.full((side, side, 3), 90, np.uint8)
+            text = "Aperio Image Library v11.2.1|AppMag = 20|MPP = 0.25"
+            writer.write(
+                pixels, photometric="rgb", compression="jpeg", tile=(256, 256), description=text, metadata=None
+            )
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        counts = file.pages[1].databytecounts
+        file.pages[1].tags["TileByteCounts"].overwrite((*counts[:3], 0))
+    with open_pyramid(path) as image:
+        assert abs(image.read(1, 0, 0, 512, 512).astype(int) - 90).max() <= 2
+
+
+def test_a_pixel_size_that_contradicts_the_file_is_named(tmp_path, caplog):
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, resolution=(40000, 40000), resolutionunit="CENTIMETER")
+    for mpp, said in ((0.2505, False), (0.5, True)):
+        caplog.clear()
+        open_slide(tmp_path / "a.tif", mpp, "s").close()
+        assert ("taken to be 0.5 um, as given, but the file says 0.25 um" in caplog.text) == said
+        assert bool(caplog.text) == said
