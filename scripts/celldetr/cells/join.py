@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -57,9 +56,10 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
         )
     schema = cell_schema(info, info.settings["embeddings"] or "float32")
     statuses = Counter[str]()
-    with atomic(path) as temporary, writer(temporary, schema.with_metadata(_without_info(schema))) as file:
+    known = {key: value for key, value in schema.metadata.items() if key != METADATA_KEY}  # counts come at the end
+    with atomic(path) as temporary, writer(temporary, schema.with_metadata(known)) as file:
         for table in _numbered(files, gone, schema, info.given):
-            statuses.update(dict(zip(*_counted(table), strict=True)))
+            statuses.update(table["status"].to_pandas().value_counts().to_dict())
             file.write_table(table, row_group_size=ROWS)
         counts = {**info.counts, "findings": rows, "findings left to another tile": len(gone), "cells": cells}
         counts |= {f"cells {name}": statuses[name] for name in STATUSES[1:] if info.given}
@@ -170,14 +170,3 @@ def _numbered(files: Sequence[Path], gone: NDArray[np.int64], schema: pa.Schema,
             yield table.slice(0, whole)
             waiting = [table.slice(whole)]
     yield pa.concat_tables([schema.empty_table(), *waiting])
-
-
-def _counted(table: pa.Table) -> tuple[list[str], list[int]]:
-    """Statuses of a table and how many rows have each."""
-    found = pc.value_counts(table.column("status").combine_chunks().cast(pa.string()))
-    return found.field("values").to_pylist(), found.field("counts").to_pylist()
-
-
-def _without_info(schema: pa.Schema) -> dict[bytes, bytes]:
-    """Metadata of the columns; what is known only at the end is added there."""
-    return {key: value for key, value in schema.metadata.items() if key != METADATA_KEY}
