@@ -20,7 +20,7 @@ import urllib3
 from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime import provenance
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic, held, link_or_copy
+from celldetr.runtime.files import atomic, held
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ def fetch(
             local = local_path(url)
             if local is not None:
                 check(local, size, sha256, url, final)
-                with atomic(final) as temporary:
-                    link_or_copy(local, temporary)
+                _link(local, final)
             else:
                 with _only_writer(part):
                     retry(functools.partial(_download, url, part, final, headers or {}, size, sha256), url)
@@ -92,6 +91,16 @@ def fetch(
         f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
         "Start again later (received data is kept), or get the file by other means and give its path as a source."
     )
+
+
+def _link(source: Path, final: Path) -> None:
+    """Make a symbolic link: Snakemake gives its outputs a new time, and a hard link would pass that to the user's file.
+
+    All results of other rows with this file would be made again.
+    """
+    if not (final.exists() and not final.is_symlink() and final.samefile(source)):
+        with atomic(final) as temporary:
+            temporary.symlink_to(source.resolve())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import shutil
 
 import pytest
@@ -217,6 +218,17 @@ def test_local_files_are_verified_and_left_alone(get, tmp_path):
         with pytest.raises(InputError, match="checksum"):
             get(where, sha256="1" * 64)
     assert source.read_bytes() == DATA
+
+
+def test_a_new_time_of_a_result_is_not_that_of_the_users_file(get, tmp_path):
+    """Snakemake gives its outputs a new time; of a file in two rows, all results of the other row would be old."""
+    source = tmp_path / "own.zip"
+    source.write_bytes(DATA)
+    before = source.stat().st_mtime_ns
+    final = get(str(source))
+    os.utime(final, (1, 1), follow_symlinks=False)
+    assert source.stat().st_mtime_ns == before
+    only(get(str(final)))  # a result that is named as its own source stays what it is
 
 
 def test_a_full_disk_is_named_before_the_transfer(url, get, monkeypatch):
