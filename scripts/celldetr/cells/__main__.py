@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind, names in _OPTIONS.items():
         for name in names:
             field = kind.model_fields[name]
-            text = f"{field.description}{_default(field.default)}".replace("%", "%%")
+            text = f"{field.description}{_default(field.default)}".replace("%", "%%").replace("URLs or paths", "a path")
             several = "*" if name == "outputs" else None
             parser.add_argument(f"--{name.replace('_', '-')}", help=text, nargs=several)
     return parser
@@ -105,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = CellModel.load(
         given.model, mpp=given.model_mpp, size=given.model_size, device=best_device(), precision=precision
     )
+    for option, value, own in (("mpp", given.model_mpp, model.mpp), ("size", given.model_size, model.size)):
+        if value not in (None, own):
+            raise InputError(f"--model-{option}: got {value:g}, but {given.model} says {own:g}; leave it out")
     cells = _cells(given, row, settings, model)
     write = {
         "h5ad": lambda: write_h5ad(cells, given.out / f"{name}.h5ad", settings.embeddings),

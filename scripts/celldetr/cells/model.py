@@ -45,7 +45,7 @@ class CellModel:
         path
             Model file.
         mpp, size
-            Pixel size (um) and side (px) of its patches; None: as the file says.
+            Pixel size (um) and side (px) of its patches if the file does not say them.
         device, precision
             See `celldetr.model.device.computing_in`.
         trained_on
@@ -57,7 +57,7 @@ class CellModel:
             See `load_model`; or neither the file nor the caller says what its patches are.
         """
         facts = model_facts(path)
-        mpp, size = mpp or facts.mpp, size or facts.size
+        mpp, size = facts.mpp or mpp, facts.size or size
         if mpp is None or size is None:
             raise InputError(
                 f"{path}: does not say the size of its patches and of their pixels, and no value is guessed; give "

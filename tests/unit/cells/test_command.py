@@ -94,7 +94,7 @@ def test_a_break_before_joining_costs_no_second_search(files, tmp_path, monkeypa
         ({"more": ("--outputs", "pdf")}, "command line: outputs: got"),
         ({"more": ("--diameter-um", "8")}, "expected a file in column nuclei"),
         ({"more": ("--name", "../up")}, "command line: slide: got '../up'"),
-        ({"more": ("--model-mpp", "0.25")}, "trained at 0.5 um per px"),
+        ({"more": ("--model-mpp", "0.25")}, "--model-mpp: got 0.25, but"),
         ({"more": ("--nucleus-threshold", "1")}, "no cell"),
     ],
     ids=str,
