@@ -82,6 +82,9 @@ def test_every_file_of_cells_is_a_target_of_its_own(tmp_path):
         assert (jobs["find_cells"], jobs["train"]) == (small_config()["cells"]["jobs"], 1)
     jobs = jobs_of(plan(tmp_path, {"cells": {"outputs": []}}))
     assert {name for name in jobs if name.startswith("cells_")} == {"cells_page"}
+    jobs = jobs_of(plan(tmp_path, {}, "all_cells"))
+    assert {"cells_h5ad", "cells_page"} <= set(jobs)
+    assert not {"table", "score", "download_xenium"} & set(jobs)
 
 
 def test_cells_of_the_slides_of_the_other_sheets_with_a_model_file(tmp_path):

@@ -358,7 +358,12 @@ def all_results() -> list[str]:
             for kind in ("png", "svg")
         ]
         wanted.append("results/slides/summary.tsv")
-    if CONFIG.cells is not None:
-        endings = [CELL_FILES[kind] for kind in CONFIG.cells.outputs] + ["html"]
-        wanted += expand("results/cells/{slide}.{kind}", slide=CELLS, kind=endings)
-    return wanted
+    return wanted + all_cells()
+
+
+def all_cells() -> list[str]:
+    """The files of cells that the configuration asks for."""
+    if CONFIG.cells is None:
+        return []
+    endings = [CELL_FILES[kind] for kind in CONFIG.cells.outputs] + ["html"]
+    return expand("results/cells/{slide}.{kind}", slide=CELLS, kind=endings)
