@@ -150,7 +150,8 @@ def find_cells(
         for part in parts_of(folder, first):
             tally.add(part.tally)
         log_damage(slide.name, tally.damaged)
-        log.info("%s: %d tiles in %s s", slide.name, tally.counts["tiles"], {k: round(v) for k, v in seconds.items()})
+        spent = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+        log.info("%s: %d tiles read (%s)", slide.name, tally.counts["tiles"], spent)
         content = {"identity": own, "range": [first, last], "info": dataclasses.asdict(info), **vars(tally)}
         write_json(folder / SUMMARY, {**content, "given": plan.expected})
 

@@ -111,6 +111,8 @@ def read_given_cells(
     file, mpp, keys = Path(path), float(image.mpp or 0), keys or Keys()
     to_level0 = file_to_level0(unit, mpp, image.origin)
     objects = read_objects(file, um=to_level0[0, 0] * mpp, diameter_um=diameter_um)
+    if np.array_equal(objects.ids, numbers(len(objects))):
+        log.info("%s: the cells are numbered in the order of the file", file)
     if objects.unit:
         if {unit, objects.unit} == {"px", "um"} and unit != "px":
             raise InputError(

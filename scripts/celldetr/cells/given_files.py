@@ -154,7 +154,6 @@ def _geojson(path: Path) -> CellObjects:
     ids = np.array([name for batch in batches for name in batch[2]], dtype=object)
     if (ids == "").all():
         ids = numbers(len(ids))
-        log.info("%s: cells have no ids; they are numbered in the order of the file", path)
     _refuse_rows(path, "feature", ids == "", "no id", "give each feature an id, or none")
     return CellObjects(path, shapes, ids, kinds, "feature")
 
@@ -204,7 +203,6 @@ class _Table:
         if column is not None:
             return frame, self._ids(frame[column], column)
         if isinstance(self.index, str):
-            log.info("%s: cells have no ids; they are numbered in the order of the file", self.path)
             return frame, numbers(len(frame))
         if len(self.index) != len(frame):
             raise InputError(

@@ -117,7 +117,9 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
     if kind == "json_invalid":
         return f"{key}: got values that settings cannot hold ({problem['ctx']['error']}); {_VALUES}"
     if kind == "missing":
-        return f"{key}: missing; every configuration needs it"
+        stands_alone = isinstance(got, Mapping) and got.get("base") == "none"
+        remedy = "; or remove base: none, and the rest is as in the paper" if stands_alone else ""
+        return f"{key}: missing; every configuration needs it{remedy}"
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     hint = _hint(got, kind) if isinstance(got, str) and kind in ("float_type", "int_type") else ""

@@ -263,6 +263,8 @@ def checked_row(where: str, values: Mapping[str, Any], kind: type[Row]) -> Row:
     except ValidationError as error:
         problem = error.errors()[0]
         words = re.sub(r"^(Value error, |Input should be |String should )", "", problem["msg"])
+        if problem["type"] == "bool_parsing":
+            words = "yes or no"
         expected = words if words.startswith("expected") else f"expected {words}"
         if problem["loc"]:
             column = str(problem["loc"][0])

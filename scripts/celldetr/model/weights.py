@@ -250,7 +250,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
                 "values: save the weights alone and use that file"
             ) from None
         said = said.rpartition("WeightsUnpickler error: ")[2].strip().split("\n", 1)[0][:200]
-        reason = type(error).__name__ if "weights_only" in said or not said else said
+        reason = type(error).__name__ if "weights_only" in said or not said or said.isdigit() else said
         raise InputError(
             f"{path}: cannot be read as a PyTorch file ({reason}); is it complete? Download or write it again"
         ) from None

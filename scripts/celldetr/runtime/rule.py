@@ -26,6 +26,7 @@ _WRITING = {
     errno.ENOSPC: "the disk is full; free some space and start again",
     errno.EDQUOT: "your quota of this disk is used up; free some space and start again",
     errno.EFBIG: "the file is larger than the system allows (see ulimit -f); raise that limit and start again",
+    errno.ENOTDIR: "a file lies where a folder is needed; remove it, or name another folder",
     errno.EROFS: "the file system is read-only; make it writable, or run in another folder",
     errno.EACCES: "not permitted; change the permissions of the file and its folder, or run in another folder",
 }

@@ -94,7 +94,7 @@ def test_cells_are_read(tmp_path):
     [
         ({"sample": "../up"}, "row 1: sample: got '../up', expected match pattern"),
         ({"sample": ""}, "row 1: sample: empty; expected a value"),
-        ({"use": "maybe"}, "row 1: use: got 'maybe', expected a valid boolean"),
+        ({"use": "maybe"}, "row 1: use: got 'maybe', expected yes or no"),
         ({"use": "no"}, "column use: got 'yes' in no row"),
         ({"he_mpp": "half"}, "row 1: he_mpp: got 'half', expected a valid number"),
         ({"he_mpp": "250"}, "row 1: he_mpp: got '250', expected less than 20"),
