@@ -14,6 +14,7 @@ from celldetr.cells.stitching import repeated, rim_um
 from celldetr.cells.table import STATUSES, CellsInfo, Floats, cell_schema, embedding_column, named
 from celldetr.cells.tiling import Tiles
 from celldetr.inference.batch import FoundNuclei, GivenNuclei
+from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import centres_of
 
 _TOUCHES = 1.0  # px; a box that ends this close to the edge of its tile is cut by it
@@ -172,8 +173,19 @@ class Rows:
             columns |= {f"score_{name}": _floats(scores[:, k]) for k, name in enumerate(self.info.classes)}
         if self.info.width:
             missing = np.full(len(boxes), status != READ)
-            columns["embedding"] = embedding_column(embeddings.astype(self.dtype, copy=False), missing)
+            columns["embedding"] = embedding_column(self._stored(embeddings), missing)
         return pa.table({name: columns[name] for name in self.schema.names}, self.schema)
+
+    def _stored(self, embeddings: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Embeddings (n, C) in the type of the file; `InputError` if it cannot hold them."""
+        with np.errstate(over="ignore"):
+            stored = embeddings.astype(self.dtype, copy=False)
+        if not np.isfinite(stored).all():
+            raise InputError(
+                f"{self.info.slide}: got embeddings with values up to {np.abs(embeddings).max():.3g}, which "
+                f"{self.dtype} cannot hold; set embeddings to float32"
+            )
+        return stored
 
 
 def _floats(values: NDArray[np.floating]) -> pa.Array:

@@ -218,3 +218,10 @@ def test_areas_are_those_on_the_slide_and_in_the_region(slide, tmp_path):
     region = np.array([shapely.Point(150, 140).buffer(60), shapely.box(150, 140, 260, 200)], object)
     cells = cells_of(slide[0], tmp_path / "region", region=region)
     assert cells.info.areas["read_mm2"] == pytest.approx(shapely.union_all(region).area / 1e6)
+
+
+def test_embeddings_that_float16_cannot_hold_are_refused(slide, tmp_path, monkeypatch):
+    represent = Planted.represent
+    monkeypatch.setattr(Planted, "represent", lambda *given: represent(*given) * 1e6)
+    with pytest.raises(InputError, match=r"values up to 1e\+06, which float16 cannot hold; set embeddings to float32"):
+        find(slide[0], tmp_path / "1", embeddings="float16")
