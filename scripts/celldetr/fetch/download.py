@@ -96,11 +96,12 @@ def fetch(
 def _link(source: Path, final: Path) -> None:
     """Make a symbolic link: Snakemake gives its outputs a new time, and a hard link would pass that to the user's file.
 
-    All results of other rows with this file would be made again.
+    All results of other rows with this file would be made again. A relative path stays one: the folder may move.
     """
     if not (final.exists() and not final.is_symlink() and final.samefile(source)):
         with atomic(final) as temporary:
-            temporary.symlink_to(source.resolve())
+            full = source.resolve()
+            temporary.symlink_to(full if source.is_absolute() else os.path.relpath(full, final.parent.resolve()))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -229,6 +230,15 @@ def test_a_new_time_of_a_result_is_not_that_of_the_users_file(get, tmp_path):
     os.utime(final, (1, 1), follow_symlinks=False)
     assert source.stat().st_mtime_ns == before
     only(get(str(final)))  # a result that is named as its own source stays what it is
+
+
+def test_links_to_files_of_the_working_folder_move_with_it(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    Path("own.zip").write_bytes(DATA)
+    fetch(["own.zip"], "results/raw/fold_1.zip")
+    (tmp_path / "old").rename(tmp_path / "new")
+    only(tmp_path / "new" / "results" / "raw" / "fold_1.zip")
 
 
 def test_a_full_disk_is_named_before_the_transfer(url, get, monkeypatch):
