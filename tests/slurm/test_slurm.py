@@ -18,7 +18,8 @@ MODEL = "results/models/celldetr_p/split1/model.pt"
 GOING_ON = re.compile(r"continuing from .*last\.ckpt at step (\d+)")
 STOPPED = re.compile(r"stopped by SIGUSR1 after step (\d+)")
 WITH_GPU = {
-    *("rule_train", "rule_predict", "rule_attention", "rule_frozen_features", "rule_similarity", "rule_detect_slide")
+    *("rule_train", "rule_predict", "rule_attention", "rule_frozen_features", "rule_similarity", "rule_detect_slide"),
+    "rule_find_cells",
 }
 GROUPS = {
     *("rule_pannuke_convert_pannuke_split_pannuke", "rule_slides_extract_slide", "rule_tables_score_table"),
@@ -183,7 +184,7 @@ def test_a_training_run_survives_requeue_cancel_and_a_killed_driver(complete, un
 
 def test_two_processes_stop_before_the_time_limit_and_go_on(complete, unfinished):
     """The second process changes neither the number of steps nor what a checkpoint is good for."""
-    epochs = 240  # longer than Slurm takes to look at the time limit: every 30 s
+    epochs = 480  # longer than Slurm takes to look at the time limit: every 30 s
     unfinished.configure(epochs=epochs, gpus=2)
     limit = "--signal=USR1@100"
     driver = unfinished.start(

@@ -95,7 +95,7 @@ CODE_EDITS = {
     "evaluation/scoring.py": {"score", "table", "figure5a", "figure5b"},
     "report/curves.py": {"learning_curves", "figure4b", "figure4c"},
     "report/tables.py": {"table"},
-    "report/style.py": PICTURES,
+    "report/style.py": PICTURES | {"cells_page", "table"},
     "cells/qupath.py": {"cells_geojson"},
     "cells/h5ad.py": {"cells_h5ad", "cells_spatialdata"},
     "cells/join.py": CELLS | DETECTED | AFTER_SLIDES,  # the parts that it joins are gone

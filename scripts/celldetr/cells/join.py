@@ -25,10 +25,13 @@ log = logging.getLogger(__name__)
 _SMALL = ["x_um", "y_um", "width_um", "height_um", "tile", "edge_um"]
 
 
-def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> CellsInfo:
+def join_cells(
+    folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, timed: bool = True
+) -> CellsInfo:
     """Write the file of a slide's cells from the folders of all jobs that share it; each nucleus once.
 
-    Memory holds a few thousand cells, and boxes of those near the borders of cores.
+    Memory holds a few thousand cells, and boxes of those near the borders of cores. Without `timed` the file does not
+    say when, where and how fast they were found: the same cells give the same bytes.
 
     Raises
     ------
@@ -64,6 +67,8 @@ def join_cells(folders: Sequence[str | os.PathLike[str]], path: str | os.PathLik
         counts = {**info.counts, "findings": rows, "findings left to another tile": len(gone), "cells": cells}
         counts |= {f"cells {name}": statuses[name] for name in STATUSES[1:] if info.given}
         info = replace(info, counts=counts, seconds={**info.seconds, "join": time.perf_counter() - start})
+        if not timed:
+            info = replace(info, seconds={}, provenance={})
         file.add_key_value_metadata({METADATA_KEY: info.to_json()})
     log.info("%s: %d cells, %d findings at borders of tiles left to another tile", info.slide, cells, len(gone))
     return info

@@ -34,7 +34,7 @@ def find_nuclei(
     parts = out.with_name(f".{out.name}.parts")
     try:
         find_cells(slide, model, parts, settings, workers=workers, identity=identity)
-        found = join_cells([parts], out).counts["cells"]
+        found = join_cells([parts], out, timed=False).counts["cells"]
     except (NothingFound, DamagedSlide) as error:
         if isinstance(error, DamagedSlide) and settings.on_damage != "skip":
             raise

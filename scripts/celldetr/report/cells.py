@@ -21,8 +21,8 @@ from celldetr.report.cell_maps import (
 )
 from celldetr.report.cell_pictures import CellPictures, crop_side, rank
 from celldetr.report.pages import embed_figure, write_page
-from celldetr.report.rendering import BANNER, DASH
 from celldetr.report.slide_pictures import length_text
+from celldetr.report.style import BANNER, DASH
 from celldetr.runtime.errors import InputError
 from celldetr.slides.damage import TolerantPyramid, log_damage, open_slide
 from celldetr.slides.pyramid import Pyramid

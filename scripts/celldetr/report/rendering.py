@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jinja2
 import pandas as pd
 
+from celldetr.report.style import BANNER, DASH
 from celldetr.report.tables import FROZEN, LETTERS, MEASURED, OTHER, OURS, PAPER, Table, value_columns
 from celldetr.runtime.files import MISSING
 
-BANNER = "Synthetic example data; says nothing about tissue."
-DASH = "–"
 SHOWN_DECIMALS = 3
 _METRIC_WORDS = {
     "strict": "strict (only true and predicted nuclei count)",

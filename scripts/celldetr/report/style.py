@@ -1,4 +1,4 @@
-"""How figures look: colours beside those of the classes, fonts, and how a figure is written."""
+"""How figures and tables look: colours beside those of the classes, fonts, and how a figure is written."""
 
 import os
 from collections.abc import Callable
@@ -28,6 +28,8 @@ STYLE: Any = {  # rc parameters
     "svg.hashsalt": "celldetr",
     "axes.linewidth": 0.6,
 }
+BANNER = "Synthetic example data; says nothing about tissue."
+DASH = "–"
 DPI = 200
 PREVIEW_DPI = 110
 """Resolution of pictures beside data; here, so that changing it does not make the data again."""

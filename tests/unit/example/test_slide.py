@@ -125,7 +125,8 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
 def test_the_script_writes_another_slide_for_each_number(tmp_path):
     sizes = []
     for number in (0, 1):
-        output = SimpleNamespace(slide=str(tmp_path / f"{number}.tif"), nuclei=str(tmp_path / f"{number}.parquet"))
+        files = {"slide": f"{number}.tif", "nuclei": f"{number}.parquet", "cells": f"{number}_cells.parquet"}
+        output = SimpleNamespace(**{name: str(tmp_path / file) for name, file in files.items()})
         params = SimpleNamespace(size_um=[90.0, 70.0], mpp=0.5, number=number, seed=1)
         make_example_slide.main(SimpleNamespace(params=params, output=output))
         with open_pyramid(output.slide) as image:

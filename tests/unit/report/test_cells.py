@@ -15,7 +15,7 @@ from celldetr.cells.table import STATUSES, CellFile, CellsInfo, cell_schema, emb
 from celldetr.report import cell_embeddings
 from celldetr.report.cell_maps import DrawnCells, choose_fields, view_of
 from celldetr.report.cells import write_cells_page
-from celldetr.report.rendering import BANNER
+from celldetr.report.style import BANNER
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import open_pyramid
 

@@ -12,7 +12,8 @@ from markdown_it import MarkdownIt
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, row_names, scores
 from celldetr.evaluation.scoring import write_scores
-from celldetr.report.rendering import BANNER, DASH, caption, html, markdown
+from celldetr.report.rendering import caption, html, markdown
+from celldetr.report.style import BANNER, DASH
 from celldetr.report.tables import (
     System,
     build_table,

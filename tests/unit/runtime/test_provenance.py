@@ -59,6 +59,7 @@ def test_the_look_of_a_picture_reruns_reports_only(copy):
     found = changed(copy, before)
     assert found == {
         *("figure3", "figure4b", "figure4c", "figure5a", "figure5b", "learning_curves", "overlays", "table"),
+        "cells_page",
     }
 
 
