@@ -1,15 +1,27 @@
 """Slides for tests: TIFF pyramids, damage to their tiles, nuclei on them, and grids of patches over them."""
 
+import contextlib
+
 import numpy as np
 import shapely
 import tifffile
 
 from celldetr.config.slides import PatchSettings
+from celldetr.example.slide import write_slide
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.grid import patch_grid
+from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tissue import Raster
 
 ALL_PATCHES = PatchSettings(min_tissue=0, min_nuclei=0, min_labelled=0)
+
+
+@contextlib.contextmanager
+def drawn_slide(folder, mpp):
+    """Yield a drawn slide with a stroke of blue pen: its image, and the outlines of its 589 nuclei, px of level 0."""
+    truth = write_slide(folder / "slide.tif", folder / "n.parquet", seed=5, size_um=(420.0, 330.0), mpp=mpp)
+    with open_pyramid(truth.image) as image:
+        yield image, shapely.polygons(truth.nuclei)
 
 
 def write_image(path, image, levels=1, tile=64, **options):

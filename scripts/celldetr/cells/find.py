@@ -125,17 +125,9 @@ def find_cells(
         log_damage(slide.name, image.damage())  # there, no tissue can be found
         own["tiles"] = hashlib.sha256(plan.tiles.cores.tobytes()).hexdigest()  # their numbers mean the same
         info = _info(slide, image, model, settings, plan, given is not None)
-    if tiles.ratio < 1 / _COARSE:
-        log.warning(
-            "%s: its pixels of %.3g um are enlarged to the %.3g um of the model, which has seen finer images; look at "
-            "the page before you use the types",
-            slide.name,
-            tiles.image_mpp,
-            model.mpp,
-        )
-    seconds = {"tissue": time.perf_counter() - start}
-    units = math.ceil(len(plan.tiles) / _UNIT)
-    first, last = (min(units * number // job[1] * _UNIT, len(plan.tiles)) for number in (job[0] - 1, job[0]))
+    tally = Tally(seconds={"tissue": time.perf_counter() - start})
+    _warn_if_coarse(slide, tiles)
+    first, last = _share(len(plan.tiles), *job)
     rows = Rows(plan.tiles, info, settings.embeddings or "float32", settings.class_threshold, plan.region)
     with unfinished(out, own) as folder:
         done = list(parts_of(folder, first))
@@ -146,14 +138,31 @@ def find_cells(
         read_tiles.run(PartWriter(folder, rows.schema, begin, own), begin, last)
         if job[0] == 1 and plan.given is not None and len(plan.given.outside):
             _write_outside(folder, rows, plan.given)
-        tally = Tally(seconds=seconds)
         for part in parts_of(folder, first):
             tally.add(part.tally)
         log_damage(slide.name, tally.damaged)
-        spent = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+        spent = ", ".join(f"{stage} {value:.0f} s" for stage, value in tally.seconds.items())
         log.info("%s: %d tiles read (%s)", slide.name, tally.counts["tiles"], spent)
         content = {"identity": own, "range": [first, last], "info": dataclasses.asdict(info), **vars(tally)}
         write_json(folder / SUMMARY, {**content, "given": plan.expected})
+
+
+def _warn_if_coarse(slide: Slide, tiles: Tiles) -> None:
+    if tiles.ratio < 1 / _COARSE:
+        log.warning(
+            "%s: its pixels of %.3g um are enlarged to the %.3g um of the model, which has seen finer images; look at "
+            "the page before you use the types",
+            slide.name,
+            tiles.image_mpp,
+            tiles.tiling.mpp,
+        )
+
+
+def _share(tiles: int, job: int, jobs: int) -> tuple[int, int]:
+    """First tile of a job, counted from 1, and the first that is not its own."""
+    units = math.ceil(tiles / _UNIT)
+    first, last = (min(units * number // jobs * _UNIT, tiles) for number in (job - 1, job))
+    return first, last
 
 
 def _depends_on(

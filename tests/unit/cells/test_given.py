@@ -11,15 +11,14 @@ import pandas as pd
 import pytest
 import shapely
 from cell_files import write_cells
+from slide_files import drawn_slide
 
 from celldetr.cells.given import agreement, read_given_cells
 from celldetr.cells.qupath import write_geojson
 from celldetr.cells.table import CellFile
-from celldetr.example.slide import write_slide
 from celldetr.runtime.errors import InputError
 from celldetr.slides import outline_check
 from celldetr.slides.outline_check import Keys
-from celldetr.slides.pyramid import open_pyramid
 
 MPP = 0.4
 ORIGIN = (300, 170)
@@ -28,10 +27,8 @@ ORIGIN = (300, 170)
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
     """Draw a slide: its image, and the outlines (n,) of its nuclei, px of level 0."""
-    folder = tmp_path_factory.mktemp("slide")
-    truth = write_slide(folder / "slide.tif", folder / "n.parquet", seed=5, size_um=(420.0, 330.0), mpp=MPP)
-    with open_pyramid(truth.image) as image:
-        yield image, shapely.polygons(truth.nuclei)
+    with drawn_slide(tmp_path_factory.mktemp("slide"), MPP) as found:
+        yield found
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapely
+from slide_files import drawn_slide
 
-from celldetr.example.slide import write_slide
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.outline_check import OutlineCheck, require_fit
-from celldetr.slides.pyramid import open_pyramid
 
 MPP = 0.4
 OFFSET = (300, 170)
@@ -19,10 +18,8 @@ OFFSET = (300, 170)
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory):
     """Draw a slide with a stroke of blue pen: its image, and 589 outlines in px of level 0."""
-    folder = tmp_path_factory.mktemp("slide")
-    truth = write_slide(folder / "slide.tif", folder / "n.parquet", seed=5, size_um=(420.0, 330.0), mpp=MPP)
-    with open_pyramid(truth.image) as image:
-        yield image, shapely.polygons(truth.nuclei)
+    with drawn_slide(tmp_path_factory.mktemp("slide"), MPP) as found:
+        yield found
 
 
 def test_outlines_that_fit_are_taken(slide):
