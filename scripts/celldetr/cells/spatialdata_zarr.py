@@ -8,7 +8,6 @@ All are in px of level 0; coordinate system ``global`` is that, ``um`` is um fro
 """
 
 import os
-import re
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ from spatialdata.transformations import Identity, Scale
 
 from celldetr.cells.h5ad import fill_embeddings, table_of
 from celldetr.cells.table import ROWS, CellFile, Floats
+from celldetr.config.classes import column_name
 from celldetr.runtime.files import atomic
 from celldetr.slides.multiscale import multiscale_image
 from celldetr.slides.pyramid import open_pyramid
@@ -79,7 +79,7 @@ def _table(cells: CellFile) -> Any:
     """Return the table of the cells, which annotates their outlines."""
     table = table_of(cells)
     table.obs.index.name = None
-    table.obs.columns = [re.sub(r"[^\w.-]", "_", name) for name in table.obs.columns]  # SpatialData takes no others
+    table.obs.columns = [column_name(name) for name in table.obs.columns]
     if "type" in table.obs:  # spatialdata-plot takes colours of other types if there is one without cells
         colours = dict(zip(table.obs["type"].cat.categories, table.uns["type_colors"], strict=True))
         table.obs["type"] = table.obs["type"].cat.remove_unused_categories()

@@ -1,5 +1,6 @@
 """Names of the classes, in the order of their labels, and how those of one data set become those of another."""
 
+import re
 from collections.abc import Mapping
 
 PANNUKE_CLASSES = ("neoplastic", "inflammatory", "connective", "necrotic", "epithelial")
@@ -27,3 +28,8 @@ ST_TO_PANNUKE: Mapping[str, str] = {
 
 In zero-shot transfer the score of a class is the largest of its types (`celldetr.inference.predict.predict_fold`).
 """
+
+
+def column_name(name: str) -> str:
+    """Return the name of a class, or of a column with it, as SpatialData takes it: no signs but ``_``, ``-``, ``.``."""
+    return re.sub(r"[^\w.-]", "_", name)

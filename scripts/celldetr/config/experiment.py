@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from celldetr.config.base import (
     PRECISION,
@@ -17,6 +17,7 @@ from celldetr.config.base import (
     Share,
     SmallCount,
 )
+from celldetr.config.classes import column_name
 from celldetr.runtime.errors import ConfigError
 
 Kernel = Literal["auto", "reference"]
@@ -118,6 +119,17 @@ class ModelSettings(SharedModelSettings):
 
     mode: Mode = Field(description="baseline: no representation decoder; sequential: CellDETR-S; parallel: CellDETR-P")
     classes: tuple[str, ...] = Field(description="class names in the order of the logits; none: no class head")
+
+    @field_validator("classes")
+    @classmethod
+    def _columns_of_their_own(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        columns = [column_name(name).lower() for name in classes]  # SpatialData takes T and t for the same
+        if same := [name for name, column in zip(classes, columns, strict=True) if columns.count(column) > 1]:
+            raise ValueError(
+                f"got {same}, which would be the same column of a file of cells (case does not count, and signs become "
+                "_); expected names that differ in letters or digits"
+            )
+        return classes
 
     @model_validator(mode="after")
     def _heads(self) -> Self:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import shapely
+import torch
 from planted_cells import CLASSES, WHITE, Planted, boxes_of, cells_of, draw, find, in_order
 from slide_files import damage_tiles, write_image
 from small_model import small_model, small_settings
@@ -206,6 +207,12 @@ def test_models_that_cannot_do_it_are_refused_before_anything_is_read(tmp_path):
     with pytest.raises(InputError, match=r"m\.pt: does not say the size of its patches"):
         CellModel.load(tmp_path / "m.pt", mpp=0.25)
     assert CellModel.load(tmp_path / "m.pt", mpp=0.25, size=64).source["trained_on"] is None
+    for first, second in (("a/b", "a_b"), ("T", "t"), ("x", "x")):
+        content = torch.load(tmp_path / "m.pt")
+        content["settings"]["classes"] = [first, "b", second]
+        torch.save(content, tmp_path / "same.pt")
+        with pytest.raises(InputError, match=rf"same\.pt: .*classes: got \['{first}', '{second}'\], which"):
+            CellModel.load(tmp_path / "same.pt")
 
 
 def test_no_cell_at_all_is_said_and_leaves_no_file(tmp_path):
