@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from celldetr.config.base import Precision
 
 Numbers = tuple[float, ...] | tuple[tuple[float, ...], ...]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def best_device() -> str:
@@ -74,14 +76,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-@functools.lru_cache(maxsize=256)
-def cached_tensor(values: Numbers, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Tensor of constants on a device. It is copied there once: a copy in every step would make the host wait.
+def constant_table(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a function that makes tensors of constants: it runs once for the same arguments.
 
-    The tensor is shared: never change it in place.
+    The arguments are hashable and hold no tensor. `torch.compile` takes the tensors as constants of its graph, which it
+    keeps. The tensors are shared: never change them in place.
     """
-    with torch.inference_mode(False):  # it may be needed with gradients later
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    cached = functools.lru_cache(maxsize=256)(make)
+
+    @functools.wraps(make)
+    def table(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.inference_mode(False):  # they may be needed with gradients later
+            return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    constant: Callable[Arguments, Result] = torch.compiler.assume_constant_result(table)
+    return constant
+
+
+@constant_table
+def cached_tensor(values: Numbers, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tensor of constants on a device. It is copied there once: a copy in every step would make the host wait."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 class CheckpointedLayers(nn.Module):

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from celldetr.config.experiment import Kernel
-from celldetr.model.device import cached_tensor
+from celldetr.model.device import cached_tensor, constant_table
 from celldetr.runtime.errors import ConfigError
 
 # PyTorch warns that most operations on sparse CSR tensors are missing; only the values of the result are used here.
@@ -184,7 +184,7 @@ def _bordered(value: Tensor, shapes: Shapes) -> Tensor:
     return torch.cat([*levels, tail], dim=1).view(batch, -1, heads, channels)
 
 
-@functools.lru_cache(maxsize=32)
+@constant_table
 def _geometry(shapes: Shapes, heads: int, points: int, device: torch.device) -> Geometry:
     """Tables for each of the K = L * P points of a head.
 
@@ -195,14 +195,13 @@ def _geometry(shapes: Shapes, heads: int, points: int, device: torch.device) -> 
         on_host = torch.tensor(per_level, dtype=torch.int32).repeat_interleave(points)
         return on_host.to(device, non_blocking=True)
 
-    with torch.inference_mode(False):  # the tables may be needed with gradients later
-        stride = of_points([width + 2 for _, width in shapes])
-        cells = [(height + 2) * (width + 2) for height, width in shapes]
-        origin = of_points([sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)])
-        first = origin * heads + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1)
-        corners = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
-        sizes = of_points([width for _, width in shapes]), of_points([height for height, _ in shapes])
-        return *sizes, stride * heads, first, corners
+    stride = of_points([width + 2 for _, width in shapes])
+    cells = [(height + 2) * (width + 2) for height, width in shapes]
+    origin = of_points([sum(cells[:level]) + width + 3 for level, (_, width) in enumerate(shapes)])
+    first = origin * heads + torch.arange(heads, dtype=torch.int32, device=device).view(-1, 1)
+    corners = torch.stack([torch.zeros_like(stride), torch.ones_like(stride), stride, stride + 1]) * heads
+    sizes = of_points([width for _, width in shapes]), of_points([height for height, _ in shapes])
+    return *sizes, stride * heads, first, corners
 
 
 def _corners(locations: Tensor, weights: Tensor, image: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

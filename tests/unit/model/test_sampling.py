@@ -142,9 +142,6 @@ def test_a_query_does_not_depend_on_how_many_are_sampled_at_once(monkeypatch):
 
 def test_a_nan_location_gives_nan_for_its_query_only():
     value, locations, weights = draw()
-    sampling._geometry.cache_clear()
-    with torch.inference_mode():  # tables that are made here serve training below
-        sample_portable(value, SHAPES, locations, weights)
     locations[0, 1, :, 0, 0, 0] = float("nan")
     result = run(sample_portable, (value, locations, weights))[0]
     assert result[0, 1].isnan().all()
@@ -158,6 +155,31 @@ def test_compiled_form_agrees_in_value_and_gradient(monkeypatch, fused):
     if fused:
         monkeypatch.setattr(sampling, "_row_sum", lambda device: sampling._sum_gathered_rows)
     agree(choose_sampler("cpu", compiled=True).function, draw())
+
+
+def test_portable_forms_are_one_graph_with_their_tables_as_constants(monkeypatch):
+    """What a step that is compiled as a whole needs of them; tables made without gradients serve training."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append((graph, inputs))
+        return graph.forward
+
+    forms = {
+        sample_portable: "cpu",
+        functools.partial(sample_portable, core=torch.compile(LEAN.keywords["core"])): "cuda",
+    }
+    for form, kind in forms.items():
+        chosen = sampling._row_sum
+        monkeypatch.setattr(sampling, "_row_sum", lambda device, kind=kind, chosen=chosen: chosen(torch.device(kind)))
+        step = torch.compile(lambda *args, form=form: form(args[0], SHAPES, *args[1:]), fullgraph=True, backend=backend)
+        with torch.inference_mode():
+            step(*draw(queries=3))
+        agree(lambda value, shapes, *rest, step=step: step(value, *rest), draw(queries=3))
+        graph, inputs = graphs[-1]
+        assert len(inputs) == 3
+        made = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+        assert torch.tensor not in made, "a table is copied to the device in every step"
 
 
 def test_lean_form_keeps_its_inputs_and_nothing_else_for_the_backward_pass():
