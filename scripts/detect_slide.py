@@ -24,7 +24,6 @@ def main(snakemake):
     settings = FindSettings(
         margin_um=detection.margin_um,
         nucleus_threshold=params.nucleus_threshold,
-        class_threshold=0.0,
         batch_size=detection.batch_size,
         on_damage=params.on_damage,
         embeddings=None,

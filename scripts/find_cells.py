@@ -1,7 +1,7 @@
 """Find the cells of a slide with a trained model, or embed given ones: the share of one job.
 
 Inputs: slide (file), model, and if there are any: region (polygons), nuclei (file of given cells).
-Output: a folder of parts, see `celldetr.cells.find`; a killed job continues from what lies beside it.
+Output: a folder of parts without types, see `celldetr.cells.find`; a killed job continues from what lies beside it.
 Params: settings of cells that change the result, jobs (that share the slide), patch_size (px) and mpp (um per px) of
 the model, precision, row (columns of the sheet), code. Resource tiles: tiles per batch. Wildcards: slide, job.
 """
@@ -9,7 +9,7 @@ the model, precision, row (columns of the sheet), code. Resource tiles: tiles pe
 import torch
 
 from celldetr.cells.model import CellModel
-from celldetr.cells.sheet_row import find_cells_of_row
+from celldetr.cells.sheet_row import RowFiles, find_cells_of_row
 from celldetr.config.cells import CellSettings
 from celldetr.config.sheets import CellRow
 from celldetr.model.device import best_device
@@ -23,7 +23,6 @@ def main(snakemake):
     settings = CellSettings(
         margin_um=params.margin_um,
         nucleus_threshold=params.nucleus_threshold,
-        class_threshold=params.class_threshold,
         batch_size=snakemake.resources.tiles,
         on_damage=params.on_damage,
         embeddings=params.embeddings,
@@ -36,9 +35,7 @@ def main(snakemake):
         settings,
         model,
         snakemake.output[0],
-        file=given.slide,
-        nuclei=given.get("nuclei"),
-        region=given.get("region"),
+        files=RowFiles(given.slide, given.get("nuclei"), given.get("region")),
         keys=Keys("cells sheet"),
         job=(int(snakemake.wildcards.job), params.jobs),
         workers=snakemake.threads,

@@ -155,7 +155,7 @@ def main() -> None:
     def find_all() -> None:
         settings = SimpleNamespace(classes=PANNUKE_CLASSES, d_model=WIDTH, mode="parallel")
         model = CellModel(SimpleNamespace(settings=settings, baseline=False), MPP, SIZE, source={"file": "none"})
-        how = find.FindSettings(MARGIN_UM, 0.4, 0.4, BATCH)
+        how = find.FindSettings(MARGIN_UM, 0.4, BATCH)
         shutil.rmtree(out, ignore_errors=True)
         find.read_batch = StandIn(tiling)
         find.find_cells(find.Slide("bench", path, options.mpp), model, out, how, workers=options.workers)
@@ -170,7 +170,7 @@ def main() -> None:
         "plan": (plan, lambda: f"{len(state.tiles)} tiles"),
         "read": (lambda: [None for _ in read()], lambda: "tissue and plan not included"),
         "find": (find_all, lambda: "tissue, plan and read included"),
-        "join": (lambda: join_cells([out], table), lambda: f"{len(CellFile(table))} cells"),
+        "join": (lambda: join_cells([out], table, class_threshold=0.4), lambda: f"{len(CellFile(table))} cells"),
         "h5ad": (lambda: write_h5ad(CellFile(table), options.folder / "cells.h5ad"), lambda: ""),
         "geojson": (lambda: write_geojson(CellFile(table), options.folder / "cells.geojson.gz"), lambda: ""),
     }  # fmt: skip

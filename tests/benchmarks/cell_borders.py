@@ -85,7 +85,7 @@ class Bench:
         per_cm = 1e4 / self.mpp
         options = {"tile": (256, 256), "photometric": "rgb", "resolutionunit": "CENTIMETER"}
         tifffile.imwrite(file, moved, resolution=(per_cm, per_cm), **options)
-        settings = FindSettings(margin, self.threshold, class_threshold=0.0, batch_size=16)
+        settings = FindSettings(margin, self.threshold, batch_size=16)
         find_cells(Slide("slide", file, self.mpp), self.model, out, settings)
         info = join_cells([out], joined)
         cells = CellFile(joined)

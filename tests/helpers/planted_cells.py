@@ -96,20 +96,20 @@ class Planted(nn.Module):
 
 def find(path, out, *, net=None, size=64, mpp=1.0, margin_um=16.0, slide_mpp=1.0, **options):
     """Find the planted cells of a slide, batches of 4 tiles; some options are settings."""
-    names = ("nucleus_threshold", "class_threshold", "batch_size", "on_damage", "embeddings")
-    defaults = {"nucleus_threshold": 0.4, "class_threshold": 0.4, "batch_size": 4}
+    names = ("nucleus_threshold", "batch_size", "on_damage", "embeddings")
+    defaults = {"nucleus_threshold": 0.4, "batch_size": 4}
     settings = FindSettings(margin_um, **defaults | {k: options.pop(k) for k in names if k in options})
     model = CellModel(net or Planted(), mpp, size, source={"file": "planted.pt", "trained_on": ["seen", "part@1a2b"]})
     group = options.pop("group", "")
     find_cells(Slide("s", path, slide_mpp, group), model, out, settings, **options)
 
 
-def cells_of(path, folder, *, jobs=1, **options):
+def cells_of(path, folder, *, jobs=1, class_threshold=0.4, **options):
     """Find and join the planted cells of a slide: the open file."""
     folders = [folder / f"{number}" for number in range(1, jobs + 1)]
     for number, out in enumerate(folders, 1):
         find(path, out, job=(number, jobs), **options)
-    join_cells(folders, folder / "cells.parquet")
+    join_cells(folders, folder / "cells.parquet", class_threshold=class_threshold)
     return CellFile(folder / "cells.parquet")
 
 

@@ -123,7 +123,6 @@ def test_all_files_of_cells_hold_the_same_cells(results, slide):
     (saved_table,) = saved.tables.values()
     assert list(saved_table.obs_names) == list(table.index)
     assert slide in (results / "cells" / f"{slide}.html").read_text(encoding="utf-8")
-    assert not (results / "cells" / "parts" / slide / "1").exists()
 
 
 def test_given_cells_are_all_there_with_their_outlines(results):

@@ -98,7 +98,7 @@ CODE_EDITS = {
     "report/style.py": PICTURES | {"cells_page", "table"},
     "cells/qupath.py": {"cells_geojson"},
     "cells/h5ad.py": {"cells_h5ad", "cells_spatialdata"},
-    "cells/join.py": CELLS | DETECTED | AFTER_SLIDES,  # the parts that it joins are gone
+    "cells/join.py": {"join_cells"} | FILES_OF_CELLS | DETECTED | AFTER_SLIDES,
     "report/cells.py": {"cells_page"},
     "training/losses.py": EVERY_MODEL,
     "xenium/registration/gate.py": {"register_xenium", "extract_xenium"} | AFTER_XENIUM,
@@ -127,6 +127,7 @@ def test_an_edit_of_code_repeats_what_it_affects(planner, name):
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM),
         ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_XENIUM - {"figure5a"}),
         ({"cells": {"nucleus_threshold": 0.02}}, CELLS),
+        ({"cells": {"class_threshold": 0.02}}, {"join_cells"} | FILES_OF_CELLS),
         ({"cells": {"jobs": 3}}, CELLS),
         ({"cells": {"batch_size": 4}}, set()),
         ({"cells": {"outputs": ["h5ad"]}}, set()),

@@ -64,7 +64,7 @@ rule find_cells:
         unpack(cell_inputs),
         model=as_it_is(initial_model(CONFIG.cells.model, str(CONFIG.cells.split))),
     output:
-        temp(directory("results/cells/parts/{slide}/{job}")),
+        directory("results/cells/parts/{slide}_{job}"),  # kept: another class_threshold needs no search
     log:
         "results/logs/find_cells/{slide}_{job}.log",
     benchmark:
@@ -84,7 +84,6 @@ rule find_cells:
         jobs=CONFIG.cells.jobs,
         margin_um=CONFIG.cells.margin_um,
         nucleus_threshold=CONFIG.cells.nucleus_threshold,
-        class_threshold=CONFIG.cells.class_threshold,
         on_damage=CONFIG.cells.on_damage,
         embeddings=CONFIG.cells.embeddings,
         patch_size=CONFIG.patch.size,
@@ -101,7 +100,7 @@ rule find_cells:
 rule join_cells:
     input:
         expand(
-            "results/cells/parts/{{slide}}/{job}", job=range(1, CONFIG.cells.jobs + 1)
+            "results/cells/parts/{{slide}}_{job}", job=range(1, CONFIG.cells.jobs + 1)
         ),
     output:
         cells="results/cells/{slide}.parquet",
@@ -118,6 +117,7 @@ rule join_cells:
         mem_mb=8000,
         runtime=60,
     params:
+        class_threshold=CONFIG.cells.class_threshold,
         code=code("join_cells"),
     message:
         "Joining the cells of {wildcards.slide}"

@@ -66,7 +66,6 @@ class FindSettings:
 
     margin_um: float
     nucleus_threshold: float
-    class_threshold: float
     batch_size: int
     on_damage: Literal["stop", "skip"] = "stop"
     embeddings: Floats | None = "float32"
@@ -116,8 +115,8 @@ def find_cells(
     out, start = Path(out), time.perf_counter()
     with open_slide(slide.file, slide.mpp, slide.name, skip=settings.on_damage == "skip") as image:
         tiles = Tiles.over(Tiling.of(model.size, model.mpp, settings.margin_um), image.size, float(image.mpp or 0))
-        depends = _depends_on(slide, tiles, model, settings, given, region, identity or {})
-        own: dict[str, Any] = {**depends, "job": list(job), "tiles": None}
+        depends = _depends_on(slide, tiles, model, settings, given, region)
+        own: dict[str, Any] = {**depends, "more": dict(identity or {}), "job": list(job), "tiles": None}
         if (out / SUMMARY).exists() and {**read_summary(out).get("identity", {}), "tiles": None} == own:
             log.info("%s: complete already", out)
             return
@@ -128,7 +127,7 @@ def find_cells(
     tally = Tally(seconds={"tissue": time.perf_counter() - start})
     _warn_if_coarse(slide, tiles)
     first, last = _share(len(plan.tiles), *job)
-    rows = Rows(plan.tiles, info, settings.embeddings or "float32", settings.class_threshold, plan.region)
+    rows = Rows(plan.tiles, info, settings.embeddings or "float32", plan.region)
     with unfinished(out, own) as folder:
         done = list(parts_of(folder, first))
         begin = done[-1].stop if done else first
@@ -145,6 +144,20 @@ def find_cells(
         log.info("%s: %d tiles read (%s)", slide.name, tally.counts["tiles"], spent)
         content = {"identity": own, "range": [first, last], "info": dataclasses.asdict(info), **vars(tally)}
         write_json(folder / SUMMARY, {**content, "given": plan.expected})
+
+
+def identity_of(
+    slide: Slide,
+    model: CellModel,
+    settings: FindSettings,
+    *,
+    given: GivenCells | None = None,
+    region: NDArray[Any] | None = None,
+) -> dict[str, Any]:
+    """Name what the cells that `find_cells` would find depend on (JSON values); `InputError` for a broken slide."""
+    with open_slide(slide.file, slide.mpp, slide.name, skip=settings.on_damage == "skip") as image:
+        tiles = Tiles.over(Tiling.of(model.size, model.mpp, settings.margin_um), image.size, float(image.mpp or 0))
+        return _depends_on(slide, tiles, model, settings, given, region)
 
 
 def _warn_if_coarse(slide: Slide, tiles: Tiles) -> None:
@@ -172,18 +185,19 @@ def _depends_on(
     settings: FindSettings,
     given: GivenCells | None,
     region: NDArray[Any] | None,
-    more: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Name what the cells depend on (JSON values)."""
+    """Name what the cells depend on, apart from the code (JSON values)."""
     state, source = slide.file.stat(), model.source or {}
     values = {
-        "slide": [slide.name, slide.group, state.st_size, state.st_mtime_ns, *tiles.image_size, tiles.image_mpp],
-        "model": [source.get("sha256"), model.size, model.mpp, resolve_precision(model.precision, model.device)],
+        "slide": [slide.name, state.st_size, state.st_mtime_ns, *tiles.image_size],
+        "group": slide.group,
+        "mpp": tiles.image_mpp,
+        "model": [source.get("sha256"), model.size, model.mpp],
+        "precision": resolve_precision(model.precision, model.device),
         # with another size of batches a job may go on: values change by rounding only
         "settings": {key: value for key, value in dataclasses.asdict(settings).items() if key != "batch_size"},
         "given": None if given is None else _digest(given.outlines, given.ids.tolist()),
         "region": None if region is None else _digest(region),
-        "more": dict(more),
     }
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from celldetr.cells.parts import OUTSIDE_PART, digest_of, parts_of, read_summary
 from celldetr.cells.stitching import left_to_others, near_seams
-from celldetr.cells.table import METADATA_KEY, ROWS, STATUSES, CellsInfo, NothingFound, cell_schema, writer
+from celldetr.cells.table import METADATA_KEY, ROWS, STATUSES, CellsInfo, NothingFound, cell_schema, named, writer
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 
@@ -26,12 +26,17 @@ _SMALL = ["x_um", "y_um", "width_um", "height_um", "tile", "edge_um"]
 
 
 def join_cells(
-    folders: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str], *, timed: bool = True
+    folders: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    *,
+    class_threshold: float = 0.0,
+    timed: bool = True,
 ) -> CellsInfo:
     """Write the file of a slide's cells from the folders of all jobs that share it; each nucleus once.
 
-    Memory holds a few thousand cells, and boxes of those near the borders of cores. Without `timed` the file does not
-    say when, where and how fast they were found: the same cells give the same bytes.
+    A cell whose class scores are all below `class_threshold` has no type. Memory holds a few thousand cells, and boxes
+    of those near the borders of cores. Without `timed` the file does not say when, where and how fast they were found:
+    the same cells give the same bytes.
 
     Raises
     ------
@@ -44,6 +49,7 @@ def join_cells(
     files = [file for folder, summary in summaries for file in _files(folder, summary)]
     files += [file for folder, _ in summaries if (file := folder / OUTSIDE_PART).exists()]
     info, first = _merged(summaries), summaries[0][1]
+    info = replace(info, settings={**info.settings, "class_threshold": class_threshold})
     gone, rows = np.empty(0, np.int64), sum(pq.read_metadata(file).num_rows for file in files)
     if not info.given:
         margin_um = round(info.settings["margin_um"] / info.settings["mpp"]) * info.settings["mpp"]
@@ -62,6 +68,8 @@ def join_cells(
     known = {key: value for key, value in schema.metadata.items() if key != METADATA_KEY}  # counts come at the end
     with atomic(path) as temporary, writer(temporary, schema.with_metadata(known)) as file:
         for table in _numbered(files, gone, schema, info.given):
+            if info.classes:
+                table = _with_types(table, info.classes, class_threshold)
             statuses.update(table["status"].to_pandas().value_counts().to_dict())
             file.write_table(table, row_group_size=ROWS)
         counts = {**info.counts, "findings": rows, "findings left to another tile": len(gone), "cells": cells}
@@ -150,6 +158,13 @@ def _left_to_others(files: Sequence[Path], margin_um: float) -> NDArray[np.int64
     centres, sides, tile, edge, row = values[:, :2], values[:, 2:4], values[:, 4], values[:, 5], values[:, 6]
     boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
     return row[left_to_others(boxes, edge - margin_um, tile.astype(np.int64))].astype(np.int64)
+
+
+def _with_types(table: pa.Table, classes: Sequence[str], threshold: float) -> pa.Table:
+    """Fill in the class with the highest score; null below the threshold, and where there are no scores."""
+    scores = np.stack([table[f"score_{name}"].to_numpy() for name in classes], axis=1)  # (n, K), NaN: none
+    types = named(np.where(scores.max(axis=1) >= threshold, scores.argmax(axis=1), -1), classes)
+    return table.set_column(table.schema.get_field_index("type"), table.schema.field("type"), types)
 
 
 def _numbered(files: Sequence[Path], gone: NDArray[np.int64], schema: pa.Schema, given: bool) -> Iterator[pa.Table]:

@@ -155,7 +155,12 @@ def unfinished(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
             for item in folder.iterdir():
                 remove(item)
             write_json(folder / _IDENTITY, identity)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if [item.name for item in folder.iterdir()] == [_IDENTITY]:
+                remove(folder)  # nothing was written yet
+            raise
         (folder / _IDENTITY).unlink()
         remove(out)
         os.replace(folder, out)

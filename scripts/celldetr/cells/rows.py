@@ -54,7 +54,6 @@ class Rows:
     tiles: Tiles
     info: CellsInfo
     dtype: Floats
-    class_threshold: float
     region: shapely.Geometry | None = None
 
     @property
@@ -167,9 +166,7 @@ class Rows:
             "status": named(np.full(len(boxes), status), STATUSES),
         }
         if self.info.classes:
-            best = scores.argmax(axis=1) if len(scores) else np.empty(0, np.int64)
-            sure = scores.max(axis=1, initial=-1) >= self.class_threshold
-            columns["type"] = named(np.where(sure, best, -1), self.info.classes)
+            columns["type"] = pa.nulls(len(boxes), self.schema.field("type").type)  # see `celldetr.cells.join`
             columns |= {f"score_{name}": _floats(scores[:, k]) for k, name in enumerate(self.info.classes)}
         if self.info.width:
             missing = np.full(len(boxes), status != READ)

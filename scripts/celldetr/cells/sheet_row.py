@@ -3,10 +3,12 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from celldetr.cells.find import FindSettings, Slide, find_cells
-from celldetr.cells.given import read_given_cells
+from numpy.typing import NDArray
+
+from celldetr.cells.find import FindSettings, Slide, find_cells, identity_of
+from celldetr.cells.given import GivenCells, read_given_cells
 from celldetr.cells.model import CellModel
 from celldetr.cells.region import read_region
 from celldetr.config.cells import CellSettings
@@ -15,15 +17,21 @@ from celldetr.slides.damage import open_slide
 from celldetr.slides.outline_check import Keys
 
 
+class RowFiles(NamedTuple):
+    """Local files in place of the sources of a row."""
+
+    slide: str | os.PathLike[str]
+    nuclei: str | os.PathLike[str] | None = None
+    region: str | os.PathLike[str] | None = None
+
+
 def find_cells_of_row(
     row: CellRow,
     settings: CellSettings,
     model: CellModel,
     out: str | os.PathLike[str],
     *,
-    file: str | os.PathLike[str],
-    nuclei: str | os.PathLike[str] | None = None,
-    region: str | os.PathLike[str] | None = None,
+    files: RowFiles,
     keys: Keys | None = None,
     job: tuple[int, int] = (1, 1),
     workers: int = 1,
@@ -31,19 +39,33 @@ def find_cells_of_row(
 ) -> None:
     """Find the cells of a slide, or embed given ones, see `find_cells`.
 
-    `file`, `nuclei` and `region` are local files in place of the sources of the row; `keys` is what errors call its
-    columns. For errors see `find_cells`, `read_given_cells` and `read_region`.
+    `keys` is what errors call the columns of the row. For errors see `find_cells`, `read_given_cells` and
+    `read_region`.
     """
     model.require_types()
-    slide = Slide(row.slide, Path(file), row.mpp, row.group)
-    given = polygons = None
-    if nuclei is not None or region is not None:
-        with open_slide(file, row.mpp, row.slide, skip=settings.on_damage == "skip") as image:
-            if region is not None:
-                polygons = read_region(region, image, unit=row.region_unit, keys=keys)
-            if nuclei is not None:
+    slide, how, given, region = _read_row(row, settings, files, keys)
+    find_cells(slide, model, out, how, given=given, region=region, job=job, workers=workers, identity=identity)
+
+
+def identity_of_row(row: CellRow, settings: CellSettings, model: CellModel, *, files: RowFiles) -> dict[str, Any]:
+    """Name what the cells that `find_cells_of_row` would find depend on, see `identity_of`."""
+    slide, how, given, region = _read_row(row, settings, files, None)
+    return identity_of(slide, model, how, given=given, region=region)
+
+
+def _read_row(
+    row: CellRow, settings: CellSettings, files: RowFiles, keys: Keys | None
+) -> tuple[Slide, FindSettings, GivenCells | None, NDArray[Any] | None]:
+    """Return the slide, how its cells are found, and its given cells and region if it has them."""
+    slide = Slide(row.slide, Path(files.slide), row.mpp, row.group)
+    given = region = None
+    if files.nuclei is not None or files.region is not None:
+        with open_slide(slide.file, row.mpp, row.slide, skip=settings.on_damage == "skip") as image:
+            if files.region is not None:
+                region = read_region(files.region, image, unit=row.region_unit, keys=keys)
+            if files.nuclei is not None:
                 given = read_given_cells(
-                    nuclei,
+                    files.nuclei,
                     image,
                     name=row.slide,
                     unit=row.nuclei_unit,
@@ -55,9 +77,8 @@ def find_cells_of_row(
     how = FindSettings(
         margin_um=settings.margin_um,
         nucleus_threshold=settings.nucleus_threshold,
-        class_threshold=settings.class_threshold,
         batch_size=settings.batch_size,
         on_damage=settings.on_damage,
         embeddings=settings.embeddings,
     )
-    find_cells(slide, model, out, how, given=given, region=polygons, job=job, workers=workers, identity=identity)
+    return slide, how, given, region

@@ -27,7 +27,9 @@ class CellSettings(Settings):
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a cell")
     class_threshold: Share = Field(0.4, description="smallest class score; a cell without one has no type")
     batch_size: BatchSize = Field(64, description="tiles per batch")
-    jobs: int = Field(1, ge=1, le=1000, description="jobs that share a slide, each with a GPU")
+    jobs: int = Field(
+        1, ge=1, le=1000, description="jobs that share a slide, each with a GPU; another number finds all cells again"
+    )
     on_damage: Literal["stop", "skip"] = Field(
         "stop", description="if part of a slide cannot be decoded; stop: with an error; skip: leave it out and count it"
     )

@@ -110,6 +110,20 @@ def held(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder with those around it; at the end remove it and what was made around it, as far as it is empty."""
+    made = [folder, *(path for path in folder.parents if not path.exists())]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                if path.exists():
+                    path.rmdir()
+
+
+@contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name `path` in the error of a full disk, which does not say which open file could not be written."""
     try:

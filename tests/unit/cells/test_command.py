@@ -3,6 +3,7 @@
 import json
 import logging
 import runpy
+import subprocess
 import sys
 
 import pandas as pd
@@ -12,6 +13,7 @@ from planted_cells import draw
 from small_model import small_model, small_settings
 
 from celldetr.cells import __main__ as command
+from celldetr.cells import find, one_slide
 from celldetr.cells.table import CellFile
 from celldetr.config.cells import CellSettings
 from celldetr.config.sheets import CellRow
@@ -50,33 +52,43 @@ def test_given_cells_get_a_type_and_an_embedding_each(files, tmp_path):
 
 def test_the_same_call_finds_nothing_twice_and_another_one_replaces_nothing(files, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(command, "write_cells_page", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(command, "_write", lambda *_: None)
     more = ("--name", "a", "--nucleus-threshold", "0")
-    call(files, tmp_path, *more, "--outputs")
+    call(files, tmp_path, *more)
     written = (tmp_path / "a.parquet").read_bytes()
-    monkeypatch.setattr(command, "find_cells_of_row", pytest.fail)
-    call(files, tmp_path, *more, "--outputs", "geojson", "--batch-size", "3")
+    monkeypatch.setattr(one_slide, "find_cells_of_row", pytest.fail)
+    call(files, tmp_path, *more, "--batch-size", "3")
     assert "a.parquet: its cells are found already" in caplog.text
-    assert (tmp_path / "a.geojson.gz").exists()
-    with pytest.raises(
-        CellDETRError, match=r"a\.parquet: holds cells .* another nucleus_threshold; give another --out"
-    ):
-        call(files, tmp_path, "--name", "a", "--nucleus-threshold", "0.4")
+    for other, change in {
+        "nucleus_threshold": ("--nucleus-threshold", "0.4"),
+        "class_threshold": ("--class-threshold", "0.3"),
+        "mpp": ("--mpp", "0.4"),
+        "group": ("--group", "a"),
+        "given, settings": ("--nuclei", files / "mine.csv", "--margin-um", "3"),
+    }.items():
+        named = other.replace("settings", "margin_um")
+        with pytest.raises(CellDETRError, match=rf"a\.parquet: holds cells .* another {named}; give another --out"):
+            call(files, tmp_path, *more, *change)
+    (tmp_path / "a.provenance.json").unlink()
+    with pytest.raises(CellDETRError, match=r"a\.parquet: nothing beside it says how its cells were found"):
+        call(files, tmp_path, *more)
     assert (tmp_path / "a.parquet").read_bytes() == written
 
 
 def test_a_break_before_joining_costs_no_second_search(files, tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(command, "join_cells", stop)
-        with pytest.raises(KeyboardInterrupt):
-            call(files, tmp_path, "--nucleus-threshold", "0")
-    assert not (tmp_path / "my_tile.parquet").exists()
-    monkeypatch.setattr(command, "find_cells_of_row", pytest.fail)
-    monkeypatch.setattr(command, "write_cells_page", lambda path, *_, **__: path.touch())
-    call(files, tmp_path, "--nucleus-threshold", "0", "--outputs")
+    for name in ("join_cells", "write_json"):  # before the file of cells is there, and before its record is
+        with monkeypatch.context() as patched:
+            patched.setattr(one_slide, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                call(files, tmp_path, "--nucleus-threshold", "0")
+        assert (tmp_path / "my_tile.parquet").exists() == (name == "write_json")
+        monkeypatch.setattr(find, "_Reading", pytest.fail)
+    monkeypatch.setattr(command, "_write", lambda *_: None)
+    call(files, tmp_path, "--nucleus-threshold", "0")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my_tile.parquet", "my_tile.provenance.json"]
     record = json.loads((tmp_path / "my_tile.provenance.json").read_text())
     assert record["counts"]["cells"] == len(CellFile(tmp_path / "my_tile.parquet"))
 
@@ -96,6 +108,11 @@ def test_a_break_before_joining_costs_no_second_search(files, tmp_path, monkeypa
         ({"more": ("--name", "../up")}, "command line: slide: got '../up'"),
         ({"more": ("--model-mpp", "0.25")}, "--model-mpp: got 0.25, but"),
         ({"more": ("--nucleus-threshold", "1")}, "no cell"),
+        ({"more": ("--threads", "0")}, "command line: threads: got '0', expected greater than or equal to 1"),
+        ({"more": ("--batch-size", "-4")}, "command line: batch_size: got '-4', expected greater than"),
+        ({"more": ("--model-size", "-64")}, "command line: model_size: got '-64'"),
+        ({"more": ("--image", "write")}, "image: got 'write', expected spatialdata among --outputs"),
+        ({"slide": "."}, "got a folder, expected a file"),
     ],
     ids=str,
 )
@@ -104,7 +121,38 @@ def test_mistakes_are_named_and_nothing_is_written(files, tmp_path, more, messag
     with pytest.raises(CellDETRError) as caught:
         call(files, tmp_path / "out", *more.pop("more", ()), **more)
     assert message in str(caught.value)
-    assert [path.name for path in tmp_path.glob("out/*") if path.name != ".my_tile.unfinished"] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_early_leaves_what_was_there(files, tmp_path, monkeypatch):
+    """Neither an empty folder nor less than there was; parts that were written stay."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+
+    def fail(*_, **__):
+        raise OSError("no model here")
+
+    monkeypatch.setattr(find, "read_batch", fail)
+    for out in ("mine", "new/folder"):
+        with pytest.raises(OSError, match="no model here"):
+            call(files, tmp_path / out)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["mine", "mine/notes.txt"]
+
+
+@pytest.mark.parametrize("more", [("--out", ""), ("--region", " "), ("--thread", "2"), ("b.tif",), ("--mpp",)])
+def test_words_that_would_be_taken_for_others_are_refused(files, tmp_path, more, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(files, tmp_path / "out", *more)
+    assert end.value.code == 2
+    assert more[0] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_needs_no_heavy_library():
+    """PyTorch, scanpy and SpatialData take seconds to import."""
+    heavy = "torch", "scanpy", "anndata", "spatialdata", "pandas", "matplotlib"
+    code = f"import sys, celldetr.cells.__main__; print(*(name for name in {heavy} if name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_an_error_is_one_line_and_status_1(files, tmp_path, monkeypatch, capsys):

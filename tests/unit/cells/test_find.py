@@ -52,6 +52,18 @@ def test_jobs_share_a_slide_and_give_the_same_file(slide, tmp_path, monkeypatch)
         assert shared.info.areas == pytest.approx(whole.info.areas)
 
 
+def test_another_class_threshold_needs_no_search(slide, tmp_path):
+    """Types come when parts are joined: a class whose scores reach the threshold, or none."""
+    find(slide[0], tmp_path / "1")
+    for threshold in (0.0, 0.9, 1.0):
+        join_cells([tmp_path / "1"], tmp_path / "cells.parquet", class_threshold=threshold)
+        cells = CellFile(tmp_path / "cells.parquet")
+        frame, scores = cells.frame(), cells.frame([f"score_{name}" for name in CLASSES])
+        assert cells.info.settings["class_threshold"] == threshold
+        assert (frame["type"].isna() == (scores.max(axis=1) < np.float32(threshold)).to_numpy()).all()
+        assert frame["type"].notna().all() == (threshold < 1)
+
+
 class Killed(BaseException):
     pass
 

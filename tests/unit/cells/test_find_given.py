@@ -232,7 +232,7 @@ def test_a_model_has_seen_a_slide_if_it_has_seen_its_group(slide, tmp_path):
 
 def test_nuclei_for_pretraining_are_found_by_any_model(slide, tmp_path, caplog):
     def nuclei(path, net, on_damage="skip", threshold=0.4):
-        settings = FindSettings(16.0, threshold, 0.0, 4, on_damage, embeddings=None)
+        settings = FindSettings(16.0, threshold, 4, on_damage, embeddings=None)
         return find_nuclei(Slide("s", path, 1.0), CellModel(net, 1.0, 64), tmp_path / "n.parquet", settings)
 
     assert nuclei(slide[0], Planted()) == len(slide[1])

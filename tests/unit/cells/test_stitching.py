@@ -113,7 +113,7 @@ def tiles_over(size, margin, width, height):
 
 def unique(tiles, boxes_of_tile):
     """Boxes that remain of those (n, 4) that each tile found, px from its corner."""
-    rows = Rows(tiles, CellsInfo("s", "s.tif", 1.0, tiles.image_size, (0, 0), (), 0, False), "float32", 0.0)
+    rows = Rows(tiles, CellsInfo("s", "s.tif", 1.0, tiles.image_size, (0, 0), (), 0, False), "float32")
     counts = [len(boxes) for boxes in boxes_of_tile]
     image, boxes = np.repeat(np.arange(len(tiles)), counts), np.concatenate(boxes_of_tile).astype(np.float32)
     none = np.empty((len(image), 0), np.float32)
