@@ -17,7 +17,7 @@ from celldetr.store import open_store
 from celldetr.training.augment import draw
 from celldetr.training.data import TrainingBatches
 from celldetr.training.loop import make_optimizer
-from celldetr.training.matching import Matches, Matching
+from celldetr.training.matching import Matching
 from celldetr.training.stage import Losses
 
 BATCH = 8
@@ -31,10 +31,9 @@ def stage_of(store, mode):
 
 def any_matches(matching):
     """Match anything, without a look at the costs."""
-    layers = range(len(matching._costs))
-    pairs = [(layer, i, k, k) for layer in layers for i, n in enumerate(matching._counts) for k in range(n)]
-    rows = torch.from_numpy(np.array(pairs).T.copy()).to(matching._device, non_blocking=True)
-    return Matches(*rows)
+    layers, _, slots, _ = matching._costs.shape
+    query = np.where(np.arange(slots) < matching._counts[:, None], np.arange(slots), -1)
+    return torch.from_numpy(query[None].repeat(layers, axis=0)).to(matching._device, non_blocking=True)
 
 
 def one_step(stage, optimizer, batch):

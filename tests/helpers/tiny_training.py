@@ -17,7 +17,7 @@ from celldetr.store import StoreWriter, open_store
 from celldetr.training import loop
 from celldetr.training.data import PatchData, Targets
 from celldetr.training.loop import Run, Training
-from celldetr.training.matching import Matching
+from celldetr.training.matching import Matching, costs
 
 CLASSES = ("round", "long")
 SIZE = 32
@@ -139,8 +139,8 @@ def random_detections(counts, queries=7, classes=1, layers=2, seed=0):
 
 
 def match(logits, boxes, targets):
-    """Match with the costs of the paper."""
-    return Matching(logits.detach(), boxes.detach(), targets, MatchingSettings()).result()
+    """Match with the costs of the paper: the query (L, B, R) of each nucleus, -1 without one."""
+    return Matching(costs(logits.detach(), boxes.detach(), targets, MatchingSettings()), targets.counts).result()
 
 
 def train(experiment, stores, split, run_dir, **options):

@@ -93,7 +93,7 @@ def read_batch(
         else:
             features = model.encode(pixels)
             if nucleus_threshold is not None:
-                kept = model.keep(model.detect(features), (images.shape[2], images.shape[1]), nucleus_threshold)
+                kept = model.keep(model.detect(features), images.shape[1:3], nucleus_threshold)
                 nothing = kept.boxes[:, :0]
                 found = [kept.image, kept.query, kept.boxes, kept.scores.amax(dim=-1), nothing, nothing]
             if given is not None:

@@ -14,7 +14,7 @@ from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.device import computing_in, evaluating
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
-from celldetr.training.contrastive import found_own, make_views, project_views, similarities, validation_uniforms
+from celldetr.training.contrastive import found_own, make_views, project_views, similarities, validation_draws
 from celldetr.training.data import PatchData, ValidationBatches
 
 _MEANS = {1: "retrieval", 2: "own", 3: "others"}
@@ -85,8 +85,8 @@ def _similarity_of_patches(
     batches = ValidationBatches(PatchData([store], all_patches, "all", cache="none"), batch_size)
     for number in tqdm(range(len(batches)), unit="batch", disable=not progress, mininterval=5):
         batch = batches[number].to(device)
-        uniforms = validation_uniforms(batch.patches.tolist(), batch.targets, seed)
-        views = make_views(batch.targets, uniforms, noise, once=True)
+        draws = validation_draws(batch.patches.tolist(), batch.targets, seed).to(device)
+        views = make_views(batch.targets.boxes, draws, noise)
         with evaluating(model), computing_in("fp32", device):
             features = model.encode(float_images(batch.images))
             similarity = similarities(project_views(model, features, views), views)

@@ -11,7 +11,7 @@ from celldetr.config.experiment import ModelSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.boxes import cxcywh_to_xyxy
 from celldetr.model.deformable_attention import SamplingPoints
-from celldetr.model.device import cached_tensor, evaluating, full_precision
+from celldetr.model.device import cached_tensor, evaluating, full_precision, padded_size
 from celldetr.model.representation import RepresentationDecoder
 from celldetr.model.sampling import Shapes
 from celldetr.model.transformer import DetectionDecoder, Encoder, class_head, sine_code
@@ -41,6 +41,17 @@ class Detections(NamedTuple):
     """(L, B, Q, 1) of the nucleus score, or (L, B, Q, K) of the classes in mode ``baseline``."""
     boxes: Tensor
     """(L, B, Q, 4), cxcywh in [0, 1]."""
+
+
+class Seen(NamedTuple):
+    """All that the model computes of images alone, in tensors whose shapes depend on no value."""
+
+    features: Features
+    detections: Detections
+    embeddings: Tensor | None
+    """(B, Q, C) of the queries' last boxes in mode ``sequential``, else None."""
+    class_logits: Tensor | None
+    """(B, Q, K) of these embeddings."""
 
 
 class Kept(NamedTuple):
@@ -132,6 +143,15 @@ class CellDETR(nn.Module):
         for part in (self.backbone, self.input_projection):  # convolutions are faster with channels last
             part.to(memory_format=self.layout)  # type: ignore[call-overload]
 
+    def forward(self, images: Tensor) -> Seen:
+        """Look at images (B, 3, h, w), RGB in [0, 1]."""
+        features = self.encode(images)
+        detections = self.detect(features)
+        if self.settings.mode != "sequential":
+            return Seen(features, detections, None, None)
+        embeddings = self.represent(features, detections.boxes[-1])
+        return Seen(features, detections, embeddings, self.classify(embeddings))
+
     def encode(self, images: Tensor) -> Features:
         """Encode images (B, 3, h, w), RGB in [0, 1]."""
         normed = ((images - self.image_mean) / self.image_std).contiguous(memory_format=self.layout)
@@ -179,9 +199,8 @@ class CellDETR(nn.Module):
     def predict(self, images: Tensor, nucleus_threshold: float) -> list[ImagePredictions]:
         """Find nuclei in images (B, 3, h, w), RGB in [0, 1], with dropout and gradients off."""
         with evaluating(self):
-            features = self.encode(images)
-            size = images.shape[-1], images.shape[-2]
-            return self.select(features, self.detect(features), size, nucleus_threshold)[0]
+            seen = self(images)
+            return self.select(seen, self.keep(seen.detections, images.shape[-2:], nucleus_threshold))
 
     def attention(self, images: Tensor, nucleus_threshold: float) -> list[tuple[ImagePredictions, SamplingPoints]]:
         """Predict, and return the points that the last decoder layer sampled for each nucleus.
@@ -190,19 +209,18 @@ class CellDETR(nn.Module):
         representation decoder, or the detection decoder in mode ``baseline``.
         """
         with evaluating(self):
-            features = self.encode(images)
-            logits, boxes, points = self.decoder(*features)
-            size = images.shape[-1], images.shape[-2]
-            nuclei, rows, inner = self.select(features, Detections(logits, boxes), size, nucleus_threshold)
-            points = inner or points
-            sampled = [
-                SamplingPoints(points.locations[image, row], points.weights[image, row])
-                for image, row in enumerate(rows)
-            ]
-            return list(zip(nuclei, sampled, strict=True))
+            seen = self(images)
+            kept = self.keep(seen.detections, images.shape[-2:], nucleus_threshold)
+            if self.baseline:
+                row, points = kept.query, self.decoder(*seen.features)[2]
+            else:
+                row, *given = self._given(seen, kept)
+                points = self.representation(*seen.features, *given)[1]
+            columns = [values[kept.image, row].split(kept.counts) for values in points]
+            return list(zip(self.select(seen, kept), map(SamplingPoints, *columns), strict=True))
 
-    def keep(self, detections: Detections, size: tuple[int, int], nucleus_threshold: float) -> Kept:
-        """Choose the queries that found a nucleus in images of a size (width, height).
+    def keep(self, detections: Detections, size: Sequence[int], nucleus_threshold: float) -> Kept:
+        """Choose the queries that found a nucleus in images of a size (height, width).
 
         A score that is not a number is kept, so that whoever takes the results sees it.
         """
@@ -211,42 +229,35 @@ class CellDETR(nn.Module):
         kept = ~(scores.amax(dim=-1) < nucleus_threshold)
         counts = kept.sum(dim=1).tolist()
         image, query = kept.nonzero().unbind(1)
-        side = cached_tensor(size * 2, boxes.device, boxes.dtype)
+        side = cached_tensor((size[1], size[0]) * 2, boxes.device, boxes.dtype)
         return Kept(counts, image, query, cxcywh_to_xyxy(boxes[image, query]) * side, scores[image, query])
 
-    def select(
-        self, features: Features, detections: Detections, size: tuple[int, int], nucleus_threshold: float
-    ) -> tuple[list[ImagePredictions], tuple[Tensor, ...], SamplingPoints | None]:
-        """Select the nuclei of images of a size (width, height) from what was detected, and classify them.
+    def select(self, seen: Seen, kept: Kept) -> list[ImagePredictions]:
+        """Classify the kept nuclei of each image.
 
-        Returns also the rows (D,) of each image's nuclei in the decoder that classifies, and the points that this
-        decoder sampled (None in mode ``baseline``: those of `detections`).
+        In mode ``sequential`` all queries have entered the decoder and attended to each other, as in training; in mode
+        ``parallel`` only the kept ones do.
         """
-        counts, image, query, corners, classes = self.keep(detections, size, nucleus_threshold)
-        nucleus_score, row, points = classes.amax(dim=-1), query, None
-        own: Sequence[Tensor | None] = [None] * len(counts)
+        at, classes = (kept.image, kept.query), kept.scores
+        own: Sequence[Tensor | None] = [None] * len(kept.counts)
         if not self.baseline:
-            row, padded, points = self._represent_kept(features, detections.boxes[-1], counts, image, query)
-            embeddings = padded[image, row]
-            classes = self.classify(embeddings).sigmoid()
-            own = embeddings.split(counts)
-        columns = [values.split(counts) for values in (query, corners, nucleus_score, classes)]
-        return [ImagePredictions(*values) for values in zip(*columns, own, strict=True)], row.split(counts), points
+            embeddings, logits = seen.embeddings, seen.class_logits
+            if embeddings is None or logits is None:
+                row, boxes, valid = self._given(seen, kept)
+                at, embeddings = (kept.image, row), self.represent(seen.features, boxes, valid)
+                logits = self.classify(embeddings)
+            classes, own = logits[at].sigmoid(), embeddings[at].split(kept.counts)
+        columns = [values.split(kept.counts) for values in (kept.query, kept.boxes, kept.scores.amax(dim=-1), classes)]
+        return [ImagePredictions(*values) for values in zip(*columns, own, strict=True)]
 
-    def _represent_kept(
-        self, features: Features, boxes: Tensor, counts: list[int], image: Tensor, query: Tensor
-    ) -> tuple[Tensor, Tensor, SamplingPoints]:
-        """Represent the kept queries: the row (D,) of each in its image's result, embeddings (B, R, C) and points.
-
-        In mode ``sequential`` all queries enter the decoder and attend to each other, as in training; in mode
-        ``parallel`` only the kept ones do, padded to the largest count.
-        """
-        valid, row = None, query
-        if self.settings.mode == "parallel":
-            first = torch.tensor([0, *counts[:-1]]).cumsum(0).to(boxes.device, non_blocking=True)
-            row = torch.arange(len(query), device=boxes.device) - first[image]
-            kept = boxes[image, query]
-            boxes = boxes.new_zeros(len(counts), max(counts, default=0), 4)
-            valid = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
-            boxes[image, row], valid[image, row] = kept, True
-        return row, *self.representation(*features, boxes, valid)
+    def _given(self, seen: Seen, kept: Kept) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Kept nuclei as the representation decoder takes them: the row (D,) of each, boxes (B, R, 4), valid (B, R)."""
+        boxes = seen.detections.boxes[-1]
+        if self.settings.mode == "sequential":
+            return kept.query, boxes, None
+        first = torch.tensor([0, *kept.counts[:-1]]).cumsum(0).to(boxes.device, non_blocking=True)
+        row = torch.arange(len(kept.query), device=boxes.device) - first[kept.image]
+        given = boxes.new_zeros(len(kept.counts), padded_size(max(kept.counts, default=0)), 4)
+        valid = torch.zeros(given.shape[:2], dtype=torch.bool, device=boxes.device)
+        given[kept.image, row], valid[kept.image, row] = boxes[kept.image, kept.query], True
+        return row, given, valid

@@ -76,21 +76,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def padded_size(count: int) -> int:
+    """Smallest of 16, 32, 48, 64, 96, 128, 192, 256, ... that is at least `count`.
+
+    Nuclei are padded to few sizes, so that code compiled for a size serves many batches.
+    """
+    size = 16
+    while size < count:
+        size = size * 3 // 2 if size >= 32 and size & (size - 1) == 0 else 1 << size.bit_length()
+    return size
+
+
 def constant_table(make: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Decorate a function that makes tensors of constants: it runs once for the same arguments.
 
-    The arguments are hashable and hold no tensor. `torch.compile` takes the tensors as constants of its graph, which it
-    keeps. The tensors are shared: never change them in place.
+    The arguments are hashable and hold no tensor. The tensors are shared: never change them in place. A compiled graph
+    gets them as inputs, if they were made before it is traced: run what is compiled once as it is.
     """
-    cached = functools.lru_cache(maxsize=256)(make)
+    made: dict[Any, Result] = {}
 
     @functools.wraps(make)
     def table(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.inference_mode(False):  # they may be needed with gradients later
-            return cached(*args, **kwargs)  # type: ignore[arg-type]
+        assert not kwargs
+        if args not in made:  # a plain dictionary: the compiler sees through it, not through a cache of functools
+            with torch.inference_mode(False):  # they may be needed with gradients later
+                made[args] = make(*args, **kwargs)
+        return made[args]
 
-    constant: Callable[Arguments, Result] = torch.compiler.assume_constant_result(table)
-    return constant
+    return table
 
 
 @constant_table

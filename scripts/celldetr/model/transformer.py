@@ -3,7 +3,6 @@
 The position code of the tokens and their reference points are here as well.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
-from celldetr.model.device import CheckpointedLayers, full_precision
+from celldetr.model.device import CheckpointedLayers, constant_table, full_precision
 from celldetr.model.sampling import Shapes
 
 PRIOR = 0.01
@@ -25,23 +24,22 @@ _LOGIT_EPS = 1e-5
 _FIRST_SIZE = -2.0
 
 
-@functools.lru_cache(maxsize=256)
+@constant_table
 def sine_code(shape: tuple[int, int], channels: int, offset: float, device: torch.device) -> Tensor:
     """Two-dimensional sine code (h * w, channels) float32 of the positions of a feature map, rows first.
 
     Row i of n has the coordinate 2 pi (i + 1 - offset) / (n + 1e-6), columns likewise. The first half of the channels
     codes the row, the second the column; sine and cosine alternate, with wavelengths from 2 pi to 10,000 * 2 pi.
     `shape` is height and width; `channels` is a multiple of 4; `offset` is 0 for CellDETR, 0.5 for COCO Deformable
-    DETR. The code is shared: never change it in place.
+    DETR.
     """
-    with torch.inference_mode(False):
-        half = channels // 2
-        index = torch.arange(half, dtype=torch.float32, device=device)
-        wavelength = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / half)
-        rows, columns = (_axis_code(size, offset, wavelength) for size in shape)
-        height, width = shape
-        grid = (rows[:, None].expand(height, width, half), columns[None].expand(height, width, half))
-        return torch.cat(grid, dim=-1).flatten(0, 1)
+    half = channels // 2
+    index = torch.arange(half, dtype=torch.float32, device=device)
+    wavelength = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / half)
+    rows, columns = (_axis_code(size, offset, wavelength) for size in shape)
+    height, width = shape
+    grid = (rows[:, None].expand(height, width, half), columns[None].expand(height, width, half))
+    return torch.cat(grid, dim=-1).flatten(0, 1)
 
 
 def _axis_code(size: int, offset: float, wavelength: Tensor) -> Tensor:
@@ -52,16 +50,15 @@ def _axis_code(size: int, offset: float, wavelength: Tensor) -> Tensor:
     return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1)
 
 
-@functools.lru_cache(maxsize=256)
+@constant_table
 def reference_grid(shapes: Shapes, device: torch.device) -> Tensor:
-    """Pixel centres (T, 2) float32 of all levels, x and y in [0, 1], rows first. Shared: never change it in place."""
-    with torch.inference_mode(False):
-        levels = []
-        for height, width in shapes:
-            y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-            x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-            levels.append(torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1))
-        return torch.cat(levels)
+    """Pixel centres (T, 2) float32 of all levels, x and y in [0, 1], rows first."""
+    levels = []
+    for height, width in shapes:
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        levels.append(torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1))
+    return torch.cat(levels)
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:

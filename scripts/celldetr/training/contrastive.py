@@ -15,9 +15,21 @@ from torch.nn import functional
 from celldetr.config.experiment import NoiseSettings
 from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Features
-from celldetr.model.device import cached_tensor
+from celldetr.model.device import cached_tensor, padded_size
 from celldetr.model.representation import FULL_IMAGE
 from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream
+
+
+class ViewDraws(NamedTuple):
+    """How the slots of B images are filled with views."""
+
+    counts: Tensor  # nuclei of each image (B,)
+    filled: Tensor  # slots of each image that hold a view (B,)
+    uniforms: Tensor  # random numbers (B, S, 9) for the noise of anchors; S is at least twice the largest count
+
+    def to(self, device: torch.device | str) -> "ViewDraws":
+        """Move them to a device."""
+        return ViewDraws(*(values.to(device, non_blocking=True) for values in self))
 
 
 class Views(NamedTuple):
@@ -46,46 +58,44 @@ class Views(NamedTuple):
         return seen | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
 
 
-def training_uniforms(batch: Batch, seed: int) -> Tensor:
-    """Random numbers (B, S, 9) for the slots of a step's images, drawn for the global batch.
+def training_draws(batch: Batch, seed: int) -> ViewDraws:
+    """Draw for a step's images, as for the global batch.
 
-    S is twice the largest number of nuclei in the global batch; all slots of an image are filled with anchors.
+    Views fill twice as many slots of an image as the largest number of nuclei in the global batch; the rest is padding.
     """
-    slots = 2 * max(1, int(batch.counts_global.max(initial=0)))
-    random = random_stream(seed, batch.step, NOISE)
-    uniforms = random.random((len(batch.counts_global), slots, box_ops.NOISE_DRAWS), dtype=np.float32)
-    return torch.from_numpy(uniforms[batch.rows])
+    filled = 2 * max(1, int(batch.counts_global.max(initial=0)))
+    shape = (len(batch.counts_global), filled, box_ops.NOISE_DRAWS)
+    drawn = random_stream(seed, batch.step, NOISE).random(shape, dtype=np.float32)[batch.rows]
+    uniforms = np.zeros((len(drawn), 2 * padded_size(filled // 2), box_ops.NOISE_DRAWS), dtype=np.float32)
+    uniforms[:, :filled] = drawn
+    return ViewDraws(batch.targets.counts, torch.full((len(drawn),), filled), torch.from_numpy(uniforms))
 
 
-def validation_uniforms(patches: Sequence[int], targets: Targets, seed: int) -> Tensor:
-    """Random numbers (B, S, 9) for one anchor per nucleus; they depend only on the seed and the patch."""
+def validation_draws(patches: Sequence[int], targets: Targets, seed: int) -> ViewDraws:
+    """Draw one anchor per nucleus; the numbers depend only on the seed and the patch."""
     slots = targets.labels.shape[1]
     uniforms = np.zeros((len(patches), 2 * slots, box_ops.NOISE_DRAWS), dtype=np.float32)
     for row, (patch, count) in enumerate(zip(patches, targets.counts.tolist(), strict=True)):
         random = random_stream(seed, int(patch), VALIDATION)
         uniforms[row, count : 2 * count] = random.random((count, box_ops.NOISE_DRAWS), dtype=np.float32)
-    return torch.from_numpy(uniforms)
+    return ViewDraws(targets.counts, 2 * targets.counts, torch.from_numpy(uniforms))
 
 
-def make_views(targets: Targets, uniforms: Tensor, noise: NoiseSettings, *, once: bool) -> Views:
-    """Lay out the views of B images in S slots, at least twice the largest number of nuclei.
+def make_views(boxes: Tensor, draws: ViewDraws, noise: NoiseSettings) -> Views:
+    """Lay out the views of the nuclei in true boxes (B, R, 4) in S slots.
 
-    Every anchor gets noise, from the random numbers `uniforms` (B, S, 9). With `once` each nucleus has one anchor, and
-    padding follows; else anchors of all nuclei in turn fill the slots.
+    The originals of an image come first, then anchors of all of them in turn, each with noise, then padding.
     """
-    device, slots = targets.boxes.device, uniforms.shape[1]
-    counts = targets.counts.to(device, non_blocking=True)
-    slot, n = torch.arange(slots, device=device), counts[:, None]
-    valid = (n > 0) & (slot < (2 * n if once else slots))
+    counts, filled, uniforms = draws
+    n, slot = counts[:, None], torch.arange(uniforms.shape[1], device=boxes.device)
+    valid = (n > 0) & (slot < filled[:, None])
     nucleus = torch.where(valid, slot % n.clamp(min=1), 0)
     anchor = valid & (slot >= n)
-    boxes = targets.boxes.gather(1, nucleus[..., None].expand(-1, -1, 4))
-    moved = box_ops.noise(
-        boxes, uniforms.to(device, non_blocking=True), low=noise.low, high=noise.high, enlarge=noise.enlarge
-    )
-    boxes = torch.where(anchor[..., None], moved, boxes)
-    whole = cached_tensor(FULL_IMAGE, device, boxes.dtype)
-    return Views(torch.where(valid[..., None], boxes, whole), nucleus, valid, anchor, counts)
+    views = boxes.gather(1, nucleus[..., None].expand(-1, -1, 4))
+    moved = box_ops.noise(views, uniforms, low=noise.low, high=noise.high, enlarge=noise.enlarge)
+    views = torch.where(anchor[..., None], moved, views)
+    whole = cached_tensor(FULL_IMAGE, views.device, views.dtype)
+    return Views(torch.where(valid[..., None], views, whole), nucleus, valid, anchor, counts)
 
 
 def project_views(model: CellDETR, features: Features, views: Views) -> Tensor:

@@ -21,14 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.boxes import NOISE_DRAWS, xyxy_to_cxcywh
+from celldetr.model.device import padded_size
 from celldetr.runtime.errors import InputError, ProcessFailed
 from celldetr.store import PatchStore
 
 ORDER, AUGMENTATION, NOISE, DROPOUT, VALIDATION = range(5)
 """Uses of random numbers; each has its own stream for a seed and a step."""
-
-SLOTS = 16
-"""Nuclei of a batch are padded to a multiple of this, so that code compiled for a size serves many batches."""
 
 UNLABELLED = -1
 """Label of a nucleus without a label, and of padding."""
@@ -172,7 +170,7 @@ class PatchData:
     def targets(self, patches: NDArray[np.int64]) -> Targets:
         """Nuclei of patches (B,), padded to at least one slot, so that no tensor is empty."""
         counts = self.counts(patches)
-        slots = SLOTS * max(1, math.ceil(counts.max(initial=0) / SLOTS))
+        slots = padded_size(int(counts.max(initial=0)))
         boxes = np.tile(np.array([0, 0, self.patch_size, self.patch_size], np.float32), (len(patches), slots, 1))
         labels = np.full((len(patches), slots), UNLABELLED, dtype=np.int64)
         for row, (start, count) in enumerate(zip(self.ptr[patches], counts, strict=True)):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from celldetr.config.experiment import LossSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, giou
 from celldetr.training.data import Targets
-from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA, Matches
+from celldetr.training.matching import FOCAL_ALPHA, FOCAL_GAMMA
 
 
 def focal(logits: Tensor, positive: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def focal(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def detection_losses(
-    logits: Tensor, boxes: Tensor, targets: Targets, matches: Matches, n_boxes: float
+    logits: Tensor, boxes: Tensor, targets: Targets, query: Tensor, n_boxes: Tensor | float
 ) -> dict[str, Tensor]:
     """Losses of the detection decoder, layer by layer, divided by `n_boxes`.
 
@@ -39,32 +39,33 @@ def detection_losses(
         unlabelled nucleus is left out of the focal loss.
     boxes
         (L, B, Q, 4), cxcywh in [0, 1].
+    query
+        (L, B, R) int64, the query of each nucleus; -1 without one and at padding.
 
     Returns
     -------
     dict
         ``nucleus`` (focal loss summed over queries), ``l1`` and ``giou`` (of matched queries), each (L,), unweighted.
     """
-    layer, image, query, box = matches
-    positive = torch.zeros_like(logits, dtype=torch.float32)
-    if logits.shape[-1] == 1:
-        positive[layer, image, query] = 1
-        by_query = focal(logits, positive).sum(dim=-1)
-    else:
-        label = targets.labels[image, box]
-        positive[layer, image, query, label.clamp(min=0)] = (label >= 0).float()
-        ignored = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        ignored[layer, image, query] = label < 0
-        by_query = focal(logits, positive).sum(dim=-1).masked_fill(ignored, 0)
+    matched = query >= 0
+    slot, queries, classes = query.clamp(min=0)[..., None], logits.shape[2], logits.shape[3]
+    spare = torch.where(matched, query, queries)[..., None]  # a query more than there are takes what has no match
+    label = targets.labels.expand_as(query)[..., None]
+    alike = torch.ones_like(label) if classes == 1 else label == torch.arange(classes, device=label.device)
+    positive = logits.new_zeros((*logits.shape[:2], queries + 1, classes), dtype=torch.float32)
+    positive = positive.scatter(2, spare.expand_as(alike), alike.float())[:, :, :queries]
+    by_query = focal(logits, positive).sum(dim=-1)
+    if classes > 1:
+        ignored = torch.zeros_like(by_query[:, :, :1], dtype=torch.bool).expand(-1, -1, queries + 1)
+        by_query = by_query.masked_fill(ignored.scatter(2, spare[..., 0], label[..., 0] < 0)[:, :, :queries], 0)
 
-    predicted, true = boxes[layer, image, query].float(), targets.boxes[image, box]
-    l1 = (predicted - true).abs().sum(dim=-1)
-    apart = 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(true))
-    empty = torch.zeros(len(logits), device=logits.device)
+    predicted = boxes.gather(2, slot.expand(*slot.shape[:-1], 4)).float()
+    l1 = (predicted - targets.boxes).abs().sum(dim=-1)
+    apart = 1 - giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(targets.boxes))
     return {
         "nucleus": by_query.sum(dim=(1, 2)) / n_boxes,
-        "l1": empty.index_add(0, layer, l1) / n_boxes,
-        "giou": empty.index_add(0, layer, apart) / n_boxes,
+        "l1": torch.where(matched, l1, 0).sum(dim=(1, 2)) / n_boxes,
+        "giou": torch.where(matched, apart, 0).sum(dim=(1, 2)) / n_boxes,
     }
 
 
@@ -83,7 +84,7 @@ def class_weights(labels: NDArray[np.int8], classes: int, exponent: float) -> tu
     return tuple(np.where(counts > 0, weights, 1.0).tolist())
 
 
-def class_loss(logits: Tensor, labels: Tensor, n_boxes: float, weights: Tensor | None = None) -> Tensor:
+def class_loss(logits: Tensor, labels: Tensor, n_boxes: Tensor | float, weights: Tensor | None = None) -> Tensor:
     """Focal loss of class logits (..., K), divided by `n_boxes`: mean over classes, summed over nuclei with a label.
 
     `labels` (...) are -1 where there is no label or no nucleus. `weights` (K,) are those of the classes; None: 1.

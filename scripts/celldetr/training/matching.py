@@ -9,7 +9,6 @@ the device computes what needs no matches; the assignments run in CPU threads.
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +24,6 @@ from celldetr.training.data import Targets
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
-
-
-class Matches(NamedTuple):
-    """Matched pairs of all decoder layers, layer after layer, image after image; all tensors (n,) int64."""
-
-    layer: Tensor
-    image: Tensor
-    query: Tensor
-    box: Tensor
 
 
 def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSettings) -> Tensor:
@@ -77,22 +67,20 @@ def costs(logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSet
 
 
 def assign(cost: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Cheapest assignment of every layer and image, as rows (4, n): layer, image, query, nucleus.
+    """Cheapest assignment of every layer and image: the query (L, B, R) of each nucleus, -1 without one.
 
     `cost` is (L, B, R, Q); the slots behind the `counts` (B,) of nuclei are padding. If an image has more nuclei than
     queries, the most expensive nuclei get no query.
     """
+    found = np.full(cost.shape[:3], -1, dtype=np.int64)
 
-    def solve(at: tuple[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        box, query = linear_sum_assignment(cost[at][: counts[at[1]]])  # rows are nuclei
-        return box, query
+    def solve(at: tuple[int, int]) -> None:
+        nucleus, query = linear_sum_assignment(cost[at][: counts[at[1]]])
+        found[at][nucleus] = query
 
     problems = [(layer, image) for layer in range(len(cost)) for image in range(len(counts)) if counts[image]]
-    solved = _threads().map(solve, problems)
-    found = [np.empty((4, 0), dtype=np.int64)]
-    for (layer, image), (box, query) in zip(problems, solved, strict=True):
-        found.append(np.stack([np.full_like(box, layer), np.full_like(box, image), query, box]))
-    return np.concatenate(found, axis=1)
+    list(_threads().map(solve, problems))
+    return found
 
 
 @functools.cache
@@ -101,18 +89,18 @@ def _threads() -> ThreadPoolExecutor:
 
 
 class Matching:
-    """Matches in progress: the `costs` are computed and cross to the CPU while the caller continues."""
+    """Matches in progress: the costs (L, B, R, Q) cross to the CPU while the caller continues."""
 
-    def __init__(self, logits: Tensor, boxes: Tensor, targets: Targets, settings: MatchingSettings) -> None:
-        self._counts = targets.counts.numpy()
-        self._device = logits.device
-        self._costs = costs(logits, boxes, targets, settings).to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if logits.is_cuda else None
+    def __init__(self, costs: Tensor, counts: Tensor) -> None:
+        self._counts = counts.numpy()
+        self._device = costs.device
+        self._costs = costs.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if costs.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
 
-    def result(self) -> Matches:
-        """Wait for the costs and assign.
+    def result(self) -> Tensor:
+        """Wait for the costs and assign: the query (L, B, R) int64 of each nucleus, -1 without one and at padding.
 
         Raises
         ------
@@ -124,5 +112,4 @@ class Matching:
         table = self._costs.numpy()
         if not all(np.isfinite(table[:, image, :count]).all() for image, count in enumerate(self._counts)):
             raise NonFinite("costs of the matching")
-        rows = torch.from_numpy(assign(table, self._counts)).to(self._device, non_blocking=True)
-        return Matches(*rows)
+        return torch.from_numpy(assign(table, self._counts)).to(self._device, non_blocking=True)

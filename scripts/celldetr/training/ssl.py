@@ -1,7 +1,6 @@
 """Self-supervised pretraining: contrastive learning of nuclei and detection, without labels (paper, 3.3)."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from celldetr.model.celldetr import Features, Seen
 from celldetr.training.contrastive import (
+    ViewDraws,
     Views,
     contrastive_loss,
     found_own,
@@ -18,11 +19,11 @@ from celldetr.training.contrastive import (
     similarities,
     similarity_sums,
     spread,
-    training_uniforms,
-    validation_uniforms,
+    training_draws,
+    validation_draws,
 )
 from celldetr.training.data import Batch, Targets
-from celldetr.training.losses import detection_losses
+from celldetr.training.losses import detection_losses, weighted
 from celldetr.training.stage import Outputs, Stage
 
 COLLAPSED = 0.1
@@ -48,39 +49,35 @@ class SslStage(Stage):
         self._moments = np.zeros((2, self.model.settings.projection))
         self._originals = 0
 
-    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Compute the detection losses, and the contrastive loss between the views of each nucleus."""
-        views, settings = self.views(targets, batch), self.settings.contrastive
-        features = self.model.encode(images)
-        detections, matching = self.detect(features, targets)
-        projected = project_views(self.model, features, views)
-        n_boxes = n_images = 1.0  # in validation losses are summed
+    def given_beside(self, targets: Targets, batch: Batch) -> tuple[Tensor, ...]:
+        """Draw the views: the tensors of `ViewDraws`."""
         if batch.training:
-            n_boxes, n_images = max(1, batch.boxes_global), max(1, int((batch.counts_global >= 2).sum()))
-        losses = detection_losses(*detections, targets, matching.result(), n_boxes)
-        with torch.autocast(images.device.type, enabled=False):
-            loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)
-            losses["contrastive"] = loss / n_images
-        return Outputs(losses, features, detections, projected)
-
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Weighted sum of the detection losses and the contrastive loss."""
-        return super().total(losses) + self.settings.contrastive.weight * losses["contrastive"]
-
-    def views(self, targets: Targets, batch: Batch) -> Views:
-        """Originals and anchors of the nuclei of a batch."""
-        seed = self.settings.seed
-        if batch.training:
-            uniforms = training_uniforms(batch, seed)
+            draws = training_draws(batch, self.settings.seed)
         else:
-            uniforms = validation_uniforms(batch.patches.tolist(), targets, seed)
-        return make_views(targets, uniforms, self.settings.noise, once=not batch.training)
+            draws = validation_draws(batch.patches.tolist(), targets, self.settings.seed)
+        return draws.to(targets.boxes.device)
+
+    def inner(self, features: Features, boxes: Tensor, *given: Tensor) -> tuple[Tensor, Views]:
+        """Projected embeddings (B, S, P) of the originals and anchors of the nuclei, and these views."""
+        views = make_views(boxes, ViewDraws(*given), self.settings.noise)
+        return project_views(self.model, features, views), views
+
+    def losses(
+        self, seen: Seen, inner: Any, targets: Targets, query: Tensor, divisors: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the detection losses, the contrastive loss of the views, and their weighted sum."""
+        losses = detection_losses(*seen.detections, targets, query, divisors[0])
+        settings = self.settings.contrastive
+        projected, views = inner
+        with torch.autocast(query.device.type, enabled=False):
+            loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)
+        losses["contrastive"] = loss / divisors[1]
+        return losses, weighted(losses, self.settings.losses) + settings.weight * losses["contrastive"]
 
     def validate(self, batch: Batch) -> Outputs:
         """Count also the anchors that find their original, and sum up the spread of the originals."""
         outputs = super().validate(batch)
-        views, projected = self.views(batch.targets, batch), outputs.projected
-        assert projected is not None
+        projected, views = outputs.inner
         with torch.autocast(projected.device.type, enabled=False):
             similarity = similarities(projected, views)
             sums = similarity_sums(similarity, views).tolist()

@@ -15,12 +15,11 @@ from celldetr.config.experiment import Experiment
 from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
-from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, float_images
+from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen, float_images
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.augment import augment, draw
 from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
-from celldetr.training.losses import weighted
-from celldetr.training.matching import Matching
+from celldetr.training.matching import Matching, costs
 from celldetr.training.processes import Group
 
 TRAINED_PARTS = {"head": ("class_head",), "representation": ("representation", "class_head")}
@@ -33,10 +32,11 @@ class Outputs(NamedTuple):
 
     losses: dict[str, Tensor]
     """Losses without weights; those of detection for each decoder layer."""
-    features: Features
-    detections: Detections
-    projected: Tensor | None = None
-    """(B, S, P) projected embeddings of the views, in contrastive pretraining."""
+    total: Tensor
+    """Their weighted sum, ()."""
+    seen: Seen
+    inner: Any
+    """What `Stage.inner` returned."""
 
 
 class Stage(ABC):
@@ -44,7 +44,13 @@ class Stage(ABC):
 
     Parts of the model that ``training.probe`` freezes lose their gradients here. `val` may be empty; `scoring` says
     which detections count in validation. The processes of the group share each batch.
+
+    What a step computes lies in four functions of tensors whose shapes depend on no value, `REGIONS`: nothing in them
+    waits for the device, and each can be compiled as one graph. Between `costs` and `losses` nuclei are matched on the
+    CPU, while the device is busy with `inner`.
     """
+
+    REGIONS = ("look", "costs", "inner", "losses")
 
     validates_start = False
     """Whether the untrained model is validated, as epoch 0 of the log."""
@@ -82,12 +88,32 @@ class Stage(ABC):
         for part in self._frozen:
             part.eval()
 
-    @abstractmethod
-    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Compute the losses of images (B, 3, S, S) in [0, 1] with their nuclei.
+    def look(self, images: Tensor) -> Seen:
+        """Look at images (B, 3, S, S) in [0, 1]."""
+        seen: Seen = self.model(images)
+        return seen
 
-        They were made from the batch; in training they are augmented.
+    def costs(self, detections: Detections, targets: Targets) -> Tensor:
+        """Costs (L, B, R, Q) of the matching."""
+        return costs(*detections, targets, self.settings.matching)
+
+    @abstractmethod
+    def inner(self, features: Features, boxes: Tensor, *given: Tensor) -> Any:
+        """Represent nuclei in true boxes (B, R, 4); `given` comes from `given_beside`."""
+
+    @abstractmethod
+    def losses(
+        self, seen: Seen, inner: Any, targets: Targets, query: Tensor, divisors: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses, and their weighted sum; `query` (L, B, R) are the matches, see `detection_losses`.
+
+        `divisors` (2,) are the number of nuclei, and that of images with at least two nuclei, of the global batch in
+        training; 1 in validation, where losses are summed.
         """
+
+    @abstractmethod
+    def given_beside(self, targets: Targets, batch: Batch) -> tuple[Tensor, ...]:
+        """Tensors that `inner` needs beside the true boxes, on the device; empty: there is nothing to represent."""
 
     @abstractmethod
     def validation_summary(self) -> dict[str, Any]:
@@ -108,18 +134,24 @@ class Stage(ABC):
             draws = draw(settings.augmentation, settings.seed, batch.step, settings.batch_size).of(batch.rows)
             images, targets = augment(float_images(batch.images), batch.targets, draws, settings.augmentation)
         with self.naming_patches(batch):
-            losses = self.compute(images, targets, batch).losses
-        return losses, self.total(losses)
+            outputs = self.compute(images, targets, batch)
+        return outputs.losses, outputs.total
 
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Weighted sum of the losses of `compute`."""
-        return weighted(losses, self.settings.losses)
+    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
+        """Compute the losses of images (B, 3, S, S) in [0, 1] with their nuclei.
 
-    def detect(self, features: Features, targets: Targets) -> tuple[Detections, Matching]:
-        """Detect nuclei and start matching; do other work before calling ``result()`` of the matching."""
-        detections = self.model.detect(features)
-        logits, boxes = (values.detach() for values in detections)
-        return detections, Matching(logits, boxes, targets, self.settings.matching)
+        They were made from the batch; in training they are augmented.
+        """
+        divisors = torch.ones(2)
+        if batch.training:
+            divisors = torch.tensor([batch.boxes_global, (batch.counts_global >= 2).sum()]).float().clamp(min=1)
+        divisors, given = divisors.to(images.device, non_blocking=True), self.given_beside(targets, batch)
+        seen = self.look(images)
+        detached = Detections(*(values.detach() for values in seen.detections))
+        matching = Matching(self.costs(detached, targets), targets.counts)
+        inner = self.inner(seen.features, targets.boxes, *given) if given else None
+        losses, total = self.losses(seen, inner, targets, matching.result(), divisors)
+        return Outputs(losses, total, seen, inner)
 
     def start_validation(self) -> None:
         """Forget the last validation."""
@@ -136,12 +168,12 @@ class Stage(ABC):
         """
         with self.naming_patches(batch):
             outputs = self.compute(float_images(batch.images), batch.targets, batch)
-            values = Losses(outputs.losses, self.total(outputs.losses)).values()
+            values = Losses(outputs.losses, outputs.total).values()
         for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         size = (self.val_data.patch_size,) * 2
-        threshold = self.evaluator.settings.nucleus_threshold
-        self._count(batch.targets, self.model.select(outputs.features, outputs.detections, size, threshold)[0])
+        kept = self.model.keep(outputs.seen.detections, size, self.evaluator.settings.nucleus_threshold)
+        self._count(batch.targets, self.model.select(outputs.seen, kept))
         return outputs
 
     def _count(self, targets: Targets, found: list[ImagePredictions]) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from celldetr.model import boxes as box_ops
+from celldetr.model.celldetr import Features, Seen
 from celldetr.model.device import cached_tensor
-from celldetr.training.data import Batch, Targets, noise_uniforms
-from celldetr.training.losses import class_loss, class_weights, detection_losses
-from celldetr.training.matching import Matches
-from celldetr.training.stage import Outputs, Stage, finite
+from celldetr.training.data import UNLABELLED, Batch, Targets, noise_uniforms
+from celldetr.training.losses import class_loss, class_weights, detection_losses, weighted
+from celldetr.training.stage import Stage, finite
 
 LOSSES = {
     "baseline": ("loss", "nucleus", "l1", "giou"),
@@ -25,45 +25,43 @@ LOSSES = {
 class SupervisedStage(Stage):
     """Training on nuclei with classes; see `celldetr.training.stage.Stage`."""
 
-    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Compute the detection losses and the class loss.
+    def given_beside(self, targets: Targets, batch: Batch) -> tuple[Tensor, ...]:
+        """Which slots hold a nucleus (B, R), and in training with noise its random numbers (B, R, 9)."""
+        if self.mode != "parallel":
+            return ()
+        if batch.training and self.settings.noise.share:
+            return targets.valid, noise_uniforms(batch, targets, self.settings.seed)
+        return (targets.valid,)
 
-        The class head gets the embeddings of the matched queries' boxes (mode ``sequential``) or of the true boxes,
-        with noise in training (mode ``parallel``).
+    def inner(self, features: Features, boxes: Tensor, *given: Tensor) -> Tensor:
+        """Class logits (B, R, K) of nuclei in true boxes, with noise in training (paper, A.2); mode ``parallel``."""
+        valid, *uniforms = given
+        if uniforms:
+            boxes = box_ops.noise(boxes, *uniforms, **self.settings.noise.model_dump())
+        return self.model.classify(self.model.represent(features, boxes, valid))
+
+    def losses(
+        self, seen: Seen, inner: Any, targets: Targets, query: Tensor, divisors: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the detection losses and the class loss, and their weighted sum.
+
+        The class head got the embeddings of the queries' boxes (mode ``sequential``), of which the matched ones count,
+        or of the true boxes (mode ``parallel``).
         """
-        n_boxes = max(1.0, batch.boxes_global) if batch.training else 1.0  # in validation losses are summed
-        features = self.model.encode(images)
-        detections, matching = self.detect(features, targets)
-        embeddings = None
-        if self.mode == "sequential":
-            embeddings = self.model.represent(features, detections.boxes[-1].detach())
-        elif self.mode == "parallel":
-            given = self._noised(targets, batch) if batch.training else targets.boxes
-            class_logits = self.model.classify(self.model.represent(features, given, targets.valid))
-            labels = targets.labels
-        matches = matching.result()
-        losses = detection_losses(*detections, targets, matches, n_boxes)
-        if embeddings is not None:
-            pairs = int(targets.counts.clamp(max=detections.boxes.shape[2]).sum())  # of a layer; the last ones are last
-            last = Matches(*(column[len(column) - pairs :] for column in matches))
-            class_logits = self.model.classify(embeddings[last.image, last.query])
-            labels = targets.labels[last.image, last.box]
-        if self.mode != "baseline":
-            weights = cached_tensor(self._weights, images.device)
-            losses["classes"] = class_loss(class_logits, labels, n_boxes, weights)
-        return Outputs(losses, features, detections)
+        losses = detection_losses(*seen.detections, targets, query, divisors[0])
+        logits, labels = inner, targets.labels
+        if seen.class_logits is not None:
+            chosen = query[-1].clamp(min=0)[..., None].expand(-1, -1, seen.class_logits.shape[-1])
+            logits, labels = seen.class_logits.gather(1, chosen), labels.where(query[-1] >= 0, UNLABELLED)
+        if logits is not None:
+            weights = cached_tensor(self._weights, labels.device)
+            losses["classes"] = class_loss(logits, labels, divisors[0], weights)
+        return losses, weighted(losses, self.settings.losses)
 
     @functools.cached_property
     def _weights(self) -> tuple[float, ...]:
         """Weights of the classes by their frequency among the training nuclei."""
         return class_weights(self.train_data.labels, len(self.classes), self.settings.losses.class_balance)
-
-    def _noised(self, targets: Targets, batch: Batch) -> Tensor:
-        """Boxes for the representation decoder (paper, A.2)."""
-        noise = self.settings.noise
-        if not noise.share:
-            return targets.boxes
-        return box_ops.noise(targets.boxes, noise_uniforms(batch, targets, self.settings.seed), **noise.model_dump())
 
     def validation_summary(self) -> dict[str, Any]:
         """Losses per nucleus, P, R, F of detection, and F of the classes, over all validation patches.

@@ -11,6 +11,7 @@ from torch.nn import functional
 from celldetr.config.experiment import NoiseSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.training.contrastive import (
+    ViewDraws,
     Views,
     contrastive_loss,
     found_own,
@@ -39,7 +40,12 @@ def views_of(counts, seed=0, *, once=False, slots=None):
     targets = make_targets(counts, seed)
     slots = slots or 2 * targets.labels.shape[1]
     uniforms = torch.rand(len(counts), slots, 9, generator=torch.Generator().manual_seed(seed + 1))
-    return targets, make_views(targets, uniforms, NOISE, once=once)
+    return targets, lay_out(targets, uniforms, once=once)
+
+
+def lay_out(targets, uniforms, *, once):
+    filled = 2 * targets.counts if once else torch.full_like(targets.counts, uniforms.shape[1])
+    return make_views(targets.boxes, ViewDraws(targets.counts, filled, uniforms), NOISE)
 
 
 def test_anchors_fill_the_slots_and_every_nucleus_has_one():
@@ -120,10 +126,10 @@ def test_an_image_alone_gives_what_it_gives_beside_others_and_in_more_slots(mode
     features = features_of(model, 3)
     targets = make_targets([2, 5, 0])
     uniforms = torch.rand(3, 10, 9)
-    together = make_views(targets, uniforms, NOISE, once=True)
+    together = lay_out(targets, uniforms, once=True)
     projected = projected_of(model, features, together)
-    alone = make_views(
-        Targets(targets.boxes[:1, :2], targets.labels[:1, :2], targets.counts[:1]), uniforms[:1, :4], NOISE, once=True
+    alone = lay_out(
+        Targets(targets.boxes[:1, :2], targets.labels[:1, :2], targets.counts[:1]), uniforms[:1, :4], once=True
     )
     single = projected_of(model, features._replace(memory=features.memory[:1]), alone)
     assert torch.allclose(single[0], projected[0, :4], atol=1e-5)

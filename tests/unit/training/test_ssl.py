@@ -16,11 +16,12 @@ from tiny_training import (
 from celldetr.model.weights import load_model
 from celldetr.training import ssl
 from celldetr.training.contrastive import (
+    ViewDraws,
     contrastive_loss,
     make_views,
     project_views,
-    training_uniforms,
-    validation_uniforms,
+    training_draws,
+    validation_draws,
 )
 from celldetr.training.data import PatchData, TrainingBatches
 
@@ -29,22 +30,23 @@ def test_shares_of_a_batch_have_the_noise_and_the_slots_of_the_whole(slide):
     data = PatchData([slide], make_split(slide, 9, 0), "train")
     seen = []
     for step in range(6):
-        whole = training_uniforms(TrainingBatches(data, 4, seed=3)[step], 3)
+        whole = training_draws(TrainingBatches(data, 4, seed=3)[step], 3)
         batches = [TrainingBatches(data, 4, 3, rank, 2)[step] for rank in range(2)]
-        assert torch.equal(torch.cat([training_uniforms(batch, 3) for batch in batches]), whole)
-        assert whole.shape[1] == 2 * max(int(batch.targets.counts.max()) for batch in batches)
-        seen.append(float(whole[0, 0, 0]))
+        shares = zip(*(training_draws(batch, 3) for batch in batches), strict=True)
+        assert all(torch.equal(torch.cat(values), all_) for values, all_ in zip(shares, whole, strict=True))
+        assert set(whole.filled.tolist()) == {2 * max(int(batch.targets.counts.max()) for batch in batches)}
+        seen.append(float(whole.uniforms[0, 0, 0]))
     assert len(set(seen)) == 6
 
 
 def test_noise_of_validation_depends_on_the_patch_alone(slide):
     data = PatchData([slide], make_split(slide, 0, 9), "val")
-    together = validation_uniforms([2, 5], data.targets(np.array([2, 5])), 3)
+    together = validation_draws([2, 5], data.targets(np.array([2, 5])), 3).uniforms
     alone = data.targets(np.array([5]))
     count = int(alone.counts[0])
     assert count > 0
     own = slice(count, 2 * count)
-    assert torch.equal(validation_uniforms([5], alone, 3)[0, own], together[1, own])
+    assert torch.equal(validation_draws([5], alone, 3).uniforms[0, own], together[1, own])
 
 
 def test_a_run_logs_its_start_and_leaves_all_its_results(slide, tmp_path):
@@ -71,10 +73,10 @@ def test_the_loss_of_a_step_is_the_mean_over_images_with_two_nuclei_whose_slots_
     batch = TrainingBatches(stage.train_data, 8, seed=1)[0]
     counts = batch.targets.counts
     assert 0 < (counts < 2).sum() < 7
-    views = stage.views(batch.targets, batch)
-    assert torch.equal(views.valid, (counts > 0)[:, None].expand(-1, 2 * int(counts.max())))
     outputs = stage.compute(torch.rand(8, 3, 32, 32), batch.targets, batch)
-    total = contrastive_loss(outputs.projected, views, 0.1, "image")
+    projected, views = outputs.inner
+    assert torch.equal(views.valid.sum(dim=1), 2 * counts.max() * (counts > 0))
+    total = contrastive_loss(projected, views, 0.1, "image")
     assert float(outputs.losses["contrastive"].detach()) == pytest.approx(
         float(total.detach()) / int((counts > 1).sum())
     )
@@ -86,7 +88,8 @@ def test_spread_of_the_log_is_that_of_the_originals(slide, tmp_path):
     model = load_model(train(experiment, [slide], split, tmp_path))
     data = PatchData([slide], split, "val")
     targets = data.targets(np.arange(6))
-    views = make_views(targets, torch.zeros(6, 2 * targets.labels.shape[1], 9), experiment.training.noise, once=True)
+    draws = ViewDraws(targets.counts, 2 * targets.counts, torch.zeros(6, 2 * targets.labels.shape[1], 9))
+    views = make_views(targets.boxes, draws, experiment.training.noise)
     with torch.no_grad():
         projected = project_views(model, model.encode(data.read(np.arange(6)).permute(0, 3, 1, 2) / 255), views)
     unit = torch.nn.functional.normalize(projected[views.original], dim=-1)
@@ -97,8 +100,7 @@ def test_spread_of_the_log_is_that_of_the_originals(slide, tmp_path):
 def test_every_parameter_gets_a_gradient(slide):
     stage = make_stage(slide, make_ssl_experiment())
     batch = TrainingBatches(stage.train_data, 4, seed=1)[0]
-    losses = stage.compute(torch.rand(4, 3, 32, 32), batch.targets, batch).losses
-    stage.total(losses).backward()
+    stage.compute(torch.rand(4, 3, 32, 32), batch.targets, batch).total.backward()
     assert [name for name, parameter in stage.model.named_parameters() if parameter.grad is None] == []
 
 
