@@ -212,7 +212,7 @@ def test_models_that_cannot_do_it_are_refused_before_anything_is_read(tmp_path):
         content["settings"]["classes"] = [first, "b", second]
         torch.save(content, tmp_path / "same.pt")
         with pytest.raises(InputError, match=rf"same\.pt: .*classes: got \['{first}', '{second}'\], which"):
-            CellModel.load(tmp_path / "same.pt")
+            CellModel.load(tmp_path / "same.pt", mpp=0.25, size=64)
 
 
 def test_no_cell_at_all_is_said_and_leaves_no_file(tmp_path):
