@@ -5,7 +5,8 @@ which is slower by far but stops nowhere for memory.
 
 A file holds one document or several, one after another or on a line each (GeoJSONSeq): features, geometries, lists or
 collections of them. It may be compressed (gzip, zip). CellViT writes one feature for each cell type: a MultiPolygon of
-all its nuclei; and ``cells.json``, which is no GeoJSON: an object whose ``cells`` have a ``contour`` in px of level 0.
+all its nuclei; and ``cells.json`` and ``cell_detection.json``, which are no GeoJSON: objects whose ``cells`` have a
+``contour``, or else a ``bbox`` (two corners, each y before x), in px of level 0.
 QuPath's cells have two outlines; that of the nucleus is read.
 """
 
@@ -204,7 +205,7 @@ def _plain_outline(feature: Any) -> Outline | None:
     if not isinstance(feature, dict) or "coordinates" in feature or _LISTS & feature.keys():
         return None
     if "geometry" not in feature:
-        ring = _ring(feature.get("contour"))
+        ring = _ring(feature["contour"] if "contour" in feature else _corners(feature.get("bbox")))
         return Outline([[ring]]) if ring else None
     nucleus = feature.get("nucleusGeometry")
     geometry = nucleus if isinstance(nucleus, dict) else feature["geometry"]
@@ -249,6 +250,15 @@ def _ring(corners: Any) -> bytes | None:
     return array("d", numbers).tobytes()
 
 
+def _corners(box: Any) -> list[list[Any]] | None:
+    """Return the corners x, y of a box [[y0, x0], [y1, x1]] of CellViT; None if it is another."""
+    try:
+        (y0, x0), (y1, x1) = box
+    except (TypeError, ValueError):
+        return None
+    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
+
+
 def _outlines(events: Events) -> Iterator[Outline]:
     """Yield the outlines of all documents, or of an array that has been opened."""
     for event, _ in events:
@@ -266,6 +276,7 @@ def _object(events: Events) -> Iterator[Outline]:
     """Yield the outlines of an object that has been opened: a geometry, a feature, or a collection of them."""
     values: dict[str, Any] = {}
     coordinates: Any = None
+    box: Any = None
     geometries: dict[str, list[Outline]] = {}
     kind = identity = ""
     for key, event, value in _members(events):
@@ -276,6 +287,8 @@ def _object(events: Events) -> Iterator[Outline]:
             geometries[key] = list(_object(events))
         elif key in ("coordinates", "contour") and event == "start_array":
             coordinates = _coordinates(events)
+        elif key == "bbox" and event == "start_array":
+            box = _points(events)
         elif key == "properties" and event == "start_map":
             for name, inner, word in _members(events):
                 kind = str(word) if name in ("objectType", "object_type") else kind
@@ -290,8 +303,11 @@ def _object(events: Events) -> Iterator[Outline]:
         word = str(values["id"]) if values.get("id") is not None else ""
         nucleus = "nucleusGeometry" in geometries
         yield from (_named(outline.polygons, kind, identity, word, nucleus=nucleus) for outline in found)
-    elif {"contour", "centroid"} & set(values):
-        yield from _geometry("Polygon" if "contour" in values else "Point", [coordinates])
+    elif "contour" in values:
+        yield from _geometry("Polygon", [coordinates])
+    elif "centroid" in values:
+        ring = _ring(_corners(box))
+        yield Outline([[ring]] if ring else None)
     elif not _LISTS & set(values):
         raise ijson.JSONError(f"got an object with neither features nor geometry (keys: {', '.join(list(values)[:9])})")
 
@@ -342,6 +358,19 @@ def _coordinates(events: Events) -> Any:
     if kinds == {tuple}:
         return array("d", chain.from_iterable(items)).tobytes() if _CORNERS <= len(items) <= MOST_CORNERS else None
     return items
+
+
+def _points(events: Events) -> list[Any]:
+    """Read the first points of an array that has been opened."""
+    points: list[Any] = []
+    for event, _ in events:
+        if event == "end_array":
+            break
+        if event == "start_array":
+            points = [*points, _coordinates(events)][:_CORNERS]
+        else:
+            _skip(event, events)
+    return points
 
 
 def _members(events: Events) -> Iterator[tuple[str, str, Any]]:

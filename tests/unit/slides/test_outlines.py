@@ -91,6 +91,17 @@ def lost(found):
     return {reason.split(",")[0]: count for reason, count in found.dropped.items() if count}
 
 
+def test_detections_of_cellvit_are_their_boxes(tmp_path):
+    cells = [{"bbox": [[y0, x0], [y1, x1]], "centroid": [5, 5], "type": 1} for x0, y0, x1, y1 in TRUTH.tolist()]
+    bad = [None, [], [1, 2, 3, 4], [[1, 2]], [[1, 2], [3, "4"]], [[1, 2], [3, 4], [5, 6]], {"x": [1]}]
+    none = [{"bbox": box, "centroid": [5, 5]} for box in bad]
+    for order in ([*cells, *none, cells[0]], [*none, *cells]):  # the last one is read in another way
+        (tmp_path / "n").write_text(json.dumps({"wsi_metadata": {"a": [1]}, "cells": order}))
+        found = read(tmp_path / "n")
+        np.testing.assert_array_equal(found.nuclei.boxes, TRUTH)
+        assert lost(found)["points and lines"] == len(bad)
+
+
 def test_outlines_in_um_are_scaled_and_the_wrong_unit_is_noticed(tmp_path):
     um = write("geoparquet", tmp_path, shapely.transform(SHAPES, lambda corners: corners * MPP))
     np.testing.assert_allclose(read(um, unit="um").nuclei.boxes, TRUTH, atol=1e-9)
