@@ -30,8 +30,9 @@ def main(snakemake):
     model = CellModel.load(
         given.model, mpp=params.mpp, size=params.patch_size, device=best_device(), precision=params.precision
     )
+    files = {"nuclei": tuple(filter(None, [given.get("nuclei")])), "region": given.get("region") or ""}
     find_cells_of_row(
-        CellRow(slide=snakemake.wildcards.slide, use=True, file=(given.slide,), **params.row),
+        CellRow(slide=snakemake.wildcards.slide, use=True, file=(given.slide,), **files, **params.row),
         settings,
         model,
         snakemake.output[0],

@@ -12,10 +12,12 @@ import shapely
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from celldetr.cells.given_files import CellObjects, numbers, read_objects
+from celldetr.cells.given_files import EXPECTED, CellObjects, numbers, read_objects
+from celldetr.cells.label_image import read_label_image
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, centres_of, place_outlines
 from celldetr.slides.outline_check import Keys, require_fit
+from celldetr.slides.outline_files import read_format
 from celldetr.slides.outlines import LONGEST_UM, check_width, file_to_level0, is_polygonal, longest_sides, name_counts
 from celldetr.slides.pyramid import Pyramid
 from celldetr.store import NO_LABEL
@@ -79,11 +81,14 @@ def read_given_cells(
     name: str,
     unit: str = "px",
     diameter_um: float | None = None,
+    nuclei_mpp: float | None = None,
     cell_outlines: bool = False,
     check_outlines: bool = True,
     keys: Keys | None = None,
 ) -> GivenCells:
-    """Read the cells of a file, see `celldetr.cells.given_files`, and check that they lie on the nuclei of their slide.
+    """Read the cells of a file, and check that they lie on the nuclei of their slide.
+
+    For files see `celldetr.cells.given_files` and `celldetr.cells.label_image`.
 
     Nothing is left out but what QuPath says is no cell: tiles, and annotations among detections; the log counts them.
 
@@ -95,6 +100,8 @@ def read_given_cells(
         Of the file's coordinates, see `celldetr.slides.outlines.file_to_level0`; what columns state goes before.
     diameter_um
         Diameter of cells whose position is a point.
+    nuclei_mpp
+        um per px of a label image; None: it has the pixels of level 0.
     cell_outlines
         Take the outline of a cell if there is none of its nucleus.
     check_outlines
@@ -110,7 +117,20 @@ def read_given_cells(
     """
     file, mpp, keys = Path(path), float(image.mpp or 0), keys or Keys()
     to_level0 = file_to_level0(unit, mpp, image.origin)
-    objects = read_objects(file, um=to_level0[0, 0] * mpp, diameter_um=diameter_um)
+    if read_format(file, f"{EXPECTED}, or a label image")[0] == "image":
+        changed = {"nuclei_unit": unit != "px", "diameter_um": diameter_um is not None}
+        if wrong := [keys(name) for name, other in changed.items() if other]:
+            raise InputError(
+                f"{file}: got a label image and {' and '.join(wrong)}{keys.where}; leave {' and '.join(wrong)} out: "
+                "label images begin at the corner of level 0"
+            )
+        objects = read_label_image(file, image.size, mpp, nuclei_mpp=nuclei_mpp, most_um=_LARGEST_UM, keys=keys)
+    elif nuclei_mpp is not None:
+        raise InputError(
+            f"{file}: got no label image, and {keys('nuclei_mpp')}{keys.where}, which is for label images; leave it out"
+        )
+    else:
+        objects = read_objects(file, um=to_level0[0, 0] * mpp, diameter_um=diameter_um)
     if np.array_equal(objects.ids, numbers(len(objects))):
         log.info("%s: the cells are numbered in the order of the file", file)
     if objects.unit:

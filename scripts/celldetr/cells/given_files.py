@@ -4,6 +4,7 @@
     boxes       table with the columns of one of `BOXES`
     points      table with the columns of one of `POINTS`; a circle stands for the cell
     corners     table with the columns `CORNERS`, a row per corner, as Xenium writes boundaries
+    labels      see `celldetr.cells.label_image`
 
 A table is CSV, TSV or Parquet; GeoJSON, CSV and TSV may be compressed. The id of a cell is property ``cell_id`` of its
 feature, or else the id of the feature; in a table, the first of the columns `IDS` that it has, or else the index that
@@ -11,7 +12,6 @@ pandas stored. Cells without ids are numbered from 1.
 """
 
 import dataclasses
-import gzip
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,13 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 from pyarrow import csv
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.geojson import GZIP, read_geojson
-from celldetr.slides.outlines import BOM, from_wkb, geometry_column, is_binary, starts_as_json
+from celldetr.slides.outline_files import BOM, from_wkb, geometry_column, is_binary, open_parquet, read_format
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +49,11 @@ POINTS: dict[tuple[str, ...], str] = {
 """Columns of a point, and the unit that they state."""
 CORNERS: tuple[str, ...] = ("cell_id", "vertex_x", "vertex_y")
 DIAMETER, LABEL = "diameter_um", "label_id"
-KINDS = "GeoJSON, GeoParquet, Parquet with WKB, or a table (CSV, TSV, Parquet)"
+EXPECTED = "cells as GeoJSON, GeoParquet, Parquet with WKB, or a table (CSV, TSV, Parquet)"
 _IMAGE, _TYPE = "Image", "Object type"  # columns of QuPath
 _AMBIGUOUS = ("x", "y", "width", "height")
 _NAMED = 5  # cells that an error names
 _FEWEST = 3  # corners
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MEND = "correct or remove them"
 
 
@@ -71,7 +69,7 @@ class CellObjects:
     kinds: NDArray[np.str_]
     """What each (n,) outlines, see `celldetr.slides.geojson.Outline`."""
     word: str
-    """What the file calls an object: feature, row or cell."""
+    """What the file calls an object: feature, cell or label."""
     unit: str = ""
     """Unit that the columns state; otherwise empty."""
     circles: bool = False
@@ -102,15 +100,13 @@ def read_objects(path: Path, *, um: float, diameter_um: float | None = None) -> 
     InputError
         There is no such file, it is damaged, its format or its columns are unknown, or an id or a number is missing.
     """
-    start = _start(path)
-    if start.startswith(_TIFF):
-        raise InputError(
-            f"{path}: got a TIFF, expected cells as {KINDS}; outline the objects of a label image first, e.g. in QuPath"
-        )
-    if start.startswith(b"PAR1"):
+    form, start = read_format(path, EXPECTED)
+    if form == "parquet":
         objects = _parquet(path, um, diameter_um)
-    elif start.startswith(b"PK") or starts_as_json(start):
+    elif form == "geojson":
         objects = _geojson(path)
+    elif form != "text":
+        raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected {EXPECTED}")
     else:
         objects = _text(path, start).objects(um, diameter_um)
     if diameter_um is not None and not objects.circles:
@@ -133,19 +129,6 @@ def _refuse_rows(path: Path, word: str, bad: NDArray[np.bool_], problem: str, re
     """Raise `InputError` that names the first rows that are `bad` (n,), if any is."""
     places = np.flatnonzero(bad)
     _refuse(path, [f"{word} {place + 1}" for place in places[:_NAMED]], len(places), problem, remedy)
-
-
-def _start(path: Path) -> bytes:
-    """First bytes of a file, or of what is compressed in it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(1 << 16)
-        if start.startswith(GZIP):
-            with gzip.open(path) as file:
-                start = file.read(1 << 16)
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected cells as {KINDS}") from error
-    return start
 
 
 def _geojson(path: Path) -> CellObjects:
@@ -213,7 +196,7 @@ class _Table:
     def _refuse_columns(self, problem: str) -> NoReturn:
         accepted = " | ".join(", ".join(names) for names in (*BOXES, *POINTS, CORNERS))
         columns = ", ".join(self.columns[:30])
-        raise InputError(f"{self.path}: got columns {columns}; {problem}; expected {accepted}; or cells as {KINDS}")
+        raise InputError(f"{self.path}: got columns {columns}; {problem}; expected {accepted}; or {EXPECTED}")
 
     def _numbers(self, frame: pd.DataFrame, names: Sequence[str]) -> NDArray[np.float64]:
         """Columns (n, k) as numbers."""
@@ -293,8 +276,6 @@ def _is_no_id(value: object) -> bool:
 def _text(path: Path, start: bytes) -> _Table:
     """Open a CSV or TSV file; all values are read as text, so that ids stay as they are."""
     header = start.removeprefix(BOM).split(b"\n", 1)[0].strip()
-    if not header or b"\0" in start:
-        raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected cells as {KINDS}")
     with path.open("rb") as file:
         compression = "gzip" if file.read(2) == GZIP else None
     form = csv.ParseOptions(delimiter="\t" if b"\t" in header else ",")
@@ -324,27 +305,18 @@ def _frame(table: pa.Table) -> pd.DataFrame:
 
 def _parquet(path: Path, um: float, diameter_um: float | None) -> CellObjects:
     """Read Parquet: outlines if it has a column of geometry, or else a table."""
-    damaged = f"{path}: cannot be read as Parquet (%s); is the file complete?"
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(damaged % error) from error
-    schema = file.schema_arrow
-
-    def load(columns: list[str]) -> pd.DataFrame:
-        try:
-            return _frame(file.read(columns=columns))
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(damaged % error) from error
-
-    table = _Table(path, schema.names, load, _stored_index(path, schema))
-    binary = any(is_binary(schema.field(name).type) for name in schema.names if name not in IDS)
-    if table.has(CORNERS) or not (binary or b"geo" in (schema.metadata or {})):
-        return table.objects(um, diameter_um)
-    column = geometry_column(path, file)
-    frame, ids = table.rows([column])
-    shapes = from_wkb(pa.array(frame[column], pa.binary()))
-    return CellObjects(path, shapes, ids, np.full(len(ids), ""), "cell")
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        table = _Table(
+            path, schema.names, lambda columns: _frame(file.read(columns=columns)), _stored_index(path, schema)
+        )
+        binary = any(is_binary(schema.field(name).type) for name in schema.names if name not in IDS)
+        if table.has(CORNERS) or not (binary or b"geo" in (schema.metadata or {})):
+            return table.objects(um, diameter_um)
+        column = geometry_column(path, file)
+        frame, ids = table.rows([column])
+        shapes = from_wkb(pa.array(frame[column], pa.binary()))
+        return CellObjects(path, shapes, ids, np.full(len(ids), ""), "cell")
 
 
 def _stored_index(path: Path, schema: pa.Schema) -> NDArray[np.object_] | str:

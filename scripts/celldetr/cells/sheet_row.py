@@ -70,6 +70,7 @@ def _read_row(
                     name=row.slide,
                     unit=row.nuclei_unit,
                     diameter_um=row.diameter_um,
+                    nuclei_mpp=row.nuclei_mpp,
                     cell_outlines=row.cell_outlines,
                     check_outlines=row.check_outlines,
                     keys=keys,

@@ -162,7 +162,8 @@ class CellRow(_SlideFile):
     file: Sources = Field(min_length=1, description="the slide: URLs or paths")
     nuclei: Sources = Field(
         (),
-        description="your own cells (outlines, boxes or points): URLs or paths; empty: the model finds the cells",
+        description="your own cells (outlines, label image, boxes or points): URLs or paths; empty: the model finds "
+        "the cells",
     )
     region: str = Field("", description="polygons to read (GeoJSON or GeoParquet), a path; empty: all tissue")
     region_unit: Literal["px", "um", "qupath"] | None = Field(
@@ -172,6 +173,9 @@ class CellRow(_SlideFile):
     diameter_um: Annotated[float, Field(gt=0, le=1000)] | None = Field(
         None, description="diameter of a cell whose position is a point, um"
     )
+    nuclei_mpp: Mpp | None = Field(
+        None, description="um per px of a label image in nuclei; empty: it has the pixels of level 0"
+    )
 
     @model_validator(mode="after")
     def _given_or_found(self) -> Self:
@@ -179,7 +183,7 @@ class CellRow(_SlideFile):
             raise ValueError(f"expected nuclei to be a file, or empty: the model finds them; got {sorted(words)[0]!r}")
         if self.region_unit and not self.region:
             raise ValueError("expected a file in column region, as there is a value in region_unit")
-        about = {"nuclei_sha256", "nuclei_unit", "diameter_um", "cell_outlines", "check_outlines"}
+        about = {"nuclei_sha256", "nuclei_unit", "nuclei_mpp", "diameter_um", "cell_outlines", "check_outlines"}
         changed = [name for name in sorted(about) if getattr(self, name) != type(self).model_fields[name].default]
         if changed and not self.nuclei:
             raise ValueError(f"expected a file in column nuclei, as there is a value in {', '.join(changed)}")
@@ -191,6 +195,7 @@ CELLS_DEPEND_ON = (
     "group",
     "region_unit",
     "nuclei_unit",
+    "nuclei_mpp",
     "diameter_um",
     "cell_outlines",
     "check_outlines",

@@ -10,7 +10,6 @@ The parts of a MultiPolygon are one nucleus in pieces if they are next to each o
 a nucleus, each part is a nucleus: CellViT writes all nuclei of a class that way.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
@@ -29,8 +26,9 @@ from scipy.sparse.csgraph import connected_components
 
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import SlideNuclei, place_outlines
-from celldetr.slides.geojson import GZIP, MOST_CORNERS, read_geojson
+from celldetr.slides.geojson import MOST_CORNERS, read_geojson
 from celldetr.slides.outline_check import SLIDES, Keys
+from celldetr.slides.outline_files import from_wkb, geometry_column, open_parquet, read_format
 from celldetr.store import NO_LABEL
 
 _BATCH = 20_000  # outlines in a batch
@@ -39,13 +37,11 @@ _LARGEST_UM2 = 1000.0  # area of a nucleus
 _APART_UM = 1.0  # farthest distance between pieces of a nucleus
 _PLAUSIBLE_UM = (2.0, 20.0)  # smallest and largest median width of nuclei
 _MOST_IN_FILE = 200_000_000  # corners of all outlines together, 3 GB
-_MOST_WKB = 16 * MOST_CORNERS  # bytes
 _UNREADABLE = f"outlines that are empty, unreadable or of more than {MOST_CORNERS:,} corners"
 _OTHER, _FLAT, _TILE = "points and lines", "outlines without area", "tiles, and annotations among detections"
 _CELL, _LARGE = "cells without an outline of the nucleus", "outlines larger than a nucleus"
 _AGAIN = "nuclei that are in the file already"
-BOM, _BLANK = b"\xef\xbb\xbf", b" \t\r\n\x1e"
-_KINDS = "GeoParquet, Parquet with WKB, GeoJSON or compressed GeoJSON"
+_EXPECTED = "outlines of nuclei as GeoParquet, Parquet with WKB, GeoJSON or compressed GeoJSON"
 
 
 @dataclass(frozen=True)
@@ -196,64 +192,14 @@ def _small(outlines: NDArray[Any], mpp: float) -> NDArray[np.bool_]:
 
 def _read(path: Path) -> Iterator[tuple[NDArray[Any], NDArray[np.str_]]]:
     """Yield batches of geometries (n,), None if missing or unreadable, and what each outlines if the file says so."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected outlines of nuclei as {_KINDS}") from error
-    if start.startswith(b"PAR1"):
-        for shapes in _parquet(path):
-            yield shapes, np.full(len(shapes), "")
-    elif start.startswith((GZIP, b"PK")) or starts_as_json(start):
+    form, start = read_format(path, _EXPECTED)
+    if form == "parquet":
+        with open_parquet(path) as file:
+            column = geometry_column(path, file)
+            for batch in file.iter_batches(batch_size=_BATCH, columns=[column], use_threads=False):
+                yield from_wkb(batch.column(0)), np.full(len(batch), "")
+    elif form == "geojson":
         for shapes, kinds, _ in read_geojson(path):
             yield shapes, kinds
     else:
-        raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected outlines of nuclei as {_KINDS}")
-
-
-def starts_as_json(start: bytes) -> bool:
-    """Whether the first bytes of a text are those of JSON."""
-    return start.removeprefix(BOM).lstrip(_BLANK)[:1] in (b"{", b"[")
-
-
-def _parquet(path: Path) -> Iterator[NDArray[Any]]:
-    try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-        column = geometry_column(path, file)
-        for batch in file.iter_batches(batch_size=_BATCH, columns=[column], use_threads=False):
-            yield from_wkb(batch.column(0))
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({error}); is the file complete?") from error
-
-
-def geometry_column(path: Path, file: pq.ParquetFile) -> str:
-    """Name of the column with the outlines; `InputError` if there is none, or not in WKB."""
-    schema = file.schema_arrow
-    binary = [name for name in schema.names if is_binary(schema.field(name).type)]
-    try:
-        geo = json.loads((schema.metadata or {})[b"geo"])
-        name = str(geo["primary_column"])
-        encoding = geo["columns"][name].get("encoding", "WKB")
-    except KeyError:
-        name = "geometry" if "geometry" in binary or len(binary) != 1 else binary[0]
-        encoding = "WKB"
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: the GeoParquet metadata cannot be read ({error}); write the file again") from error
-    if encoding != "WKB" or name not in binary:
-        raise InputError(
-            f"{path}: got no column {name!r} of geometry in WKB (columns: {', '.join(schema.names)}; encoding "
-            f"{encoding}); expected GeoParquet with encoding WKB, or a binary column 'geometry'"
-        )
-    return name
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    """Whether a column may hold WKB."""
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def from_wkb(column: pa.Array) -> NDArray[Any]:
-    """Geometries (n,), None if missing, unreadable or too large."""
-    values = [None if value is None or len(value) > _MOST_WKB else value for value in column.to_pylist()]
-    shapes: NDArray[Any] = shapely.from_wkb(np.array(values, dtype=object), on_invalid="ignore")
-    return shapes
+        raise InputError(f"{path}: got a file that starts with {start[:8]!r}, expected {_EXPECTED}")

@@ -5,6 +5,8 @@ import logging
 import runpy
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,9 +18,11 @@ from celldetr.cells import __main__ as command
 from celldetr.cells import find, one_slide
 from celldetr.cells.table import CellFile
 from celldetr.config.cells import CellSettings
-from celldetr.config.sheets import CellRow
+from celldetr.config.sheets import CELLS_DEPEND_ON, CellRow
 from celldetr.model.weights import save_model
 from celldetr.runtime.errors import CellDETRError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +180,37 @@ def test_files_of_cells_that_are_gone_do_not_stay_beside_new_ones(files, tmp_pat
     (tmp_path / "my_tile.h5ad").touch()
     with pytest.raises(CellDETRError, match=r"holds my_tile\.h5ad of cells whose file my_tile\.parquet is gone"):
         call(files, tmp_path, "--outputs")
+
+
+class Named(dict):
+    """Inputs of a job, by name."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_the_rule_knows_all_columns_of_a_row(files, tmp_path, monkeypatch):
+    main = runpy.run_path(str(ROOT / "scripts" / "find_cells.py"))["main"]
+    values = {
+        "mpp": 0.5,
+        "group": "a",
+        "region_unit": "um",
+        "nuclei_unit": "um",
+        "nuclei_mpp": 0.25,
+        "diameter_um": 7.0,
+    }
+    row = CellRow(slide="s", use=True, file=("f",), nuclei=("n",), region="r", cell_outlines=True, **values)
+    job = SimpleNamespace(
+        input=Named(slide="f", nuclei="n", region="r", model=files / "parallel.pt"),
+        output=[tmp_path],
+        params=SimpleNamespace(
+            **CellSettings().model_dump(), mpp=None, patch_size=None, precision="fp32", code="",
+            row={key: getattr(row, key) for key in CELLS_DEPEND_ON},
+        ),
+        resources=SimpleNamespace(tiles=2),
+        threads=1,
+        wildcards=SimpleNamespace(slide="s", job="1"),
+    )  # fmt: skip
+    found = []
+    monkeypatch.setitem(main.__globals__, "find_cells_of_row", lambda row, *_, **__: found.append(row))
+    main(job)
+    assert found == [row]

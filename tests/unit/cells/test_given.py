@@ -336,8 +336,9 @@ def test_bad_cells_are_named(tmp_path, slide):
         ("x,y,diameter_um\n1,2,0\n", "a diameter_um of 0 or less: row 1"),
         ("cell_id,vertex_x,vertex_y\na,1,2\na,1,3\nb,1,1\nb,2,1\nb,2,2\n", "fewer than 3 corners: cell 'a';"),
         ("cell_id,vertex_x,vertex_y\n,1,2\n", "no id in column cell_id"),
-        ("II*\0 label image", "got a TIFF.*QuPath"),
-        ("\x89PNG\r\n\x1a\n\0\0", "starts with"),
+        ("II*\0 label image", "cannot be read as a label image"),
+        ("\x89PNG\r\n\x1a\n\0\0", "cannot be read as a label image"),
+        ("\xff\xd8\xff\0 a JPEG", "starts with .*expected cells as"),
         ('{"type": "FeatureCollection", "features": []}', "no features"),
     ],
 )
