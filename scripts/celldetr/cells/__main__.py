@@ -19,7 +19,7 @@ from pydantic import Field
 from celldetr.config.base import Mpp, Precision, Settings
 from celldetr.config.cells import CellSettings
 from celldetr.config.evaluation import InferenceSettings
-from celldetr.config.sheets import CELLS_DEPEND_ON, CellRow, checked_row
+from celldetr.config.sheets import CELLS_DEPEND_ON, CellRow, Name, checked_row
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.rule import explain
 
@@ -33,6 +33,7 @@ log = logging.getLogger("celldetr.cells")
 class _Own(Settings):
     """Options that only the command has."""
 
+    name: Name | None = Field(None, description="NAME of the files; default: the slide's file name without its ending")
     threads: int = Field(os.cpu_count() or 1, ge=1, le=1024, description="threads")
     model_mpp: Mpp | None = Field(None, description="um per px of the model's patches, if its file lacks it")
     model_size: int | None = Field(
@@ -42,7 +43,7 @@ class _Own(Settings):
 
 _SEARCH = ("margin_um", "nucleus_threshold", "class_threshold", "on_damage", "batch_size")
 _OPTIONS: dict[type[Settings], tuple[str, ...]] = {
-    _Own: ("threads", "model_mpp", "model_size"),
+    _Own: ("name", "threads", "model_mpp", "model_size"),
     CellRow: ("region", "nuclei", *CELLS_DEPEND_ON),
     CellSettings: (*_SEARCH, "outputs", "embeddings", "image"),
     InferenceSettings: ("precision",),
@@ -60,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("slide", type=_text, help="the slide: one file that OpenSlide reads, TIFF, PNG or JPEG")
     parser.add_argument("--model", type=_text, required=True, help="model file (.pt) with classes and embeddings")
     parser.add_argument("--out", type=_text, required=True, help="folder for the files")
-    parser.add_argument("--name", type=_text, help="NAME of the files (default: the slide's file name, no ending)")
     for kind, names in _OPTIONS.items():
         for name in names:
             field = kind.model_fields[name]
@@ -100,11 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = _parser().parse_args(arguments)
     slide, out = Path(given.slide), Path(given.out)
-    name = given.name or re.sub(r"[^A-Za-z0-9_.-]", "_", slide.stem).lstrip("_.-")
+    own: _Own = _settings(_Own, given)
+    name = own.name or re.sub(r"[^A-Za-z0-9_.-]", "_", slide.stem).lstrip("_.-")[:100] or "slide"
     nuclei = [] if given.nuclei is None else [given.nuclei]
     row: CellRow = _settings(CellRow, given, slide=name, use="yes", file=[given.slide], nuclei=nuclei)
     settings: CellSettings = _settings(CellSettings, given)
-    own: _Own = _settings(_Own, given)
     precision = _settings(InferenceSettings, given).precision
     if settings.image == "write" and "spatialdata" not in settings.outputs:
         raise ConfigError("command line: image: got 'write', expected spatialdata among --outputs, which holds it")

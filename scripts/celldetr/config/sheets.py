@@ -274,7 +274,8 @@ def checked_row(where: str, values: Mapping[str, Any], kind: type[Row]) -> Row:
         if problem["loc"]:
             column = str(problem["loc"][0])
             empty = problem["type"] == "missing"
-            expected = f"{column}: " + ("empty; expected a value" if empty else f"got {values[column]!r}, {expected}")
+            got = "empty; expected a value" if empty else f"got {values[column]!r}, {expected}"
+            expected = f"{column}: {words if words.startswith('got ') else got}"
         raise ConfigError(f"{where}: {expected}") from error
 
 

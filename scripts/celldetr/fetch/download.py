@@ -87,10 +87,15 @@ def fetch(
         _forget(part)
         log.info("%s: %s, %s", final.name, _mib(final.stat().st_size), "verified" if size or sha256 else "complete")
         return final
-    raise InputError(
-        f"{final}: no source delivered the file:\n" + "\n".join(failures) + "\n"
-        "Start again later (received data is kept), or get the file by other means and give its path as a source."
-    )
+    remedy = "Start again later (received data is kept), or get the file by other means and give its path as a source."
+    raise undelivered(f"{final}: no source delivered the file", urls, failures, remedy)
+
+
+def undelivered(problem: str, urls: Sequence[str], failures: Sequence[str], remedy: str) -> InputError:
+    """Return the error that names each source with its reason, and the `remedy`; local files have another one."""
+    if all("://" not in url or url.startswith("file:") for url in urls):
+        remedy = "These are local files: correct their paths in the sheet, or replace them by complete ones."
+    return InputError("\n".join([f"{problem}:", *failures, remedy]))
 
 
 def _link(source: Path, final: Path) -> None:
@@ -149,6 +154,8 @@ def check(
     if not path.is_file():
         raise TransferError("no such file", again=False)
     got = path.stat().st_size
+    if not got:
+        raise TransferError("got an empty file (0 bytes)", again=again)
     if size is not None and got != size:
         raise TransferError(f"got {got} bytes, expected {size}: another file or version", again=again)
     if sha256 is None:

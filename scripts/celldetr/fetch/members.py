@@ -14,7 +14,7 @@ from typing import IO
 import requests
 from fsspec.spec import AbstractBufferedFile
 
-from celldetr.fetch.download import check, fetch, local_path, need_space, stop_if_full
+from celldetr.fetch.download import check, fetch, local_path, need_space, stop_if_full, undelivered
 from celldetr.fetch.http import TransferError, get, retry
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic, held, link_or_copy
@@ -91,10 +91,8 @@ def _from_first(
             log.warning("%s", failures[-1].strip())
             continue
         return
-    raise InputError(
-        f"{final}: no source delivered the files:\n" + "\n".join(failures) + "\n"
-        "Start again (received members are kept), or get the archive by other means and give its path as a source."
-    )
+    remedy = "Start again (received members are kept), or get the archive by other means and give its path as a source."
+    raise undelivered(f"{final}: no source delivered the files", urls, failures, remedy)
 
 
 def _from_folder(folder: Path, staging: Path, choose: Choose) -> None:

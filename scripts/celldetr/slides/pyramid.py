@@ -139,6 +139,8 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
         raise InputError(
             f"{file}: no such file; expected an image (TIFF, OME-TIFF, a slide that OpenSlide reads, PNG, JPEG)"
         )
+    if not file.stat().st_size:
+        raise DamagedSlide(f"{file}: got an empty file (0 bytes), expected an image; get it again")
     kind = openslide.OpenSlide.detect_format(str(file))
     if kind is None and is_flat(file):  # MIRAX slides begin as JPEG does
         if plane is not None:

@@ -181,7 +181,8 @@ HTML = b"\n<!-- x -->\n<!DOCTYPE html><html><body>Log in</body></html>"
         ("outlines.geojson", HTML, r"a web page \(HTML\)"),
         ("a.tif", b'{"error": "forbidden"}', "expected TIFF"),
         ("a.h5ad", b"PK\x03\x04", "expected HDF5"),
-        ("a.parquet", b"", "expected Parquet"),
+        ("a.parquet", b"PK", "expected Parquet"),
+        ("a.tif", b"", r"an empty file \(0 bytes\)"),
     ],
 )
 def test_what_is_not_what_its_name_says_is_not_kept(web, get, tmp_path, name, content, message):
@@ -189,8 +190,9 @@ def test_what_is_not_what_its_name_says_is_not_kept(web, get, tmp_path, name, co
     with pytest.raises(InputError, match=message):
         get(f"{web.url}/{name}?download=1", size=None, sha256=None)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"{message}(?s:.*)local files: correct their paths in the sheet") as error:
         get(str(tmp_path / name), size=None, sha256=None)
+    assert "Start again" not in str(error.value)
     assert list((tmp_path / "raw").iterdir()) == []
 
 
