@@ -1,4 +1,7 @@
-"""Images without tiles and levels: PNG, JPEG, WebP and BMP. They are decoded once, as a whole, to a temporary file."""
+"""Images without tiles and levels: PNG, JPEG, WebP, BMP and JPEG 2000.
+
+They are decoded once, as a whole, to a temporary file.
+"""
 
 import functools
 import mmap
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -21,9 +25,13 @@ from PIL.WebPImagePlugin import WebPImageFile
 from celldetr.runtime.errors import InputError
 from celldetr.slides.tiff import DamagedSlide, check_orientation
 
+FLAT = "PNG, JPEG, WebP, BMP or JPEG 2000"
+"""Formats, for errors."""
 MOST_PIXELS = 2**31
 """Pixels of the largest image, 6 GiB decoded; a file of a few kB can hold many more."""
+_MOST_PIXELS_2000 = 2**28  # the decoder of JPEG 2000 holds 12 bytes per pixel in memory
 _CONVERT = "convert the image (e.g. vips tiffsave --tile --pyramid --compression jpeg)"
+_CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000; the depth of its first samples follows after 42 bytes
 _GRAY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "F")
 
 
@@ -32,6 +40,7 @@ class _Format(NamedTuple):
     magic: bytes
     header: Callable[..., ImageFile]  # Pillow's own check of the size refuses a slide, so that its `open` does not fit
     decode: Callable[..., NDArray[np.uint8]]
+    most_pixels: int = MOST_PIXELS
 
 
 _FORMATS = (
@@ -39,6 +48,8 @@ _FORMATS = (
     _Format("JPEG", b"\xff\xd8\xff", JpegImageFile, imagecodecs.jpeg8_decode),
     _Format("WebP", b"RIFF", WebPImageFile, imagecodecs.webp_decode),
     _Format("BMP", b"BM", BmpImageFile, imagecodecs.bmp_decode),
+    _Format("JPEG 2000", b"\0\0\0\x0cjP  ", Jpeg2KImageFile, imagecodecs.jpeg2k_decode, _MOST_PIXELS_2000),
+    _Format("JPEG 2000", _CODESTREAM, Jpeg2KImageFile, imagecodecs.jpeg2k_decode, _MOST_PIXELS_2000),
 )
 
 
@@ -82,7 +93,7 @@ def _read(path: Path, time: int, size: int) -> FlatImage:
     assert kind is not None
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            shape, um = _read_header(path, kind, file, data[24:25])
+            shape, um = _read_header(path, kind, file, _bits(kind, data))
             if kind.name == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
                 raise ValueError("it has no end")  # the decoder would fill up with gray
             pixels = _on_disk(path, shape)
@@ -95,16 +106,25 @@ def _read(path: Path, time: int, size: int) -> FlatImage:
     return FlatImage(pixels, um)
 
 
+def _bits(kind: _Format, data: mmap.mmap) -> int:
+    """Bits of a sample."""
+    if kind.name == "JPEG 2000":
+        if (start := data.find(_CODESTREAM)) < 0:
+            raise ValueError("it has no image")
+        return (data[start + 42] & 0x7F) + 1
+    return data[24] if kind.name == "PNG" else 8
+
+
 def _read_header(
-    path: Path, kind: _Format, file: Any, depth: bytes
+    path: Path, kind: _Format, file: Any, bits: int
 ) -> tuple[tuple[int, int, int], tuple[float | None, float | None]]:
-    """Return the shape (H, W, 3 or 4), and the size of a pixel in um; `depth` is byte 24, the depth of a PNG."""
+    """Return the shape (H, W, 3 or 4), and the size of a pixel in um."""
     image = kind.header(file)
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    if width * height > kind.most_pixels:
         raise InputError(
             f"{path}: got {width} x {height} px, {3 * width * height / 2**30:.3g} GiB when decoded, expected at most "
-            f"{MOST_PIXELS / 1e6:.0f} million px in an image without tiles; {_CONVERT}"
+            f"{kind.most_pixels / 1e6:.0f} million px in a {kind.name}; {_CONVERT}"
         )
     if image.mode in _GRAY:
         raise InputError(f"{path}: got a gray image, expected colour (H&E)")
@@ -113,8 +133,8 @@ def _read_header(
             f"{path}: got colours {image.mode}, expected RGB; convert the image with its profile (e.g. vips "
             "icc_transform IN OUT srgb)"
         )
-    if kind.name == "PNG" and depth == b"\x10":
-        raise InputError(f"{path}: got colour of 16 bit a channel, expected 8; convert the image (e.g. vips cast)")
+    if bits > 8:
+        raise InputError(f"{path}: got colour of {bits} bit a channel, expected 8; convert the image (e.g. vips cast)")
     # PngImageFile's own getexif would load the image
     check_orientation(path, Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     alpha = image.mode in ("RGBA", "PA") or "transparency" in image.info

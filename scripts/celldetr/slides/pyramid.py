@@ -1,4 +1,4 @@
-"""Pixels of large images, region by region: TIFF, OME-TIFF, what OpenSlide reads, and PNG, JPEG, WebP and BMP.
+"""Pixels of large images, region by region: TIFF, OME-TIFF, what OpenSlide reads, and PNG, JPEG, WebP, BMP, JPEG 2000.
 
     image = open_pyramid("he.ome.tif")
     image.read(level, x, y, width, height)     # (height, width, 3) uint8, or (height, width) for a single plane
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tifffile import TiffFile, TiffFileError
 
 from celldetr.runtime.errors import InputError
-from celldetr.slides.flat import is_flat, read_flat
+from celldetr.slides.flat import FLAT, is_flat, read_flat
 from celldetr.slides.tiff import (
     DamagedSlide,
     check_orientation,
@@ -121,7 +121,8 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
     ----------
     path
         A slide that OpenSlide reads; or TIFF or OME-TIFF, tiled or in strips, colour as (y, x, 3), (3, y, x), (4, y, x)
-        or (1, y, x, 3). The largest image of the file is taken, with its smaller copies. Or PNG, JPEG, WebP or BMP.
+        or (1, y, x, 3). The largest image of the file is taken, with its smaller copies. Or PNG, JPEG, WebP, BMP
+        or JPEG 2000.
     mpp
         Size of a level-0 pixel in um; replaces what the file says.
     plane
@@ -139,12 +140,12 @@ def open_pyramid(path: str | os.PathLike[str], mpp: float | None = None, *, plan
         raise InputError(
             f"{file}: no such file; expected an image (TIFF, OME-TIFF, a slide that OpenSlide reads, PNG, JPEG)"
         )
-    if not file.stat().st_size:
-        raise DamagedSlide(f"{file}: got an empty file (0 bytes), expected an image; get it again")
     kind = openslide.OpenSlide.detect_format(str(file))
+    if kind is None and not file.stat().st_size:
+        raise DamagedSlide(f"{file}: got an empty file (0 bytes), expected an image; get it again")
     if kind is None and is_flat(file):  # MIRAX slides begin as JPEG does
         if plane is not None:
-            raise InputError(f"{file}: got a PNG, JPEG, WebP or BMP, expected a TIFF or OME-TIFF with planes")
+            raise InputError(f"{file}: got a {FLAT}, expected a TIFF or OME-TIFF with planes")
         return _Flat(file, mpp)
     if kind in _FASTER and plane is None:
         with contextlib.suppress(InputError):
@@ -216,7 +217,7 @@ class _Tiff(Pyramid):
                     page = b"<html" in file.read(1024).lower()
                 reason = "it is a web page (HTML); get the slide again" if page else f"{error}; is the file complete?"
                 if isinstance(error, TiffFileError):
-                    reason += " Expected TIFF, a format of OpenSlide, PNG, JPEG, WebP or BMP; others must be converted"
+                    reason += f" Expected TIFF, a format of OpenSlide, {FLAT}; others must be converted"
                 raise DamagedSlide(f"{path}: cannot be read as TIFF: {reason}") from error
             opened.pop_all()
 

@@ -91,6 +91,12 @@ def tile_planes(pages: Sequence[TiffPage], plane: int | None, path: Path) -> lis
     """Readers of the planes of a level: colour in one reader or in three, or a single plane."""
     first, gray = pages[0], slice(0, 1)
     _check_colours(first, path)
+    if first.samplesperpixel > 1 and len(pages) > 1:
+        raise InputError(
+            f"{path}: got {len(pages)} colour images of {first.imagewidth} x {first.imagelength} px (a stack of focal "
+            "planes, a time series or several slides), expected one; save the one to read as a file of its own (e.g. "
+            "the third: vips tiffsave 'IN.tif[page=2]' OUT.tif --tile --pyramid)"
+        )
     if first.samplesperpixel in (3, 4) and first.planarconfig == 1:
         parts = [(first, 0, slice(0, 3) if plane is None else slice(plane, plane + 1))]
     elif first.samplesperpixel > 1:

@@ -1,4 +1,4 @@
-"""PNG, JPEG, WebP and BMP: the pixels that other programs show, or one sentence that says why not."""
+"""PNG, JPEG, WebP, BMP and JPEG 2000: the pixels that other programs show, or one sentence that says why not."""
 
 import errno
 import os
@@ -40,6 +40,9 @@ def seen(path):
         ("progressive.jpg", PICTURE, {"quality": 98, "progressive": True, "keep_rgb": True}, IMAGE, 3),
         ("he.webp", PICTURE, {"lossless": True}, IMAGE, 0),
         ("he.bmp", PICTURE, {}, IMAGE, 0),
+        ("he.jp2", PICTURE, {}, IMAGE, 0),
+        ("he.j2k", PICTURE, {"mct": 1, "tile_size": (64, 64)}, IMAGE, 0),
+        ("alpha.jp2", Image.fromarray(np.dstack([IMAGE, ALPHA])), {}, SEEN_THROUGH, 1),
         ("palette.png", PICTURE.quantize(256), {}, np.asarray(PICTURE.quantize(256).convert("RGB")), 0),
         ("alpha.png", Image.fromarray(np.dstack([IMAGE, ALPHA])), {}, SEEN_THROUGH, 1),
         ("alpha.webp", Image.fromarray(np.dstack([IMAGE, ALPHA])), {"lossless": True, "exact": True}, SEEN_THROUGH, 1),
@@ -65,6 +68,7 @@ def test_pixels_are_those_that_are_seen(tmp_path, name, picture, options, expect
         ("he.png", PICTURE.convert("LA"), {}, "gray image, expected colour"),
         ("he.png", PICTURE.convert("I;16"), {}, "gray image, expected colour"),
         ("he.jpg", PICTURE.convert("L"), {}, "gray image, expected colour"),
+        ("he.jp2", PICTURE.convert("L"), {}, "gray image, expected colour"),
         ("he.jpg", PICTURE.convert("CMYK"), {}, "colours CMYK, expected RGB"),
         ("he.jpg", PICTURE, {"exif": TURNED}, r"turned or mirrored \(orientation 6\)"),
         ("he.png", PICTURE, {"exif": TURNED}, r"turned or mirrored \(orientation 6\)"),
@@ -90,7 +94,7 @@ def test_a_resolution_that_printers_have_is_no_pixel_size(tmp_path, name, dots, 
         assert image.mpp == 0.3
 
 
-@pytest.mark.parametrize("name", ["he.png", "he.jpg", "he.webp", "he.bmp"])
+@pytest.mark.parametrize("name", ["he.png", "he.jpg", "he.webp", "he.bmp", "he.jp2", "he.j2k"])
 def test_files_that_are_cut_are_refused(tmp_path, name):
     PICTURE.save(tmp_path / name)
     whole = (tmp_path / name).read_bytes()
@@ -105,6 +109,11 @@ def test_sixteen_bits_bombs_and_planes_are_refused(tmp_path):
     path.write_bytes(imagecodecs.png_encode(IMAGE.astype(np.uint16) * 16))
     with pytest.raises(InputError, match=r"he\.png: got colour of 16 bit a channel, expected 8"):
         open_pyramid(path)
+    for name in ("jp2", "j2k"):
+        deep = imagecodecs.jpeg2k_encode(IMAGE.astype(np.uint16) * 16, bitspersample=12, level=0, codecformat=name)
+        (tmp_path / name).write_bytes(deep)
+        with pytest.raises(InputError, match=f"{name}: got colour of 12 bit a channel, expected 8"):
+            open_pyramid(tmp_path / name)
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 90_000, 8, 2, 0, 0, 0)
     chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT\0\0\0\0"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)

@@ -292,6 +292,16 @@ def test_pixels_that_are_not_square_are_refused_unless_a_size_is_given(tmp_path,
         assert image.mpp == 0.25
 
 
+@pytest.mark.parametrize("axes", ["ZYXS", "TYXS"])
+@pytest.mark.parametrize("subifds", [True, False])
+def test_one_of_several_focal_planes_is_not_taken_without_a_word(tmp_path, axes, subifds):
+    stack = np.stack([IMAGE, 255 - IMAGE, IMAGE])
+    options = {"ome": True, "metadata": {"axes": axes}, **RGB, **TILE}
+    path = write(tmp_path / "he.ome.tif", halves(stack, 2) if subifds else [stack], **options)
+    with pytest.raises(InputError, match=rf"he\.ome\.tif: got 3 colour images of {WIDTH} x {HEIGHT} px \(a stack"):
+        open_pyramid(path)
+
+
 def test_the_slide_is_the_largest_image_of_the_file(tmp_path):
     with tifffile.TiffWriter(tmp_path / "he.tif") as writer:
         writer.write(IMAGE[::9, ::9].copy(), **RGB)  # a thumbnail in strips
