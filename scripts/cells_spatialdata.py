@@ -1,7 +1,7 @@
-"""Write the cells of a slide as SpatialData: shapes and a table, and the slide's pixels if they are asked for.
+"""Write the cells of a slide as SpatialData: shapes and a table; if asked for, the slide's pixels, or where it lies.
 
 Inputs: cells (Parquet), image (the slide, or nothing). Output: the Zarr. Params: embeddings (their type: float32 or
-float16).
+float16), image (none, link or write).
 """
 
 from celldetr.cells.spatialdata_zarr import write_spatialdata
@@ -10,9 +10,13 @@ from celldetr.runtime.rule import run_rule
 
 
 def main(snakemake):
-    given = snakemake.input
+    given, params = snakemake.input, snakemake.params
     write_spatialdata(
-        CellFile(given.cells), snakemake.output[0], snakemake.params.embeddings, image=given.get("image") or None
+        CellFile(given.cells),
+        snakemake.output[0],
+        params.embeddings,
+        image=given.get("image") or None,
+        link=params.image == "link",
     )
 
 

@@ -132,7 +132,7 @@ def test_an_edit_of_code_repeats_what_it_affects(planner, name):
         ({"cells": {"batch_size": 4}}, set()),
         ({"cells": {"outputs": ["h5ad"]}}, set()),
         ({"cells": {"embeddings": "float16"}}, CELLS),
-        ({"cells": {"image": "write"}}, {"cells_spatialdata"}),
+        ({"cells": {"image": "link"}}, {"cells_spatialdata"}),
         ({"slides": {"total": 30}}, {"choose_slide_patches"} | AFTER_SLIDES),
         (
             {"inference": {"batch_size": 4}},

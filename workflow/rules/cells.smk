@@ -177,7 +177,7 @@ rule cells_geojson:
 rule cells_spatialdata:
     input:
         cells="results/cells/{slide}.parquet",
-        image=cell_slide if CONFIG.cells.image == "write" else [],
+        image=cell_slide if CONFIG.cells.image != "none" else [],
     output:
         directory("results/cells/{slide}.zarr"),
     log:
@@ -194,6 +194,7 @@ rule cells_spatialdata:
         runtime=240,
     params:
         embeddings=CONFIG.cells.embeddings,
+        image=CONFIG.cells.image,
         code=code("cells_spatialdata"),
     message:
         "Writing the cells of {wildcards.slide} as SpatialData"

@@ -37,6 +37,8 @@ class CellSettings(Settings):
         ("h5ad", "geojson"), description="files beside the Parquet and the page: h5ad, geojson, spatialdata"
     )
     embeddings: Literal["float32", "float16"] = Field("float32", description="type of the embeddings in the files")
-    image: Literal["none", "write"] = Field(
-        "none", description="slide image in the SpatialData: none, or write its pixels (as large as the slide unpacked)"
+    image: Literal["none", "link", "write"] = Field(
+        "none",
+        description="slide image in the SpatialData: none; link: where the slide lies, for read_spatialdata; write: "
+        "its pixels (as large as the slide unpacked)",
     )

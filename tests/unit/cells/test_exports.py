@@ -22,7 +22,7 @@ from spatialdata.transformations import get_transformation
 
 from celldetr.cells.h5ad import write_h5ad
 from celldetr.cells.qupath import write_geojson
-from celldetr.cells.spatialdata_zarr import write_spatialdata
+from celldetr.cells.spatialdata_zarr import read_spatialdata, write_spatialdata
 from celldetr.cells.table import STATUSES, CellFile, named
 from celldetr.cells.table import writer as cell_writer
 from celldetr.config.classes import PANNUKE_CLASSES
@@ -54,7 +54,7 @@ def cells(tmp_path):
     """Given cells on a slide that was scanned in part, two of them not read, with outlines of all kinds."""
     path = tmp_path / "in" / "s1.parquet"
     path.parent.mkdir()
-    write_cells(path, COUNT, width=WIDTH, given=True, origin=ORIGIN, mpp=MPP, **FULL)
+    write_cells(path, COUNT, width=WIDTH, given=True, origin=ORIGIN, mpp=MPP, size=(900, 1100), **FULL)
     frame, table = CellFile(path).frame(), pq.read_table(path)
     lost = np.isin(np.arange(COUNT), list(LOST))
     none = {name: pa.array(frame[name].to_numpy(), pa.float32(), mask=lost) for name in frame if "score" in name}
@@ -251,10 +251,54 @@ def test_spatialdata_holds_outlines_table_and_image_in_one_frame(cells, tmp_path
         for element in (read, found["cells"]):
             matrix = get_transformation(element, frame).to_affine_matrix(("x", "y"), ("x", "y"))
             np.testing.assert_allclose(matrix, np.diag([mpp, mpp, 1]))
-    slide.write_bytes(b"none")
-    with pytest.raises(InputError, match="a.tif"):
-        write_spatialdata(cells, tmp_path / "b.zarr", image=slide)
-    assert not (tmp_path / "b.zarr").exists()
+    write_image(slide, pixels[:, :-1])
+    for said in ("got a slide of 899 x 1100 px, expected 900 x 1100", ""):
+        for link in (False, True):
+            with pytest.raises(InputError, match=f"a.tif: {said}"):
+                write_spatialdata(cells, tmp_path / "b.zarr", image=slide, link=link)
+            assert not (tmp_path / "b.zarr").exists()
+        slide.write_bytes(b"none")
+
+
+def test_a_linked_slide_is_read_from_its_own_file(cells, tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 255, (1100, 900, 3), np.uint8)
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "cells").mkdir()
+    slide = write_image(tmp_path / "slides" / "a.tif", pixels, levels=3)
+    path = tmp_path / "cells" / "a.zarr"
+    write_spatialdata(cells, path, image=slide, link=True)
+    assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) < pixels.nbytes / 10
+    plain = spatialdata.read_zarr(path)
+    assert not plain.images
+    assert plain.attrs["slide"]["file"] == "../../slides/a.tif"
+    monkeypatch.chdir(path.parent)
+    found = dict[str, spatialdata.SpatialData]()
+    exec(plain.attrs["slide"]["open"], found)  # noqa: S102
+    sdata = found["sdata"]
+    levels = [sdata["he"][scale].image for scale in sdata["he"]]
+    assert [tuple(level.shape[1:]) for level in levels] == [(1100, 900), (550, 450), (275, 225)]
+    np.testing.assert_array_equal(levels[0].transpose("y", "x", "c"), pixels)
+    coarse = pixels.reshape(275, 4, 225, 4, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(levels[2].transpose("y", "x", "c"), coarse, atol=1.01)
+    for frame, mpp in (("global", 1), ("um", MPP)):
+        for step, level in zip((1, 2, 4), levels, strict=True):
+            matrix = get_transformation(level, frame).to_affine_matrix(("x", "y"), ("x", "y"))
+            np.testing.assert_allclose(matrix, np.diag([step * mpp, step * mpp, 1]))
+        extent = spatialdata.get_extent(sdata["he"], coordinate_system=frame)
+        assert (extent["x"], extent["y"]) == ((0, 900 * mpp), (0, 1100 * mpp))
+    part = spatialdata.bounding_box_query(
+        sdata["he"], ("x", "y"), min_coordinate=[10, 20], max_coordinate=[14, 28], target_coordinate_system="um"
+    )
+    np.testing.assert_array_equal(part["scale0"].image.transpose("y", "x", "c"), pixels[80:112, 40:56])
+    (tmp_path / "slides").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"a\.zarr: its slide is not at .*a\.tif; give its place"):
+        read_spatialdata(path)
+    assert "he" in read_spatialdata(path, tmp_path / "moved" / "a.tif").images
+    with pytest.raises(InputError, match="other.tif: got a slide of 899 x 1100 px, .* as of .*a.zarr"):
+        read_spatialdata(path, write_image(tmp_path / "other.tif", pixels[:, :-1]))
+    write_spatialdata(cells, tmp_path / "none.zarr")
+    with pytest.raises(InputError, match="none.zarr: got no link to a slide"):
+        read_spatialdata(tmp_path / "none.zarr", slide)
 
 
 WRITERS = {"a.h5ad": write_h5ad, "a.geojson.gz": write_geojson, "a.zarr": write_spatialdata}
