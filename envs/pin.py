@@ -39,14 +39,14 @@ ENVIRONMENTS = {
         "Finding nuclei on slides with a trained model; on Linux, pip's own torch is the CUDA build.",
         [
             *SHARED,
-            *("geopandas", "ijson", "imagecodecs", "jinja2", "kornia", "openslide-bin", "openslide-python", "orjson"),
+            *("geopandas", "ijson", "imagecodecs", "jinja2", "openslide-bin", "openslide-python", "orjson"),
             *("shapely", "tifffile", "torch", "tqdm"),
         ],
     ),
     "report": ("Scores, tables, figures.", [*SHARED, "jinja2"]),
     "training": (
         "Training and predicting; on Linux, pip's own torch is the CUDA build.",
-        [*SHARED, "kornia", "scikit-learn", "tensorboard", "torch", "tqdm"],
+        [*SHARED, "scikit-learn", "tensorboard", "torch", "tqdm"],
     ),
 }
 

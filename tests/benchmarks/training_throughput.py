@@ -25,11 +25,13 @@ from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.deformable_attention import use_sampling
+from celldetr.model.sampling import is_compiled
 from celldetr.training import stage as stages
-from celldetr.training.augment import augment, draw
+from celldetr.training.augment import augment_images, augment_targets, draw
 from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
 from celldetr.training.loop import STAGES, make_optimizer
 from celldetr.training.matching import Matches, Matching
+from celldetr.training.prefetch import Prefetcher
 from celldetr.training.stage import Losses, Stage
 
 BATCHES = 8
@@ -71,9 +73,8 @@ class AugmentedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Targets]:
         patch = torch.tensor([index]).numpy()
         draws = draw(self.settings.augmentation, 0, index, 1)
-        image, targets = augment(
-            float_images(self.data.read(patch)), self.data.targets(patch), draws, self.settings.augmentation
-        )
+        targets = augment_targets(self.data.targets(patch), draws)
+        image = augment_images(self.data.read(patch), draws, self.settings.augmentation)
         return (image.permute(0, 2, 3, 1) * 255).round().byte(), targets
 
 
@@ -94,6 +95,12 @@ def collate(items: list[tuple[torch.Tensor, Targets]]) -> Batch:
         rows=slice(0, len(images)),
         counts_global=counts.numpy().copy(),
     )
+
+
+def on_device(batch: Batch, device: str) -> Batch:
+    """Move a batch that a loader has augmented."""
+    batch.images = float_images(batch.to(device).images)
+    return batch
 
 
 class AllByAll(Matching):
@@ -137,20 +144,20 @@ class Run:
         if not fused:
             for group in self.optimizer.param_groups:
                 group["fused"], group["foreach"] = False, False
-        self.augmentation = self.experiment.training.augmentation
-        self.loader = loader
         if loader:
             images = AugmentedImages(train_data, self.experiment)
             loader_options = {"num_workers": 1, "collate_fn": collate, "drop_last": True, "persistent_workers": True}
             batches = DataLoader(images, args.batch, **loader_options)
-            self.batches = itertools.chain.from_iterable(itertools.repeat(batches))
+            given = itertools.chain.from_iterable(itertools.repeat(batches))
+            self.batches = (on_device(batch, args.device) for batch in given)
         else:
             ordered = TrainingBatches(train_data, args.batch, 0)
-            self.batches = (ordered[step] for step in itertools.cycle(range(BATCHES)))
+            prefetcher = Prefetcher(args.device, self.experiment.training, compiled=is_compiled(args.device, "auto"))
+            self.batches = prefetcher(ordered[step] for step in itertools.cycle(range(BATCHES)))
 
     def next_batch(self) -> Batch:
-        """Batch on the device."""
-        return next(self.batches).to(self.args.device)
+        """Augmented batch on the device."""
+        return next(self.batches)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Loss of a step."""
@@ -178,15 +185,13 @@ class Run:
 
     @contextlib.contextmanager
     def as_told(self):
-        """Matcher of the variant; images that a loader has augmented are not augmented again."""
-        before = stages.Matching, stages.augment
+        """Matcher of the variant."""
+        before = stages.Matching
         stages.Matching = AllByAll if self.matcher == "all" else Matching
-        if self.loader:
-            stages.augment = lambda images, targets, *_: (images, targets)
         try:
             yield
         finally:
-            stages.Matching, stages.augment = before
+            stages.Matching = before
 
 
 def experiment_of(mode: str, batch: int) -> Experiment:
@@ -223,13 +228,12 @@ def variants(args, store) -> list[tuple[str, Run]]:
 def parts_of(run: Run, device: str) -> str:
     """Where the time of a step goes."""
     parts, model = Parts(device), run.stage.model
-    parts.watch(run, "next_batch", "data")
+    parts.watch(run, "next_batch", "data and augmentation")
     parts.watch(model.backbone, "forward", "backbone")
     parts.watch(model.encoder, "forward", "encoder")
     parts.watch(model.decoder, "forward", "detection decoder")
     if hasattr(model, "representation"):
         parts.watch(model.representation, "forward", "representation decoder")
-    parts.watch(stages, "augment", "augmentation")
     parts.watch(Matching, "result", "matching")
     parts.watch(run, "backward", "backward")
     parts.watch(run, "update", "optimiser")

@@ -1,8 +1,7 @@
 """Training steps on the pretended device, in a process of their own: PyTorch counts devices at its first backward.
 
 Usage: step_on_pretended_device.py STORE MODE... Prints JSON by mode: ``device`` of the loss, ``to_host`` (shapes that
-the host read), ``waited`` (shapes of the copies that it waited for), ``costs`` (shape that the costs should have),
-``blurred`` (images).
+the host read), ``waited`` (shapes of the copies that it waited for), ``costs`` (shape that the costs should have).
 """
 
 import json
@@ -14,10 +13,10 @@ from pretended_device import Copies, moved, pretended_device
 from tiny_training import make_experiment, make_ssl_experiment, make_stage
 
 from celldetr.store import open_store
-from celldetr.training.augment import draw
 from celldetr.training.data import TrainingBatches
 from celldetr.training.loop import make_optimizer
 from celldetr.training.matching import Matching
+from celldetr.training.prefetch import prepare
 from celldetr.training.stage import Losses
 
 BATCH = 8
@@ -54,14 +53,13 @@ def measure(mode, path):
     stage = stage_of(open_store(path), mode)
     settings, step = stage.settings, 1
     batch = TrainingBatches(stage.train_data, BATCH, settings.seed)[step]
-    blurred = draw(settings.augmentation, settings.seed, step, BATCH).blur.sum()
     with fakes, Copies() as copies:
         moved(stage.model, device)
-        loss = one_step(stage, make_optimizer(stage.model, settings), batch.to(device))
+        loss = one_step(stage, make_optimizer(stage.model, settings), prepare(batch, device, settings))
     model = stage.model.settings
     costs = (model.decoder_layers, BATCH, batch.targets.labels.shape[1], model.queries)
     found = {"device": str(loss.device), "to_host": copies.to_host, "waited": copies.waited, "costs": costs}
-    return {**found, "blurred": int(blurred), "nuclei": int(batch.targets.counts.sum())}
+    return {**found, "nuclei": int(batch.targets.counts.sum())}
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_environment_holds_what_the_rule_imports(rule):
 def test_pins_are_those_of_the_lock_and_no_others(environment):
     lock = set((ROOT / "envs" / "lock.txt").read_text(encoding="utf-8").splitlines())
     assert set(pins(environment).values()) <= lock
-    unneeded = {"tacco", "scanpy", "spatialdata"} if environment in ("training", "cells") else {"torch", "kornia"}
+    unneeded = {"tacco", "scanpy", "spatialdata"} if environment in ("training", "cells") else {"torch"}
     assert not unneeded & set(pins(environment))
     text = (ROOT / "envs" / f"{environment}.yaml").read_text(encoding="utf-8")
     done = run(sys.executable, "-c", f"import pin; print(pin.text({environment!r}), end='')", cwd=ROOT / "envs")

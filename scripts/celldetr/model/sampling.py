@@ -72,15 +72,21 @@ def choose_sampler(device: torch.device | str, *, kernel: Kernel = "auto", compi
     kind = torch.device(device).type
     if kind == "cuda" and importlib.util.find_spec("deformops") is not None:
         return Sampling(sample_kernels, "kernels of deformops")
-    compiler = next(filter(shutil.which, _COMPILERS["cuda" if kind == "cuda" else "cpu"]), None)
-    if compiled is True and compiler is None:
-        raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
-    if compiled is True or (compiled == "auto" and kind == "cuda" and compiler is not None):
+    if is_compiled(device, compiled):
         core = torch.compile(_sample_rows_again)
         return Sampling(functools.partial(sample_portable, core=core), "portable form, compiled")
     if kind == "cuda":
         return Sampling(functools.partial(sample_portable, core=_sample_rows_again), "portable form")
     return Sampling(sample_portable, "portable form")
+
+
+def is_compiled(device: torch.device | str, setting: Compile) -> bool:
+    """Whether the setting ``training.compile`` compiles what runs on a device; see `choose_sampler`."""
+    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    compiler = next(filter(shutil.which, _COMPILERS[kind]), None)
+    if setting is True and compiler is None:
+        raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
+    return setting is True or (setting == "auto" and kind == "cuda" and compiler is not None)
 
 
 def sample_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:

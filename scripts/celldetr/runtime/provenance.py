@@ -19,7 +19,7 @@ import celldetr
 from celldetr.runtime.errors import masked
 from celldetr.runtime.files import write_json
 
-PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "kornia", "snakemake")
+PACKAGES = ("numpy", "pandas", "scipy", "zarr", "torch", "snakemake")
 _MAKERS = {"fetch", "slides", "pannuke", "xenium", "model", "training", "example"}
 """Rooms that make data and models."""
 _FRAME = {"runtime/rule.py", "runtime/errors.py", "runtime/provenance.py", "config/base.py"}

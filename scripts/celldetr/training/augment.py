@@ -1,23 +1,30 @@
-"""Augmentation in batches on the device; boxes follow the image.
+"""Augmentation of a batch: of the nuclei's boxes on the host, of the images on the device.
 
 All random numbers of a step are drawn for the global batch, and each process takes those of its images: any number of
-processes sees the same images. Order: elastic deformation, flips, blur, colour jitter, stain jitter.
+processes sees the same images. They reach the device as one table. Order: elastic deformation, flips, blur, colour
+jitter, stain jitter.
+
+A CPU computes each change for the images that drew it. Elsewhere every change is computed for all images and kept for
+those that drew it: no shape depends on the random numbers, and `torch.compile` makes a few kernels of it.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from kornia import enhance, filters
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from celldetr.config.experiment import AugmentationSettings
 from celldetr.model.boxes import xyxy_to_cxcywh
-from celldetr.model.device import cached_tensor
+from celldetr.model.celldetr import float_images
+from celldetr.model.device import constant_table
 from celldetr.slides.stains import STAINS, UNMIXING
-from celldetr.training.data import AUGMENTATION, Targets, random_stream
+from celldetr.training.data import AUGMENTATION, Targets, random_stream, to_device
 
 ELASTIC_NODES = 7
 """Nodes per side of the grid of displacements; those on the border do not move, so that nothing leaves the image."""
@@ -25,8 +32,7 @@ ELASTIC_SHIFT = 0.02
 """Largest displacement of a node, as a fraction of the image's side; folds would need more than 0.1."""
 _ELLIPSE_POINTS = 16
 _INVERSE_STEPS = 6
-
-_STAINS, _UNMIXING = (tuple(map(tuple, table.tolist())) for table in (STAINS, UNMIXING))
+_TINY = 1e-12
 
 
 class Draws(NamedTuple):
@@ -70,58 +76,116 @@ def draw(settings: AugmentationSettings, seed: int, step: int, batch_size: int) 
     )
 
 
-def augment(images: Tensor, targets: Targets, draws: Draws, settings: AugmentationSettings) -> tuple[Tensor, Targets]:
-    """Augment images (B, 3, S, S) float in [0, 1] and the boxes of their nuclei, of which none is dropped.
+def augment_targets(targets: Targets, draws: Draws) -> Targets:
+    """Move the boxes, on the host, as `augment_images` moves what is in the images; none is dropped."""
+    boxes = targets.boxes.clone()
+    if draws.elastic.any():
+        rows = torch.from_numpy(np.flatnonzero(draws.elastic))
+        boxes[rows] = _warp_boxes(boxes[rows], torch.from_numpy(draws.displacement)[rows])
+    for flipped, coordinate in ((draws.flip_x, 0), (draws.flip_y, 1)):
+        boxes[torch.from_numpy(flipped), :, coordinate] = 1 - boxes[torch.from_numpy(flipped), :, coordinate]
+    return Targets(boxes, targets.labels, targets.counts)
 
-    `draws` are the random numbers of these B images; of `settings` only the size of the blur kernel is used.
+
+def augment_images(pixels: Tensor, draws: Draws, settings: AugmentationSettings, *, compiled: bool = False) -> Tensor:
+    """Turn images (B, S, S, 3) uint8 into augmented images (B, 3, S, S) float32 in [0, 1].
+
+    `draws` are the random numbers of these B images. `compiled` is for other devices than a CPU.
     """
-    images, boxes = _elastic(images, targets.boxes, draws)
-    images, boxes = _flip(images, boxes, draws)
-    for chosen, change in ((draws.blur, _blur), (draws.jitter, _jitter), (draws.hed, _stain_jitter)):
-        index = np.flatnonzero(chosen)
-        if len(index):
-            rows = _device(index, images)
-            images = images.index_copy(0, rows, change(images[rows], draws, index, settings))
-    return images, Targets(boxes, targets.labels, targets.counts)
+    kinds = tuple(kind for kind in CHANGES if getattr(settings, kind) > 0)
+    table = to_device(torch.from_numpy(_table(draws, settings.blur_kernel)), pixels.device)
+    if pixels.device.type == "cpu":
+        return _change_drawn(pixels, table, draws, kinds)
+    return (_compiled() if compiled else change_all)(pixels, table, kinds)
 
 
-def _device(values: NDArray[np.generic], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, non_blocking=True)
+def _table(draws: Draws, blur_kernel: int) -> NDArray[np.float32]:
+    """Random numbers of the images as a table (B, P); `Numbers` takes it apart."""
+    nodes = draws.displacement.copy()  # images are flipped before they are deformed: the grids are mirrored
+    for flipped, axis, component in ((draws.flip_x, 3, 0), (draws.flip_y, 2, 1)):
+        nodes[flipped] = np.flip(nodes[flipped], axis)
+        nodes[flipped, component] *= -1
+    factors = np.pad(draws.stain[:, 0], ((0, 0), (0, 1)), constant_values=1)  # the third stain stays as it is
+    mixing = (UNMIXING * factors[:, None]) @ STAINS
+    shift = -math.log(10) * draws.stain[:, 1] @ STAINS[:2]
+    offsets = np.arange(blur_kernel) - blur_kernel // 2
+    weights = np.exp(-0.5 * (offsets / draws.sigma[:, None]) ** 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    parts = (np.stack(draws[:6], axis=1), nodes, draws.colour, mixing, shift, weights)
+    return np.concatenate([part.reshape(len(nodes), -1) for part in parts], axis=1, dtype=np.float32)
 
 
-def _flip(images: Tensor, boxes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    for flipped, dimension, coordinate in ((draws.flip_x, -1, 0), (draws.flip_y, -2, 1)):
-        if flipped.any():
-            chosen = _device(flipped, images)
-            images = torch.where(chosen[:, None, None, None], images.flip(dimension), images)
-            centre = boxes[..., coordinate]
-            boxes = boxes.clone()
-            boxes[..., coordinate] = torch.where(chosen[:, None], 1 - centre, centre)
-    return images, boxes
+class Numbers(NamedTuple):
+    """Random numbers of n images on the device."""
+
+    chosen: Tensor  # whether the image is flipped in x and y, deformed, blurred, jittered in colour and stain (n, 6)
+    nodes: Tensor  # displacement of the flipped image's nodes (n, 2, 7, 7)
+    colour: Tensor  # as in `Draws` (n, 4)
+    mixing: Tensor  # (n, 3, 3): logarithms of the colours before by those afterwards
+    shift: Tensor  # of these logarithms (n, 3)
+    weights: Tensor  # of the blur (n, K)
+
+    @classmethod
+    def of(cls, table: Tensor) -> "Numbers":
+        """Take a table apart."""
+        grid = 2 * ELASTIC_NODES**2
+        chosen, nodes, colour, mixing, shift, weights = table.split([6, grid, 4, 9, 3, table.shape[1] - grid - 22], 1)
+        nodes = nodes.unflatten(1, (2, ELASTIC_NODES, ELASTIC_NODES))
+        return cls(chosen > 0, nodes, colour, mixing.unflatten(1, (3, 3)), shift, weights)
 
 
-def _elastic(images: Tensor, boxes: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    index = np.flatnonzero(draws.elastic)
-    if not len(index):
-        return images, boxes
-    rows = _device(index, images)
-    nodes = _device(draws.displacement[index], images)
-    size = images.shape[-1]
-    centres = (torch.arange(size, device=images.device) + 0.5) / size
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
-    pixels = torch.stack([x, y], dim=-1).reshape(1, -1, 2).expand(len(index), -1, -1)
-    source = pixels + _displacement(nodes, pixels)
-    grid = source.view(-1, size, size, 2) * 2 - 1
-    warped = functional.grid_sample(images[rows], grid, padding_mode="border", align_corners=False)
-    return images.index_copy(0, rows, warped), boxes.index_copy(0, rows, _warp_boxes(boxes[rows], nodes))
+def _change_drawn(pixels: Tensor, table: Tensor, draws: Draws, kinds: tuple[str, ...]) -> Tensor:
+    """Compute each change for the images that drew it."""
+    pixels = pixels.clone()
+    for flipped, dimension in ((draws.flip_x, 2), (draws.flip_y, 1)):
+        rows = torch.from_numpy(np.flatnonzero(flipped))
+        pixels[rows] = pixels[rows].flip(dimension)
+    images = float_images(pixels)
+    for kind in kinds:
+        rows = torch.from_numpy(np.flatnonzero(getattr(draws, kind)))
+        if len(rows):
+            images[rows] = CHANGES[kind](images[rows], Numbers.of(table[rows]))
+    return images
 
 
-def _displacement(nodes: Tensor, points: Tensor) -> Tensor:
-    """Displacement (B, n, 2) at points (B, n, 2) in [0, 1] of the image, by bicubic interpolation of the nodes."""
-    field = functional.grid_sample(
-        nodes, points.unsqueeze(1) * 2 - 1, mode="bicubic", padding_mode="border", align_corners=True
-    )
-    return field[:, :, 0].transpose(1, 2)
+def change_all(pixels: Tensor, table: Tensor, kinds: tuple[str, ...]) -> Tensor:
+    """Compute each change for all images."""
+    numbers = Numbers.of(table)
+    chosen = dict(zip(Draws._fields, numbers.chosen[:, :, None, None, None].unbind(1), strict=False))
+    for flipped, dimension in (("flip_x", 2), ("flip_y", 1)):
+        pixels = torch.where(chosen[flipped], pixels.flip(dimension), pixels)
+    images = float_images(pixels)
+    for kind in kinds:
+        images = torch.where(chosen[kind], CHANGES[kind](images, numbers), images)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(change_all, fullgraph=True, dynamic=False)
+
+
+@constant_table
+def _spline(size: int, device: torch.device) -> Tensor:
+    """Weights (S, 7) float64 of the nodes at each pixel of a row, for bicubic interpolation."""
+    nodes = torch.eye(ELASTIC_NODES, dtype=torch.float64).view(1, ELASTIC_NODES, 1, ELASTIC_NODES)
+    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    points = torch.stack([pixels, torch.full_like(pixels, 0.5)], dim=-1).view(1, 1, size, 2)
+    return _interpolate(nodes, points)[0, :, 0].T.contiguous().to(device, non_blocking=True)
+
+
+def _interpolate(nodes: Tensor, points: Tensor) -> Tensor:
+    """Bicubic interpolation (B, C, n, m) of nodes (B, C, h, w) at points (B, n, m, 2) in [0, 1] of the image."""
+    return functional.grid_sample(nodes, points * 2 - 1, mode="bicubic", padding_mode="border", align_corners=True)
+
+
+def _warp(images: Tensor, numbers: Numbers) -> Tensor:
+    """Deform: the displacements are a product in float64, which no GPU rounds to TF32."""
+    size, spline = images.shape[-1], _spline(images.shape[-1], images.device)
+    x, y = (spline @ numbers.nodes.double() @ spline.T).float().unbind(1)  # (n, S, S) each
+    centres = (2 * torch.arange(size, device=images.device) + 1) / size - 1
+    grid = torch.stack([centres + 2 * x, centres[:, None] + 2 * y], dim=-1)
+    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:
@@ -130,40 +194,63 @@ def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:
     A nucleus is modelled as the ellipse in its box: the new box encloses 16 points of it, each moved by the inverse of
     the displacement (fixed-point iteration). Without deformation the box stays the same.
     """
-    angle = torch.arange(_ELLIPSE_POINTS, device=boxes.device) * (2 * torch.pi / _ELLIPSE_POINTS)
+    angle = torch.arange(_ELLIPSE_POINTS) * (2 * torch.pi / _ELLIPSE_POINTS)
     circle = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    start = (boxes[:, :, None, :2] + 0.5 * boxes[:, :, None, 2:] * circle).flatten(1, 2)
+    start = boxes[:, :, None, :2] + 0.5 * boxes[:, :, None, 2:] * circle  # (B, R, 16, 2)
     points = start
     for _ in range(_INVERSE_STEPS):
-        points = start - _displacement(nodes, points)
-    points = points.clamp(0, 1).unflatten(1, (boxes.shape[1], _ELLIPSE_POINTS))
-    corners = torch.cat([points.amin(dim=2), points.amax(dim=2)], dim=-1)
-    warped = xyxy_to_cxcywh(corners)
+        points = start - _interpolate(nodes, points).permute(0, 2, 3, 1)
+    points = points.clamp(0, 1)
+    warped = xyxy_to_cxcywh(torch.cat([points.amin(dim=2), points.amax(dim=2)], dim=-1))
     least = boxes[..., 2:].clamp(max=1e-4)
     return torch.cat([warped[..., :2], torch.maximum(warped[..., 2:], least)], dim=-1)
 
 
-def _blur(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    sigma = torch.from_numpy(draws.sigma[index])  # on the CPU, where kornia checks it
-    kernel = (settings.blur_kernel, settings.blur_kernel)
-    blurred: Tensor = filters.gaussian_blur2d(images, kernel, sigma[:, None].expand(-1, 2))
-    return blurred
+def _blur(images: Tensor, numbers: Numbers) -> Tensor:
+    """Gaussian blur of rows, then of columns; beyond the border the image is mirrored."""
+    size, weights = images.shape[-1], numbers.weights[..., None, None, None].unbind(1)
+    radius = len(weights) // 2
+    for dimension, padding in ((-1, (radius, radius, 0, 0)), (-2, (0, 0, radius, radius))):
+        padded = functional.pad(images, padding, mode="reflect")
+        images = padded.narrow(dimension, 0, size) * weights[0]
+        for shift, weight in enumerate(weights[1:], start=1):
+            images = torch.addcmul(images, padded.narrow(dimension, shift, size), weight)
+    return images
 
 
-def _jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    brightness, contrast, saturation, hue = _device(draws.colour[index], images).T
-    images = enhance.adjust_brightness_accumulative(images, brightness)
-    images = enhance.adjust_contrast_with_mean_subtraction(images, contrast)
-    images = enhance.adjust_saturation_with_gray_subtraction(images, saturation)
-    images = enhance.adjust_hue(images, hue * (2 * torch.pi))
-    return images.clamp(0, 1)
+def _jitter(images: Tensor, numbers: Numbers) -> Tensor:
+    """Change brightness, contrast, saturation and hue, in this order."""
+    brightness, contrast, saturation, hue = numbers.colour[..., None, None, None].unbind(1)
+    images = (images * brightness).clamp(0, 1)
+    images = torch.lerp(_gray(images).mean(dim=(-2, -1), keepdim=True), images, contrast).clamp(0, 1)
+    images = torch.lerp(_gray(images), images, saturation).clamp(0, 1)
+    high, low = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    span = high - low
+    of_green = torch.where(high == green, blue - red + 2 * span, red - green + 4 * span)
+    sextant = torch.where(high == red, green - blue, of_green) / span.clamp(min=_TINY) + 6 * hue
+    from_top = (sextant + torch.arange(5, 0, -2, device=images.device)[:, None, None]) % 6  # of each colour
+    return high - span * torch.minimum(from_top, 4 - from_top).clamp(0, 1)
 
 
-def _stain_jitter(images: Tensor, draws: Draws, index: NDArray[np.int64], settings: AugmentationSettings) -> Tensor:
-    stains, unmixing = (cached_tensor(table, images.device) for table in (_STAINS, _UNMIXING))
-    density = -torch.log10(images.clamp(min=1 / 255))
-    amounts = torch.einsum("bchw,cs->bshw", density, unmixing)
-    factor, shift = _device(draws.stain[index], images).unbind(dim=1)
-    changed = amounts[:, :2] * factor[..., None, None] + shift[..., None, None]
-    amounts = torch.cat([changed, amounts[:, 2:]], dim=1)
-    return torch.pow(10, -torch.einsum("bshw,sc->bchw", amounts, stains)).clamp(0, 1)
+def _gray(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _stain_jitter(images: Tensor, numbers: Numbers) -> Tensor:
+    """Change the amounts of hematoxylin and eosin: a linear map of the logarithms of the colours."""
+    logarithms = images.clamp(min=1 / 255).log()
+    changed = numbers.shift[..., None, None]
+    for colour, mixing in enumerate(numbers.mixing[..., None, None].unbind(1)):
+        changed = torch.addcmul(changed, mixing, logarithms[:, colour : colour + 1])
+    return changed.exp().clamp(0, 1)
+
+
+CHANGES: dict[str, Callable[[Tensor, Numbers], Tensor]] = {
+    "elastic": _warp,
+    "blur": _blur,
+    "jitter": _jitter,
+    "hed": _stain_jitter,
+}
+"""Changes of images (n, 3, S, S) in their order, by their probability in the settings; also names in `Draws`."""

@@ -39,6 +39,13 @@ def random_stream(seed: int, step: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, purpose])
 
 
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor; from the host to a GPU through pinned memory, so that the host does not wait."""
+    if torch.device(device).type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Targets:
     """The nuclei of B images, padded to the same number of slots R."""
@@ -58,7 +65,7 @@ class Targets:
 class Batch:
     """One process' images of a batch."""
 
-    images: Tensor  # (B, S, S, 3) uint8
+    images: Tensor  # (B, S, S, 3) uint8; `celldetr.training.prefetch.prepare` makes (B, 3, S, S) float32 of them
     targets: Targets
     patches: NDArray[np.int64]  # index of each image in its `PatchData` (B,)
     step: int  # of the run; -1 in validation
@@ -79,8 +86,8 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Move images and nuclei to a device, in place."""
         targets = self.targets
-        self.images = self.images.to(device, non_blocking=True)
-        boxes, labels = (values.to(device, non_blocking=True) for values in (targets.boxes, targets.labels))
+        self.images = to_device(self.images, device)
+        boxes, labels = (to_device(values, device) for values in (targets.boxes, targets.labels))
         self.targets = Targets(boxes, labels, targets.counts)
         return self
 

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import allow_tf32, resolve_precision
+from celldetr.model.sampling import is_compiled
 from celldetr.model.weights import load_exactly, read_checkpoint, save_model
 from celldetr.runtime.errors import Interrupted
 from celldetr.runtime.files import naming
@@ -43,6 +44,7 @@ from celldetr.training.data import (
     random_stream,
 )
 from celldetr.training.initial import build_model
+from celldetr.training.prefetch import Prefetcher
 from celldetr.training.processes import Group, StopSignals, launch
 from celldetr.training.run import Run, check, identified
 from celldetr.training.run_log import RunLog, write_log
@@ -105,6 +107,7 @@ class Training:
             PatchData(stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
         )
         self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
+        self.prepared = Prefetcher(device, settings, compiled=is_compiled(device, settings.compile))
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
         state = read_state(run.state_file, run.identity)
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
@@ -132,14 +135,14 @@ class Training:
                 self.stage.train()
                 epoch = self.step // self.batches.steps_per_epoch
                 rest_of_epoch = range(self.step, (epoch + 1) * self.batches.steps_per_epoch)
-                for batch in load_batches(self.batches, rest_of_epoch, self.settings):
+                for batch in self.prepared(load_batches(self.batches, rest_of_epoch, self.settings)):
                     if number := self.group.largest(stop.received):
                         self.save_state()
                         raise Interrupted(
                             f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total_steps}; "
                             f"{self.run.state_file} holds the state: start the run again to continue it"
                         )
-                    self.take_step(batch.to(self.device))
+                    self.take_step(batch)
                 seconds = self.run_log.pause()
                 validation = self.validate() if len(self.stage.val_data) else None
                 self.run_log.end_epoch(self.step, self.rate, seconds, validation)
@@ -149,7 +152,7 @@ class Training:
             self.write_results()
 
     def take_step(self, batch: Batch) -> None:
-        """Losses, gradients, update."""
+        """Losses of a prepared batch, gradients, update."""
         settings, step = self.settings, self.step
         factor = learning_rate_factor(step, self.total_steps, settings)
         for param_group in self.optimizer.param_groups:
@@ -176,8 +179,8 @@ class Training:
         self.model.eval()
         stage.start_validation()
         with torch.no_grad(), self.autocast:
-            for batch in load_batches(batches, range(len(batches)), self.settings):
-                stage.validate(batch.to(self.device))
+            for batch in self.prepared(load_batches(batches, range(len(batches)), self.settings)):
+                stage.validate(batch)
         return stage.validation_summary()
 
     def keep_best(self, epoch: int, validation: Mapping[str, Any] | None) -> None:

@@ -15,9 +15,8 @@ from celldetr.config.experiment import Experiment
 from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
-from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen, float_images
+from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen
 from celldetr.runtime.errors import NonFinite
-from celldetr.training.augment import augment, draw
 from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
 from celldetr.training.matching import Matching, costs
 from celldetr.training.processes import Group
@@ -120,7 +119,7 @@ class Stage(ABC):
         """Summarise a validation for the log; ``score`` chooses the model's epoch and may be None."""
 
     def training_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of an augmented batch, and their weighted sum.
+        """Losses of a prepared batch, and their weighted sum.
 
         Both are this process' part of the losses of the whole batch: the sum over the processes is the loss.
 
@@ -129,12 +128,8 @@ class Stage(ABC):
         NonFinite
             A matching cost is NaN or infinite; names the patches.
         """
-        settings = self.settings
-        with torch.autocast(batch.images.device.type, enabled=False):
-            draws = draw(settings.augmentation, settings.seed, batch.step, settings.batch_size).of(batch.rows)
-            images, targets = augment(float_images(batch.images), batch.targets, draws, settings.augmentation)
         with self.naming_patches(batch):
-            outputs = self.compute(images, targets, batch)
+            outputs = self.compute(batch.images, batch.targets, batch)
         return outputs.losses, outputs.total
 
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
@@ -159,7 +154,7 @@ class Stage(ABC):
         self._counts = np.zeros((1 + max(1, len(self.classes)), len(COUNTS)), dtype=np.int64)
 
     def validate(self, batch: Batch) -> Outputs:
-        """Sum the losses of a batch, undivided, and count the nuclei that the model predicts.
+        """Sum the losses of a prepared batch, undivided, and count the nuclei that the model predicts.
 
         Raises
         ------
@@ -167,7 +162,7 @@ class Stage(ABC):
             A loss or matching cost is NaN or infinite; names the patches.
         """
         with self.naming_patches(batch):
-            outputs = self.compute(float_images(batch.images), batch.targets, batch)
+            outputs = self.compute(batch.images, batch.targets, batch)
             values = Losses(outputs.losses, outputs.total).values()
         for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
