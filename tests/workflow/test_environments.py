@@ -48,7 +48,8 @@ def imported(script):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"celldetr", "deformops"}  # deformops is optional
+    optional = {"deformops", "triton"}  # torch for CUDA brings Triton
+    return names - set(sys.stdlib_module_names) - {"celldetr"} - optional
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,7 +4,7 @@
 result of a query and head as one weighted sum over rows of the value table: 4 corners for each of the L * P points,
 with attention times bilinear weight as the weight of a row. The table has a border of zeros around each level, so that
 points outside of the map need no special case. `sample_kernels` calls the CUDA kernels of the optional package
-`deformops`.
+`deformops`; `celldetr.model.sampling_triton` has kernels of our own.
 
 Shapes, with B images, T tokens, H heads, D channels per head, Q queries, L levels, P points:
 value (B, T, H, D), levels one after another, row by row; shapes, (height, width) of the L levels;
@@ -28,13 +28,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from celldetr.config.experiment import Kernel
-from celldetr.model.device import cached_tensor, constant_table
+from celldetr.model.device import cached_tensor, constant_table, full_precision
 from celldetr.runtime.errors import ConfigError
 
 # PyTorch warns that most operations on sparse CSR tensors are missing; only the values of the result are used here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 _POINTS_AT_ONCE = 65536
+# Largest difference of our kernels from the portable form that is rounding, as a share of the largest number.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 Shapes = tuple[tuple[int, int], ...]
 """Height and width of each level."""
@@ -58,7 +60,8 @@ def choose_sampler(device: torch.device | str, *, kernel: Kernel = "auto", compi
     Parameters
     ----------
     kernel
-        ``auto``: the fastest form that the device has; ``reference``: `sample_reference`.
+        ``auto``: the fastest form that the device has, on CUDA the kernels of `deformops`, else ours, else the portable
+        form; ``reference``: `sample_reference`.
     compiled
         Whether `torch.compile` compiles the portable form. ``auto``: on CUDA, if there is a C compiler.
 
@@ -72,6 +75,10 @@ def choose_sampler(device: torch.device | str, *, kernel: Kernel = "auto", compi
     kind = torch.device(device).type
     if kind == "cuda" and importlib.util.find_spec("deformops") is not None:
         return Sampling(sample_kernels, "kernels of deformops")
+    if kind == "cuda" and importlib.util.find_spec("triton") is not None and _own_kernels_work(torch.device(device)):
+        from celldetr.model.sampling_triton import sample_triton
+
+        return Sampling(sample_triton, "kernels of our own")
     if is_compiled(device, compiled):
         core = torch.compile(_sample_rows_again)
         return Sampling(functools.partial(sample_portable, core=core), "portable form, compiled")
@@ -87,6 +94,51 @@ def is_compiled(device: torch.device | str, setting: Compile) -> bool:
     if setting is True and compiler is None:
         raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
     return setting is True or (setting == "auto" and kind == "cuda" and compiler is not None)
+
+
+@functools.cache
+def _own_kernels_work(device: torch.device) -> bool:
+    """Whether our kernels compute on a GPU what the portable form does; if not, warn and say why. Checked once."""
+    try:
+        from celldetr.model.sampling_triton import sample_triton
+
+        differences = {dtype: largest_difference(sample_triton, device, dtype) for dtype in _TOLERANCE}
+    except Exception as error:  # compilers and drivers raise errors of all kinds
+        reason = f"fail: {type(error).__name__}: {error}"
+    else:
+        wrong = [str(dtype) for dtype, limit in _TOLERANCE.items() if not differences[dtype] < limit]  # also NaN
+        if not wrong:
+            return True
+        reason = f"give other numbers in {' and '.join(wrong)}"
+    warnings.warn(f"the portable form of the sampling is used: on {device} our kernels {reason}", stacklevel=3)
+    return False
+
+
+def largest_difference(
+    form: Sampler, device: torch.device, dtype: torch.dtype, *, queries: int = 200, heads: int = 8
+) -> float:
+    """Compare a form with the portable form on a device, value and gradients, for random values of a type.
+
+    Returns the largest difference, as a share of the largest number; NaN if a number is not finite.
+    """
+    shapes = ((18, 20), (9, 10), (5, 5), (3, 2))  # our kernels scatter the first and gather the others
+    generator = torch.Generator().manual_seed(0)
+    size = (2, queries, heads, len(shapes), 4)
+    value = torch.randn(2, sum(map(math.prod, shapes)), heads, 32, generator=generator).to(dtype)
+    locations = torch.rand(*size, 2, generator=generator) * 1.4 - 0.2
+    inputs = [x.to(device) for x in (value, locations, torch.rand(size, generator=generator))]
+
+    def run(sample: Sampler) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        sampled = sample(leaves[0], shapes, *leaves[1:])
+        slope = torch.linspace(-1, 1, sampled.numel(), dtype=dtype, device=device).view_as(sampled)
+        return [sampled, *torch.autograd.grad(sampled, leaves, slope)]
+
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(inputs[0]):
+        pairs = list(zip(run(form), run(sample_portable), strict=True))
+    return float(
+        torch.stack([(found - portable).abs().max() / portable.abs().max() for found, portable in pairs]).max()
+    )
 
 
 def sample_reference(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
