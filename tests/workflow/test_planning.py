@@ -76,7 +76,8 @@ def test_a_single_target_builds_only_its_ancestors(tmp_path):
 
 
 def test_every_file_of_cells_is_a_target_of_its_own(tmp_path):
-    for kind, rule in (("h5ad", "cells_h5ad"), ("geojson.gz", "cells_geojson"), ("zarr", "cells_spatialdata")):
+    kinds = {"h5ad": "h5ad", "geojson.gz": "geojson", "cellvit.geojson": "cellvit", "zarr": "spatialdata"}
+    for kind, rule in ((kind, f"cells_{name}") for kind, name in kinds.items()):
         jobs = jobs_of(plan(tmp_path, {}, f"results/cells/drawn_slide_2.{kind}"))
         assert {name for name in jobs if "cell" in name} == {"download_cell_slide", "find_cells", "join_cells", rule}
         assert (jobs["find_cells"], jobs["train"]) == (small_config()["cells"]["jobs"], 1)

@@ -174,6 +174,30 @@ rule cells_geojson:
         "../../scripts/cells_geojson.py"
 
 
+rule cells_cellvit:
+    input:
+        "results/cells/{slide}.parquet",
+    output:
+        "results/cells/{slide}.cellvit.geojson",
+    log:
+        "results/logs/cells_cellvit/{slide}.log",
+    benchmark:
+        "results/benchmarks/cells_cellvit/{slide}.tsv"
+    wildcard_constraints:
+        slide=CELL_NAMES,
+    conda:
+        "../../envs/spatial.yaml"
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        code=code("cells_cellvit"),
+    message:
+        "Writing the cells of {wildcards.slide} for the viewer of CellViT"
+    script:
+        "../../scripts/cells_cellvit.py"
+
+
 rule cells_spatialdata:
     input:
         cells="results/cells/{slide}.parquet",

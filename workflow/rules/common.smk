@@ -73,7 +73,12 @@ except ConfigError as error:
     ) from None
 
 
-CELL_FILES = {"h5ad": "h5ad", "geojson": "geojson.gz", "spatialdata": "zarr"}
+CELL_FILES = {
+    "h5ad": "h5ad",
+    "geojson": "geojson.gz",
+    "cellvit": "cellvit.geojson",
+    "spatialdata": "zarr",
+}
 """Ending of each file of cells that `cells.outputs` may list."""
 
 

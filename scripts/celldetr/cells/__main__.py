@@ -106,8 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     row: CellRow = _settings(CellRow, given, slide=name, use="yes", file=[given.slide], nuclei=nuclei)
     settings: CellSettings = _settings(CellSettings, given)
     precision = _settings(InferenceSettings, given).precision
-    if settings.image == "write" and "spatialdata" not in settings.outputs:
-        raise ConfigError("command line: image: got 'write', expected spatialdata among --outputs, which holds it")
+    if settings.image != "none" and "spatialdata" not in settings.outputs:
+        raise ConfigError(
+            f"command line: image: got {settings.image!r}, expected spatialdata among --outputs, which holds it"
+        )
     for path in filter(None, (given.slide, given.model, given.nuclei, given.region)):
         if not Path(path).is_file():
             raise InputError(f"{path}: {'got a folder, expected a file' if Path(path).is_dir() else 'no such file'}")
@@ -150,11 +152,15 @@ def _write(cells: "CellFile", slide: Path, start: Path, settings: CellSettings) 
         from celldetr.cells.qupath import write_geojson
 
         write_geojson(cells, f"{start}.geojson.gz")
+    if "cellvit" in settings.outputs:
+        from celldetr.cells.cellvit import write_cellvit
+
+        write_cellvit(cells, f"{start}.cellvit.geojson")
     if "spatialdata" in settings.outputs:
         from celldetr.cells.spatialdata_zarr import write_spatialdata
 
-        image = slide if settings.image == "write" else None
-        write_spatialdata(cells, f"{start}.zarr", settings.embeddings, image=image)
+        image, link = None if settings.image == "none" else slide, settings.image == "link"
+        write_spatialdata(cells, f"{start}.zarr", settings.embeddings, image=image, link=link)
     from celldetr.report.cells import write_cells_page
 
     write_cells_page(f"{start}.html", cells, slide, title=f"Cells of {start.name}")

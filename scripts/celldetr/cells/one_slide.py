@@ -93,7 +93,7 @@ def _refuse_others(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 
 def _refuse_leftovers(out: Path, name: str) -> None:
     """Refuse to find cells beside files of other cells that have the same name."""
-    files = [out / f"{name}.{ending}" for ending in ("h5ad", "geojson.gz", "zarr", "html")]
+    files = [out / f"{name}.{ending}" for ending in ("h5ad", "geojson.gz", "cellvit.geojson", "zarr", "html")]
     if left := [file.name for file in files if file.exists()]:
         raise InputError(
             f"{out}: holds {', '.join(left)} of cells whose file {name}.parquet is gone; give another --out or --name, "

@@ -7,7 +7,7 @@ from pydantic import Field
 from celldetr.config.base import EACH_ONCE, BatchSize, NotNegative, Settings, Share
 
 Outputs = Annotated[
-    tuple[Literal["h5ad", "geojson", "spatialdata"], ...],
+    tuple[Literal["h5ad", "geojson", "cellvit", "spatialdata"], ...],
     EACH_ONCE,
     Field(json_schema_extra={"uniqueItems": True}),
 ]
@@ -34,7 +34,9 @@ class CellSettings(Settings):
         "stop", description="if part of a slide cannot be decoded; stop: with an error; skip: leave it out and count it"
     )
     outputs: Outputs = Field(
-        ("h5ad", "geojson"), description="files beside the Parquet and the page: h5ad, geojson, spatialdata"
+        ("h5ad", "geojson"),
+        description="files beside the Parquet and the page: h5ad; geojson: for QuPath; cellvit: for CellViT's viewer; "
+        "spatialdata",
     )
     embeddings: Literal["float32", "float16"] = Field("float32", description="type of the embeddings in the files")
     image: Literal["none", "link", "write"] = Field(

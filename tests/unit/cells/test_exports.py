@@ -20,6 +20,7 @@ from cell_files import write_cells
 from slide_files import write_image
 from spatialdata.transformations import get_transformation
 
+from celldetr.cells.cellvit import write_cellvit
 from celldetr.cells.h5ad import write_h5ad
 from celldetr.cells.qupath import write_geojson
 from celldetr.cells.spatialdata_zarr import read_spatialdata, write_spatialdata
@@ -206,6 +207,26 @@ def test_cells_come_back_from_geojson_at_their_place(tmp_path):
     np.testing.assert_allclose(found.nuclei.boxes + np.tile(ORIGIN, 2), truth, atol=0.0051)
 
 
+def test_the_viewer_of_cellvit_gets_all_cells_of_a_type_as_one(cells, tmp_path, monkeypatch):
+    plain = CellFile.batches
+    monkeypatch.setattr(CellFile, "batches", lambda self, columns, rows=70: plain(self, columns, 70))
+    write_cellvit(cells, tmp_path / "a.geojson")
+    features = json.loads((tmp_path / "a.geojson").read_bytes())  # a list: the viewer goes through it
+    kinds = cells.frame()["type"].cat.add_categories("untyped").fillna("untyped").to_numpy()
+    assert [one["properties"]["classification"]["name"] for one in features] == [*PANNUKE_CLASSES, "untyped"]
+    assert features[0]["properties"]["classification"]["color"] == [255, 154, 31]
+    shapes = np.concatenate(list(cells.outlines()))
+    for feature in features:
+        assert (feature["type"], feature["geometry"]["type"]) == ("Feature", "MultiPolygon")
+        wanted = shapely.get_parts(shapes[kinds == feature["properties"]["classification"]["name"]])
+        polygons = feature["geometry"]["coordinates"]
+        assert all(len(polygon) == 1 for polygon in polygons)
+        found = [shapely.Polygon(polygon[0]) for polygon in polygons]
+        np.testing.assert_allclose(shapely.bounds(found), shapely.bounds(wanted), atol=0.0051)
+    found = read_nucleus_file(tmp_path / "a.geojson", image_mpp=MPP, mpp=MPP)
+    assert len(found.nuclei) == COUNT + 1 - found.dropped["outlines without area"]
+
+
 def test_geojson_is_written_batch_by_batch(tmp_path, monkeypatch):
     write_cells(tmp_path / "a.parquet", 40_000, width=0)
     written, plain = [], gzip.GzipFile.write
@@ -302,6 +323,7 @@ def test_a_linked_slide_is_read_from_its_own_file(cells, tmp_path, monkeypatch):
 
 
 WRITERS = {"a.h5ad": write_h5ad, "a.geojson.gz": write_geojson, "a.zarr": write_spatialdata}
+WRITERS |= {"a.cellvit.geojson": write_cellvit}
 
 
 @pytest.mark.parametrize("count", [0, 5])
