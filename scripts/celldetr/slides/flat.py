@@ -5,7 +5,6 @@ They are decoded once, as a whole, to a temporary file.
 
 import functools
 import mmap
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,11 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from celldetr.runtime.errors import InputError
+from celldetr.slides.decoded import MOST_PIXELS, on_disk
 from celldetr.slides.tiff import DamagedSlide, check_orientation
 
 FLAT = "PNG, JPEG, WebP, BMP or JPEG 2000"
 """Formats, for errors."""
-MOST_PIXELS = 2**31
-"""Pixels of the largest image, 6 GiB decoded; a file of a few kB can hold many more."""
 _MOST_PIXELS_2000 = 2**28  # the decoder of JPEG 2000 holds 12 bytes per pixel in memory
 _CONVERT = "convert the image (e.g. vips tiffsave --tile --pyramid --compression jpeg)"
 _CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000; the depth of its first samples follows after 42 bytes
@@ -143,14 +141,10 @@ def _read_header(
 
 
 def _on_disk(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Return an array in a temporary file that ends with the array; a full disk raises here and not when it is used."""
-    size = int(np.prod(shape))
-    with tempfile.TemporaryFile() as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise InputError(
-                f"{path}: decoded it takes {size / 2**30:.3g} GiB in {tempfile.gettempdir()}: {error.strerror}; set "
-                f"TMPDIR to a larger folder, or {_CONVERT}"
-            ) from error
-        return np.memmap(file, dtype=np.uint8, mode="r+", shape=shape)
+    try:
+        return on_disk(shape, np.uint8)
+    except OSError as error:
+        raise InputError(
+            f"{path}: decoded it takes {np.prod(shape) / 2**30:.3g} GiB in {tempfile.gettempdir()}: {error.strerror}; "
+            f"set TMPDIR to a larger folder, or {_CONVERT}"
+        ) from error

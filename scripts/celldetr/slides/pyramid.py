@@ -249,7 +249,7 @@ class _Tiff(Pyramid):
 
     def close(self) -> None:
         for reader in (reader for readers in self._planes for reader in readers):
-            reader.tile.cache_clear()
+            reader.close()
         self._file.close()
 
 

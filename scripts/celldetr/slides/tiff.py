@@ -16,6 +16,7 @@ from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC, TIFF, TiffFile, TiffPage
 
 from celldetr.runtime.errors import InputError
+from celldetr.slides.decoded import DecodedStrips, strips_of
 
 _UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "": 1.0}
 _CACHE_BYTES = 48 << 20  # decoded tiles kept for each level
@@ -116,7 +117,8 @@ def tile_planes(pages: Sequence[TiffPage], plane: int | None, path: Path) -> lis
 class Tiles:
     """Tiles (or strips) of a page: `samples` of each pixel of a plane (0 unless planes are stored one after another).
 
-    Decoded tiles of `cache` bytes are kept, at least two. Strips without compression are not read but mapped.
+    Decoded tiles of `cache` bytes are kept, at least two. Strips are decoded once for all readers of the file, if the
+    disk has room for them; those without compression are not read but mapped.
     """
 
     def __init__(self, page: TiffPage, plane: int, samples: slice, *, cache: int) -> None:
@@ -143,7 +145,26 @@ class Tiles:
         self._tables = page.jpegtables
         self._handle = page.parent.filehandle.fileno()
         self._decode = page.decode
-        self.tile = functools.lru_cache(maxsize=max(2, cache // tile_bytes))(self._read_tile)
+        self._cached = functools.lru_cache(maxsize=max(2, cache // tile_bytes))(self._read_tile)
+        self._key = (page.offset, plane, samples.start, samples.stop)
+
+    @functools.cached_property
+    def _strips(self) -> DecodedStrips | None:
+        """Strips that all readers share; None for tiles, or if there is no room."""
+        if self._page.is_tiled:
+            return None
+        shape = (self._page.imagelength, self._page.imagewidth, self.samples)
+        return strips_of(Path(self._path), self._key, shape, np.dtype(self._page.dtype), self._height)
+
+    def tile(self, row: int, column: int) -> NDArray[Any] | None:
+        """Pixels (rows, columns, samples) of a tile; None if it is not in the file (empty glass)."""
+        if self._strips is None:
+            return self._cached(row, column)
+        return self._strips.strip(row, functools.partial(self._read_tile, row, column))
+
+    def close(self) -> None:
+        """Forget the tiles that are kept."""
+        self._cached.cache_clear()
 
     def fill(self, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         """Write the pixels of a box (x0, y0, x1, y1) of the page to `out` (height, width, samples)."""
@@ -162,7 +183,7 @@ class Tiles:
                 out[b0 - y0 : b1 - y0, a0 - x0 : a1 - x0] = tile[b0 - top : b1 - top, a0 - left : a1 - left]
 
     def _read_tile(self, row: int, column: int) -> NDArray[Any] | None:
-        """Pixels (rows, columns, samples) of a tile; None if it is not in the file (empty glass)."""
+        """Decode a tile, see `tile`."""
         index = self._offset + row * self._across + column
         offset, count = self._page.dataoffsets[index], self._page.databytecounts[index]
         if not count:

@@ -130,7 +130,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(flat.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"he\.png: decoded it takes .*No space left on device; set TMPDIR"):
         open_pyramid(tmp_path / "he.png")
 

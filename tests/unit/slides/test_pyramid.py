@@ -1,6 +1,7 @@
 """Images read by region: whatever the layout, the pixels are those that were written, and damage is named."""
 
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -141,6 +142,42 @@ def test_strips_without_compression_may_be_larger_than_memory_for_a_tile(tmp_pat
     tifffile.imwrite(tmp_path / "deep.tif", deep, byteorder=">", photometric="minisblack")
     with open_pyramid(tmp_path / "deep.tif", plane=0) as found:
         assert np.array_equal(found.read(0, 0, 0, WIDTH, HEIGHT), deep)
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_compressed_strips_are_decoded_once_for_all_readers(tmp_path, monkeypatch, planes):
+    image, more = (np.moveaxis(IMAGE, -1, 0), {"planarconfig": "separate"}) if planes else (IMAGE, {})
+    path = tmp_path / "he.tif"
+    tifffile.imwrite(path, image, rowsperstrip=17, compression="deflate", **RGB, **more)
+    calls, decode = [], tiff.Tiles._read_tile
+    monkeypatch.setattr(tiff.Tiles, "_read_tile", lambda *given: calls.append(given[1:]) or decode(*given))
+
+    def read(_):
+        with open_pyramid(path) as found:
+            return [np.array_equal(found.read(0, x, y, 99, 50), IMAGE[y : y + 50, x : x + 99])
+                    for y in (0, 123, 60) for x in (0, 90, 160)]  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        assert np.all(list(pool.map(read, range(8))))
+    assert len(calls) == (3 if planes else 1) * 11
+    tifffile.imwrite(path, 255 - image, rowsperstrip=17, compression="deflate", **RGB, **more)
+    with open_pyramid(path) as found:
+        assert np.array_equal(found.read(0, 0, 0, WIDTH, HEIGHT), 255 - IMAGE)
+
+
+def test_compressed_strips_are_read_on_a_full_disk_and_damaged_ones_are_named(tmp_path, monkeypatch):
+    path = tmp_path / "he.tif"
+    tifffile.imwrite(path, IMAGE, rowsperstrip=17, compression="deflate", **RGB)
+    with monkeypatch.context() as patched:
+        patched.setattr("celldetr.slides.decoded.on_disk", MagicMock(side_effect=OSError))
+        with open_pyramid(path) as found:
+            assert np.array_equal(found.read(0, 0, 0, WIDTH, HEIGHT), IMAGE)
+    damage_tiles(path, [(0, 3)])
+    with open_pyramid(path) as found:
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"he\.tif: the tile in row 3, column 0 .* cannot be decoded"):
+                found.read(0, 0, 60, 9, 9)
+        assert np.array_equal(found.read(0, 0, 0, WIDTH, 51), IMAGE[:51])
 
 
 def write_tiles(path, images, **options):
