@@ -1,14 +1,14 @@
-"""Cut patches out of a slide: several threads read and resample them, and one writes them to a patch store."""
+"""Cut patches out of a slide: several threads read, resample and compress them, and one writes them to a store."""
 
 import logging
 import math
 import os
 import queue
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.damage import log_damage
 from celldetr.slides.grid import PatchGrid
 from celldetr.slides.pyramid import Pyramid, open_pyramid
-from celldetr.store import StoreWriter
+from celldetr.store import EncodedImage, StoreWriter, encode_image
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ _LOGGED = 2048  # patches between two messages
 _SUPPORT = 2  # px that the bicubic filter reaches to either side
 _TOGETHER, _WORTH = 32, 0.8  # patches that are read as one at most, and the share of their pixels that must remain
 _ALIGNED = 1e-6  # px; patches that lie on the pixels of a level to within this are copied
+
+T = TypeVar("T")
 
 
 class Block(NamedTuple):
@@ -65,15 +67,24 @@ def cut_patches(
     InputError
         A patch cannot be decoded and `skip` is false.
     """
-    damaged: dict[int, str] = {}
+    damaged: dict[int, str] = {}  # the threads fill it
+    level0 = grid.level0
     names = {"source": source, "group": group, "tissue": tissue}
-    with StoreWriter(out, patch_size=grid.size, classes=classes, mpp=grid.mpp, attrs=attrs) as writer:
-        for block in read_blocks(image, grid, size=_BLOCK, workers=workers, skip=skip):
-            damaged |= block.damaged
-            members = [grid.boxes.of(patch) for patch in block.numbers]
-            x, y = grid.level0[block.numbers].T
+
+    def read(image: Pyramid, numbers: range) -> tuple[list[int], list[EncodedImage]]:
+        lost = damaged if skip else None
+        found = [(number, encode_image(patch)) for number, patch in _read(image, grid, numbers, lost)]
+        return [number for number, _ in found], [patch for _, patch in found]
+
+    with (
+        StoreWriter(out, patch_size=grid.size, classes=classes, mpp=grid.mpp, attrs=attrs) as writer,
+        closing(_in_order(image, grid, _BLOCK, workers, read)) as blocks,
+    ):
+        for numbers, images in blocks:
+            members = [grid.boxes.of(patch) for patch in numbers]
+            x, y = level0[numbers].T
             writer.append(
-                block.pixels,
+                images,
                 [grid.boxes.boxes[chosen] for chosen in members],
                 [labels[grid.boxes.nuclei[chosen]] for chosen in members],
                 centroids=[grid.boxes.centroids[chosen] for chosen in members],
@@ -83,7 +94,7 @@ def cut_patches(
                 log.info("%d of %d patches", writer.n_patches, len(grid))
         if damaged:
             grid = grid.without(damaged, "damaged")
-            named = log_damage(source, list(damaged.values()))
+            named = log_damage(source, [damaged[number] for number in sorted(damaged)])
             writer.attrs["damage"] = {**writer.attrs.get("damage", {}), "patches": named}
         writer.attrs["patches_passed_over"] = grid.passed_over
     return grid
@@ -93,47 +104,71 @@ def read_blocks(
     path: str | os.PathLike[str], grid: PatchGrid, *, size: int, workers: int, skip: bool = False
 ) -> Generator[Block, None, None]:
     """Yield the patches of a grid in order, `size` at a time; threads read a few blocks ahead. See `cut_patches`."""
-    idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
 
-    def read(start: int) -> Block:
-        corners = grid.corners[start : start + size]
-        pixels = np.empty((len(corners), grid.size, grid.size, 3), np.uint8)
+    def read(image: Pyramid, numbers: range) -> Block:
+        pixels = np.empty((len(numbers), grid.size, grid.size, 3), np.uint8)
         good: list[int] = []
         damaged: dict[int, str] = {}
-        groups = _groups(corners, grid.size)
+        for number, patch in _read(image, grid, numbers, damaged if skip else None):
+            pixels[len(good)] = patch
+            good.append(number)
+        return Block(np.array(good, dtype=np.int64), pixels[: len(good)], damaged)
+
+    return _in_order(path, grid, size, workers, read)
+
+
+def _in_order(
+    path: str | os.PathLike[str], grid: PatchGrid, size: int, workers: int, read: Callable[[Pyramid, range], T]
+) -> Generator[T, None, None]:
+    """Yield what `read` makes of each `size` patches, in order; threads are a few blocks ahead."""
+    idle: queue.SimpleQueue[Pyramid] = queue.SimpleQueue()
+
+    def work(numbers: range) -> T:
         image = idle.get()
         try:
-            while groups:
-                first, last = groups.pop()
-                try:
-                    read_patches(image, grid, corners[first:last], pixels[len(good) : len(good) + last - first])
-                except InputError as error:
-                    if not skip:
-                        raise
-                    if last - first > 1:
-                        groups += [(number, number + 1) for number in reversed(range(first, last))]
-                    else:
-                        damaged[start + first] = str(error)
-                else:
-                    good += range(start + first, start + last)
+            return read(image, numbers)
         finally:
             idle.put(image)
-        return Block(np.array(good, dtype=np.int64), pixels[: len(good)], damaged)
 
     with ExitStack() as stack:
         for _ in range(workers):  # an image for each thread, as its cache holds the tiles of neighbouring patches
             idle.put(stack.enter_context(open_pyramid(path, grid.image_mpp)))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        waiting: deque[Future[Block]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
             for start in range(0, len(grid), size):
-                waiting.append(pool.submit(read, start))
+                waiting.append(pool.submit(work, range(start, min(start + size, len(grid)))))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _read(
+    image: Pyramid, grid: PatchGrid, numbers: range, damaged: dict[int, str] | None
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Yield patches (number, pixels (S, S, 3)) in order; with `damaged`, number -> error of those that are left out.
+
+    Successive patches that overlap come from one area. They differ from what `read_patch` reads by the rounding of the
+    filter.
+    """
+    corners = grid.corners[numbers.start : numbers.stop]
+    groups = _groups(corners, grid.size)
+    while groups:
+        first, last = groups.pop()
+        try:
+            patches = _read_together(image, grid, corners[first:last])
+        except InputError as error:
+            if damaged is None:
+                raise
+            if last - first > 1:
+                groups += [(place, place + 1) for place in reversed(range(first, last))]
+            else:
+                damaged[numbers[first]] = str(error)
+        else:
+            yield from zip(numbers[first:last], patches, strict=True)
 
 
 def _groups(corners: NDArray[np.int64], size: int) -> list[tuple[int, int]]:
@@ -150,16 +185,12 @@ def _groups(corners: NDArray[np.int64], size: int) -> list[tuple[int, int]]:
     return groups
 
 
-def read_patches(image: Pyramid, grid: PatchGrid, corners: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-    """Read the patches with these corners (n, 2) to `out` (n, S, S, 3), from one area that holds them all.
-
-    They differ from what `read_patch` reads by the rounding of the filter.
-    """
+def _read_together(image: Pyramid, grid: PatchGrid, corners: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    """Read the area that holds the patches with these corners (n, 2), and return the patches (S, S, 3), parts of it."""
     low = corners.min(axis=0)
     width, height = (corners.max(axis=0) - low + grid.size).tolist()
     area = _read_area(image, grid, int(low[0]), int(low[1]), width, height)
-    for place, (x, y) in enumerate((corners - low).tolist()):
-        out[place] = area[y : y + grid.size, x : x + grid.size]
+    return [area[y : y + grid.size, x : x + grid.size] for x, y in (corners - low).tolist()]
 
 
 def read_patch(image: Pyramid, grid: PatchGrid, x: int, y: int) -> NDArray[np.uint8]:

@@ -1,6 +1,6 @@
 """The patch store: patches, the boxes of their nuclei, and the origin of both, for all data (a Zarr v3 group).
 
-    images     uint8   (N, S, S, 3)  RGB; one chunk per patch, many chunks per shard (file)
+    images     uint8   (N, S, S, 3)  RGB; one chunk per patch (plane after plane), many per shard (file)
     boxes      float32 (M, 4)        xyxy px, half-open (xmax = last pixel + 1), clipped to the patch
     labels     int8    (M,)          index into `classes`; -1 = nucleus without a label
     centroids  float32 (M, 2)        mean x, y of the pixel centres of the nucleus, px; NaN = unknown
@@ -13,6 +13,16 @@ The centre of a pixel is at +0.5, so that the centre of a one-pixel box is its c
 """
 
 from celldetr.store.reader import NO_LABEL, Patch, PatchStore, class_counts, open_store
-from celldetr.store.writer import StoreWriter, select
+from celldetr.store.writer import EncodedImage, StoreWriter, encode_image, select
 
-__all__ = ["NO_LABEL", "Patch", "PatchStore", "StoreWriter", "class_counts", "open_store", "select"]
+__all__ = [
+    "NO_LABEL",
+    "EncodedImage",
+    "Patch",
+    "PatchStore",
+    "StoreWriter",
+    "class_counts",
+    "encode_image",
+    "open_store",
+    "select",
+]

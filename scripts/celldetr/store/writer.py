@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 import zarr
 from numcodecs.checksum32 import CRC32C
 from numpy.typing import ArrayLike, NDArray
-from zarr.codecs import ZstdCodec
+from zarr.codecs import TransposeCodec, ZstdCodec
 
 import celldetr
 from celldetr.runtime.errors import InputError
@@ -33,9 +33,33 @@ from celldetr.store.reader import (
     shard_path,
 )
 
-_THREADS = 4  # that compress and hash, which needs no lock of the interpreter
+_THREADS = 4  # that encode images for callers that do not
 # all chunks are written, those of zeros too: a missing file is then an error
 _STORED: Any = {"compressors": ZstdCodec(level=1, checksum=True), "config": {"write_empty_chunks": True}}
+_PLANAR: Any = TransposeCodec(order=(0, 3, 1, 2))  # red, then green, then blue: smaller, and sooner compressed
+
+
+class EncodedImage(NamedTuple):
+    """An image as a store holds it; see `encode_image`."""
+
+    shape: tuple[int, ...]
+    chunk: bytes
+    digest: bytes
+
+
+def encode_image(image: NDArray[np.uint8]) -> EncodedImage:
+    """Compress and hash an image (S, S, 3); most of a store's work, so threads that have the pixels do it themselves.
+
+    Raises
+    ------
+    ValueError
+        It is not of type uint8.
+    """
+    if image.dtype != np.uint8:
+        raise ValueError(f"images: got {image.dtype} {image.shape}, expected uint8 (S, S, 3)")
+    image = np.ascontiguousarray(image)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    return EncodedImage(image.shape, ZSTD.encode(planes), hashlib.sha256(image.data).digest())
 
 
 class StoreWriter:
@@ -87,7 +111,7 @@ class StoreWriter:
 
     def append(
         self,
-        images: NDArray[np.uint8],
+        images: NDArray[np.uint8] | Sequence[EncodedImage],
         boxes: Sequence[ArrayLike],
         labels: Sequence[ArrayLike],
         *,
@@ -99,7 +123,7 @@ class StoreWriter:
         Parameters
         ----------
         images
-            (B, S, S, 3) uint8.
+            (B, S, S, 3) uint8, or what `encode_image` made of each.
         boxes, labels, centroids
             Of each patch: boxes (n, 4) xyxy px, labels (n,), and centroids (n, 2) px if they are known.
         patches
@@ -110,15 +134,13 @@ class StoreWriter:
         ValueError
             Lengths or shapes do not agree.
         """
-        if images.shape[1:] != (self.patch_size, self.patch_size, 3) or images.dtype != np.uint8:
-            raise ValueError(f"images: got {images.dtype} {images.shape}, expected uint8 (B, S, S, 3)")
         if centroids is None:
             centroids = [np.full((np.size(row), 2), np.nan) for row in labels]
-        encoded = self._pool.map(_encode, images)
+        encoded = self._pool.map(encode_image, images) if isinstance(images, np.ndarray) else images
         columns = [patches[name] for name in COLUMNS]
-        for (chunk, digest), box, label, centroid, *row in zip(
-            encoded, boxes, labels, centroids, *columns, strict=True
-        ):
+        for image, box, label, centroid, *row in zip(encoded, boxes, labels, centroids, *columns, strict=True):
+            if image.shape != (self.patch_size, self.patch_size, 3):
+                raise ValueError(f"images: got uint8 {image.shape}, expected sides of {self.patch_size} px")
             count = np.size(label)
             self._nuclei.append(
                 (
@@ -128,8 +150,8 @@ class StoreWriter:
                 )
             )
             self._rows.append(row)
-            self._images_hash.update(digest)
-            self._chunks.append(chunk)
+            self._images_hash.update(image.digest)
+            self._chunks.append(image.chunk)
             self.n_patches += 1
             if len(self._chunks) == PATCHES_PER_SHARD:
                 self._write_shard()
@@ -141,7 +163,8 @@ class StoreWriter:
         places[: len(lengths)] = np.stack([np.cumsum([0, *lengths[:-1]]), lengths], axis=1)
         path = shard_path(self._temporary, (self.n_patches - 1) // PATCHES_PER_SHARD)
         path.parent.mkdir(parents=True)
-        path.write_bytes(b"".join([*self._chunks, CRC32C(location="end").encode(places)]))
+        with path.open("wb") as file:
+            file.writelines([*self._chunks, CRC32C(location="end").encode(places)])
         self._chunks.clear()
 
     def __exit__(
@@ -167,7 +190,9 @@ class StoreWriter:
             arrays[f"patches/{name}"] = text
         image = (self.patch_size, self.patch_size, 3)
         chunks, shards, shape = ((count, *image) for count in (1, PATCHES_PER_SHARD, self.n_patches))
-        group.create_array("images", shape=shape, chunks=chunks, shards=shards, dtype="uint8", **_STORED)
+        group.create_array(
+            "images", shape=shape, chunks=chunks, shards=shards, dtype="uint8", filters=_PLANAR, **_STORED
+        )
         attrs: dict[str, Any] = {
             **self.attrs,
             "format": FORMAT,
@@ -204,11 +229,6 @@ class StoreWriter:
                     f"patch {patch}: box {boxes[first].tolist()}, centroid {centroids[first].tolist()}, label "
                     f"{labels[first]}"
                 )
-
-
-def _encode(image: NDArray[np.uint8]) -> tuple[bytes, bytes]:
-    image = np.ascontiguousarray(image)
-    return ZSTD.encode(image), hashlib.sha256(image.data).digest()
 
 
 def select(
