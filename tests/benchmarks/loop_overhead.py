@@ -21,7 +21,7 @@ from celldetr.training.supervised import LOSSES, SupervisedStage
 def compute(stage, images, targets, batch):
     """Losses that are 0 and reach one parameter."""
     zero = (stage.model.level_embed * 0).sum()
-    return Outputs({name: zero for name in LOSSES[stage.mode][1:]}, None, None, None)
+    return Outputs({name: zero for name in LOSSES[stage.mode][1:]}, zero, None, None)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         experiment = make_experiment(epochs=4, batch_size=2, augmentation=nothing, select="last")
         train(experiment, [store], make_split(store, 2 * steps, 0), Path(folder) / "run")
         lines = (Path(folder) / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    print("ms a step:", *(f"{1e3 * json.loads(line)['seconds'] / steps:.2f}" for line in lines))
+    print("ms a step:", *(f"{1e3 * json.loads(line)['train_seconds'] / steps:.2f}" for line in lines))
 
 
 if __name__ == "__main__":

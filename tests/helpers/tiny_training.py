@@ -151,7 +151,7 @@ def train(experiment, stores, split, run_dir, **options):
 def read_log(run_dir):
     """Lines of log.jsonl without what differs from run to run."""
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith(("seconds", "second"))} for line in lines]
 
 
 def assert_same_result(first, second):

@@ -45,11 +45,22 @@ def save_model(
     path: str | os.PathLike[str], model: CellDETR, settings: ModelSettings, extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write a model file atomically, with the settings it was built from and JSON-like values, e.g. epoch and score."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    save_weights(path, state, settings, extra)
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    settings: ModelSettings,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model file of weights that are on the host; see `save_model`."""
     content = {
         "format": FORMAT,
         "settings": settings.to_dict(),
         "classes": list(settings.classes),
-        "state": {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
+        "state": dict(state),
         "extra": dict(extra or {}),
     }
     write_checkpoint(path, content)

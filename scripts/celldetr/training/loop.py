@@ -1,17 +1,18 @@
 """The training: one loop from the first step to the model file. Read `Training` from top to bottom.
 
 A step is a batch of patches, its losses, their gradients summed over the processes, and an update. An epoch takes every
-training patch once, then validates, writes a line of the log and the state of the run (checkpoints/last.ckpt).
-Everything random in a step is a function of the seed and the step (dropout: and the process), so a run that continues
-from its state ends with the same weights, on a CPU to the bit.
+training patch once, then validates, writes a line of the log and the state of the run (checkpoints/last.ckpt), which a
+thread writes while the next epoch begins. Everything random in a step is a function of the seed and the step (dropout:
+and the process), so a run that continues from its state ends with the same weights, on a CPU to the bit.
 
 On SIGTERM (scancel, the end of a job) or SIGUSR1 (a cluster's warning before it) the handler, `StopSignals` in
 processes.py, only notes the signal; a step or validation that is under way is finished. Before its next step `fit` sees
-the note, writes the state and raises `Interrupted`: the rule fails, and started again it continues with that step.
-Several processes get the signal from their launcher and agree on the step at which they stop. SIGKILL leaves the state
-of the last epoch (or stop).
+the note, has the state written and raises `Interrupted`: the rule fails, and started again it continues with that step.
+Several processes get the signal from their launcher and agree on the step at which they stop. SIGKILL leaves the last
+state that was complete.
 """
 
+import functools
 import logging
 import math
 import signal
@@ -29,7 +30,7 @@ from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import allow_tf32, resolve_precision
 from celldetr.model.sampling import is_compiled
-from celldetr.model.weights import load_exactly, read_checkpoint, save_model
+from celldetr.model.weights import load_exactly, read_checkpoint, save_model, save_weights
 from celldetr.runtime.errors import Interrupted
 from celldetr.runtime.files import naming
 from celldetr.runtime.provenance import write_provenance
@@ -48,7 +49,7 @@ from celldetr.training.prefetch import Prefetcher
 from celldetr.training.processes import Group, StopSignals, launch
 from celldetr.training.run import Run, check, identified
 from celldetr.training.run_log import RunLog, write_log
-from celldetr.training.run_state import read_state, run_lock, write_state
+from celldetr.training.run_state import BackgroundWriter, read_state, run_lock, snapshot, write_state
 from celldetr.training.ssl import SslStage
 from celldetr.training.stage import Stage
 from celldetr.training.supervised import SupervisedStage
@@ -124,30 +125,36 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best = state["step"], state["best"]
         epochs = {key: state[key] for key in ("history", "sums", "seconds")} if state else {"history": [], "sums": {}}
+        self.writer = BackgroundWriter()
         self.run_log = RunLog(run.run_dir, self.stage, self.batches.steps_per_epoch, self.step, **epochs)
 
     def fit(self) -> None:
         """Train to the end; rank 0 writes the results."""
-        with StopSignals() as stop, closing(self.run_log), naming(self.run.run_dir):
+        with StopSignals() as stop, closing(self.run_log), self.writer, naming(self.run.run_dir):
             if self.stage.validates_start and not self.run_log.history:
-                self.run_log.end_epoch(0, None, 0.0, self.validate())
+                self.run_log.pause()
+                self.run_log.end_epoch(0, None, self.validate())
             while self.step < self.total_steps:
                 self.stage.train()
+                self.run_log.start(self.step)
                 epoch = self.step // self.batches.steps_per_epoch
                 rest_of_epoch = range(self.step, (epoch + 1) * self.batches.steps_per_epoch)
                 for batch in self.prepared(load_batches(self.batches, rest_of_epoch, self.settings)):
                     if number := self.group.largest(stop.received):
                         self.save_state()
+                        self.writer.check(wait=True)
                         raise Interrupted(
                             f"stopped by {signal.Signals(number).name} after step {self.step} of {self.total_steps}; "
                             f"{self.run.state_file} holds the state: start the run again to continue it"
                         )
+                    self.writer.check()
                     self.take_step(batch)
-                seconds = self.run_log.pause()
+                self.run_log.pause()
                 validation = self.validate() if len(self.stage.val_data) else None
-                self.run_log.end_epoch(self.step, self.rate, seconds, validation)
+                self.run_log.end_epoch(self.step, self.rate, validation)
                 self.keep_best(epoch + 1, validation)
                 self.save_state()
+            self.writer.check(wait=True)
         if self.group.rank == 0:
             self.write_results()
 
@@ -184,34 +191,40 @@ class Training:
         return stage.validation_summary()
 
     def keep_best(self, epoch: int, validation: Mapping[str, Any] | None) -> None:
-        """Keep the weights of the epoch with the best validation score; the later one of equal scores."""
+        """Choose the epoch with the best validation score, the later one of equal scores; its weights are kept."""
         score = validation["score"] if validation else None
         if score is None or (self.best is not None and score < self.best["score"]):
             return
         self.best = {"epoch": epoch, "score": score}
         if self.group.rank == 0:
-            save_model(self.run.best_file(epoch), self.model, self.run.experiment.model, self.best)
             log.info("epoch %d is the best so far", epoch)
 
     def save_state(self) -> None:
-        """Write the state from which the run continues; all processes take part, rank 0 writes."""
-        sums = self.run_log.loss_sums()
+        """Copy the state from which the run continues; all processes take part, a thread of rank 0 writes it."""
+        seconds, sums = self.run_log.pause(), self.run_log.loss_sums()
         if self.group.rank == 0:
-            write_state(
-                self.run.state_file,
-                self.run.identity,
-                record=self.record,
-                step=self.step,
-                model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                sums=sums,
-                seconds=self.run_log.pause(),
-                history=self.run_log.history,
-                best=self.best,
-            )
-            for file in self.run.run_dir.glob("checkpoints/best*.ckpt"):
-                if self.best is None or file != self.run.best_file(self.best["epoch"]):
-                    file.unlink()
+            state = {
+                "record": self.record,
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "sums": sums,
+                "seconds": seconds,
+                "history": self.run_log.history,
+                "best": self.best,
+            }
+            self.writer.submit(functools.partial(self.write_state, snapshot(state)))
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Write a copied state; before it the weights of the best epoch, if that is the last one."""
+        run, best = self.run, state["best"]
+        best_file = run.best_file(best["epoch"]) if best else None
+        if best_file is not None and best["epoch"] * self.batches.steps_per_epoch == state["step"]:
+            save_weights(best_file, state["model"], run.experiment.model, best)
+        write_state(run.state_file, run.identity, **state)
+        for file in run.run_dir.glob("checkpoints/best*.ckpt"):
+            if file != best_file:
+                file.unlink()
 
     def write_results(self) -> None:
         """Write model.pt (weights of the chosen epoch), log.jsonl and provenance.json."""
@@ -235,7 +248,7 @@ class Training:
             patches={"train": len(self.stage.train_data), "val": len(self.stage.val_data)},
             identity={key: value for key, value in run.identity.items() if key != "settings"},
             chosen=chosen,
-            training_seconds=round(math.fsum(line["seconds"] for line in history), 1),
+            training_seconds=round(math.fsum(line["train_seconds"] for line in history), 1),
             **self.record,
         )
         log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])

@@ -46,8 +46,10 @@ class RunLog:
         self._losses: dict[str, float] = {}  # of the last step, in this process
         self._loss = 0.0  # of the last step that the curves show, in all processes
         self._pending: tuple[Batch, Losses] | None = None
-        self._seconds, self._since = seconds, time.monotonic()
-        self._progress = (step, self._since)
+        self._seconds = seconds  # of training, up to the last pause
+        self._since: float | None = None  # when the clock of training was started; None: it stands
+        self._paused = time.monotonic()
+        self._progress = (step, self._paused)
 
     def close(self) -> None:
         """Write what TensorBoard still holds back."""
@@ -94,14 +96,23 @@ class RunLog:
         self.flush_losses()
         return self._stage.group.sum_each(self._sums)
 
-    def pause(self) -> float:
-        """Stop the clock of the epoch, e.g. for validation; return the seconds of training so far."""
-        self._seconds += time.monotonic() - self._since
+    def start(self, step: int) -> None:
+        """Start the clock of training."""
         self._since = time.monotonic()
+        self._progress = (step, self._since)
+
+    def pause(self) -> float:
+        """Stop the clock of training once the last step has ended; return its seconds in this epoch so far."""
+        self.flush_losses()
+        self._paused = time.monotonic()
+        if self._since is not None:
+            self._seconds += self._paused - self._since
+            self._since = None
         return self._seconds
 
-    def end_epoch(self, step: int, rate: float | None, seconds: float, validation: dict[str, Any] | None) -> None:
-        """Write the line of the epoch that ends with this step and took so many seconds to train; step 0: untrained."""
+    def end_epoch(self, step: int, rate: float | None, validation: dict[str, Any] | None) -> None:
+        """Write the line of the epoch that ends with this step; validation began at `pause`. Step 0: untrained."""
+        seconds, validated = self._seconds, time.monotonic() - self._paused
         images = self._steps_per_epoch * self._stage.settings.batch_size
         line: dict[str, Any] = {
             "epoch": step // self._steps_per_epoch,
@@ -109,12 +120,12 @@ class RunLog:
             "learning_rate": rate,
             "train": {name: x / self._steps_per_epoch for name, x in self.loss_sums().items()} if step else None,
             "val": validation,
-            "seconds": round(seconds, 2),
+            "train_seconds": round(seconds, 2),
+            "val_seconds": round(validated, 2) if validation else None,
             "images_per_second": round(images / max(seconds, 1e-9), 2) if step else None,
         }
         self.history.append(line)
-        self._sums, self._seconds, self._since = {}, 0.0, time.monotonic()
-        self._progress = (step, self._since)
+        self._sums, self._seconds = {}, 0.0
         if self._main:
             write_log(self._path, self.history)
             self._add_curves(_validation_curves(validation or {}), step)
@@ -145,7 +156,9 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
         parts.append(f"validation loss {val['loss']:.3f}")
         parts += [f"{name} {'NA' if value is None else f'{value:.3f}'}" for name, value in numbers.items()]
     if line["images_per_second"]:
-        parts.append(f"{line['images_per_second']:.1f} images/s")
+        parts.append(f"{line['images_per_second']:.1f} images/s in {line['train_seconds']:.1f} s of training")
+    if line["val_seconds"] is not None:
+        parts.append(f"{line['val_seconds']:.1f} s of validation")
     return f"epoch {line['epoch']} of {epochs}: {', '.join(parts)}"
 
 

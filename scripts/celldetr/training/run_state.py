@@ -1,4 +1,7 @@
-"""The state of a run on disk: from it the run continues at its very next step. One job at a time may train a run."""
+"""The state of a run on disk: from it the run continues at its very next step. One job at a time may train a run.
+
+A state is copied to the host between two steps and written by a thread while training goes on.
+"""
 
 import contextlib
 import errno
@@ -7,19 +10,64 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from celldetr.model.weights import read_checkpoint, write_checkpoint
 from celldetr.runtime.errors import InputError, Occupied
 
-FORMAT = 5
+FORMAT = 6
 WAIT_SECONDS = 120.0
 """How long a job waits for another one to end: Slurm gives a cancelled job 30 s, and its successor may start before."""
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 log = logging.getLogger(__name__)
+
+
+class BackgroundWriter:
+    """Context with a thread that writes files, one job at a time; its end waits for the job under way."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._job: Future[None] | None = None
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Start a job once the one before has ended; raises the error of that one."""
+        self.check(wait=True)
+        self._job = self._thread.submit(job)
+
+    def check(self, *, wait: bool = False) -> None:
+        """Raise the error of a job that has ended; with `wait` once it has."""
+        if self._job is not None and (wait or self._job.done()):
+            job, self._job = self._job, None
+            job.result()
+
+
+def snapshot(values: Any) -> Any:
+    """Copy nested mappings and lists, with their tensors on the host; from a GPU into pinned memory, waiting once."""
+    copied = _on_host(values)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _on_host(item) for key, item in value.items()}
+    return [_on_host(item) for item in value] if isinstance(value, list) else value
 
 
 def write_state(path: Path, identity: Mapping[str, Any], **state: Any) -> None:

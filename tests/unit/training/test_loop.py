@@ -1,5 +1,6 @@
 """Training runs of a tiny model: they learn, stop, go on, and share a batch."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -8,8 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -35,6 +38,7 @@ from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.weights import load_model, read_checkpoint
 from celldetr.runtime.errors import ConfigError, InputError, Interrupted, NonFinite, ProcessFailed
+from celldetr.training import loop, run_log
 from celldetr.training.data import TrainingBatches
 from celldetr.training.loop import Training, learning_rate_factor, make_optimizer
 
@@ -161,6 +165,75 @@ def test_a_signal_stops_at_the_next_step_and_the_run_goes_on_exactly(
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
     train(experiment, [store], split, tmp_path / "run")
     assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_training_goes_on_while_its_state_is_written(store, tmp_path, monkeypatch):
+    """The file holds the weights of its step, whatever later steps did to them before it was written."""
+    weights, written, steps_after = {}, threading.Event(), 2
+    take_step, write_state = Training.take_step, Training.write_state
+
+    def step(self, batch):
+        if self.step == 2:
+            weights.update({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+        take_step(self, batch)
+        if self.step == 2 + steps_after:
+            written.set()
+
+    def late(self, state):
+        assert written.wait(60)
+        write_state(self, state)
+        if state["step"] == 2:
+            weights["found"] = read_checkpoint(self.run.state_file)["model"]
+
+    monkeypatch.setattr(Training, "take_step", step)
+    monkeypatch.setattr(Training, "write_state", late)
+    train(make_experiment(), [store], make_split(store, 8, 4), tmp_path / "run")
+    found = weights.pop("found")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_state_that_cannot_be_written_ends_the_run_with_its_error(store, tmp_path, monkeypatch, at):
+    """At the next step, or at the end; the state before and the model that it names are still there."""
+    experiment, split = make_experiment(), make_split(store, 8, 4)
+    train(experiment, [store], split, tmp_path / "whole")
+    write = loop.write_state
+
+    def full(path, identity, **state):
+        if state["step"] == at:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, identity, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_state", full)
+        with pytest.raises(OSError, match=r"No space left .*last\.ckpt"):
+            train(experiment, [store], split, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert (read_checkpoint(state)["step"] if state.exists() else 0) == at - 2
+    assert not (tmp_path / "run" / "model.pt").exists()
+    train(experiment, [store], split, tmp_path / "run")
+    assert_same_result(tmp_path / "whole", tmp_path / "run")
+
+
+def test_seconds_of_training_are_without_validation_and_writing(store, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def taking(seconds, function):
+        def timed(*args):
+            clock.now += seconds
+            return function(*args)
+
+        return timed
+
+    monkeypatch.setattr(run_log, "time", clock)
+    for seconds, name in ((2.0, "take_step"), (10.0, "validate"), (100.0, "save_state")):
+        monkeypatch.setattr(Training, name, taking(seconds, getattr(Training, name)))
+    path = train(make_experiment(epochs=2), [store], make_split(store, 8, 4), tmp_path / "run")
+    lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    names = ("train_seconds", "val_seconds", "images_per_second")
+    assert [[line[name] for name in names] for line in lines] == [[4.0, 10.0, 2.0]] * 2
+    assert json.loads((path.parent / "provenance.json").read_text())["training_seconds"] == 8.0
 
 
 @pytest.mark.slow
