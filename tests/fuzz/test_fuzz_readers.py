@@ -11,15 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shapely
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import sparse
 from strategies import DEEP, NUMBERS, damages, dump, mutations, refused, tries
 
 from celldetr.cells.given_files import read_objects
+from celldetr.cells.label_image import read_label_image
 from celldetr.example.xenium.sample import write_xenium
 from celldetr.pannuke.archive import NpyMember
 from celldetr.slides import geojson
+from celldetr.slides.outline_check import Keys
 from celldetr.slides.outlines import read_nucleus_file
 from celldetr.xenium.celltypes.reference import prepare_reference
 from celldetr.xenium.output import read_counts, read_nuclei, read_pixel_size
@@ -331,3 +335,31 @@ def test_counts_that_end_early(folder, outs, share):
     content = (outs / "cell_feature_matrix.h5").read_bytes()
     path = folder / "counts" / "cell_feature_matrix.h5"
     assert read_damaged(path, content[: int(share * len(content))], lambda path: read_counts(path.parent)) is None
+
+
+LABELS = np.kron(np.arange(12).reshape(3, 4), np.ones((9, 9))).astype(np.uint16)
+
+
+def label_file(kind):
+    """Return the bytes of a label image."""
+    file = io.BytesIO()
+    if kind == "npy":
+        np.save(file, LABELS)
+    elif kind == "png":
+        Image.fromarray(LABELS).save(file, format="png")
+    else:
+        tifffile.imwrite(file, LABELS, tile=(16, 16), compression="zlib")
+    return file.getvalue()
+
+
+@tries(60)
+@given(content=st.sampled_from([label_file(kind) for kind in ("npy", "png", "tif")]), damage=damages())
+def test_label_images(folder, content, damage):
+    def read(path):
+        return read_label_image(path, (36, 27), 1.0, nuclei_mpp=None, most_um=30.0, keys=Keys())
+
+    found = read_damaged(folder / "labels", damage(content), read)
+    if found is not None:
+        assert len(found) == len(set(found.ids))
+        assert shapely.is_valid(found.shapes).all()
+        assert shapely.area(found.shapes).sum() <= LABELS.size

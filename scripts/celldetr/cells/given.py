@@ -131,7 +131,7 @@ def read_given_cells(
         )
     else:
         objects = read_objects(file, um=to_level0[0, 0] * mpp, diameter_um=diameter_um)
-    if np.array_equal(objects.ids, numbers(len(objects))):
+    if objects.word != "label" and np.array_equal(objects.ids, numbers(len(objects))):
         log.info("%s: the cells are numbered in the order of the file", file)
     if objects.unit:
         if {unit, objects.unit} == {"px", "um"} and unit != "px":

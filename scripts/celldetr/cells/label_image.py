@@ -1,11 +1,12 @@
 """Label images of a slide: each pixel holds the number of its cell, or 0.
 
 Cellpose, StarDist, InstanSeg and Mesmer write them. They are read in strips, from TIFF (the first image, at its largest
-size), PNG or NPY; memory holds the runs of equal pixels, a few for each cell, and never a whole TIFF or NPY.
+size), PNG or NPY; memory holds the runs of equal pixels, one for each row of a cell, and never a whole TIFF or NPY.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ _STRIP = 512  # rows that are read at once
 _MOST_RUNS = 50_000_000  # 1 GB; the nuclei of a slide have 20 million
 _BATCH = 5000  # cells whose outlines are drawn at once
 _SAME = 1.5  # px by which the sides of a scaled image may differ, as they were rounded or cut
+_GRAY = {"L": np.uint8, "I": np.uint16, "I;16": np.uint16}  # modes of PNG
+_PLAIN_BITS = 8  # of a pixel of a PNG
 _EXPECTED = "whole numbers in one plane, 0 where no cell is"
 
 
@@ -90,18 +93,19 @@ def read_label_image(
 
 
 def _open(path: Path, stack: ExitStack) -> _Labels:
-    """Open a label image; what it holds is checked, and not yet decoded but for PNG."""
+    """Open a label image; what it holds is checked, and not yet decoded."""
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(25)
     array: Any
-    if start.startswith(b"\x93NUMPY"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    elif start.startswith(b"\x89PNG"):
+    if start.startswith(b"\x89PNG"):
         with path.open("rb") as file:
             image = PngImageFile(file)
-            if image.mode in ("P", "RGB", "RGBA"):
-                raise InputError(f"{path}: got a PNG in colour ({image.mode}), expected {_EXPECTED}")
-        array = imagecodecs.png_decode(path.read_bytes())
+        if image.mode not in _GRAY or start[-1] < _PLAIN_BITS:  # decoders stretch fewer bits over the range of 8
+            raise InputError(f"{path}: got a PNG of mode {image.mode}, {start[-1]} bit, expected {_EXPECTED}")
+        pixels = cache(lambda: imagecodecs.png_decode(path.read_bytes()))
+        return _Labels(image.size, np.dtype(_GRAY[image.mode]), 1, lambda top, bottom: pixels()[top:bottom])
+    if start.startswith(b"\x93NUMPY"):
+        array = _load(path)
     else:
         series = stack.enter_context(tifffile.TiffFile(path)).series[0]
         array = zarr.open_array(stack.enter_context(series.levels[0].aszarr()), mode="r")
@@ -110,6 +114,19 @@ def _open(path: Path, stack: ExitStack) -> _Labels:
     step = array.chunks[0] if isinstance(array, zarr.Array) else 1
     height, width = array.shape
     return _Labels((width, height), array.dtype, step, lambda top, bottom: np.asarray(array[top:bottom]))
+
+
+def _load(path: Path) -> NDArray[Any]:
+    """Map an NPY file; that of Cellpose (``_seg.npy``) is none of an array."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        if "object" not in str(error):
+            raise
+        raise InputError(
+            f"{path}: got Python objects, as in the _seg.npy of Cellpose, expected {_EXPECTED}; save its masks alone"
+        ) from error
+    return array
 
 
 def _require_fit(

@@ -95,6 +95,7 @@ def test_an_image_of_another_size_is_refused_with_what_would_fit(tmp_path, slide
         (planted().astype(np.float32), "got float32 of shape"),
         (planted() > 0, "got bool of shape"),
         (np.stack([planted()] * 3, axis=-1), r"got uint16 of shape \(70, 90, 3\)"),
+        (np.array({"masks": 1}), "got Python objects, as in the _seg.npy of Cellpose"),
         (planted() * 0, "without a label"),
         (planted().astype(np.int32) - 1, "got negative values"),
         ((planted() > 0).astype(np.uint8) * 255, "labels that reach over more than 20 um: label '255'; give each cell"),
