@@ -28,7 +28,9 @@ Shapes = tuple[tuple[int, int], ...]
 DENSE_PIXELS = 256
 """Levels of up to so many pixels are gathered in the backward pass, not scattered; 0: none."""
 
-_QUERIES = 8
+_TILE = 1024
+"""Numbers in a tile of a program."""
+_MOST_GATHERED_CHANNELS = 64
 _GATHERED_QUERIES = 64
 _QUERIES_PER_PROGRAM = 1024
 _PIXELS = 64
@@ -38,6 +40,7 @@ def sample_triton(value: Tensor, shapes: Shapes, locations: Tensor, weights: Ten
     """Sample with kernels of our own; the result has the type of the values."""
     exact = value if value.dtype in (torch.bfloat16, torch.float16) else value.float()
     sizes = [size for shape in shapes for size in shape]
+    assert value.shape[1] == sum(height * width for height, width in shapes)
     sampled: Tensor = _sample(exact, sizes, locations.float(), weights.float())
     return sampled.to(value.dtype)
 
@@ -235,8 +238,8 @@ def _sample(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Ten
     queries, points = locations.shape[1], locations.shape[4]
     if 0 in (sampled.numel(), tokens):
         return sampled.zero_()
-    grid = (heads * triton.cdiv(queries, _QUERIES), batch)
-    blocks = {"BLOCK_Q": _QUERIES, "BLOCK_P": _power(points), "BLOCK_D": _power(channels)}
+    blocks = _blocks(points, channels)
+    grid = (heads * triton.cdiv(queries, blocks["BLOCK_Q"]), batch)
     with torch.cuda.device_of(value):
         _forward_kernel[grid](
             *(x.contiguous() for x in (value, locations, weights)), sampled, queries, tokens,
@@ -257,14 +260,14 @@ def _sample_backward(
     if 0 in (gradient.numel(), tokens):
         return of_value, of_locations.zero_(), of_weights.zero_()
     gradient, value, locations, weights = (x.contiguous() for x in (gradient, value, locations, weights))
-    shapes, per_head = _pairs(sizes), len(sizes) // 2 * points
-    shared = {"HEADS": heads, "CHANNELS": channels, "POINTS": points}
+    shapes, per_head, blocks = _pairs(sizes), len(sizes) // 2 * points, _blocks(points, channels)
+    dense_pixels = dense_pixels if channels <= _MOST_GATHERED_CHANNELS else 0
+    shared = {"HEADS": heads, "CHANNELS": channels, "POINTS": points, "num_warps": 4}
     parts = triton.cdiv(queries, _QUERIES_PER_PROGRAM)
     with torch.cuda.device_of(value):
-        _backward_kernel[(heads * triton.cdiv(queries, _QUERIES), batch)](
+        _backward_kernel[(heads * triton.cdiv(queries, blocks["BLOCK_Q"]), batch)](
             gradient, value, locations, weights, of_value, of_locations, of_weights, queries, tokens,
-            SIZES=shapes, DENSE_PIXELS=dense_pixels, BLOCK_Q=_QUERIES, BLOCK_P=_power(points),
-            BLOCK_D=_power(channels), num_warps=4, **shared,
+            SIZES=shapes, DENSE_PIXELS=dense_pixels, **blocks, **shared,
         )  # fmt: skip
         start = 0
         for level, (height, width) in enumerate(shapes):
@@ -273,10 +276,16 @@ def _sample_backward(
                 _gather_kernel[(heads * triton.cdiv(height * width, pixels), batch, parts)](
                     gradient, locations, weights, of_value, queries, tokens, start,
                     LEVEL=level, HEIGHT=height, WIDTH=width, PER_HEAD=per_head, PER_PROGRAM=_QUERIES_PER_PROGRAM,
-                    BLOCK_T=pixels, BLOCK_Q=_GATHERED_QUERIES, BLOCK_D=max(16, _power(channels)), num_warps=4, **shared,
+                    BLOCK_T=pixels, BLOCK_Q=_GATHERED_QUERIES, BLOCK_D=max(16, _power(channels)), **shared,
                 )  # fmt: skip
             start += height * width
     return of_value, of_locations, of_weights
+
+
+def _blocks(points: int, channels: int) -> dict[str, int]:
+    """Return the queries, points and channels of a tile, powers of two: it stays in the registers of 4 warps."""
+    of_points, of_channels = _power(points), _power(channels)
+    return {"BLOCK_Q": max(1, _TILE // (of_points * of_channels)), "BLOCK_P": of_points, "BLOCK_D": of_channels}
 
 
 def _power(number: int) -> int:
