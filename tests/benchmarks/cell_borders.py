@@ -4,26 +4,33 @@ Usage: python tests/benchmarks/cell_borders.py MODEL.pt SLIDE [--mpp UM] [--nucl
 
 The slide is run several times for each margin, every time at another place under the tiles, so that a nucleus is near a
 border (`--zone` um) in some runs and inside in others. What is counted for it in the ones minus in the others is the
-effect of the border alone, whatever the model misses. The nuclei are those of a file (outlines, px of level 0); without
+effect of the border alone, whatever the model misses. Places are random: tiles whose corners differ by multiples of
+the strides of the features agree more than others. The nuclei are those of a file (outlines, px of level 0); without
 one, the cells of the first run in centred tiles: with a margin of 5/16 of a tile, each nucleus lies in the middle of
 the tile that shows it. Cells and nuclei are paired one to one within 3 um.
 
-Printed, % of nuclei, near borders, inside, and the difference with its standard error:
-  lost      nuclei without a cell
-  twice     cells beyond the first of a nucleus (3 um, or boxes with an intersection over union above 0.5)
-and, of the cell of a nucleus in a run and in a centred tile, near borders and inside:
+Printed, % of nuclei, with standard errors:
+  lost      nuclei without a cell, near borders, inside, and the difference; the model finds more of them at some places
+            of a tile than at others
+  joined    of nuclei near borders, how many more have a cell than are found in the tile whose core they lie in: what
+            joining loses (-) or adds (+)
+  twice     of nuclei near borders, cells beyond the first, of other tiles (within 3 um, or boxes with an intersection
+            over union above 0.5)
+and, of the cell of a nucleus in a run and in each of its `--centred` centred tiles, near borders and inside:
   distance  mean cosine distance of the embeddings
   class     whether the classes with the highest score differ, %
+and both between two centred tiles. With `--centred 0` they are left out, which is much faster.
 The slide is held in memory, and a copy of it is written for each run.
 """
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import shapely
 import tifffile
 import torch
@@ -39,7 +46,6 @@ from celldetr.slides.outlines import read_nucleus_file
 from celldetr.slides.pyramid import open_pyramid
 
 RADIUS = 3.0  # um
-STEPS = (37, 11), (11, 53), (59, 29), (23, 43), (47, 61), (5, 19)  # px of the model by which the other runs are moved
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,20 @@ class Cells:
     classes: NDArray[np.intp]
     embeddings: NDArray[np.float32]
     tiles: int
+    """How many were read."""
+    tile: NDArray[np.int64]
+    """Tile of each cell (n,)."""
+    findings: NDArray[np.float64]
+    """Centres of what was found in the cores and around them (m, 2), and the columns and rows of the cores (m, 2)."""
 
     @property
     def centres(self) -> NDArray[np.float64]:
         """Centres of the boxes (n, 2)."""
         return centres_of(self.boxes)
+
+    def core_of(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Column and row (m, 2) of the core that holds each point (m, 2)."""
+        return np.floor((points + self.moved) / self.core)
 
     def from_border(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Distance (m,) of points (m, 2) from the nearest border between two cores."""
@@ -77,10 +92,12 @@ class Bench:
     threshold: float
     folder: Path
 
-    def run(self, margin: float, step: Sequence[int]) -> Cells:
-        """Find the cells with a margin (um) on a copy that is moved to the right and down by px of the model."""
+    def run(self, margin: float, number: int) -> Cells:
+        """Find the cells with a margin (um) on a copy that is moved to the right and down; another one per number."""
+        px = round(margin / self.model.mpp)
+        step = np.random.default_rng([px, number]).integers(self.model.size - 2 * px, size=2)
         file, out, joined = (self.folder / name for name in ("slide.tif", "parts", "cells.parquet"))
-        pad = np.rint(np.array(step) * self.model.mpp / self.mpp).astype(int)
+        pad = np.rint(step * self.model.mpp / self.mpp).astype(int)
         moved = np.pad(self.pixels, ((pad[1], 0), (pad[0], 0), (0, 0)), constant_values=255)
         per_cm = 1e4 / self.mpp
         options = {"tile": (256, 256), "photometric": "rgb", "resolutionunit": "CENTIMETER"}
@@ -88,15 +105,42 @@ class Bench:
         settings = FindSettings(margin, self.threshold, batch_size=16)
         find_cells(Slide("slide", file, self.mpp), self.model, out, settings)
         info = join_cells([out], joined)
-        cells = CellFile(joined)
+        cells, shift = CellFile(joined), pad * self.mpp
         frame = cells.frame()
-        centres = frame[["x_um", "y_um"]].to_numpy() - pad * self.mpp
+        centres = frame[["x_um", "y_um"]].to_numpy() - shift
         half = frame[["width_um", "height_um"]].to_numpy() / 2
         scores = frame[[f"score_{name}" for name in info.classes]].to_numpy()
-        core = (self.model.size - 2 * round(margin / self.model.mpp)) * self.model.mpp
-        boxes = np.hstack([centres - half, centres + half])
-        embeddings = np.concatenate(list(cells.embeddings()))
-        return Cells(core, pad * self.mpp, boxes, scores.argmax(axis=1), embeddings, int(info.counts["tiles"]))
+        core = (self.model.size - 2 * px) * self.model.mpp
+        return Cells(
+            core,
+            shift,
+            np.hstack([centres - half, centres + half]),
+            scores.argmax(axis=1),
+            np.concatenate(list(cells.embeddings())),
+            int(info.counts["tiles"]),
+            frame["tile"].to_numpy(),
+            _findings(out, core, px * self.model.mpp) - [*shift, 0, 0],
+        )
+
+
+def _findings(parts: Path, core: float, margin: float) -> NDArray[np.float64]:
+    """Centres of rows of parts, and the columns and rows of their tiles; none of tiles with an empty core (m, 4)."""
+    found = pd.concat(
+        [pd.read_parquet(file, columns=["x_um", "y_um", "tile", "edge_um"]) for file in parts.glob("*.parquet")]
+    )
+    places = np.floor(found[["x_um", "y_um"]] / core).set_axis(["column", "row"], axis=1)
+    inside = places.assign(tile=found["tile"])[found["edge_um"] >= margin].groupby("tile").first()
+    return found.join(inside, on="tile", how="inner")[["x_um", "y_um", "column", "row"]].to_numpy()
+
+
+def paired(one: NDArray[np.float64], two: NDArray[np.float64]) -> NDArray[np.int64]:
+    """For each point (N, d) the nearest (N,) of others (n, d) within 3 um, one to one, nearest first; -1: none."""
+    near = cKDTree(one).sparse_distance_matrix(cKDTree(two), RADIUS, output_type="ndarray")
+    result, free = np.full(len(one), -1), np.ones(len(two), dtype=bool)
+    for first, second, _ in np.sort(near, order="v").tolist():
+        if result[first] < 0 and free[second]:
+            result[first], free[second] = second, False
+    return result
 
 
 @dataclass(frozen=True)
@@ -106,35 +150,40 @@ class Found:
     cell: NDArray[np.int64]
     """Its cell, -1: none."""
     more: NDArray[np.int64]
-    """Further cells on it."""
+    """Further cells on it, of other tiles."""
+    own: NDArray[np.bool_]
+    """Whether the tile whose core it lies in has found it."""
 
     @classmethod
     def of(cls, nuclei: NDArray[np.float64], cells: Cells) -> "Found":
         """Pair cells with nuclei, boxes (N, 4) in um."""
         centres = centres_of(nuclei)
-        near = cKDTree(centres).sparse_distance_matrix(cKDTree(cells.centres), RADIUS, output_type="ndarray")
-        cell, free = np.full(len(nuclei), -1), np.ones(len(cells.boxes), dtype=bool)
-        for nucleus, other, _ in np.sort(near, order="v").tolist():
-            if cell[nucleus] < 0 and free[other]:
-                cell[nucleus], free[other] = other, False
-        left = np.flatnonzero(free)
+        cell = paired(centres, cells.centres)
+        left = np.setdiff1d(np.arange(len(cells.boxes)), cell)
         distance, on = cKDTree(centres).query(cells.centres[left])
         on[distance > RADIUS] = -1
-        known, own = shapely.box(*nuclei.T), shapely.box(*cells.boxes[left].T)
-        row, nucleus = shapely.STRtree(known).query(own, predicate="intersects")
-        both = shapely.area(shapely.intersection(own[row], known[nucleus]))
-        same = (both > 0.5 * shapely.area(shapely.union(own[row], known[nucleus]))) & (on[row] < 0)
+        known, others = shapely.box(*nuclei.T), shapely.box(*cells.boxes[left].T)
+        row, nucleus = shapely.STRtree(known).query(others, predicate="intersects")
+        both = shapely.area(shapely.intersection(others[row], known[nucleus]))
+        same = (both > 0.5 * shapely.area(shapely.union(others[row], known[nucleus]))) & (on[row] < 0)
         on[row[same]] = nucleus[same]
-        return cls(cell, np.bincount(on[(on >= 0) & (cell[on] >= 0)], minlength=len(nuclei)))
+        more = (on >= 0) & (cell[on] >= 0) & (cells.tile[left] != cells.tile[cell[on]])
+        # findings of other tiles are far away
+        place = np.hstack([centres, cells.core_of(centres) * 1e3])
+        own = paired(place, cells.findings * [1, 1, 1e3, 1e3]) >= 0
+        return cls(cell, np.bincount(on[more], minlength=len(nuclei)), own)
+
+
+def with_error(values: NDArray[np.number]) -> str:
+    """Mean of values (n,) and its standard error, %."""
+    return f"{100 * values.mean():+5.2f} ± {100 * values.std() / np.sqrt(max(len(values), 1)):.2f}"
 
 
 def difference(values: NDArray[np.number], near: NDArray[np.bool_]) -> str:
     """Show values (runs, N) in % near borders, inside, and what a border changes for a nucleus that was in both."""
     both = near.any(axis=0) & ~near.all(axis=0)
     ones, others = ((values * place).sum(axis=0)[both] / place.sum(axis=0)[both] for place in (near, ~near))
-    change = 100 * (ones - others)
-    error = change.std() / np.sqrt(max(len(change), 1))
-    return f"{100 * values[near].mean():5.2f} {100 * values[~near].mean():5.2f} {change.mean():+5.2f} ± {error:.2f}"
+    return f"{100 * values[near].mean():5.2f} {100 * values[~near].mean():5.2f} {with_error(ones - others)}"
 
 
 def likeness(one: Cells, first: NDArray[np.int64], two: Cells, second: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -155,7 +204,8 @@ def main() -> None:
     parser.add_argument("--mpp", type=float, help="um per px of level 0, if the file does not say it")
     parser.add_argument("--nuclei", type=Path, help="outlines of the nuclei, px of level 0")
     parser.add_argument("--margins", type=float, nargs="+", default=[0, 2, 4, 6, 8, 12, 16])
-    parser.add_argument("--shifts", type=int, default=4, choices=range(2, len(STEPS) + 1))
+    parser.add_argument("--shifts", type=int, default=4, help="runs per margin, at least 2")
+    parser.add_argument("--centred", type=int, default=4, help="runs in centred tiles; 0 (with --nuclei) or at least 2")
     parser.add_argument("--zone", type=float, default=4.0, help="um from a border that count as near it")
     parser.add_argument("--nucleus-threshold", type=float, default=0.4)
     parser.add_argument("--device", default="cpu")
@@ -166,32 +216,39 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, open_pyramid(options.slide, options.mpp) as image:
         mpp = float(image.mpp or 0)
         bench = Bench(image.read(0, 0, 0, *image.size), mpp, model, options.nucleus_threshold, Path(folder))
-        width = 5 / 16 * model.size * model.mpp
-        centred, *others = (bench.run(width, step) for step in ((0, 0), *STEPS[:2]))
-        nuclei = centred.boxes
-        if options.nuclei is not None:
+        centred = [bench.run(5 / 16 * model.size * model.mpp, number) for number in range(options.centred)]
+        if options.nuclei is None:
+            nuclei = centred[0].boxes
+        else:
             nuclei = read_nucleus_file(options.nuclei, image_mpp=mpp, mpp=1.0).nuclei.boxes
-        own = Found.of(nuclei, centred).cell
-        again = np.hstack([likeness(centred, own, cells, Found.of(nuclei, cells).cell) for cells in others])
-        distance, classes = np.nanmean(again, axis=1)
-        print(f"{len(nuclei)} nuclei; two centred tiles: distance {distance:.4f}, class {100 * classes:.2f} %")
-        columns = f"{'lost: near, inside, difference':^32} | {'twice':^32} | distance      | class"
+        own = [Found.of(nuclei, cells).cell for cells in centred]
+        print(f"{len(nuclei)} nuclei")
+        if centred:
+            pairs = combinations(zip(centred, own, strict=True), 2)
+            distance, classes = np.nanmean([likeness(*one, *two) for one, two in pairs], axis=(0, 2))
+            print(f"two centred tiles: distance {distance:.4f}, class {100 * classes:.2f} %")
+        columns = f"{'lost: near, inside, difference':^32} | {'joined':^13} | {'twice':^13} | distance      | class"
         print(f"margin   tiles | {columns}")
         for margin in options.margins:
-            runs = [bench.run(margin, step) for step in STEPS[: options.shifts]]
+            runs = [bench.run(margin, number) for number in range(options.shifts)]
             found = [Found.of(nuclei, cells) for cells in runs]
             near = np.array([cells.from_border(centres_of(nuclei)) < options.zone for cells in runs])
-            lost, twice = np.array([one.cell < 0 for one in found]), np.array([one.more for one in found])
-            alike = np.stack(
-                [likeness(centred, own, cells, one.cell) for cells, one in zip(runs, found, strict=True)], 1
-            )
-            (near_d, near_c), (in_d, in_c) = (np.nanmean(alike[:, place], axis=1) for place in (near, ~near))
-            tiles = np.mean([cells.tiles for cells in runs])
-            columns = f"{difference(lost, near):>32} | {difference(twice, near):>32}"
-            print(
-                f"{margin:6g} {tiles:7.0f} | {columns} | {near_d:.4f} {in_d:.4f} | {100 * near_c:.2f} {100 * in_c:.2f}",
-                flush=True,
-            )
+            has, own_tile = np.array([one.cell >= 0 for one in found]), np.array([one.own for one in found])
+            joined, twice = has.astype(int) - own_tile, np.array([one.more for one in found])
+            line = f"{margin:6g} {np.mean([cells.tiles for cells in runs]):7.0f}"
+            line += f" | {difference(~has, near):>32} | {with_error(joined[near])} | {with_error(twice[near])}"
+            if centred:
+                alike = np.array(
+                    [
+                        [likeness(*other, cells, one.cell) for cells, one in zip(runs, found, strict=True)]
+                        for other in zip(centred, own, strict=True)
+                    ]
+                )  # (centred, runs, 2, N)
+                (near_d, near_c), (in_d, in_c) = (
+                    [np.nanmean(alike[:, :, value][:, place]) for value in (0, 1)] for place in (near, ~near)
+                )
+                line += f" | {near_d:.4f} {in_d:.4f} | {100 * near_c:.2f} {100 * in_c:.2f}"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
