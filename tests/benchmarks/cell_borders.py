@@ -14,8 +14,7 @@ Printed, % of nuclei, with standard errors:
             of a tile than at others
   joined    of nuclei near borders, how many more have a cell than are found in the tile whose core they lie in: what
             joining loses (-) or adds (+)
-  twice     of nuclei near borders, cells beyond the first, of other tiles (within 3 um, or boxes with an intersection
-            over union above 0.5)
+  twice     of nuclei near borders, how many more cells beyond the first lie within 3 um than in that tile
 and, of the cell of a nucleus in a run and in each of its `--centred` centred tiles, near borders and inside:
   distance  mean cosine distance of the embeddings
   class     whether the classes with the highest score differ, %
@@ -31,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import shapely
 import tifffile
 import torch
 from numpy.typing import NDArray
@@ -61,8 +59,6 @@ class Cells:
     embeddings: NDArray[np.float32]
     tiles: int
     """How many were read."""
-    tile: NDArray[np.int64]
-    """Tile of each cell (n,)."""
     findings: NDArray[np.float64]
     """Centres of what was found in the cores and around them (m, 2), and the columns and rows of the cores (m, 2)."""
 
@@ -118,7 +114,6 @@ class Bench:
             scores.argmax(axis=1),
             np.concatenate(list(cells.embeddings())),
             int(info.counts["tiles"]),
-            frame["tile"].to_numpy(),
             _findings(out, core, px * self.model.mpp) - [*shift, 0, 0],
         )
 
@@ -150,28 +145,29 @@ class Found:
     cell: NDArray[np.int64]
     """Its cell, -1: none."""
     more: NDArray[np.int64]
-    """Further cells on it, of other tiles."""
+    """Further cells on it."""
     own: NDArray[np.bool_]
     """Whether the tile whose core it lies in has found it."""
+    own_more: NDArray[np.int64]
+    """Further findings of that tile on it."""
 
     @classmethod
     def of(cls, nuclei: NDArray[np.float64], cells: Cells) -> "Found":
         """Pair cells with nuclei, boxes (N, 4) in um."""
         centres = centres_of(nuclei)
-        cell = paired(centres, cells.centres)
-        left = np.setdiff1d(np.arange(len(cells.boxes)), cell)
-        distance, on = cKDTree(centres).query(cells.centres[left])
-        on[distance > RADIUS] = -1
-        known, others = shapely.box(*nuclei.T), shapely.box(*cells.boxes[left].T)
-        row, nucleus = shapely.STRtree(known).query(others, predicate="intersects")
-        both = shapely.area(shapely.intersection(others[row], known[nucleus]))
-        same = (both > 0.5 * shapely.area(shapely.union(others[row], known[nucleus]))) & (on[row] < 0)
-        on[row[same]] = nucleus[same]
-        more = (on >= 0) & (cell[on] >= 0) & (cells.tile[left] != cells.tile[cell[on]])
-        # findings of other tiles are far away
-        place = np.hstack([centres, cells.core_of(centres) * 1e3])
-        own = paired(place, cells.findings * [1, 1, 1e3, 1e3]) >= 0
-        return cls(cell, np.bincount(on[more], minlength=len(nuclei)), own)
+        place = np.hstack([centres, cells.core_of(centres) * 1e3])  # what other tiles have found is far away
+        cell, more = _on(centres, cells.centres)
+        finding, own_more = _on(place, cells.findings * [1, 1, 1e3, 1e3])
+        return cls(cell, more, finding >= 0, own_more)
+
+
+def _on(nuclei: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the point (N,) of others (n, d) on each nucleus (N, d), -1: none, and how many more there are (N,)."""
+    first = paired(nuclei, others)
+    left = np.setdiff1d(np.arange(len(others)), first)
+    distance, on = cKDTree(nuclei).query(others[left])
+    on = on[distance <= RADIUS]
+    return first, np.bincount(on[first[on] >= 0], minlength=len(nuclei))
 
 
 def with_error(values: NDArray[np.number]) -> str:
@@ -233,10 +229,11 @@ def main() -> None:
             runs = [bench.run(margin, number) for number in range(options.shifts)]
             found = [Found.of(nuclei, cells) for cells in runs]
             near = np.array([cells.from_border(centres_of(nuclei)) < options.zone for cells in runs])
-            has, own_tile = np.array([one.cell >= 0 for one in found]), np.array([one.own for one in found])
-            joined, twice = has.astype(int) - own_tile, np.array([one.more for one in found])
+            lost = np.array([one.cell < 0 for one in found])
+            joined = np.array([(one.cell >= 0).astype(int) - one.own for one in found])
+            twice = np.array([one.more - one.own_more for one in found])
             line = f"{margin:6g} {np.mean([cells.tiles for cells in runs]):7.0f}"
-            line += f" | {difference(~has, near):>32} | {with_error(joined[near])} | {with_error(twice[near])}"
+            line += f" | {difference(lost, near):>32} | {with_error(joined[near])} | {with_error(twice[near])}"
             if centred:
                 alike = np.array(
                     [

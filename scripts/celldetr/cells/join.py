@@ -5,9 +5,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from celldetr.cells.parts import OUTSIDE_PART, digest_of, parts_of, read_summary
-from celldetr.cells.stitching import left_to_others, near_seams
+from celldetr.cells.stitching import counted, mean_scores, near_seams
 from celldetr.cells.table import METADATA_KEY, ROWS, STATUSES, CellsInfo, NothingFound, cell_schema, named, writer
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
@@ -50,11 +50,11 @@ def join_cells(
     files += [file for folder, _ in summaries if (file := folder / OUTSIDE_PART).exists()]
     info, first = _merged(summaries), summaries[0][1]
     info = replace(info, settings={**info.settings, "class_threshold": class_threshold})
-    gone, rows = np.empty(0, np.int64), sum(pq.read_metadata(file).num_rows for file in files)
+    seams, rows = _Seams(), sum(pq.read_metadata(file).num_rows for file in files)
     if not info.given:
         margin_um = round(info.settings["margin_um"] / info.settings["mpp"]) * info.settings["mpp"]
-        gone = _left_to_others(files, margin_um)
-    cells = rows - len(gone)
+        seams = _Seams.of(files, margin_um, info.classes)
+    cells = rows - len(seams.gone)
     if first["given"] not in (None, cells):
         raise InputError(f"{path}: got {cells} rows of {first['given']} given cells; find the cells again")
     if not cells:
@@ -67,18 +67,18 @@ def join_cells(
     statuses = Counter[str]()
     known = {key: value for key, value in schema.metadata.items() if key != METADATA_KEY}  # counts come at the end
     with atomic(path) as temporary, writer(temporary, schema.with_metadata(known)) as file:
-        for table in _numbered(files, gone, schema, info.given):
+        for table in _numbered(files, seams, schema, info):
             if info.classes:
                 table = _with_types(table, info.classes, class_threshold)
             statuses.update(table["status"].to_pandas().value_counts().to_dict())
             file.write_table(table, row_group_size=ROWS)
-        counts = {**info.counts, "findings": rows, "findings left to another tile": len(gone), "cells": cells}
+        counts = {**info.counts, "findings": rows, "findings left to another tile": len(seams.gone), "cells": cells}
         counts |= {f"cells {name}": statuses[name] for name in STATUSES[1:] if info.given}
         info = replace(info, counts=counts, seconds={**info.seconds, "join": time.perf_counter() - start})
         if not timed:
             info = replace(info, seconds={}, provenance={})
         file.add_key_value_metadata({METADATA_KEY: info.to_json()})
-    log.info("%s: %d cells, %d findings at borders of tiles left to another tile", info.slide, cells, len(gone))
+    log.info("%s: %d cells, %d findings at borders of tiles left to another tile", info.slide, cells, len(seams.gone))
     return info
 
 
@@ -145,41 +145,77 @@ def _batches(files: Sequence[Path], columns: Sequence[str] | None) -> Iterator[p
             raise InputError(f"{path}: cannot be read ({error}); find the cells again") from error
 
 
-def _left_to_others(files: Sequence[Path], margin_um: float) -> NDArray[np.int64]:
-    """Rows of all files, counted from 0, that do not count, as another tile has their nucleus."""
-    kept = [np.empty((0, len(_SMALL) + 1))]
-    start = 0
-    for batch in _batches(files, _SMALL):
-        values = np.stack([batch.column(name).to_numpy() for name in _SMALL], axis=1, dtype=np.float64)
-        near = np.flatnonzero(near_seams(values[:, -1] - margin_um, margin_um))
-        kept.append(np.column_stack([values[near], near + start]))
-        start += len(batch)
-    values = np.concatenate(kept)
-    centres, sides, tile, edge, row = values[:, :2], values[:, 2:4], values[:, 4], values[:, 5], values[:, 6]
-    boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
-    return row[left_to_others(boxes, edge - margin_um, tile.astype(np.int64))].astype(np.int64)
+@dataclass(frozen=True)
+class _Seams:
+    """What changes where tiles meet; rows of all files, counted from 0, rising."""
+
+    gone: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Rows (n,) that do not count, as another tile has their nucleus."""
+    several: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Rows (m,) of nuclei that several tiles have found."""
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    """Their class scores (m, K)."""
+
+    @classmethod
+    def of(cls, files: Sequence[Path], margin_um: float, classes: Sequence[str]) -> Self:
+        """Look at the findings near the borders of cores."""
+        names = [f"score_{name}" for name in classes]
+        kept, scores = [np.empty((0, len(_SMALL) + 1))], [np.empty((0, len(names)), np.float32)]
+        start = 0
+        for batch in _batches(files, [*_SMALL, *names]):
+            values = np.stack([batch.column(name).to_numpy() for name in _SMALL], axis=1, dtype=np.float64)
+            near = np.flatnonzero(near_seams(values[:, -1] - margin_um, margin_um))
+            kept.append(np.column_stack([values[near], near + start]))
+            scores.append(_scores(batch, names)[near])
+            start += len(batch)
+        values = np.concatenate(kept)
+        centres, sides, tile, edge, row = values[:, :2], values[:, 2:4], values[:, 4], values[:, 5], values[:, 6]
+        boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
+        counts = counted(boxes, edge - margin_um, tile.astype(np.int64))
+        several, means = mean_scores(counts, np.concatenate(scores), edge)
+        row = row.astype(np.int64)
+        return cls(row[counts != np.arange(len(row))], row[several], means)
+
+
+def _scores(rows: pa.Table | pa.RecordBatch, names: Sequence[str]) -> NDArray[np.float32]:
+    """Columns of scores (n, K), NaN: none."""
+    columns = [rows.column(name).to_numpy(zero_copy_only=False) for name in names]
+    return np.stack(columns, axis=1) if names else np.empty((len(rows), 0), np.float32)
+
+
+def _with_scores(table: pa.Table, seams: _Seams, start: int, classes: Sequence[str]) -> pa.Table:
+    """Put the scores of nuclei that several tiles have found into the rows from `start` on."""
+    first, last = np.searchsorted(seams.several, [start, start + len(table)])
+    if first == last:
+        return table
+    names = [f"score_{name}" for name in classes]
+    scores = _scores(table, names)
+    scores[seams.several[first:last] - start] = seams.scores[first:last]
+    for name, column in zip(names, scores.T, strict=True):
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), pa.array(column))
+    return table
 
 
 def _with_types(table: pa.Table, classes: Sequence[str], threshold: float) -> pa.Table:
     """Fill in the class with the highest score; null below the threshold, and where there are no scores."""
-    scores = np.stack([table[f"score_{name}"].to_numpy() for name in classes], axis=1)  # (n, K), NaN: none
+    scores = _scores(table, [f"score_{name}" for name in classes])
     types = named(np.where(scores.max(axis=1) >= threshold, scores.argmax(axis=1), -1), classes)
     return table.set_column(table.schema.get_field_index("type"), table.schema.field("type"), types)
 
 
-def _numbered(files: Sequence[Path], gone: NDArray[np.int64], schema: pa.Schema, given: bool) -> Iterator[pa.Table]:
+def _numbered(files: Sequence[Path], seams: _Seams, schema: pa.Schema, info: CellsInfo) -> Iterator[pa.Table]:
     """Yield the rows that remain, `ROWS` at a time, with their numbers as ids if they have none."""
     start = done = 0
     waiting: list[pa.Table] = []
     for batch in _batches(files, None):
+        table = _with_scores(pa.Table.from_batches([batch]), seams, start, info.classes)
         keep = np.ones(len(batch), dtype=bool)
-        first, last = np.searchsorted(gone, [start, start + len(batch)])
-        keep[gone[first:last] - start] = False
+        first, last = np.searchsorted(seams.gone, [start, start + len(batch)])
+        keep[seams.gone[first:last] - start] = False
         start += len(batch)
-        table = pa.Table.from_batches([batch])
         if not keep.all():
             table = table.filter(pa.array(keep))
-        if not given:
+        if not info.given:
             ids = pa.array(np.arange(done + 1, done + len(table) + 1)).cast(pa.string())
             table = table.set_column(0, "cell_id", ids)
         done += len(table)

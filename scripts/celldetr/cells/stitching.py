@@ -6,6 +6,9 @@ Two tiles do not place a nucleus at exactly the same position, so findings withi
 as well. Findings of two tiles that overlap are one nucleus, and the one deeper in its core counts, even if both lie
 outside of their cores. A finding without such a partner counts in its core alone: if it counted in the rim, too, nuclei
 near borders would have two tiles that may find them and others one, and the density of cells would show the grid.
+
+The class scores of findings of one nucleus are averaged, as types are less often right near the edge of a tile. Their
+embeddings are not: means lie closer to each other than to other embeddings, and neighbours would show the grid.
 """
 
 import numpy as np
@@ -31,10 +34,8 @@ def near_seams(depth: NDArray[np.floating], margin_um: float) -> NDArray[np.bool
     return np.asarray(depth < 2 * rim_um(margin_um))
 
 
-def left_to_others(
-    boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArray[np.integer]
-) -> NDArray[np.int64]:
-    """Return the findings (their indices, sorted) that do not count: another tile has the nucleus, or should have it.
+def counted(boxes: NDArray[np.float64], depth: NDArray[np.float64], tile: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return for each finding (n,) the one that counts for its nucleus: itself, one of another tile, or none, -1.
 
     Takes boxes (n, 4) xyxy, how deep each lies in the core of its tile (n,), and the tiles (n,). Pairs of boxes from
     two tiles are formed in order of their overlap, and a box is paired only once with each other tile, so that nuclei
@@ -43,7 +44,7 @@ def left_to_others(
     one, two, overlap = _pairs(boxes, tile, SAME, same=False)
     order = np.argsort(-overlap, kind="stable")  # those that overlap most come first
     one, two = one[order], two[order]
-    gone, paired = np.zeros(len(boxes), dtype=bool), np.zeros(len(boxes), dtype=bool)
+    counts, paired = np.arange(len(boxes)), np.zeros(len(boxes), dtype=bool)
     # a box and the other tile, of either side of each pair: what may be paired once
     sides = np.stack(
         [one * (int(tile.max(initial=0)) + 1) + tile[two], two * (int(tile.max(initial=0)) + 1) + tile[one]]
@@ -58,11 +59,31 @@ def left_to_others(
             np.minimum.at(first, ends, order)
         chosen = (first[one] == order) & (first[two] == order)
         a, b = one[chosen], two[chosen]
-        gone[np.where(depth[a] >= depth[b], b, a)] = True
+        first_deeper = depth[a] >= depth[b]
+        counts[np.where(first_deeper, b, a)] = np.where(first_deeper, a, b)
         paired[a] = paired[b] = taken[seats[:, chosen]] = True
+        gone = counts != np.arange(len(boxes))
         left = ~(gone[one] | gone[two] | taken[seats[0]] | taken[seats[1]])
         one, two, seats = one[left], two[left], seats[:, left]
-    return np.flatnonzero(gone | (~paired & (depth < 0)))
+    while (counts[counts] != counts).any():  # one that counted for another may itself be left to a third
+        counts = counts[counts]
+    counts[~paired & (depth < 0)] = -1
+    return counts
+
+
+def mean_scores(
+    counts: NDArray[np.int64], scores: NDArray[np.floating], edge: NDArray[np.floating]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Average the class scores (n, K) of findings of one nucleus, by their distance from the edge of their tile (n,).
+
+    Returns the findings (m,), sorted, that count for others, too, see `counted`, and their scores (m, K).
+    """
+    others = np.flatnonzero((counts >= 0) & (counts != np.arange(len(counts))))
+    members = np.concatenate([np.unique(counts[others]), others])
+    several, place = np.unique(counts[members], return_inverse=True)
+    sums = np.zeros((len(several), scores.shape[1]))
+    np.add.at(sums, place, edge[members, None] * scores[members])
+    return several, (sums / np.bincount(place, edge[members])[:, None]).astype(np.float32)
 
 
 def repeated(boxes: NDArray[np.floating], score: NDArray[np.floating], image: NDArray[np.integer]) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ import errno
 import shutil
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import shapely
@@ -62,6 +63,36 @@ def test_another_class_threshold_needs_no_search(slide, tmp_path):
         assert cells.info.settings["class_threshold"] == threshold
         assert (frame["type"].isna() == (scores.max(axis=1) < np.float32(threshold)).to_numpy()).all()
         assert frame["type"].notna().all() == (threshold < 1)
+
+
+class Unsteady(Planted):
+    """Class scores and embeddings depend on the rest of the tile, too."""
+
+    def predict(self, pixels, nucleus_threshold):
+        found = super().predict(pixels, nucleus_threshold)
+        factors = pixels.mean(dim=(1, 2, 3)).tolist()
+        return [
+            one._replace(class_scores=one.class_scores * factor, embeddings=one.embeddings * factor)
+            for one, factor in zip(found, factors, strict=True)
+        ]
+
+
+def test_tiles_that_have_found_a_nucleus_share_its_scores_but_not_its_embedding(slide, tmp_path, monkeypatch):
+    monkeypatch.setattr("celldetr.cells.join.ROWS", 7)
+    find(slide[0], tmp_path / "1", net=Unsteady())
+    join_cells([tmp_path / "1"], tmp_path / "cells.parquet")
+    parts = pd.concat([pd.read_parquet(path) for path in sorted((tmp_path / "1").glob("*.parquet"))])
+    parts = parts.sort_values("edge_um", kind="stable").reset_index(drop=True)
+    names, weight = [f"score_{name}" for name in CLASSES], parts["edge_um"]
+    nucleus = parts.groupby("geometry")
+    means = parts[names].mul(weight, axis=0).groupby(parts["geometry"]).sum().div(nucleus["edge_um"].sum(), axis=0)
+    cells = pd.read_parquet(tmp_path / "cells.parquet").set_index("geometry")
+    np.testing.assert_allclose(cells[names], means.loc[cells.index], rtol=1e-6)
+    deepest = nucleus["embedding"].last()[cells.index]
+    np.testing.assert_allclose(np.stack(cells["embedding"]), np.stack(deepest), rtol=1e-6)
+    spread = nucleus["score_a"].max() / nucleus["score_a"].min()
+    assert (spread > 1.001).sum() > 20
+    assert (nucleus.size() > 2).any()
 
 
 class Killed(BaseException):

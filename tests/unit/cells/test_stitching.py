@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planted_cells import draw, in_order
 
 from celldetr.cells.rows import Rows
-from celldetr.cells.stitching import RIM_UM, SAME, left_to_others, near_seams, repeated, rim_um
+from celldetr.cells.stitching import RIM_UM, SAME, counted, mean_scores, near_seams, repeated, rim_um
 from celldetr.cells.table import CellsInfo
 from celldetr.cells.tiling import Tiles, Tiling
 from celldetr.inference.batch import FoundNuclei
@@ -38,8 +38,13 @@ def count(nuclei, jitter, missed=0.0, seed=0):
     """Count how often each of the nuclei counts."""
     boxes, depth, tiles, numbers = findings(nuclei, jitter, missed, np.random.default_rng(seed))
     near = np.flatnonzero(near_seams(depth, MARGIN))
-    left = near[left_to_others(boxes[near], depth[near], tiles[near])]
+    left = near[left_out(boxes[near], depth[near], tiles[near])]
     return np.bincount(np.delete(numbers, left), minlength=len(nuclei))
+
+
+def left_out(boxes, depth, tile):
+    """List the findings that do not count."""
+    return np.flatnonzero(counted(boxes, depth, tile) != np.arange(len(boxes)))
 
 
 def test_a_nucleus_counts_once_wherever_the_tiles_place_it():
@@ -54,10 +59,10 @@ def test_borders_do_not_change_how_many_nuclei_are_found():
     for seed in range(300):
         nuclei = np.stack(np.meshgrid(np.arange(-28, 29, 14.0), np.arange(-28, 29, 14.0)), -1).reshape(-1, 2)
         nuclei += rng.uniform(-7, 7, 2)
-        counted = count(nuclei, jitter=1.0, missed=0.3, seed=seed)
+        times = count(nuclei, jitter=1.0, missed=0.3, seed=seed)
         border = np.abs(nuclei).min(axis=1) < 1.5
-        near += counted[border].tolist()
-        inside += counted[np.abs(nuclei).min(axis=1) > 5].tolist()
+        near += times[border].tolist()
+        inside += times[np.abs(nuclei).min(axis=1) > 5].tolist()
     assert abs(np.mean(inside) - 0.7) < 0.03
     assert abs(np.mean(near) - 0.7) < 0.04
 
@@ -73,13 +78,14 @@ def one_by_one(boxes, depth, tile):
             both = (boxes[a, 2:] - boxes[a, :2]).prod() + (boxes[b, 2:] - boxes[b, :2]).prod() - inner
             if tile[a] != tile[b] and inner / both >= SAME:
                 pairs.append((-inner / both, a, b))
-    gone, paired = set(), set()
+    counts, paired = list(range(len(boxes))), set()
     for _, a, b in sorted(pairs):
-        if not (gone & {a, b} or paired & {(a, tile[b]), (b, tile[a])}):
+        if counts[a] == a and counts[b] == b and not paired & {(a, tile[b]), (b, tile[a])}:
             paired |= {(a, tile[b]), (b, tile[a])}
-            gone.add(b if depth[a] >= depth[b] else a)
-    alone = {k for k in range(len(boxes)) if depth[k] < 0 and k not in {k for k, _ in paired}}
-    return sorted(gone | alone)
+            better, other = (a, b) if depth[a] >= depth[b] else (b, a)
+            counts = [better if one == other else one for one in counts]
+    alone = {k for k in range(len(boxes)) if depth[k] < 0} - {k for k, _ in paired}
+    return [-1 if k in alone else one for k, one in enumerate(counts)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +96,14 @@ def test_rounds_decide_like_one_pair_after_the_other(seed, count, tiles, chunk):
     boxes = np.concatenate([low, low + rng.uniform(6, 9, (count, 2))], axis=1)
     depth, tile = rng.uniform(-1, 2, count), rng.integers(0, tiles, count)
     with mock.patch("celldetr.cells.stitching._CHUNK", chunk):
-        assert left_to_others(boxes, depth, tile).tolist() == one_by_one(boxes, depth, tile)
+        counts = counted(boxes, depth, tile)
+    assert counts.tolist() == one_by_one(boxes, depth, tile)
+    scores, edge = rng.random((count, 2)), rng.uniform(1, 5, count)
+    several, means = mean_scores(counts, scores, edge)
+    members = {k: np.flatnonzero(counts == k) for k in range(count)}
+    assert several.tolist() == [k for k, own in members.items() if len(own) > 1]
+    expected = [np.average(scores[members[k]], axis=0, weights=edge[members[k]]) for k in several]
+    np.testing.assert_allclose(means, np.reshape(expected, (-1, 2)), rtol=1e-6)
 
 
 def test_a_nucleus_counts_once_in_its_tile():
@@ -123,7 +136,7 @@ def unique(tiles, boxes_of_tile):
     boxes = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=1)
     depth = edge - tiles.tiling.margin
     near = np.flatnonzero(near_seams(depth, tiles.tiling.margin))
-    return np.delete(boxes, near[left_to_others(boxes[near], depth[near], tile[near])], axis=0)
+    return np.delete(boxes, near[left_out(boxes[near], depth[near], tile[near])], axis=0)
 
 
 @settings(max_examples=40, deadline=None)
