@@ -173,8 +173,8 @@ class _Seams:
         boxes = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
         counts = counted(boxes, edge - margin_um, tile.astype(np.int64))
         several, means = mean_scores(counts, np.concatenate(scores), edge)
-        row = row.astype(np.int64)
-        return cls(row[counts != np.arange(len(row))], row[several], means)
+        rows = row.astype(np.int64)
+        return cls(rows[counts != np.arange(len(rows))], rows[several], means)
 
 
 def _scores(rows: pa.Table | pa.RecordBatch, names: Sequence[str]) -> NDArray[np.float32]:
