@@ -77,7 +77,7 @@ def test_the_rooms_have_levels():
 
 
 def test_pytorch_stays_in_its_rooms():
-    torch = {"torch", "torchvision", "lightning", "deformops"}
+    torch = {"torch", "torchvision", "lightning", "deformops", "triton"}
     users = {module for module, names in IMPORTS.items() if torch & {name.split(".")[0] for name in names}}
     assert {module.split(".")[1] for module in users} <= TORCH, sorted(users)
 

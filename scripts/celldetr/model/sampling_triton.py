@@ -93,7 +93,7 @@ def _corner(
     return place[:, :, None] + channel, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "tokens"])
 def _forward_kernel(
     values, locations, weights, sampled, queries, tokens,
     SIZES: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr, POINTS: tl.constexpr,
@@ -133,7 +133,7 @@ def _forward_kernel(
     tl.store(sampled + place, result, mask=in_block & (channel < CHANNELS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "tokens"])
 def _backward_kernel(
     gradient, values, locations, weights, of_values, of_locations, of_weights, queries, tokens,
     SIZES: tl.constexpr, DENSE_PIXELS: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -190,7 +190,7 @@ def _backward_kernel(
         start += SIZES[level][0] * SIZES[level][1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "tokens", "start"])
 def _gather_kernel(
     gradient, locations, weights, of_values, queries, tokens, start,
     LEVEL: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
