@@ -105,7 +105,8 @@ def _table(draws: Draws, blur_kernel: int) -> NDArray[np.float32]:
     for flipped, axis, component in ((draws.flip_x, 3, 0), (draws.flip_y, 2, 1)):
         nodes[flipped] = np.flip(nodes[flipped], axis)
         nodes[flipped, component] *= -1
-    factors = np.pad(draws.stain[:, 0], ((0, 0), (0, 1)), constant_values=1)  # the third stain stays as it is
+    factors = np.ones((len(nodes), 3))  # the third stain stays as it is
+    factors[:, :2] = draws.stain[:, 0]
     mixing = (UNMIXING * factors[:, None]) @ STAINS
     shift = -math.log(10) * draws.stain[:, 1] @ STAINS[:2]
     offsets = np.arange(blur_kernel) - blur_kernel // 2

@@ -149,7 +149,7 @@ class PatchData:
         """Images (B, S, S, 3) uint8 of patches (B,)."""
         if self._images is None:
             return self._read_stores(patches)
-        return self._images[torch.from_numpy(patches).to(self._images.device, non_blocking=True)]
+        return self._images[to_device(torch.from_numpy(patches), self._images.device)]
 
     def _read_stores(self, patches: NDArray[np.int64]) -> Tensor:
         images = torch.empty((len(patches), self.patch_size, self.patch_size, 3), dtype=torch.uint8)

@@ -165,7 +165,10 @@ class Training:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["base_lr"] * factor
         self.rate = self.optimizer.param_groups[0]["lr"]
-        torch.manual_seed(int(random_stream(settings.seed, step, DROPOUT).integers(2**62)) + self.group.rank)
+        seed = int(random_stream(settings.seed, step, DROPOUT).integers(2**62)) + self.group.rank
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack in each step on a CPU
+        if self.device.startswith("cuda"):
+            torch.cuda.manual_seed(seed)
         with self.autocast:
             losses, total = self.stage.training_losses(batch)
         total.backward()
