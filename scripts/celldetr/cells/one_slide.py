@@ -15,7 +15,7 @@ from celldetr.cells.table import CellFile, NothingFound
 from celldetr.config.cells import CellSettings
 from celldetr.config.sheets import CellRow
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import held, making, remove, write_json
+from celldetr.runtime.files import making, remove, write_json
 from celldetr.runtime.provenance import source_hash
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def cells_of_slide(
     """
     path, work = out / f"{row.slide}.parquet", out / f".{row.slide}.unfinished"
     record, part = path.with_suffix(".provenance.json"), work / "1"
-    with making(work), held(work):
+    with making(work):
         if path.exists() and (record.exists() or not part.exists()):  # not between the two steps of `_finish`
             identity = {**identity_of_row(row, settings, model, files=files), **_joined_with(settings)}
             _refuse_others(path, _recorded(record), identity)

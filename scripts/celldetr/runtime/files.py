@@ -11,7 +11,7 @@ import socket
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,16 +111,23 @@ def held(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def making(folder: Path) -> Iterator[None]:
-    """Make a folder with those around it; at the end remove it and what was made around it, as far as it is empty."""
-    made = [folder, *(path for path in folder.parents if not path.exists())]
+    """Make a folder with those around it, and hold it (`held`); at the end remove what was made and is empty."""
+    made = [path for path in folder.parents if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with held(folder):
+            try:
+                yield
+            finally:
+                _remove_empty([folder])  # while it is held: another job has a folder of its own, or is refused
     finally:
-        with contextlib.suppress(OSError):  # not empty
-            for path in made:
-                if path.exists():
-                    path.rmdir()
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):  # one that is not empty; neither are those around it
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager

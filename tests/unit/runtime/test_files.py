@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from celldetr.runtime.errors import InputError
-from celldetr.runtime.files import atomic, held, link_or_copy, read_npz, write_npz
+from celldetr.runtime.files import atomic, held, link_or_copy, making, read_npz, write_npz
 
 
 def test_output_appears_only_when_complete(tmp_path):
@@ -78,6 +78,19 @@ def test_what_one_job_continues_after_another_has_one_writer(tmp_path):
         pass
     with held(tmp_path):
         pass
+
+
+def test_a_folder_that_is_held_stays_and_an_empty_one_goes(tmp_path):
+    folder = tmp_path / "there" / "out" / ".work"
+    (tmp_path / "there").mkdir()
+    with making(folder):
+        with pytest.raises(InputError, match=r"\.work: another job writes it"), making(folder):
+            pass
+        assert folder.exists()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with making(folder):
+        (folder / "part").touch()
+    assert (folder / "part").exists()
 
 
 def test_a_link_to_the_same_file_is_written_again(tmp_path):
