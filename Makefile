@@ -74,8 +74,8 @@ lock: ## write envs/lock.txt and the conda files anew: KEEP=1 (default) changes 
 	.venv-lock/bin/python $(PIP) $(if $(KEEP),--constraint envs/lock.txt) --editable '.[workflow,dev]'
 	sed -n '/^#/p' envs/lock.txt > .venv-lock/lock.txt
 	.venv-lock/bin/python -m pip --disable-pip-version-check freeze --all --exclude-editable \
-	  | grep --invert-match --ignore-case --extended-regexp '^(pip|wheel|celldetr|triton|nvidia-[^=]*|cuda-[^=]*)(=| @)' \
-	  | sed 's/+[a-z0-9.]*$$//' >> .venv-lock/lock.txt
+	  | grep --invert-match --ignore-case --extended-regexp '^(pip|wheel|celldetr|nvidia-[^=]*|cuda-[^=]*)(=| @)' \
+	  | sed 's/+[a-z0-9.]*$$//; s/^triton==.*/&; sys_platform == "linux"/' >> .venv-lock/lock.txt
 	mv .venv-lock/lock.txt envs/lock.txt && .venv-lock/bin/python envs/pin.py && rm -rf .venv-lock
 KEEP ?= 1
 

@@ -52,9 +52,10 @@ ENVIRONMENTS = {
 
 
 def locked() -> dict[str, str]:
-    """Return lines of lock.txt by canonical name."""
+    """Return lines of lock.txt by canonical name, without Triton, which torch for CUDA brings."""
     lines = (HERE / "lock.txt").read_text(encoding="utf-8").splitlines()
-    return {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line and line[0] != "#"}
+    pins = {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line and line[0] != "#"}
+    return {name: line for name, line in pins.items() if name != "triton"}
 
 
 def closure(roots: list[str], pins: dict[str, str]) -> list[str]:
