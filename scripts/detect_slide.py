@@ -2,7 +2,7 @@
 
 Inputs: the slide (file) and the model. Output: a file of cells (GeoParquet) without types and embeddings.
 Params: settings (slides.detection), on_damage, patch_size (px) and mpp (um per px) of the model, slide_mpp (um per px,
-or null), nucleus_threshold, precision, code. Wildcard: slide.
+or null), nucleus_threshold, precision, compile, code. Wildcard: slide.
 """
 
 from pathlib import Path
@@ -36,6 +36,7 @@ def main(snakemake):
             size=params.patch_size,
             device=best_device(),
             precision=params.precision,
+            compiling=params.compile,
         ),
         snakemake.output[0],
         settings,

@@ -3,7 +3,7 @@
 Inputs: slide (file), model, and if there are any: region (polygons), nuclei (file of given cells).
 Output: a folder of parts without types, see `celldetr.cells.find`; a killed job continues from what lies beside it.
 Params: settings of cells that change the result, jobs (that share the slide), patch_size (px) and mpp (um per px) of
-the model, precision, row (columns of the sheet), code. Resource tiles: tiles per batch. Wildcards: slide, job.
+the model, precision, compile, row (columns of the sheet), code. Resource tiles: tiles per batch. Wildcards: slide, job.
 """
 
 import torch
@@ -28,7 +28,12 @@ def main(snakemake):
         embeddings=params.embeddings,
     )
     model = CellModel.load(
-        given.model, mpp=params.mpp, size=params.patch_size, device=best_device(), precision=params.precision
+        given.model,
+        mpp=params.mpp,
+        size=params.patch_size,
+        device=best_device(),
+        precision=params.precision,
+        compiling=params.compile,
     )
     files = {"nuclei": tuple(filter(None, [given.get("nuclei")])), "region": given.get("region") or ""}
     find_cells_of_row(

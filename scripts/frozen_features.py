@@ -5,8 +5,8 @@ A model with random weights is evaluated in the same way: what training brought 
 Inputs: ``model`` (weights of the experiment), ``stores`` (patch stores of the training patches), ``split`` (TSV: part
 of each patch), ``test`` (patch store of the test fold).
 Outputs: ``tsv`` (experiment, split, weights, classifier, class, precision, recall, f1, n) and ``provenance`` (JSON).
-Params: k (neighbours that vote), max_nuclei (most training nuclei), batch_size (patches), seed (also of the
-random weights).
+Params: k (neighbours that vote), max_nuclei (most training nuclei), batch_size (patches), compile, seed (also
+of the random weights).
 Wildcards: experiment, split.
 """
 
@@ -39,7 +39,7 @@ def main(snakemake):
     settings = FrozenFeatureSettings(k=params.k, max_nuclei=params.max_nuclei)
     split = read_split(inputs.split, stores)
     refuse_seen_store(trained_on(inputs.model, None, "trained_on"), test, inputs.model)
-    options = {"batch_size": params.batch_size, "device": device, "progress": True}
+    options = {"batch_size": params.batch_size, "device": device, "compiling": params.compile, "progress": True}
     tables, summaries = {}, {}
     for name, of in models.items():
         embed = partial(embed_patches, of, **options)

@@ -2,8 +2,9 @@
 
 Input: ``model`` (weights of the experiment), ``store`` (patch store of the test fold).
 Output: Parquet, a row per detection: patch, query, box (xyxy px), nucleus score, class scores, label, embedding.
-Params: nucleus_threshold, batch_size, precision, embeddings (whether they are kept), class_map (class of the model ->
-class of the store; for zero-shot transfer, else None), trained_on (groups that a given model file has seen; else None).
+Params: nucleus_threshold, batch_size, precision, compile, embeddings (whether they are kept), class_map (class of the
+model -> class of the store; for zero-shot transfer, else None), trained_on (groups that a given model file has seen;
+else None).
 """
 
 import logging
@@ -47,6 +48,7 @@ def main(snakemake):
         class_map=snakemake.params.class_map,
         device=device,
         precision=snakemake.params.precision,
+        compiling=snakemake.params.compile,
         embeddings=snakemake.params.embeddings,
         metadata=metadata,
         progress=True,

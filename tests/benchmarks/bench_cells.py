@@ -12,7 +12,7 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,8 +95,15 @@ class StandIn:
         self.pool = rng.normal(size=(BATCH * len(centres), WIDTH)).astype(np.float32)
         self.scores = rng.uniform(0, 1, (BATCH * len(centres), len(PANNUKE_CLASSES))).astype(np.float32)
 
-    def __call__(self, net: object, images: np.ndarray, **_: object) -> tuple[FoundNuclei, GivenNuclei]:
-        """Stand in for `celldetr.inference.batch.read_batch`."""
+    def read(
+        self, batches: Iterable[tuple[object, np.ndarray, None]]
+    ) -> Iterator[tuple[object, FoundNuclei, GivenNuclei]]:
+        """Stand in for `celldetr.inference.predictor.Predictor.read`."""
+        for key, images, _ in batches:
+            yield key, *self.found(images)
+
+    def found(self, images: np.ndarray) -> tuple[FoundNuclei, GivenNuclei]:
+        """Nuclei of images."""
         nuclei, count = len(self.boxes), len(images) * len(self.boxes)
         own = self.scores[:count]
         found = FoundNuclei(
@@ -157,7 +164,8 @@ def main() -> None:
         model = CellModel(SimpleNamespace(settings=settings, baseline=False), MPP, SIZE, source={"file": "none"})
         how = find.FindSettings(MARGIN_UM, 0.4, BATCH)
         shutil.rmtree(out, ignore_errors=True)
-        find.read_batch = StandIn(tiling)
+        stand_in = StandIn(tiling)
+        find.Predictor = lambda *_, **__: stand_in
         find.find_cells(find.Slide("bench", path, options.mpp), model, out, how, workers=options.workers)
 
     def read() -> Iterator[object]:

@@ -11,7 +11,8 @@ from celldetr.cells.find import FindSettings, Slide, find_cells
 from celldetr.cells.join import join_cells
 from celldetr.cells.model import CellModel
 from celldetr.cells.table import CellFile
-from celldetr.model.celldetr import Features, ImagePredictions, Kept
+from celldetr.model.boxes import xyxy_to_cxcywh
+from celldetr.model.celldetr import Detections, Features
 
 PINK, WHITE = (225, 170, 205), (245, 245, 245)
 CLASSES = ("a", "b", "c")
@@ -40,7 +41,7 @@ class Planted(nn.Module):
     def __init__(self):
         super().__init__()
         self.baseline, self.seen = False, []
-        self.settings = SimpleNamespace(classes=CLASSES, d_model=4)
+        self.settings = SimpleNamespace(classes=CLASSES, d_model=4, mode="parallel")
 
     def encode(self, pixels):
         self.seen.extend((pixels.permute(0, 2, 3, 1) * 255).round().byte().numpy())
@@ -52,14 +53,12 @@ class Planted(nn.Module):
             pieces, _ = ndimage.label(image[1] < 0.4, np.ones((3, 3)))
             spans = ndimage.find_objects(pieces)
             found.append(np.array([[x.start, y.start, x.stop, y.stop] for y, x in spans], np.float32).reshape(-1, 4))
-        return found
-
-    def keep(self, detections, size, nucleus_threshold):
-        counts = [len(boxes) for boxes in detections]
-        query = torch.cat([torch.arange(count) for count in counts])
-        scores = torch.cat([torch.linspace(0.5, 1, count) for count in counts])[:, None]
-        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        return Kept(counts, image, query, torch.from_numpy(np.concatenate(detections)), scores)
+        logits = torch.full((1, len(found), max(map(len, found)), 1), -torch.inf)
+        boxes = torch.zeros(*logits.shape[:3], 4)
+        for row, own in enumerate(found):
+            logits[0, row, : len(own), 0] = torch.linspace(0.5, 1, len(own)).logit()
+            boxes[0, row, : len(own)] = xyxy_to_cxcywh(torch.from_numpy(own)) / features.memory.shape[-1]
+        return Detections(logits, boxes)
 
     def represent(self, features, boxes, valid):
         embeddings = torch.zeros(*boxes.shape[:2], 4)
@@ -80,18 +79,6 @@ class Planted(nn.Module):
     def classify(self, embeddings):
         far = (embeddings[..., :1] * 255 - torch.from_numpy(_DARK[:, 0]).float()).abs()
         return 4 - far / 5
-
-    def predict(self, pixels, nucleus_threshold):
-        features, found = self.encode(pixels), []
-        kept = self.keep(self.detect(features), (0, 0), nucleus_threshold)
-        for number, (query, boxes, scores) in enumerate(
-            zip(*(part.split(kept.counts) for part in (kept.query, kept.boxes, kept.scores)), strict=True)
-        ):
-            given = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-            own = Features(pixels[number : number + 1], ())
-            embeddings = self.represent(own, given[None] / pixels.shape[-1], None)[0]
-            found.append(ImagePredictions(query, boxes, scores[:, 0], self.classify(embeddings).sigmoid(), embeddings))
-        return found
 
 
 def find(path, out, *, net=None, size=64, mpp=1.0, margin_um=16.0, slide_mpp=1.0, **options):
@@ -117,7 +104,8 @@ def boxes_of(cells):
     """Boxes (n, 4) of a file, px of level 0, in order of their corners."""
     frame = cells.frame()
     centre, half = frame[["x_um", "y_um"]].to_numpy(), frame[["width_um", "height_um"]].to_numpy() / 2
-    return in_order(np.concatenate([centre - half, centre + half], axis=1) / cells.info.mpp)
+    boxes = np.concatenate([centre - half, centre + half], axis=1) / cells.info.mpp
+    return in_order(boxes.round(4))  # the model says them as shares of a tile
 
 
 def in_order(boxes):

@@ -3,6 +3,7 @@
 import torch
 
 from celldetr.config.experiment import BackboneSettings, ModelSettings, RepresentationSettings
+from celldetr.inference.predictor import Predictor
 from celldetr.model.celldetr import CellDETR
 
 
@@ -32,3 +33,10 @@ def small_model(mode, **options):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape))  # whatever its layout
     return model
+
+
+def read_batch(model, images, given=None, **options):
+    """Read one batch of images; returns the nuclei that were found, and those that were given."""
+    options = {"embeds": "found" if given is None else "given", "batch_size": len(images), **options}
+    [(_, found, embedded)] = Predictor(model, **options).read([(None, images, given)])
+    return found, embedded

@@ -89,6 +89,7 @@ rule find_cells:
         patch_size=CONFIG.patch.size,
         mpp=CONFIG.patch.mpp,
         precision=CONFIG.inference.precision,
+        compile=CONFIG.inference.compile,
         row=lambda wildcards: cell_settings(wildcards.slide),
         code=code("find_cells"),
     message:

@@ -24,6 +24,7 @@ rule predict:
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         batch_size=CONFIG.inference.batch_size,
         precision=CONFIG.inference.precision,
+        compile=CONFIG.inference.compile,
         embeddings=CONFIG.inference.embeddings,
         class_map=lambda wildcards: class_map(wildcards.experiment),
         trained_on=lambda wildcards: CONFIG.experiments[wildcards.experiment].trained_on,
@@ -88,6 +89,7 @@ rule frozen_features:
         k=CONFIG.frozen_features.k,
         max_nuclei=CONFIG.frozen_features.max_nuclei,
         batch_size=CONFIG.inference.batch_size,
+        compile=CONFIG.inference.compile,
         seed=CONFIG.seed,
         code=code("frozen_features"),
     message:

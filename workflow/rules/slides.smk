@@ -103,6 +103,7 @@ rule detect_slide:
         slide_mpp=lambda wildcards: SLIDES[wildcards.slide].mpp,
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         precision=CONFIG.inference.precision,
+        compile=CONFIG.inference.compile,
         code=code("detect_slide"),
     message:
         "Detecting the nuclei of {wildcards.slide}"

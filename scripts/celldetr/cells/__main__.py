@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from celldetr.config.base import Mpp, Precision, Settings
+from celldetr.config.base import Mpp, Settings
 from celldetr.config.cells import CellSettings
 from celldetr.config.evaluation import InferenceSettings
 from celldetr.config.sheets import CELLS_DEPEND_ON, CellRow, Name, checked_row
@@ -46,7 +46,7 @@ _OPTIONS: dict[type[Settings], tuple[str, ...]] = {
     _Own: ("name", "threads", "model_mpp", "model_size"),
     CellRow: ("region", "nuclei", *CELLS_DEPEND_ON),
     CellSettings: (*_SEARCH, "outputs", "embeddings", "image"),
-    InferenceSettings: ("precision",),
+    InferenceSettings: ("precision", "compile"),
 }
 """Columns and settings that are options of this command, with their checks, defaults and texts."""
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     nuclei = [] if given.nuclei is None else [given.nuclei]
     row: CellRow = _settings(CellRow, given, slide=name, use="yes", file=[given.slide], nuclei=nuclei)
     settings: CellSettings = _settings(CellSettings, given)
-    precision = _settings(InferenceSettings, given).precision
+    inference: InferenceSettings = _settings(InferenceSettings, given)
     if settings.image != "none" and "spatialdata" not in settings.outputs:
         raise ConfigError(
             f"command line: image: got {settings.image!r}, expected spatialdata among --outputs, which holds it"
@@ -120,14 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from celldetr.cells.one_slide import cells_of_slide
     from celldetr.cells.sheet_row import RowFiles
 
-    model = _model(Path(given.model), own, precision)
+    model = _model(Path(given.model), own, inference)
     files = RowFiles(slide, given.nuclei, given.region)
     cells = cells_of_slide(row, settings, model, out, files=files, workers=own.threads)
     _write(cells, slide, out / name, settings)
     log.info("%d cells: %s.*", len(cells), out / name)
 
 
-def _model(path: Path, own: _Own, precision: Precision) -> "CellModel":
+def _model(path: Path, own: _Own, inference: InferenceSettings) -> "CellModel":
     """Load the model; `InputError` if it says of itself what an option says otherwise."""
     import torch
 
@@ -135,7 +135,14 @@ def _model(path: Path, own: _Own, precision: Precision) -> "CellModel":
     from celldetr.model.device import best_device
 
     torch.set_num_threads(own.threads)
-    model = CellModel.load(path, mpp=own.model_mpp, size=own.model_size, device=best_device(), precision=precision)
+    model = CellModel.load(
+        path,
+        mpp=own.model_mpp,
+        size=own.model_size,
+        device=best_device(),
+        precision=inference.precision,
+        compiling=inference.compile,
+    )
     for option, value, found in (("mpp", own.model_mpp, model.mpp), ("size", own.model_size, model.size)):
         if value not in (None, found):
             raise InputError(f"--model-{option}: got {value:g}, but {path} says {found:g}; leave it out")

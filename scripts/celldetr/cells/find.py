@@ -8,12 +8,12 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +30,12 @@ from celldetr.cells.rows import DAMAGED, OUTSIDE, READ, Rows
 from celldetr.cells.stitching import repeated
 from celldetr.cells.table import ROWS, CellsInfo, Floats, writer
 from celldetr.cells.tiling import Tiles, Tiling
-from celldetr.inference.batch import FoundNuclei, GivenNuclei, read_batch
+from celldetr.inference.batch import Boxes, FoundNuclei, GivenNuclei
+from celldetr.inference.predictor import Predictor
 from celldetr.model.device import resolve_precision
 from celldetr.runtime.files import atomic, write_json
 from celldetr.runtime.provenance import origin
-from celldetr.slides.cutting import read_blocks
+from celldetr.slides.cutting import Block, read_blocks
 from celldetr.slides.damage import log_damage, open_slide
 from celldetr.slides.pyramid import Pyramid
 from celldetr.store.seen import has_seen
@@ -260,6 +261,7 @@ class _Reading:
         size, given = self.settings.batch_size, self.plan.given
         grid, skip = self.plan.tiles.grid(start, stop), self.settings.on_damage == "skip"
         spans = [range(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+        predictor, taken = self._predictor(stop - start), list[_Batch]()
         waiting: deque[Future[None]] = deque()
         writing = ThreadPoolExecutor(1)
         with (
@@ -268,17 +270,15 @@ class _Reading:
         ):
             try:
                 now = time.perf_counter()
-                for span, block, cells in zip(spans, blocks, shown, strict=True):
-                    tally = Tally(seconds={"read": time.perf_counter() - now}, damaged=list(block.damaged.values()))
-                    now = time.perf_counter()
-                    numbers = block.numbers + start
-                    make = self._batch(numbers, block.pixels, cells and [cells[k - span.start] for k in numbers])
-                    tally.seconds["model"] = time.perf_counter() - now
-                    waiting.append(writing.submit(self._write, parts, make, tally, span, numbers))
+                for batch, nuclei, embedded in predictor.read(_batches(spans, blocks, shown, start, taken)):
+                    reading = sum(one.tally.seconds["read"] for one in taken)
+                    taken.clear()
+                    batch.tally.seconds["model"] = time.perf_counter() - now - reading
+                    waiting.append(writing.submit(self._write, parts, batch, nuclei, embedded))
                     if len(waiting) > _WAITING:
                         waiting.popleft().result()
-                    if span.stop // _LOGGED > span.start // _LOGGED:
-                        log.info("%s: %d of %d tiles", self.slide.name, span.stop - start, stop - start)
+                    if batch.span.stop // _LOGGED > batch.span.start // _LOGGED:
+                        log.info("%s: %d of %d tiles", self.slide.name, batch.span.stop - start, stop - start)
                     now = time.perf_counter()
                 for future in waiting:
                     future.result()
@@ -286,24 +286,25 @@ class _Reading:
                 writing.shutdown()  # after an error, too: what was read is written
         parts.flush(stop)
 
-    def _batch(
-        self, numbers: NDArray[np.int64], pixels: NDArray[np.uint8], shown: Sequence[Shown] | None
-    ) -> Callable[[], tuple[pa.Table, Counter[str]]]:
-        """Run the model on tiles (B,); returns what makes their rows and counts."""
-        if not len(numbers):
-            return lambda: (self.rows.schema.empty_table(), Counter())
-        nuclei, embedded = read_batch(
+    def _predictor(self, tiles: int) -> Predictor:
+        embeds: Literal["found", "given", "none"] = "found" if self.settings.embeddings is not None else "none"
+        return Predictor(
             self.model.net,
-            pixels,
+            batch_size=self.settings.batch_size,
             device=self.model.device,
             precision=self.model.precision,
             nucleus_threshold=self.settings.nucleus_threshold,
-            given=None if shown is None else [tile.boxes for tile in shown],
-            represent=self.settings.embeddings is not None,
+            embeds=embeds if self.plan.given is None else "given",
+            compiling=self.model.compiling,
+            expected=tiles,
         )
-        if shown is None:
-            return lambda: self.rows.found(numbers, nuclei)
-        return lambda: self._given_rows(numbers, shown, nuclei, embedded)
+
+    def _table(self, batch: "_Batch", nuclei: FoundNuclei, embedded: GivenNuclei) -> tuple[pa.Table, Counter[str]]:
+        if not len(batch.numbers):
+            return self.rows.schema.empty_table(), Counter()
+        if batch.shown is None:
+            return self.rows.found(batch.numbers, nuclei)
+        return self._given_rows(batch.numbers, batch.shown, nuclei, embedded)
 
     def _given_rows(
         self, numbers: NDArray[np.int64], shown: Sequence[Shown], nuclei: FoundNuclei, embedded: GivenNuclei
@@ -319,27 +320,47 @@ class _Reading:
         mine = GivenNuclei(*(values[own] for values in embedded))
         return self.rows.given(self.plan.given.cells, index, tile, READ, mine, scores), counts
 
-    def _write(
-        self,
-        parts: PartWriter,
-        make: Callable[[], tuple[pa.Table, Counter[str]]],
-        tally: Tally,
-        span: range,
-        numbers: NDArray[np.int64],
-    ) -> None:
-        """Write the tiles of a span, of which `numbers` (B,) were read; the others are damaged."""
-        now = time.perf_counter()
-        table, tally.counts = make()
-        damaged = np.setdiff1d(span, numbers)
+    def _write(self, parts: PartWriter, batch: "_Batch", nuclei: FoundNuclei, embedded: GivenNuclei) -> None:
+        now, tally = time.perf_counter(), batch.tally
+        table, tally.counts = self._table(batch, nuclei, embedded)
+        damaged = np.setdiff1d(batch.span, batch.numbers)
         if self.plan.given is not None and len(damaged):
             own = [self.plan.given.of(int(number)) for number in damaged]
             tile = np.repeat(damaged, [len(cells) for cells in own])
             lost = self.rows.given(self.plan.given.cells, np.concatenate(own), tile, DAMAGED)
             table = pa.concat_tables([table, lost])
-        tally.counts.update({"tiles": len(numbers), "tiles damaged": len(damaged)})
-        tally.read_mm2 = float(self.plan.mm2[numbers].sum())
+        tally.counts.update({"tiles": len(batch.numbers), "tiles damaged": len(damaged)})
+        tally.read_mm2 = float(self.plan.mm2[batch.numbers].sum())
         tally.seconds["write"] = time.perf_counter() - now
-        parts.add(table, tally, span.start, span.stop)
+        parts.add(table, tally, batch.span.start, batch.span.stop)
+
+
+class _Batch(NamedTuple):
+    """Tiles of a span, of which `numbers` (B,) were read; the others are damaged."""
+
+    span: range
+    numbers: NDArray[np.int64]
+    shown: Sequence[Shown] | None
+    """Given cells of each tile, if there are any."""
+    tally: Tally
+
+
+def _batches(
+    spans: Sequence[range],
+    blocks: Iterable[Block],
+    shown: Iterable[Sequence[Shown] | None],
+    start: int,
+    taken: list[_Batch],
+) -> Iterator[tuple[_Batch, NDArray[np.uint8], Boxes | None]]:
+    """Yield batches for `Predictor.read`, and note those that were taken."""
+    now = time.perf_counter()
+    for span, block, cells in zip(spans, blocks, shown, strict=True):
+        tally = Tally(seconds={"read": time.perf_counter() - now}, damaged=list(block.damaged.values()))
+        numbers = block.numbers + start
+        own = cells and [cells[number - span.start] for number in numbers]
+        taken.append(_Batch(span, numbers, own, tally))
+        yield taken[-1], block.pixels, own if own is None else [tile.boxes for tile in own]
+        now = time.perf_counter()
 
 
 def _ahead(make: Callable[[range], Any], spans: Sequence[range]) -> Generator[Any, None, None]:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from celldetr.config.base import Precision
 from celldetr.model.celldetr import CellDETR
+from celldetr.model.compiled import Compile
 from celldetr.model.weights import load_model, model_facts
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.provenance import sha256
@@ -24,6 +25,7 @@ class CellModel:
     """Side of a tile, px."""
     device: str = "cpu"
     precision: Precision = "fp32"
+    compiling: Compile = "auto"
     source: Mapping[str, Any] | None = None
     """What `CellsInfo.model` says about it; ``trained_on`` is None if unknown."""
 
@@ -36,6 +38,7 @@ class CellModel:
         size: int | None = None,
         device: str = "cpu",
         precision: Precision = "fp32",
+        compiling: Compile = "auto",
         trained_on: Collection[str] | None = None,
     ) -> Self:
         """Load a model file.
@@ -46,8 +49,8 @@ class CellModel:
             Model file.
         mpp, size
             Pixel size (um) and side (px) of its patches if the file does not say them.
-        device, precision
-            See `celldetr.model.device.computing_in`.
+        device, precision, compiling
+            See `celldetr.inference.predictor.Predictor`.
         trained_on
             Groups that it has seen besides those that its file names.
 
@@ -70,7 +73,8 @@ class CellModel:
             "experiment": facts.experiment,
             "trained_on": sorted({*(facts.trained_on or ()), *(trained_on or ())}) if known else None,
         }
-        return cls(load_model(path, device, mpp=mpp, patch_size=size), mpp, size, device, precision, source)
+        net = load_model(path, device, mpp=mpp, patch_size=size)
+        return cls(net, mpp, size, device, precision, compiling, source)
 
     def require_types(self) -> None:
         """Refuse a model that cannot tell types or embed; `InputError`."""

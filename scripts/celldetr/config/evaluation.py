@@ -14,6 +14,10 @@ class InferenceSettings(Settings):
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
     batch_size: BatchSize = Field(16, description="patches per batch")
     precision: Precision = Field("tf32", description=PRECISION)
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="torch.compile of the model; auto: on GPUs with a C compiler, for 50,000 patches or more",
+    )
     embeddings: bool = Field(
         False, description="keep the embeddings of the detections with the predictions (mode baseline has none)"
     )

@@ -1,7 +1,4 @@
-"""One batch of images through a model: the nuclei that it finds, and the embeddings of nuclei in given boxes.
-
-The images are encoded once for both; uint8 goes to the device, and all results come back in one transfer.
-"""
+"""What a batch of images becomes on the host: the nuclei found in it, and given nuclei in groups that fit memory."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,16 +6,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from celldetr.config.base import Precision
-from celldetr.model.boxes import xyxy_to_cxcywh
-from celldetr.model.celldetr import CellDETR, Features, ImagePredictions, float_images
-from celldetr.model.device import computing_in, evaluating
+from celldetr.model.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from celldetr.runtime.errors import InputError
 
-_MOST_PAIRS = 1 << 24
+MOST_PAIRS = 1 << 24
 """Pairs of nuclei, with padding, in the self-attention of given boxes at a time."""
+
+Boxes = Sequence[NDArray[np.floating]]
+"""For each image the boxes (n, 4) of its nuclei; n = 0 is legal."""
 
 
 class FoundNuclei(NamedTuple):
@@ -47,119 +43,84 @@ class GivenNuclei(NamedTuple):
     """(M, C)."""
 
 
-def read_batch(
-    model: CellDETR,
-    images: NDArray[np.uint8],
-    *,
-    device: str,
-    precision: Precision = "fp32",
-    nucleus_threshold: float | None = None,
-    given: Sequence[NDArray[np.floating]] | None = None,
-    represent: bool = True,
-) -> tuple[FoundNuclei, GivenNuclei]:
-    """Find nuclei in images (B, S, S, 3), and embed those in given boxes, with dropout and gradients off.
+class Chosen(NamedTuple):
+    """The N queries that found a nucleus, image after image."""
 
-    Images do not influence each other. Given nuclei are embedded among the given nuclei of their image, as the model
-    was trained; see `CellDETR.represent`.
+    image: NDArray[np.int64]
+    query: NDArray[np.int64]
+    rows: NDArray[np.float32]
+    """(N, 5 + more): box, cxcywh in [0, 1], nucleus score, and what else the model says of a query."""
 
-    Parameters
-    ----------
-    model, device, precision
-        The model is on `device`; see `celldetr.model.device.computing_in`.
-    nucleus_threshold
-        Smallest nucleus score of a nucleus that is found; None: none is searched for.
-    given
-        For each image the boxes (n, 4) of its nuclei, xyxy px; n = 0 is legal. None: no nuclei are given. What is found
-        beside given nuclei is not represented.
-    represent
-        Whether the nuclei that are found get class scores and embeddings.
+    @classmethod
+    def of(cls, rows: NDArray[np.float32], nucleus_threshold: float) -> "Chosen":
+        """Choose among all queries (B, Q, 5 + more); a score that is not a number is kept, so that it is seen."""
+        image, query = np.nonzero(~(rows[..., 4] < np.float32(nucleus_threshold)))
+        return cls(image, query, rows[image, query])
 
-    Raises
-    ------
-    InputError
-        Nuclei are given to a model without a representation decoder, or values are not finite.
+    def boxes(self, images: int) -> list[NDArray[np.float32]]:
+        """Boxes of each image, cxcywh in [0, 1]."""
+        return np.split(self.rows[:, :4], np.searchsorted(self.image, np.arange(1, images)))
+
+    def nuclei(self, class_scores: NDArray[np.float32], embeddings: NDArray[np.float32], side: int) -> FoundNuclei:
+        """Nuclei in images with a `side` (px) with their class scores (N, K) and embeddings (N, C)."""
+        boxes = (cxcywh_to_xyxy(torch.from_numpy(self.rows[:, :4])) * side).numpy()
+        return FoundNuclei(self.image, self.query, boxes, self.rows[:, 4], class_scores, embeddings)
+
+
+class Group(NamedTuple):
+    """Given nuclei of some images of a batch, padded to the same number R."""
+
+    images: NDArray[np.int64]
+    """Their indices in the batch (b,)."""
+    boxes: NDArray[np.float32]
+    """(b, R, 4) cxcywh in [0, 1]; zero at padding."""
+    real: NDArray[np.bool_]
+    """(b, R), False at padding."""
+
+
+def normalised(boxes: Boxes, side: int) -> list[NDArray[np.float32]]:
+    """Turn boxes, xyxy px of images with a `side`, into cxcywh in [0, 1]."""
+    corners = np.concatenate([np.empty((0, 4), np.float32), *boxes]).astype(np.float32)
+    found: NDArray[np.float32] = (xyxy_to_cxcywh(torch.from_numpy(corners)) / side).numpy()
+    return np.split(found, np.cumsum([len(values) for values in boxes])[:-1])
+
+
+def grouped(boxes: Boxes) -> list[Group]:
+    """Group the images of a batch that have nuclei; each group is padded to its largest.
+
+    Groups are small if there are thousands of nuclei in an image, as self-attention takes memory for each pair.
     """
-    if given is not None and model.baseline:
-        raise InputError(
-            "the model is of mode baseline, which has no representation decoder and no embeddings; give a model of "
-            "mode sequential or parallel"
-        )
-    pixels = float_images(torch.from_numpy(images).to(device))
-    found = [pixels.new_empty(0, *shape) for shape in ((), (), (4,), (), (0,), (0,))]
-    embedded = found[-2:]
-    with computing_in(precision, device), evaluating(model):
-        if given is None and nucleus_threshold is not None and represent:
-            found = _columns(model.predict(pixels, nucleus_threshold))
-        else:
-            features = model.encode(pixels)
-            if nucleus_threshold is not None:
-                kept = model.keep(model.detect(features), images.shape[1:3], nucleus_threshold)
-                nothing = kept.boxes[:, :0]
-                found = [kept.image, kept.query, kept.boxes, kept.scores.amax(dim=-1), nothing, nothing]
-            if given is not None:
-                embeddings = _represent(model, features, given, images.shape[1])
-                embedded = [model.classify(embeddings).sigmoid(), embeddings]
-    image, query, *columns = _to_host([*found, *embedded])
-    nuclei = FoundNuclei(image.astype(np.int64), query.astype(np.int64), *columns[:4])
-    return nuclei, GivenNuclei(*columns[4:])
-
-
-def _columns(found: Sequence[ImagePredictions]) -> list[Tensor]:
-    """Columns of `FoundNuclei` on the device."""
-    counts = torch.tensor([len(image.query) for image in found])
-    names = ("query", "boxes", "nucleus_score", "class_scores")
-    query, boxes, score, classes = (torch.cat([getattr(image, name) for image in found]) for name in names)
-    own = [image.embeddings for image in found if image.embeddings is not None]
-    index = torch.arange(len(found)).repeat_interleave(counts).to(query.device, non_blocking=True)
-    return [index, query, boxes, score, classes, torch.cat(own) if own else boxes[:, :0]]
-
-
-def _represent(model: CellDETR, features: Features, given: Sequence[NDArray[np.floating]], side: int) -> Tensor:
-    """Embed the nuclei (M, C) in boxes, px of images with a `side`, image after image.
-
-    Images are padded to the largest of their group. Groups are small if there are thousands of nuclei in an image, as
-    self-attention takes memory for each pair.
-    """
-    counts = np.array([len(boxes) for boxes in given])
+    counts = np.array([len(values) for values in boxes])
     order = np.argsort(counts, kind="stable")
-    order = order[counts[order] > 0]
-    parts = [(order[:0], features.memory.new_empty(0, model.settings.d_model))]
+    order, groups = order[counts[order] > 0], []
     while len(order):
-        fits = np.arange(1, len(order) + 1) * counts[order].astype(float) ** 2 <= _MOST_PAIRS
-        group, order = np.split(order, [max(1, int(np.searchsorted(~fits, True)))])
-        parts.append((group, _represent_group(model, features, [given[index] for index in group], group, side)))
-    members = np.concatenate([np.repeat(group, counts[group]) for group, _ in parts])
-    back = torch.from_numpy(np.argsort(members, kind="stable")).to(features.memory.device, non_blocking=True)
-    return torch.cat([embeddings for _, embeddings in parts])[back]
+        fits = np.arange(1, len(order) + 1) * counts[order].astype(float) ** 2 <= MOST_PAIRS
+        images, order = np.split(order, [max(1, int(np.searchsorted(~fits, True)))])
+        images = np.sort(images)
+        groups.append(padded_group(boxes, images, int(counts[images].max())))
+    return groups
 
 
-def _represent_group(
-    model: CellDETR, features: Features, given: Sequence[NDArray[np.floating]], group: NDArray[np.int64], side: int
-) -> Tensor:
-    """Embed the nuclei (m, C) of some images, of whose boxes none is missing; the largest sets the padding."""
-    memory, counts = features.memory, np.array([len(boxes) for boxes in given])
-    padded = np.zeros((len(given), counts.max(), 4), np.float32)
-    real = np.arange(counts.max()) < counts[:, None]
-    padded[real] = np.concatenate(list(given))
-    places = torch.from_numpy(np.flatnonzero(real)).to(memory.device, non_blocking=True)
-    boxes = xyxy_to_cxcywh(torch.from_numpy(padded).to(memory.device, non_blocking=True)) / side
-    valid = None if real.all() else torch.from_numpy(real).to(memory.device, non_blocking=True)  # none: less memory
-    if len(group) < len(memory) or (np.diff(group) != 1).any():
-        memory = memory[torch.from_numpy(group).to(memory.device, non_blocking=True)]
-    return model.represent(Features(memory, features.shapes), boxes, valid).flatten(0, 1)[places]
+def padded_group(boxes: Boxes, images: NDArray[np.int64], size: int) -> Group:
+    """Pad the boxes of images (b,) to a size; images beyond the end of `boxes` have none."""
+    padded = np.zeros((len(images), size, 4), np.float32)
+    real = np.zeros(padded.shape[:2], bool)
+    for row, image in enumerate(images.tolist()):
+        if image < len(boxes):
+            padded[row, : len(boxes[image])], real[row, : len(boxes[image])] = boxes[image], True
+    return Group(images, padded, real)
 
 
-def _to_host(columns: Sequence[Tensor]) -> list[NDArray[np.float32]]:
-    """Copy columns, (n,) or (n, k) each, from the device as float32 in one transfer.
+def ungrouped(groups: Sequence[Group], rows: Sequence[NDArray[np.float32]], width: int) -> NDArray[np.float32]:
+    """Put rows (b, R, width) of each group in the order of the batch: (M, width), image after image."""
+    parts = [values[group.real] for group, values in zip(groups, rows, strict=True)]
+    image = [np.repeat(group.images, group.real.sum(axis=1)) for group in groups]
+    order = np.argsort(np.concatenate([np.empty(0, np.int64), *image]), kind="stable")
+    together: NDArray[np.float32] = np.concatenate([np.empty((0, width), np.float32), *parts])[order]
+    return together
 
-    Raises
-    ------
-    InputError
-        A value is not finite.
-    """
-    flat = [column.float().flatten() for column in columns]
-    values = torch.cat(flat).cpu().numpy()
-    if not np.isfinite(values).all():
+
+def require_finite(*columns: NDArray[np.float32]) -> None:
+    """Refuse values that are not finite; `InputError`."""
+    if not all(np.isfinite(values).all() for values in columns):
         raise InputError("got values that are not finite: the training of the model diverged; train it again")
-    pieces = np.split(values, np.cumsum([len(column) for column in flat[:-1]]))
-    return [piece.reshape(tuple(column.shape)) for piece, column in zip(pieces, columns, strict=True)]

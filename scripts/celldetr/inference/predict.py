@@ -16,8 +16,9 @@ from tqdm import tqdm
 from celldetr.config.base import Precision
 from celldetr.evaluation.predictions import Predictions, write_predictions
 from celldetr.inference.attention import PatchAttention
-from celldetr.inference.batch import read_batch
+from celldetr.inference.predictor import Predictor
 from celldetr.model.celldetr import CellDETR, float_images
+from celldetr.model.compiled import Compile
 from celldetr.model.device import computing_in
 from celldetr.runtime.errors import InputError
 from celldetr.store import PatchStore
@@ -35,6 +36,7 @@ def predict_fold(
     class_map: Mapping[str, str] | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
+    compiling: Compile = "auto",
     embeddings: bool = False,
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -42,7 +44,7 @@ def predict_fold(
     """Predict all patches of a store in order, write them as Parquet, and return the number of detections.
 
     Boxes are clipped to the patch, px; the file is described in `celldetr.evaluation.predictions`. The model is on
-    `device`; for precision see `celldetr.model.device.computing_in`. `metadata` are more JSON values for the file. With
+    `device`; for precision and compiling see `Predictor`. `metadata` are more JSON values for the file. With
     `embeddings` the file also holds those of the detections, which a model of mode ``baseline`` does not have.
 
     `class_map` gives the class of the store for each class of a model that was trained on others (zero-shot transfer,
@@ -52,7 +54,7 @@ def predict_fold(
     Raises
     ------
     InputError
-        The classes of the model are neither those of the store nor mapped to them by `class_map`; or see `read_batch`.
+        The classes of the model are neither those of the store nor mapped to them by `class_map`; or see `Predictor`.
     """
     sources = _class_sources(model, store, class_map)
     absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
@@ -77,12 +79,20 @@ def predict_fold(
         embeddings=None if width is None else np.empty((0, width), np.float32),
     )
 
+    predictor = Predictor(
+        model,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        nucleus_threshold=nucleus_threshold,
+        compiling=compiling,
+        expected=store.n_patches,
+    )
+
     def parts() -> Iterator[Predictions]:
         yield empty
-        for start, images in _batches(store, batch_size, progress):
-            found, _ = read_batch(
-                model, images, device=device, precision=precision, nucleus_threshold=nucleus_threshold
-            )
+        batches = ((start, images, None) for start, images in _batches(store, batch_size, progress))
+        for start, found, _ in predictor.read(batches):
             scores = [found.class_scores[:, columns].max(axis=1, initial=0.0) for columns in sources]
             yield replace(
                 empty,

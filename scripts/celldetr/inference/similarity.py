@@ -90,6 +90,6 @@ def _similarity_of_patches(
         with evaluating(model), computing_in("fp32", device):
             features = model.encode(float_images(batch.images))
             similarity = similarities(project_views(model, features, views), views)
-        found = found_own(similarity, views).sum(dim=1).tolist()
+        found, matrices = found_own(similarity, views).sum(dim=1).tolist(), similarity.cpu().numpy()
         for row, (patch, n) in enumerate(zip(batch.patches.tolist(), batch.targets.counts.tolist(), strict=True)):
-            yield patch, similarity[row, n : 2 * n, :n].cpu().numpy(), found[row]
+            yield patch, matrices[row, n : 2 * n, :n], found[row]

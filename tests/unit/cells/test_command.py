@@ -137,7 +137,7 @@ def test_a_run_that_fails_early_leaves_what_was_there(files, tmp_path, monkeypat
     def fail(*_, **__):
         raise OSError("no model here")
 
-    monkeypatch.setattr(find, "read_batch", fail)
+    monkeypatch.setattr(find, "Predictor", fail)
     for out in ("mine", "new/folder"):
         with pytest.raises(OSError, match="no model here"):
             call(files, tmp_path / out)
@@ -204,7 +204,7 @@ def test_the_rule_knows_all_columns_of_a_row(files, tmp_path, monkeypatch):
         input=Named(slide="f", nuclei="n", region="r", model=files / "parallel.pt"),
         output=[tmp_path],
         params=SimpleNamespace(
-            **CellSettings().model_dump(), mpp=None, patch_size=None, precision="fp32", code="",
+            **CellSettings().model_dump(), mpp=None, patch_size=None, precision="fp32", compile=False, code="",
             row={key: getattr(row, key) for key in CELLS_DEPEND_ON},
         ),
         resources=SimpleNamespace(tiles=2),

@@ -6,7 +6,7 @@ import shapely
 import torch
 from planted_cells import CLASSES, WHITE, Planted, boxes_of, cells_of, draw, find, in_order
 from slide_files import damage_tiles, write_image
-from small_model import small_model, small_settings
+from small_model import read_batch, small_model, small_settings
 
 from celldetr.cells.find import FindSettings, Slide
 from celldetr.cells.given import GivenCells
@@ -15,8 +15,7 @@ from celldetr.cells.model import CellModel
 from celldetr.cells.nuclei import find_nuclei
 from celldetr.cells.table import CellFile, NothingFound
 from celldetr.cells.tiling import Tiles, Tiling
-from celldetr.inference.batch import read_batch
-from celldetr.model.celldetr import CellDETR
+from celldetr.model.celldetr import CellDETR, Detections
 from celldetr.model.weights import save_model
 from celldetr.runtime.errors import InputError
 from celldetr.slides.cutting import read_patch
@@ -80,7 +79,9 @@ class Twice(Planted):
     """Finds each nucleus twice, the second time nearer, with a higher score."""
 
     def detect(self, features):
-        return [np.concatenate([boxes + np.float32(0.5), boxes]) for boxes in super().detect(features)]
+        logits, boxes = super().detect(features)
+        beside = boxes + torch.tensor([0.5, 0.5, 0, 0]) / features.memory.shape[-1]
+        return Detections(torch.cat([logits.clamp(max=5) - 0.1, logits], 2), torch.cat([beside, boxes], 2))
 
 
 def test_a_nucleus_that_a_tile_finds_twice_is_one_cell_and_one_detection(slide, tmp_path):
@@ -118,7 +119,7 @@ def test_an_embedding_is_that_of_the_box_in_its_tile_among_its_neighbours(tmp_pa
         for number, corner in enumerate(placed.tiles.corners):
             shown = placed.shown([number])[0]
             pixels = read_patch(image, placed.tiles.grid(number, number + 1), *corner.tolist())
-            expected = read_batch(model, pixels[None], device="cpu", given=[shown.boxes])[1].embeddings[shown.own]
+            expected = read_batch(model, pixels[None], given=[shown.boxes])[1].embeddings[shown.own]
             own = frame.iloc[shown.cells[shown.own]]
             np.testing.assert_allclose(np.stack(own["embedding"].to_list()), expected, atol=1e-4)
             assert (own["tile"] == number).all()

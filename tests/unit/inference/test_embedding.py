@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_model import small_model
+from small_model import read_batch, small_model
 from tiny_training import make_experiment, make_split, make_ssl_experiment
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import NoiseSettings
-from celldetr.inference.batch import read_batch
 from celldetr.inference.embedding import embed_patches
 from celldetr.inference.similarity import measure_similarity
 from celldetr.model.boxes import xyxy_to_cxcywh
@@ -112,7 +111,7 @@ def test_patches_are_yielded_with_their_index_also_without_nuclei(store):
     assert [patch for patch, _ in found] == list(range(store.n_patches))
     assert [embeddings.shape for _, embeddings in found] == [(count, 32) for count in np.diff(store.box_ptr)]
     assert list(embed_patches(small_model("parallel"), store, batch_size=2, device="cpu", patches=[])) == []
-    without = read_batch(small_model("parallel"), store.images([1, 4]), device="cpu", given=[np.empty((0, 4))] * 2)[1]
+    without = read_batch(small_model("parallel"), store.images([1, 4]), given=[np.empty((0, 4))] * 2)[1]
     assert without.embeddings.shape == (0, 32)
 
 
@@ -143,8 +142,8 @@ def test_thousands_of_nuclei_in_a_patch_do_not_pad_the_others(store, monkeypatch
         low = rng.uniform(0, store.patch_size - 9, (count, 2))
         boxes.append(np.concatenate([low, low + rng.uniform(4, 9, (count, 2))], axis=1).astype(np.float32))
     images = store.images(np.arange(len(counts)))
-    expected = read_batch(model, images, device="cpu", given=boxes)[1].embeddings
-    monkeypatch.setattr("celldetr.inference.batch._MOST_PAIRS", 100)
+    expected = read_batch(model, images, given=boxes)[1].embeddings
+    monkeypatch.setattr("celldetr.inference.batch.MOST_PAIRS", 100)
     represent = model.represent
 
     def watched(features, given, valid):
@@ -152,6 +151,6 @@ def test_thousands_of_nuclei_in_a_patch_do_not_pad_the_others(store, monkeypatch
         return represent(features, given, valid)
 
     monkeypatch.setattr(model, "represent", watched)
-    found = read_batch(model, images, device="cpu", given=boxes)[1].embeddings
+    found = read_batch(model, images, given=boxes)[1].embeddings
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert seen == [(2, 3, False), (1, 7, True), (1, 40, True), (1, 40, True)]

@@ -1,0 +1,69 @@
+"""Compiling functions of tensors of fixed shapes: each becomes one graph, and on a GPU one captured CUDA graph.
+
+A function is compiled when it is first called with shapes; then it serves all calls with these. `compiling` decides how
+long that goes on: afterwards other shapes run uncompiled. A compiled graph takes constant tables as inputs
+(`celldetr.model.device.constant_table`): call the functions once uncompiled before.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import _dynamo as dynamo
+
+from celldetr.runtime.errors import ConfigError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Compile = Literal["auto"] | bool
+
+RUNS_TO_CAPTURE = 3
+"""Calls with the same shapes until a CUDA graph is captured and has run."""
+
+_COMPILERS = {"cpu": ("c++", "g++", "clang++"), "cuda": ("cc", "gcc", "clang")}
+_MOST_SHAPES = 256
+"""Shapes and modes that one function is compiled for at most."""
+
+
+def compiles(setting: Compile, device: torch.device | str, key: str) -> bool:
+    """Whether functions are to be compiled on a device. ``auto``: on GPUs, if there is a C compiler.
+
+    Raises
+    ------
+    ConfigError
+        The setting, named `key`, is true and there is no compiler.
+    """
+    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
+    found = any(map(shutil.which, _COMPILERS[kind]))
+    if setting is True and not found:
+        raise ConfigError(f"{key}: got true, but there is no C++ compiler here; install one or set it false")
+    return found and (setting is True or (setting == "auto" and kind == "cuda"))
+
+
+def compiled(function: Function, device: torch.device | str) -> Function:
+    """Compile a function as one graph; see the top of this module."""
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_SHAPES)
+    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run everything in the block as it is."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def no_more_compiling() -> Iterator[None]:
+    """Run shapes that were not seen before as they are, instead of compiling for them."""
+    with torch.compiler.set_stance("eager_on_recompile"):
+        yield
+
+
+def memory_use(device: torch.device | str) -> str:
+    """Memory that PyTorch holds on a GPU, graphs included, for a line of the log; empty on a CPU."""
+    if torch.device(device).type != "cuda":
+        return ""
+    return f"; {torch.cuda.memory_reserved(device) / 1e9:.1f} GB are in use on {device}"
