@@ -15,7 +15,7 @@ from tiny_training import make_store
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import TrainingBatches
 from celldetr.training.loop import make_optimizer
-from celldetr.training.prefetch import Prefetcher
+from celldetr.training.prefetch import Prefetcher, prepare
 from celldetr.training.run_log import RunLog
 from celldetr.training.stage import Losses
 
@@ -59,6 +59,22 @@ def test_nothing_on_a_gpu_waits_but_for_the_costs(store, mode):
             torch.cuda.set_sync_debug_mode("error")  # the first step filled the caches
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batches_prepared_beside_a_busy_gpu_are_those_of_a_cpu(store, compiled):
+    """The step that reads a batch is late: nothing may write to its memory before."""
+    stage = stage_of(store, "parallel")
+    batches, found = TrainingBatches(stage.train_data, BATCH, 1), []
+    for batch in Prefetcher("cuda", stage.settings, compiled=compiled)(batches[step] for step in range(12)):
+        torch.cuda._sleep(20_000_000)
+        found.append((batch.images.clone(), batch.targets.boxes.clone()))
+        del batch
+    for step, (images, boxes) in enumerate(found):
+        expected = prepare(batches[step], "cpu", stage.settings)
+        assert torch.allclose(images.cpu(), expected.images, atol=1e-4)
+        assert torch.equal(boxes.cpu(), expected.targets.boxes)
 
 
 def test_losses_that_arrive_late_name_their_own_patches(store, tmp_path):
