@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,7 @@ def encode_image(image: NDArray[np.uint8]) -> EncodedImage:
 class StoreWriter:
     """Append patches; the store appears under its name when the ``with`` block ends without an error.
 
-    Memory holds one compressed shard of images and all boxes.
+    Memory holds all boxes; images go to the disk as they come.
 
     Parameters
     ----------
@@ -98,7 +99,8 @@ class StoreWriter:
         self.attrs = dict(attrs or {})
         self.n_patches = 0
         self._stack = contextlib.ExitStack()
-        self._chunks: list[bytes] = []
+        self._shard: IO[bytes] = io.BytesIO()  # none yet
+        self._lengths: list[int] = []  # of the chunks of the shard that is open
         self._images_hash = hashlib.sha256()
         self._nuclei = [(np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty((0, 2), np.float32))]
         self._rows: list[list[Any]] = []
@@ -106,6 +108,7 @@ class StoreWriter:
     def __enter__(self) -> Self:
         self._temporary = self._stack.enter_context(atomic(self.path))
         self._pool = self._stack.enter_context(ThreadPoolExecutor(_THREADS))
+        self._stack.callback(lambda: self._shard.close())
         self._stack.push(lambda kind, error, trace: None if error else self._finish())
         return self
 
@@ -150,22 +153,29 @@ class StoreWriter:
                 )
             )
             self._rows.append(row)
-            self._images_hash.update(image.digest)
-            self._chunks.append(image.chunk)
-            self.n_patches += 1
-            if len(self._chunks) == PATCHES_PER_SHARD:
-                self._write_shard()
+            self._write(image)
 
-    def _write_shard(self) -> None:
-        """Write the waiting images as Zarr would, which takes longer: chunks, their places, a checksum of these."""
-        lengths = [len(chunk) for chunk in self._chunks]
-        places = np.full((PATCHES_PER_SHARD, 2), 2**64 - 1, "<u8")  # all ones: no such chunk
-        places[: len(lengths)] = np.stack([np.cumsum([0, *lengths[:-1]]), lengths], axis=1)
-        path = shard_path(self._temporary, (self.n_patches - 1) // PATCHES_PER_SHARD)
-        path.parent.mkdir(parents=True)
-        with path.open("wb") as file:
-            file.writelines([*self._chunks, CRC32C(location="end").encode(places)])
-        self._chunks.clear()
+    def _write(self, image: EncodedImage) -> None:
+        """Write shards as Zarr would, which takes longer: chunks, their places, a checksum of these."""
+        if not self._lengths:
+            path = shard_path(self._temporary, self.n_patches // PATCHES_PER_SHARD)
+            path.parent.mkdir(parents=True)
+            self._shard = path.open("wb")
+        self._shard.write(image.chunk)
+        self._images_hash.update(image.digest)
+        self._lengths.append(len(image.chunk))
+        self.n_patches += 1
+        if len(self._lengths) == PATCHES_PER_SHARD:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._lengths:
+            places = np.full((PATCHES_PER_SHARD, 2), 2**64 - 1, "<u8")  # all ones: no such chunk
+            starts = np.cumsum([0, *self._lengths[:-1]])
+            places[: len(starts)] = np.stack([starts, self._lengths], axis=1)
+            with self._shard:
+                self._shard.write(CRC32C(location="end").encode(places))
+            self._lengths.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -173,8 +183,7 @@ class StoreWriter:
         return self._stack.__exit__(kind, error, trace)
 
     def _finish(self) -> None:
-        if self._chunks:
-            self._write_shard()
+        self._close_shard()
         boxes, labels, centroids = (np.concatenate(parts) for parts in zip(*self._nuclei, strict=True))
         ptr = np.cumsum([len(labels) for _, labels, _ in self._nuclei], dtype=np.int64)
         self._check_nuclei(boxes, labels, centroids, ptr)
