@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from celldetr.config.experiment import Kernel
+from celldetr.model.compiled import Compile, compiles
 from celldetr.model.device import cached_tensor, constant_table, full_precision
 from celldetr.runtime.errors import ConfigError
 
@@ -42,9 +43,6 @@ Shapes = tuple[tuple[int, int], ...]
 """Height and width of each level."""
 Sampler = Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]
 Geometry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Compile = Literal["auto"] | bool
-
-_COMPILERS = {"cpu": ("c++", "g++", "clang++"), "cuda": ("cc", "gcc", "clang")}
 
 
 class Sampling(NamedTuple):
@@ -79,21 +77,12 @@ def choose_sampler(device: torch.device | str, *, kernel: Kernel = "auto", compi
         from celldetr.model.sampling_triton import sample_triton
 
         return Sampling(sample_triton, "kernels of our own")
-    if is_compiled(device, compiled):
+    if compiles(compiled, device, "training.compile"):
         core = torch.compile(_sample_rows_again)
         return Sampling(functools.partial(sample_portable, core=core), "portable form, compiled")
     if kind == "cuda":
         return Sampling(functools.partial(sample_portable, core=_sample_rows_again), "portable form")
     return Sampling(sample_portable, "portable form")
-
-
-def is_compiled(device: torch.device | str, setting: Compile) -> bool:
-    """Whether the setting ``training.compile`` compiles what runs on a device; see `choose_sampler`."""
-    kind = "cuda" if torch.device(device).type == "cuda" else "cpu"
-    compiler = next(filter(shutil.which, _COMPILERS[kind]), None)
-    if setting is True and compiler is None:
-        raise ConfigError("training.compile: got true, but there is no C++ compiler here; install one or set it false")
-    return setting is True or (setting == "auto" and kind == "cuda" and compiler is not None)
 
 
 @functools.cache

@@ -222,9 +222,21 @@ class TrainingBatches(Dataset[Batch]):
             self._order = epoch, np.resize(order, self.steps_per_epoch * self.batch_size)
         return self._order[1]
 
-    def __getitem__(self, step: int) -> Batch:
+    def steps_of_sizes(self, first: int, epochs: int) -> list[int]:
+        """First step of each size of tensors that is met from step `first` on, in some epochs."""
+        found: dict[tuple[int, int], int] = {}
+        for step in range(first, first + epochs * self.steps_per_epoch):
+            counts = self.data.counts(self._patches(step))
+            found.setdefault((padded_size(counts[self.rows].max()), padded_size(counts.max())), step)
+        return list(found.values())
+
+    def _patches(self, step: int) -> NDArray[np.int64]:
+        """Patches of the global batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        everyone = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        return self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def __getitem__(self, step: int) -> Batch:
+        everyone = self._patches(step)
         mine = everyone[self.rows]
         return Batch(self.data.read(mine), self.data.targets(mine), mine, step, self.rows, self.data.counts(everyone))
 
@@ -239,6 +251,14 @@ class ValidationBatches(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def numbers_of_sizes(self) -> list[int]:
+        """First full batch of each size of tensors."""
+        found: dict[int, int] = {}
+        for number, patches in enumerate(self.batches):
+            if len(patches) == len(self.batches[0]):
+                found.setdefault(padded_size(self.data.counts(patches).max()), number)
+        return list(found.values())
 
     def __getitem__(self, index: int) -> Batch:
         patches, data = self.batches[index], self.data

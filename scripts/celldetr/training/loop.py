@@ -16,20 +16,23 @@ import functools
 import logging
 import math
 import signal
-from collections.abc import Mapping
-from contextlib import closing
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import CellDETR
+from celldetr.model.compiled import RUNS_TO_CAPTURE, compiles, memory_use, no_more_compiling, uncompiled
 from celldetr.model.device import allow_tf32, resolve_precision
-from celldetr.model.sampling import is_compiled
 from celldetr.model.weights import load_exactly, read_checkpoint, save_model, save_weights
 from celldetr.runtime.errors import Interrupted
 from celldetr.runtime.files import naming
@@ -108,7 +111,7 @@ class Training:
             PatchData(stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
         )
         self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
-        self.prepared = Prefetcher(device, settings, compiled=is_compiled(device, settings.compile))
+        self.prepared = Prefetcher(device, settings, compiled=compiles(settings.compile, device, "training.compile"))
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
         state = read_state(run.state_file, run.identity)
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
@@ -130,7 +133,7 @@ class Training:
 
     def fit(self) -> None:
         """Train to the end; rank 0 writes the results."""
-        with StopSignals() as stop, closing(self.run_log), self.writer, naming(self.run.run_dir):
+        with StopSignals() as stop, closing(self.run_log), self.writer, naming(self.run.run_dir), self.compiled():
             if self.stage.validates_start and not self.run_log.history:
                 self.run_log.pause()
                 self.run_log.end_epoch(0, None, self.validate())
@@ -158,20 +161,51 @@ class Training:
         if self.group.rank == 0:
             self.write_results()
 
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Run the steps of the block compiled, where the settings and the device allow it."""
+        chosen, stance = self.settings.compile, no_more_compiling
+        if not compiles(chosen, self.device, "training.compile"):
+            yield
+            return
+        try:
+            self.warm_up()
+        except (TorchDynamoException, RuntimeError) as error:  # compilers raise many kinds of the latter
+            if chosen is True:
+                raise
+            stance, reason = uncompiled, str(error).strip().split("\n")[0]
+            log.warning("could not compile the step (%s): it runs as it is, at about half the speed", reason)
+        self.optimizer.zero_grad()
+        with stance():
+            yield
+
+    def warm_up(self) -> None:
+        """Compile the step and the validation for the sizes of the batches to come.
+
+        It computes gradients and drops them. A size that is met later than in three epochs runs as it is.
+        """
+        start, steps = time.monotonic(), self.batches.steps_of_sizes(self.step, epochs=3)
+        val = self.validation_batches()
+        self.stage.compile(self.device)
+        for run in range(1 + RUNS_TO_CAPTURE):
+            with nullcontext() if run else uncompiled():  # the first run makes the constant tables
+                self.stage.train()
+                for batch in self.prepared(self.batches[step] for step in steps):
+                    self.optimizer.zero_grad()
+                    self.gradients(batch)
+                self.optimizer.zero_grad()
+                self.validate_batches(val[number] for number in val.numbers_of_sizes())
+        sizes, seconds = len(steps) + len(val.numbers_of_sizes()), time.monotonic() - start
+        log.info("compiled for %d sizes of batches in %.0f s%s", sizes, seconds, memory_use(self.device))
+
     def take_step(self, batch: Batch) -> None:
         """Losses of a prepared batch, gradients, update."""
-        settings, step = self.settings, self.step
-        factor = learning_rate_factor(step, self.total_steps, settings)
+        settings = self.settings
+        factor = learning_rate_factor(self.step, self.total_steps, settings)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["base_lr"] * factor
         self.rate = self.optimizer.param_groups[0]["lr"]
-        seed = int(random_stream(settings.seed, step, DROPOUT).integers(2**62)) + self.group.rank
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack in each step on a CPU
-        if self.device.startswith("cuda"):
-            torch.cuda.manual_seed(seed)
-        with self.autocast:
-            losses, total = self.stage.training_losses(batch)
-        total.backward()
+        losses, total = self.gradients(batch)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.group.sum_gradients(parameters)
         if settings.gradient_clip:
@@ -181,17 +215,37 @@ class Training:
         self.step += 1
         self.run_log.add_step(batch, losses, total, self.rate)
 
+    def gradients(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Add those of a step to the gradients; return the losses and their weighted sum."""
+        torch.compiler.cudagraph_mark_step_begin()  # nobody reads what graphs have computed before
+        seed = int(random_stream(self.settings.seed, batch.step, DROPOUT).integers(2**62)) + self.group.rank
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack in each step on a CPU
+        if self.device.startswith("cuda"):
+            torch.cuda.manual_seed(seed)
+        with self.autocast:
+            losses, total = self.stage.training_losses(batch)
+        total.backward()
+        return losses, total
+
     def validate(self) -> dict[str, Any]:
         """Validate on all validation patches, shared by the processes."""
-        stage, group = self.stage, self.group
-        size = max(1, self.settings.batch_size // group.world)
-        batches = ValidationBatches(stage.val_data, size, group.rank, group.world)
+        batches = self.validation_batches()
+        self.stage.start_validation()
+        self.validate_batches(load_batches(batches, range(len(batches)), self.settings))
+        return self.stage.validation_summary()
+
+    def validation_batches(self) -> ValidationBatches:
+        """Patches that this process validates."""
+        size, group = max(1, self.settings.batch_size // self.group.world), self.group
+        return ValidationBatches(self.stage.val_data, size, group.rank, group.world)
+
+    def validate_batches(self, batches: Iterable[Batch]) -> None:
+        """Add batches to the validation."""
         self.model.eval()
-        stage.start_validation()
         with torch.no_grad(), self.autocast:
-            for batch in self.prepared(load_batches(batches, range(len(batches)), self.settings)):
-                stage.validate(batch)
-        return stage.validation_summary()
+            for batch in self.prepared(batches):
+                torch.compiler.cudagraph_mark_step_begin()
+                self.stage.validate(batch)
 
     def keep_best(self, epoch: int, validation: Mapping[str, Any] | None) -> None:
         """Choose the epoch with the best validation score, the later one of equal scores; its weights are kept."""

@@ -13,7 +13,7 @@ import torch
 
 from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment
-from celldetr.model.sampling import choose_sampler
+from celldetr.model.compiled import compiles
 from celldetr.model.weights import trained_on
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.provenance import origin, sha256
@@ -103,7 +103,7 @@ def check(run: Run, stores: Sequence[PatchStore]) -> None:
         raise ConfigError(f"training.gpus: got {settings.gpus}, expected at most {torch.cuda.device_count()} here")
     if run.accelerator == "cpu" and settings.gpus > 1:
         log.warning("training.gpus: %d, but there is no GPU: as many processes share the CPU", settings.gpus)
-    choose_sampler(run.accelerator, kernel=experiment.model.kernel, compiled=settings.compile)
+    compiles(settings.compile, run.accelerator, "training.compile")
     for part, needed in (("train", True), ("val", settings.select == "best_val")):
         if needed and not (run.split["part"] == part).any():
             raise InputError(

@@ -16,6 +16,7 @@ from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
 from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen
+from celldetr.model.compiled import compiled
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
 from celldetr.training.matching import Matching, costs
@@ -86,6 +87,11 @@ class Stage(ABC):
         self.model.train()
         for part in self._frozen:
             part.eval()
+
+    def compile(self, device: str) -> None:
+        """Compile each of the four functions when it is first called with tensors of some shapes."""
+        for name in self.REGIONS:
+            setattr(self, name, compiled(getattr(self, name), device))
 
     def look(self, images: Tensor) -> Seen:
         """Look at images (B, 3, S, S) in [0, 1]."""

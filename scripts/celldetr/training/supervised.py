@@ -37,7 +37,10 @@ class SupervisedStage(Stage):
         """Class logits (B, R, K) of nuclei in true boxes, with noise in training (paper, A.2); mode ``parallel``."""
         valid, *uniforms = given
         if uniforms:
-            boxes = box_ops.noise(boxes, *uniforms, **self.settings.noise.model_dump())
+            noise = self.settings.noise
+            boxes = box_ops.noise(
+                boxes, *uniforms, low=noise.low, high=noise.high, enlarge=noise.enlarge, share=noise.share
+            )
         return self.model.classify(self.model.represent(features, boxes, valid))
 
     def losses(
