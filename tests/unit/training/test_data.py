@@ -6,6 +6,7 @@ import torch
 from tiny_training import make_split, make_store
 from torch.utils.data import DataLoader
 
+from celldetr.training import data as data_module
 from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
 
 
@@ -32,6 +33,24 @@ def test_processes_validate_every_patch_once(store):
     shares = [ValidationBatches(data, 2, rank, 3) for rank in range(3)]
     found = np.concatenate([share[k].patches for share in shares for k in range(len(share))])
     assert sorted(found) == list(range(7))
+
+
+def test_the_sizes_of_some_epochs_are_found(monkeypatch, store):
+    monkeypatch.setattr(data_module, "padded_size", lambda count: max(1, int(count)))
+    data = PatchData([store], make_split(store, 9, 0), "train")
+    batches = TrainingBatches(data, 2, 3, rank=1, world=2)
+
+    def size(step):
+        return batches[step].targets.labels.shape[1], max(1, batches[step].counts_global.max())
+
+    met = [size(step) for step in range(7, 7 + 2 * batches.steps_per_epoch)]
+    found = [size(step) for step in batches.steps_of_sizes(7, epochs=2)]
+    assert len(found) == len(set(met)) > 2
+    assert set(found) == set(met)
+    val = ValidationBatches(data, 2)
+    assert {val[number].targets.labels.shape for number in val.numbers_of_sizes()} == {
+        val[number].targets.labels.shape for number in range(4)
+    }
 
 
 def test_targets_are_the_boxes_of_the_store(store):

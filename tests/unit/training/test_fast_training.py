@@ -16,6 +16,7 @@ from tiny_training import (
 )
 
 from celldetr.config.experiment import Experiment
+from celldetr.training import loop, stage
 
 STEPS = 50
 PLAIN = {"model": {"kernel": "reference"}}
@@ -78,12 +79,59 @@ def test_training_on_a_cpu_never_allows_tf32(store, tmp_path, precision):
     assert not torch.backends.cudnn.allow_tf32
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compile to graphs, without kernels; the graphs."""
+    made, real = [], torch.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    whole = {"fullgraph": True, "dynamic": False, "backend": backend}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **whole))
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
+def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, graphs):
+    if kind == "ssl":
+        store = make_crowded_store(tmp_path / "crowded.zarr", 6)
+    for name, compiled in (("compiled", True), ("plain", False)):
+        losses(store, experiment_of(kind, training={"compile": compiled, "epochs": 3}), tmp_path / name)
+    assert_same_result(tmp_path / "compiled", tmp_path / "plain")
+    functions = 4 if kind in ("parallel", "ssl") else 3
+    assert functions <= len(graphs) <= 2 * functions + 1  # those of validation have no gradients
+
+
+def test_a_step_that_fails_to_compile_runs_as_it_is(store, tmp_path, monkeypatch, caplog):
+    def broken(function, device):
+        def call(*given):
+            raise RuntimeError("no kernel image\nis available")
+
+        return call
+
+    experiment = experiment_of("sequential", training={"epochs": 2})
+    losses(store, experiment, tmp_path / "plain")
+    monkeypatch.setattr(loop, "compiles", lambda setting, device, key: True)
+    monkeypatch.setattr(stage, "compiled", broken)
+    losses(store, experiment, tmp_path / "broken")
+    assert_same_result(tmp_path / "broken", tmp_path / "plain")
+    assert "could not compile the step (no kernel image)" in caplog.text
+    with pytest.raises(RuntimeError, match="no kernel"):
+        losses(store, experiment_of("sequential", training={"compile": True}), tmp_path / "asked")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_steps_follow_those_of_the_plain_form(store, tmp_path):
-    compiled = losses(
-        store, experiment_of("sequential", training={"compile": True, "epochs": 10}), tmp_path / "compiled"
+def test_steps_of_compiled_kernels_follow_those_of_the_plain_form(store, tmp_path):
+    exact = {"model": {"dropout": 0.0}}  # the kernels draw other random numbers
+    compiled, plain = (
+        losses(store, experiment_of("parallel", training={"compile": on, "epochs": 10}, **exact), tmp_path / str(on))
+        for on in (True, False)
     )
-    plain = losses(store, experiment_of("sequential", training={"epochs": 10}, **PLAIN), tmp_path / "plain")
     np.testing.assert_allclose(compiled, plain, rtol=1e-3)
 
 
