@@ -24,8 +24,8 @@ from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.model.celldetr import CellDETR, float_images
+from celldetr.model.compiled import compiles
 from celldetr.model.deformable_attention import use_sampling
-from celldetr.model.sampling import is_compiled
 from celldetr.training import stage as stages
 from celldetr.training.augment import augment_images, augment_targets, draw
 from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
@@ -152,7 +152,9 @@ class Run:
             self.batches = (on_device(batch, args.device) for batch in given)
         else:
             ordered = TrainingBatches(train_data, args.batch, 0)
-            prefetcher = Prefetcher(args.device, self.experiment.training, compiled=is_compiled(args.device, "auto"))
+            prefetcher = Prefetcher(
+                args.device, self.experiment.training, compiled=compiles("auto", args.device, "training.compile")
+            )
             self.batches = prefetcher(ordered[step] for step in itertools.cycle(range(BATCHES)))
 
     def next_batch(self) -> Batch:

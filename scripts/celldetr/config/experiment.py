@@ -243,8 +243,8 @@ class SharedTrainingSettings(Settings):
     gpus: int = Field(1, ge=1, le=1000, description="GPUs of one training run, which share a batch")
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="torch.compile of the training step, with CUDA graphs on a GPU, for minutes before the first step; auto: on "
-        "GPUs with a C compiler",
+        description="torch.compile of the training step, with CUDA graphs on a GPU; it takes minutes before the first "
+        "step; auto: on GPUs with a C compiler",
     )
     activation_checkpointing: bool = Field(
         False, description="compute layers again in the backward pass: a fifth of the memory, slower, same result"

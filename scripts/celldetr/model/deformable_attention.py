@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from celldetr.config.experiment import Kernel, ModelSettings
-from celldetr.model.device import cached_tensor, full_precision
 from celldetr.model.compiled import Compile
+from celldetr.model.device import cached_tensor, full_precision
 from celldetr.model.sampling import Shapes, choose_sampler
 
 

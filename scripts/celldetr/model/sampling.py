@@ -16,10 +16,9 @@ import functools
 import importlib.util
 import itertools
 import math
-import shutil
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.sparse import csr_array
@@ -30,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 from celldetr.config.experiment import Kernel
 from celldetr.model.compiled import Compile, compiles
 from celldetr.model.device import cached_tensor, constant_table, full_precision
-from celldetr.runtime.errors import ConfigError
 
 # PyTorch warns that most operations on sparse CSR tensors are missing; only the values of the result are used here.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")

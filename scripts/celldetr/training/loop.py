@@ -164,7 +164,7 @@ class Training:
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Run the steps of the block compiled, where the settings and the device allow it."""
-        chosen, stance = self.settings.compile, no_more_compiling
+        chosen = self.settings.compile
         if not compiles(chosen, self.device, "training.compile"):
             yield
             return
@@ -173,10 +173,11 @@ class Training:
         except (TorchDynamoException, RuntimeError) as error:  # compilers raise many kinds of the latter
             if chosen is True:
                 raise
-            stance, reason = uncompiled, str(error).strip().split("\n")[0]
+            self.stage.give_up_compiling()
+            reason = str(error).strip().split("\n")[0]
             log.warning("could not compile the step (%s): it runs as it is, at about half the speed", reason)
         self.optimizer.zero_grad()
-        with stance():
+        with no_more_compiling():
             yield
 
     def warm_up(self) -> None:

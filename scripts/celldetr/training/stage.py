@@ -93,6 +93,11 @@ class Stage(ABC):
         for name in self.REGIONS:
             setattr(self, name, compiled(getattr(self, name), device))
 
+    def give_up_compiling(self) -> None:
+        """Run the four functions as they are again."""
+        for name in self.REGIONS:
+            self.__dict__.pop(name, None)
+
     def look(self, images: Tensor) -> Seen:
         """Look at images (B, 3, S, S) in [0, 1]."""
         seen: Seen = self.model(images)
