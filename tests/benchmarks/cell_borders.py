@@ -25,7 +25,7 @@ The slide is held in memory, and a copy of it is written for each run.
 import argparse
 import tempfile
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -155,9 +155,11 @@ class Found:
     def of(cls, nuclei: NDArray[np.float64], cells: Cells) -> "Found":
         """Pair cells with nuclei, boxes (N, 4) in um."""
         centres = centres_of(nuclei)
-        place = np.hstack([centres, cells.core_of(centres) * 1e3])  # what other tiles have found is far away
         cell, more = _on(centres, cells.centres)
-        finding, own_more = _on(place, cells.findings * [1, 1, 1e3, 1e3])
+        # a place for each tile that may show the nucleus, its own first; what other tiles have found is far away
+        core, shifts = cells.core_of(centres), sorted(product((-1, 0, 1), repeat=2), key=any)
+        places = np.concatenate([np.hstack([centres, (core + shift) * 1e3]) for shift in shifts])
+        finding, own_more = (values[: len(nuclei)] for values in _on(places, cells.findings * [1, 1, 1e3, 1e3]))
         return cls(cell, more, finding >= 0, own_more)
 
 
