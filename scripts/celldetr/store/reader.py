@@ -20,7 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 from celldetr.runtime.errors import InputError
 
 FORMAT = 4
-READABLE = (3, FORMAT)  # chunks of format 3 hold pixel after pixel instead of plane after plane
 PATCHES_PER_SHARD = 256
 ZSTD = Zstd(level=1, checksum=True)  # a checksum turns a changed bit into an error
 NO_LABEL = -1
@@ -92,8 +91,7 @@ class PatchStore:
         for shard in np.unique(shards):
             rows = np.flatnonzero(shards == shard)
             with _naming_damage(self.path, f"images of patches {wanted[rows].min()} to {wanted[rows].max()}"):
-                chunks, planar = wanted[rows] % PATCHES_PER_SHARD, self.attrs["format"] == FORMAT
-                _read_shard(shard_path(self.path, shard), chunks, images, rows, planar)
+                _read_shard(shard_path(self.path, shard), wanted[rows] % PATCHES_PER_SHARD, images, rows)
         return images
 
 
@@ -102,20 +100,16 @@ def shard_path(store: Path, shard: int) -> Path:
     return store / "images" / "c" / str(shard) / "0" / "0" / "0"
 
 
-def _read_shard(
-    path: Path, chunks: NDArray[np.int64], out: NDArray[np.uint8], rows: NDArray[np.int64], planar: bool
-) -> None:
+def _read_shard(path: Path, chunks: NDArray[np.int64], out: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
     """Decode chunks (n,) of a shard into rows (n,) of `out`; zarr takes several times as long for a patch."""
     planes = np.empty((3, *out.shape[1:3]), np.uint8)
     with path.open("rb") as file:
         file.seek(-16 * PATCHES_PER_SHARD - 4, os.SEEK_END)  # offset and length of each chunk, and their checksum
         places = np.frombuffer(CRC32C(location="end").decode(file.read()), "<u8").reshape(-1, 2)
         for row, (offset, length) in zip(rows, places[chunks].tolist(), strict=True):
-            decoded = planes if planar else out[row]
-            ZSTD.decode(os.pread(file.fileno(), length, offset), out=decoded.reshape(-1))
-            if planar:
-                for channel in range(3):  # numpy copies slowly along an axis of length three
-                    out[row, ..., channel] = planes[channel]
+            ZSTD.decode(os.pread(file.fileno(), length, offset), out=planes.reshape(-1))
+            for channel in range(3):  # numpy copies slowly along an axis of length three
+                out[row, ..., channel] = planes[channel]
 
 
 @contextlib.contextmanager
@@ -196,9 +190,8 @@ def _open(path: Path) -> tuple[zarr.Array, dict[str, zarr.Array], dict[str, Any]
     try:
         group = zarr.open_group(path, mode="r")
         found = group.attrs.get("format")
-        if found not in READABLE:
-            expected = " or ".join(map(str, READABLE))
-            raise InputError(f"{path}: attribute format: got {found!r}, expected {expected}; make the store again")
+        if found != FORMAT:
+            raise InputError(f"{path}: attribute format: got {found!r}, expected {FORMAT}; make the store again")
         arrays: dict[str, Any] = {name: group[name] for name in ("images", *ARRAYS)}
     except (KeyError, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be opened as a patch store ({error!r}); make it again") from error

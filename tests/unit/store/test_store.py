@@ -8,7 +8,6 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import ZstdCodec
 
 from celldetr.runtime.errors import InputError
 from celldetr.store import StoreWriter, encode_image, open_store, select
@@ -79,21 +78,6 @@ def test_any_order_of_patches_can_be_read_from_several_shards(tmp_path):
         store.images([count])
 
 
-def test_a_store_of_format_3_is_read(tmp_path):
-    images, *_ = make(tmp_path / "x.zarr", [1, 0, 2])
-    digest = open_store(tmp_path / "x.zarr").digest
-    group = zarr.open_group(tmp_path / "x.zarr")
-    stored = {"chunks": (1, SIZE, SIZE, 3), "shards": (PATCHES_PER_SHARD, SIZE, SIZE, 3), "overwrite": True}
-    compressors = ZstdCodec(level=1, checksum=True)
-    group.create_array("images", shape=images.shape, dtype="uint8", compressors=compressors, **stored)[...] = images
-    group.attrs["format"] = 3
-    store = open_store(tmp_path / "x.zarr")
-    assert np.array_equal(store.images([2, 0, 1]), images[[2, 0, 1]])
-    assert store.digest == digest
-    select([(store, [0, 1, 2])], tmp_path / "copy.zarr", attrs={"why": "test"})
-    assert np.array_equal(open_store(tmp_path / "copy.zarr").images(range(3)), images)
-
-
 def test_images_can_be_encoded_before_they_are_appended(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 2 * SIZE, SIZE, 3), dtype=np.uint8)[:, ::2]  # not contiguous
     nuclei = {"boxes": [[], []], "labels": [[], []], "patches": dict.fromkeys(COLUMNS, [0, 1])}
@@ -156,7 +140,7 @@ WRONG = {
     "no shard": (lambda path: shard_path(path, 0).unlink(), "images: got 0 of 1 files"),
     "no boxes": (lambda path: shutil.rmtree(path / "boxes" / "c"), "boxes: got 0 of 1 files"),
     "no places": (lambda path: shutil.rmtree(path / "patches" / "x" / "c"), "patches/x: got 0 of 1 files"),
-    "other format": (change(format=2), "format: got 2, expected 3 or 4; make the store again"),
+    "other format": (change(format=3), "format: got 3, expected 4; make the store again"),
     "other mpp": (change(mpp=5.0), "digest: got .* changed after the store was written"),
     "other classes": (change(classes=["b", "a"]), "digest: got"),
     "other stride": (change(settings={"stride": 0.5}), "digest: got"),
