@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, synchronize
+from ladder import Parts, Variant, ceiling, climb, draw_store, experiment_of, options, prepare, synchronize
 from torch.utils.flop_counter import FlopCounterMode
-from training_throughput import experiment_of
 
 from celldetr.inference.predict import predict_fold
 from celldetr.model.celldetr import CellDETR, float_images

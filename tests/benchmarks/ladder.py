@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
+from celldetr.config.experiment import Experiment
 from celldetr.store import PatchStore, StoreWriter, open_store
 
 
@@ -37,6 +39,18 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nuclei", type=int, default=24, help="mean number in a patch (PanNuke: 24)")
     return parser
+
+
+def experiment_of(mode: str, batch: int) -> Experiment:
+    """Give the paper's experiment of a stage."""
+    model = {"mode": {"ssl": "parallel", "st": "parallel"}.get(mode, mode), "classes": list(PANNUKE_CLASSES)}
+    stage = "supervised"
+    if mode == "ssl":
+        stage, model = "ssl", {**model, "classes": [], "projection": 128, "representation": {"positions": False}}
+    if mode == "st":
+        stage, model = "st", {**model, "classes": list(ST_TYPES), "queries": 400}
+    training = {"batch_size": batch, "precision": "fp32", "noise": {"share": 0.6}}
+    return Experiment.from_dict({"name": mode, "stage": stage, "model": model, "training": training})
 
 
 def prepare(args: argparse.Namespace) -> None:

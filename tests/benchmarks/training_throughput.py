@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from ladder import Parts, Variant, ceiling, climb, draw_store, options, prepare, seconds_of
+from ladder import Parts, Variant, ceiling, climb, draw_store, experiment_of, options, prepare, seconds_of
 from scipy.optimize import linear_sum_assignment
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -194,18 +194,6 @@ class Run:
             yield
         finally:
             stages.Matching = before
-
-
-def experiment_of(mode: str, batch: int) -> Experiment:
-    """Give the paper's experiment of a stage."""
-    model = {"mode": {"ssl": "parallel", "st": "parallel"}.get(mode, mode), "classes": list(PANNUKE_CLASSES)}
-    stage = "supervised"
-    if mode == "ssl":
-        stage, model = "ssl", {**model, "classes": [], "projection": 128, "representation": {"positions": False}}
-    if mode == "st":
-        stage, model = "st", {**model, "classes": list(ST_TYPES), "queries": 400}
-    training = {"batch_size": batch, "precision": "fp32", "noise": {"share": 0.6}}
-    return Experiment.from_dict({"name": mode, "stage": stage, "model": model, "training": training})
 
 
 def variants(args, store) -> list[tuple[str, Run]]:
