@@ -66,15 +66,10 @@ def test_another_class_threshold_needs_no_search(slide, tmp_path):
 
 
 class Unsteady(Planted):
-    """Class scores and embeddings depend on the rest of the tile, too."""
+    """Embeddings, and with them class scores, depend on the rest of the tile, too."""
 
-    def predict(self, pixels, nucleus_threshold):
-        found = super().predict(pixels, nucleus_threshold)
-        factors = pixels.mean(dim=(1, 2, 3)).tolist()
-        return [
-            one._replace(class_scores=one.class_scores * factor, embeddings=one.embeddings * factor)
-            for one, factor in zip(found, factors, strict=True)
-        ]
+    def represent(self, features, boxes, valid):
+        return super().represent(features, boxes, valid) * features.memory.mean(dim=(1, 2, 3))[:, None, None]
 
 
 def test_tiles_that_have_found_a_nucleus_share_its_scores_but_not_its_embedding(slide, tmp_path, monkeypatch):
