@@ -1,4 +1,4 @@
-"""Count the operators of PyTorch that run, such as a GPU would launch; the sampling as one operator, as its kernels are.
+"""Count the operators of PyTorch that run, such as a GPU would launch; the sampling as one operator, as kernels are.
 
 It stands in for a GPU: dropout and attention are taken in the form of one operator each, as a GPU has them. Casts are
 those of autocast on a CPU.
