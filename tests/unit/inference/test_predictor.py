@@ -135,6 +135,14 @@ def test_a_device_is_read_once_a_batch(kind, monkeypatch):
     assert len(copies.to_host) == (4 if kind == "parallel" else 2)
 
 
+@pytest.mark.parametrize("kind", ["sequential", "given", "given and found"])
+def test_a_cpu_looks_at_a_few_images_at_a_time(kind, monkeypatch):
+    model = small_model(KINDS[kind][0])
+    expected = results(model, kind, (3, 3))
+    monkeypatch.setattr("celldetr.inference.predictor._CACHED", 2)
+    same(results(model, kind, (3, 3)), expected)
+
+
 def test_values_that_are_not_finite_are_an_error_after_the_batches_before():
     model = small_model("sequential")
     predictor, done = Predictor(model, batch_size=BATCH, **FOUND), []
