@@ -42,7 +42,7 @@ class Prediction:
         for module in self.model.modules():
             if isinstance(module, DeformableAttention):
                 torch.nn.init.normal_(module.sampling_offsets.weight, std=0.03)  # points are spread, as after training
-        use_sampling(self.model, args.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
+        use_sampling(self.model, args.device, compiled="auto" if sampling == "auto" else False)
         self.threshold = 0.0
 
     def aim(self) -> float:
@@ -94,10 +94,9 @@ def rungs_of(args) -> list[tuple[str, dict[str, object]]]:
         ("as the published code is built", first),
         ("+ model.kernel: portable sampling, channels last", {"sampling": "portable"}),
         ("+ batches sent, taken and written beside the model", {"ahead": True}),
-        ("+ what the device has: kernels or torch.compile", {"sampling": "compiled" if on_cpu else "auto"}),
     ]
     if not on_cpu:
-        rungs.append(("+ TF32", {"precision": "tf32"}))
+        rungs += [("+ kernels of the device", {"sampling": "auto"}), ("+ TF32", {"precision": "tf32"})]
     rungs.append((f"+ batches of {LARGER * args.batch}", {"larger": True}))
     if args.compile == "yes":
         rungs.append(("+ compiled" if on_cpu else "+ compiled and captured", {"compiling": True}))
