@@ -17,7 +17,7 @@ from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Features
 from celldetr.model.device import cached_tensor, padded_size
 from celldetr.model.representation import FULL_IMAGE
-from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream
+from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream, to_device
 
 
 class ViewDraws(NamedTuple):
@@ -29,7 +29,7 @@ class ViewDraws(NamedTuple):
 
     def to(self, device: torch.device | str) -> "ViewDraws":
         """Move them to a device."""
-        return ViewDraws(*(values.to(device, non_blocking=True) for values in self))
+        return ViewDraws(*(to_device(values, device) for values in self))
 
 
 class Views(NamedTuple):

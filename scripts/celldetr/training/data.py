@@ -103,7 +103,7 @@ def noise_uniforms(batch: Batch, targets: Targets, seed: int) -> Tensor:
     padded = torch.ones(len(targets.counts), slots, NOISE_DRAWS)
     mine = drawn[before : before + int(targets.counts.sum())]
     padded[torch.arange(slots) < targets.counts[:, None]] = torch.from_numpy(mine)
-    return padded.to(targets.boxes.device, non_blocking=True)
+    return to_device(padded, targets.boxes.device)
 
 
 class PatchData:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from celldetr.config.experiment import MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.runtime.errors import NonFinite
-from celldetr.training.data import Targets
+from celldetr.training.data import Targets, to_device
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
@@ -112,4 +112,4 @@ class Matching:
         table = self._costs.numpy()
         if not all(np.isfinite(table[:, image, :count]).all() for image, count in enumerate(self._counts)):
             raise NonFinite("costs of the matching")
-        return torch.from_numpy(assign(table, self._counts)).to(self._device, non_blocking=True)
+        return to_device(torch.from_numpy(assign(table, self._counts)), self._device)
