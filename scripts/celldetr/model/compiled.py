@@ -41,11 +41,19 @@ def compiles(setting: Compile, device: torch.device | str, key: str) -> bool:
     return found and (setting is True or (setting == "auto" and kind == "cuda"))
 
 
-def compiled(function: Function, device: torch.device | str) -> Function:
-    """Compile a function as one graph; see the top of this module."""
+def compiled(function: Function, device: torch.device | str, missed: Callable[[], None] | None = None) -> Function:
+    """Compile a function as one graph; see the top of this module. `missed` is called whenever it runs uncompiled."""
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_SHAPES)
     mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
+
+    def noticed(*args: Any) -> Any:
+        if missed is not None and not torch.compiler.is_compiling():  # compiled code does not contain this
+            missed()
+        return function(*args)
+
+    # a copy of the code: the compiler looks up its results by that object
+    noticed.__code__ = noticed.__code__.replace(co_name=getattr(function, "__name__", "compiled"))
+    return torch.compile(noticed, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -62,8 +70,19 @@ def no_more_compiling() -> Iterator[None]:
         yield
 
 
-def memory_use(device: torch.device | str) -> str:
-    """Memory that PyTorch holds on a GPU, graphs included, for a line of the log; empty on a CPU."""
+def forget_compiled() -> None:
+    """Drop all that was compiled, and the memory of captured graphs."""
+    dynamo.reset()
+
+
+def graph_use(device: torch.device | str) -> str:
+    """Say for the log how much memory PyTorch holds on a GPU, captured graphs included; empty on a CPU.
+
+    Also how many graphs were not captured: the host launches each of their kernels.
+    """
     if torch.device(device).type != "cuda":
         return ""
-    return f"; {torch.cuda.memory_reserved(device) / 1e9:.1f} GB are in use on {device}"
+    used = f"; {torch.cuda.memory_reserved(device) / 1e9:.1f} GB are in use on {device}"
+    skipped = dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    why = f"; {skipped} graphs are not captured (TORCH_LOGS=cudagraphs in the environment tells why)"
+    return used + why if skipped else used

@@ -222,10 +222,10 @@ class TrainingBatches(Dataset[Batch]):
             self._order = epoch, np.resize(order, self.steps_per_epoch * self.batch_size)
         return self._order[1]
 
-    def steps_of_sizes(self, first: int, epochs: int) -> list[int]:
-        """First step of each size of tensors that is met from step `first` on, in some epochs."""
+    def steps_of_sizes(self, epochs: int) -> list[int]:
+        """First step of each size of tensors that is met in the first epochs of the run."""
         found: dict[tuple[int, int], int] = {}
-        for step in range(first, first + epochs * self.steps_per_epoch):
+        for step in range(epochs * self.steps_per_epoch):
             counts = self.data.counts(self._patches(step))
             found.setdefault((padded_size(counts[self.rows].max()), padded_size(counts.max())), step)
         return list(found.values())

@@ -25,16 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.compiled import RUNS_TO_CAPTURE, compiles, memory_use, no_more_compiling, uncompiled
+from celldetr.model.compiled import RUNS_TO_CAPTURE, compiles, forget_compiled, graph_use, no_more_compiling, uncompiled
 from celldetr.model.device import allow_tf32, resolve_precision
 from celldetr.model.weights import load_exactly, read_checkpoint, save_model, save_weights
-from celldetr.runtime.errors import Interrupted
+from celldetr.runtime.errors import CellDETRError, Interrupted
 from celldetr.runtime.files import naming
 from celldetr.runtime.provenance import write_provenance
 from celldetr.store import open_store
@@ -170,10 +169,13 @@ class Training:
             return
         try:
             self.warm_up()
-        except (TorchDynamoException, RuntimeError) as error:  # compilers raise many kinds of the latter
+        except CellDETRError:
+            raise
+        except Exception as error:  # whatever a compiler, its cache or a driver may raise
             if chosen is True:
                 raise
             self.stage.give_up_compiling()
+            forget_compiled()
             reason = str(error).strip().split("\n")[0]
             log.warning("could not compile the step (%s): it runs as it is, at about half the speed", reason)
         self.optimizer.zero_grad()
@@ -183,9 +185,10 @@ class Training:
     def warm_up(self) -> None:
         """Compile the step and the validation for the sizes of the batches to come.
 
-        It computes gradients and drops them. A size that is met later than in three epochs runs as it is.
+        It computes gradients and drops them. Sizes that the first three epochs of the run do not have run as they are,
+        also after an interruption: dropout draws other masks where a step is compiled.
         """
-        start, steps = time.monotonic(), self.batches.steps_of_sizes(self.step, epochs=3)
+        start, steps = time.monotonic(), self.batches.steps_of_sizes(epochs=3)
         val = self.validation_batches()
         self.stage.compile(self.device)
         for run in range(1 + RUNS_TO_CAPTURE):
@@ -196,8 +199,9 @@ class Training:
                     self.gradients(batch)
                 self.optimizer.zero_grad()
                 self.validate_batches(val[number] for number in val.numbers_of_sizes())
+        self.stage.uncompiled_steps = 0
         sizes, seconds = len(steps) + len(val.numbers_of_sizes()), time.monotonic() - start
-        log.info("compiled for %d sizes of batches in %.0f s%s", sizes, seconds, memory_use(self.device))
+        log.info("compiled for %d sizes of batches in %.0f s%s", sizes, seconds, graph_use(self.device))
 
     def take_step(self, batch: Batch) -> None:
         """Losses of a prepared batch, gradients, update."""

@@ -18,7 +18,7 @@ from celldetr.evaluation.metrics import COUNTS, scores
 from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen
 from celldetr.model.compiled import compiled
 from celldetr.runtime.errors import NonFinite
-from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
+from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets, to_device
 from celldetr.training.matching import Matching, costs
 from celldetr.training.processes import Group
 
@@ -52,6 +52,9 @@ class Stage(ABC):
 
     REGIONS = ("look", "costs", "inner", "losses")
 
+    uncompiled_steps: int
+    """Training steps after `compile` that ran uncompiled, all or in part."""
+
     validates_start = False
     """Whether the untrained model is validated, as epoch 0 of the log."""
 
@@ -69,6 +72,8 @@ class Stage(ABC):
         self.train_data, self.val_data = train, val
         self.evaluator = Evaluator(scoring, val.mpp, self.mode)
         self.group = group or Group()
+        self.uncompiled_steps = 0
+        self._uncompiled_calls = 0
         self._frozen = self._freeze()
         self.start_validation()
 
@@ -91,7 +96,10 @@ class Stage(ABC):
     def compile(self, device: str) -> None:
         """Compile each of the four functions when it is first called with tensors of some shapes."""
         for name in self.REGIONS:
-            setattr(self, name, compiled(getattr(self, name), device))
+            setattr(self, name, compiled(getattr(self, name), device, self._missed))
+
+    def _missed(self) -> None:
+        self._uncompiled_calls += 1
 
     def give_up_compiling(self) -> None:
         """Run the four functions as they are again."""
@@ -139,8 +147,10 @@ class Stage(ABC):
         NonFinite
             A matching cost is NaN or infinite; names the patches.
         """
+        before = self._uncompiled_calls
         with self.naming_patches(batch):
             outputs = self.compute(batch.images, batch.targets, batch)
+        self.uncompiled_steps += self._uncompiled_calls > before
         return outputs.losses, outputs.total
 
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
@@ -151,7 +161,7 @@ class Stage(ABC):
         divisors = torch.ones(2)
         if batch.training:
             divisors = torch.tensor([batch.boxes_global, (batch.counts_global >= 2).sum()]).float().clamp(min=1)
-        divisors, given = divisors.to(images.device, non_blocking=True), self.given_beside(targets, batch)
+        divisors, given = to_device(divisors, images.device), self.given_beside(targets, batch)
         seen = self.look(images)
         detached = Detections(*(values.detach() for values in seen.detections))
         matching = Matching(self.costs(detached, targets), targets.counts)

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
-from celldetr.model.compiled import compiled, compiles, memory_use, no_more_compiling, uncompiled
+from celldetr.model.compiled import compiled, compiles, graph_use, no_more_compiling, uncompiled
 from celldetr.runtime.errors import ConfigError
 
 
 def test_a_function_is_compiled_for_each_shape_until_no_more_compiling(monkeypatch):
-    graphs, real, run = [], torch.compile, lookup_backend("eager")
+    graphs, missed, real, run = [], [], torch.compile, lookup_backend("eager")
 
     def backend(graph, inputs):
         graphs.append(graph)
         return run(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", lambda function, mode, **options: real(function, **options, backend=backend))
-    double = compiled(lambda x: x * 2, "cpu")
+    double = compiled(lambda x: x * 2, "cpu", lambda: missed.append(1))
 
     def calls(*sizes):
         assert all(torch.equal(double(torch.ones(size)), torch.full((size,), 2.0)) for size in sizes)
@@ -26,9 +26,12 @@ def test_a_function_is_compiled_for_each_shape_until_no_more_compiling(monkeypat
 
     with uncompiled():
         assert calls(3, 4) == 0
+    missed.clear()
     assert calls(3, 4, 5, 3, 4) == 3
+    assert not missed
     with no_more_compiling():
         assert calls(3, 6, 7, 5) == 3
+        assert len(missed) == 2
     assert calls(*range(8, 40)) == 35  # beyond the compiler's own limit
 
 
@@ -41,4 +44,13 @@ def test_what_a_setting_means_depends_on_the_device_and_its_compilers(monkeypatc
         compiles(True, "cpu", "training.compile")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/c++")
     assert compiles(True, "cpu", "key")
-    assert memory_use("cpu") == ""
+
+
+def test_the_log_tells_of_memory_and_of_graphs_that_were_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2.5e9)
+    counters = torch._dynamo.utils.counters["inductor"]
+    monkeypatch.setitem(counters, "cudagraph_skips", 0)
+    assert graph_use("cpu") == ""
+    assert graph_use("cuda:1") == "; 2.5 GB are in use on cuda:1"
+    monkeypatch.setitem(counters, "cudagraph_skips", 3)
+    assert "; 3 graphs are not captured" in graph_use("cuda:1")

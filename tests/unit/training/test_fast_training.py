@@ -15,6 +15,7 @@ from tiny_training import (
 
 from celldetr.config.experiment import Experiment
 from celldetr.training import loop, stage
+from celldetr.training.data import TrainingBatches, ValidationBatches
 
 STEPS = 50
 PLAIN = {"model": {"kernel": "reference"}}
@@ -94,18 +95,29 @@ def graphs(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
-def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, graphs):
+def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, graphs, caplog):
     if kind == "ssl":
         store = make_crowded_store(tmp_path / "crowded.zarr", 6)
     for name, compiled in (("compiled", True), ("plain", False)):
         losses(store, experiment_of(kind, training={"compile": compiled, "epochs": 3}), tmp_path / name)
     assert_same_result(tmp_path / "compiled", tmp_path / "plain")
+    assert "ran uncompiled" not in caplog.text
     functions = 4 if kind in ("parallel", "ssl") else 3
     assert functions <= len(graphs) <= 2 * functions + 1  # those of validation have no gradients
 
 
+def test_the_log_tells_of_steps_that_ran_uncompiled(store, tmp_path, graphs, monkeypatch, caplog):
+    monkeypatch.setattr(TrainingBatches, "steps_of_sizes", lambda self, epochs: [])
+    monkeypatch.setattr(ValidationBatches, "numbers_of_sizes", lambda self: [])
+    for name, compiled in (("all", True), ("plain", False)):
+        losses(store, experiment_of("sequential", training={"compile": compiled, "epochs": 2}), tmp_path / name)
+    assert caplog.text.count("1 of the last 1 steps ran uncompiled") == 2
+    assert_same_result(tmp_path / "all", tmp_path / "plain")
+    assert not graphs
+
+
 def test_a_step_that_fails_to_compile_runs_as_it_is(store, tmp_path, monkeypatch, caplog):
-    def broken(function, device):
+    def broken(function, device, missed):
         def call(*given):
             raise RuntimeError("no kernel image\nis available")
 
