@@ -13,12 +13,11 @@ import platform
 import statistics
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
 from ladder import draw_store, seconds_of
-from training_throughput import BATCHES, Run
+from training_throughput import BATCHES, Steps
 
 from celldetr.config.experiment import Experiment
 from celldetr.config.pannuke import FOLDS
@@ -54,27 +53,23 @@ def median_seconds(work, args: argparse.Namespace) -> float:
 def measure(experiment: Experiment, args: argparse.Namespace) -> tuple[float, float, float]:
     """Seconds of a trained patch and of a validated one, and the peak memory in GB (CUDA)."""
     on_gpu = args.device.startswith("cuda")
-    given = SimpleNamespace(device=args.device, batch=args.batch)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "drawn.zarr"
-        store = draw_store(path, BATCHES * args.batch, args.size, args.nuclei, experiment.model.classes)
-        how = {"matcher": "own", "loader": False, "fused": True, "bf16": on_gpu and has_bf16()}
-        run = Run(given, store, sampling="auto", experiment=experiment, **how)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = draw_store(
+            folder / "drawn.zarr", BATCHES * args.batch, args.size, args.nuclei, experiment.model.classes
+        )
+        told = experiment.to_dict()
+        told["training"]["batch_size"] = args.batch
+        how = {"bf16": on_gpu and has_bf16(), "compiling": "graphs" if on_gpu else "no"}
+        steps = Steps(args, store, folder, experiment=Experiment.from_dict(told), **how)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        train = median_seconds(run.step, args)
+        train = median_seconds(steps.step, args)
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
-
-        def validate() -> None:
-            run.stage.model.eval()
-            batch = run.next_batch()
-            batch.step = -1
-            with torch.no_grad(), torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=how["bf16"]):
-                run.stage.validate(batch)
-
-        run.stage.start_validation()
-        run.stage.val_data = run.stage.train_data
-        return train / args.batch, median_seconds(validate, args) / args.batch, peak
+        steps.stage.val_data, training = steps.stage.train_data, steps.training
+        batches = training.validation_batches()
+        validate = median_seconds(lambda: training.validate_batches([batches[0]]), args)
+        return train / args.batch, validate / args.batch, peak
 
 
 def main() -> None:

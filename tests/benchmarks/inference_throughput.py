@@ -1,12 +1,12 @@
 """Prediction of patches per second: from the way the published code is built, one improvement after the other.
 
 Usage: python tests/benchmarks/inference_throughput.py [--mode MODE] [--device D] [--size PX] [--batch N] [--rounds N]
-[--compile yes|no]. The paper's model at full width with random weights, drawn patches, a threshold that about as many
-queries pass as there are nuclei. The first variant: `grid_sample` sampling in fp32, patches read when they are needed.
-From "batches of" on, a batch is four times as large (64 on CUDA). The model is compiled, on CUDA into captured graphs,
-if there is a GPU or with --compile yes: on a CPU that takes minutes. Prints images/s, the ratio to the first, peak
-memory (CUDA), where the time of the last uncompiled variant goes, and the share of the measured matrix-product ceiling
-that the last one reaches.
+[--compile yes|no] [--tiny]. The paper's model at full width with random weights, drawn patches, a threshold that about
+as many queries pass as there are nuclei. The first variant: `grid_sample` sampling in fp32, patches read when they are
+needed. From "batches of" on, a batch is four times as large (64 on CUDA). The model is compiled, on CUDA into captured
+graphs, if there is a GPU or with --compile yes: on a CPU that takes minutes. Prints images/s, the ratio to the first,
+peak memory (CUDA), where the time of the last uncompiled variant goes, and the share of the measured matrix-product
+ceiling that the last one reaches.
 """
 
 import tempfile
@@ -35,7 +35,7 @@ class Prediction:
         self.path, self.precision, self.compiling = folder / "predictions.parquet", precision, compiling
         self.batch = args.batch * (LARGER if larger else 1)
         torch.manual_seed(0)
-        settings = experiment_of(args.mode, args.batch).model.model_copy(
+        settings = experiment_of(args).model.model_copy(
             update={"kernel": "reference" if sampling == "plain" else "auto"}
         )
         self.model = CellDETR(settings).to(args.device).eval().requires_grad_(False)
@@ -111,7 +111,7 @@ def main() -> None:
     prepare(args)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        classes = experiment_of(args.mode, args.batch).model.classes
+        classes = experiment_of(args).model.classes
         patches = LARGER * args.batch * (1 if args.device == "cpu" else 8)
         store = draw_store(folder / "drawn.zarr", patches, args.size, args.nuclei, classes)
         given, ladder = {}, []

@@ -38,24 +38,31 @@ def options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nuclei", type=int, default=24, help="mean number in a patch (PanNuke: 24)")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see whether the program runs")
     return parser
 
 
-def experiment_of(mode: str, batch: int) -> Experiment:
+def experiment_of(args: argparse.Namespace) -> Experiment:
     """Give the paper's experiment of a stage."""
+    mode = args.mode
     model = {"mode": {"ssl": "parallel", "st": "parallel"}.get(mode, mode), "classes": list(PANNUKE_CLASSES)}
     stage = "supervised"
     if mode == "ssl":
         stage, model = "ssl", {**model, "classes": [], "projection": 128, "representation": {"positions": False}}
     if mode == "st":
         stage, model = "st", {**model, "classes": list(ST_TYPES), "queries": 400}
-    training = {"batch_size": batch, "precision": "fp32", "noise": {"share": 0.6}}
+    training = {"batch_size": args.batch, "precision": "fp32", "noise": {"share": 0.6}}
+    if args.tiny:
+        model |= {"d_model": 32, "heads": 2, "ffn": 16, "queries": 40, "encoder_layers": 1, "decoder_layers": 1}
+        model["backbone"] = {"block": "basic", "layers": [1, 1, 1, 1], "width": 8}
     return Experiment.from_dict({"name": mode, "stage": stage, "model": model, "training": training})
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Fill in the sizes that depend on the device."""
     on_gpu = args.device.startswith("cuda")
+    if args.tiny:
+        args.size, args.batch, args.rounds, args.nuclei = 64, 2, 1, 4
     args.size = args.size or (256 if on_gpu else 128)
     args.batch = args.batch or (16 if on_gpu else 4)
     torch.manual_seed(0)

@@ -1,64 +1,77 @@
 """Training images per second: from the way the published code is built, one improvement after the other.
 
-Usage: python tests/benchmarks/training_throughput.py [--mode MODE] [--device D] [--size PX] [--batch N] [--rounds N].
-The paper's model at full width, drawn patches, real training steps (`Stage.training_losses`, backward, clip, AdamW).
-The first variant: `grid_sample` sampling in fp32, costs of all images by all boxes, one loader process that reads and
-augments image by image. Prints images/s, the ratio to the first, peak memory (CUDA), where the time of the last
-variant goes, and the share of the measured matrix-product ceiling that it reaches.
+Usage: python tests/benchmarks/training_throughput.py [--mode MODE] [--device D] [--size PX] [--batch N] [--rounds N]
+[--compile yes|no] [--count] [--tiny]. The paper's model at full width, drawn patches, steps of the training loop. The
+first variant: `grid_sample` sampling in fp32, costs of all images by all boxes, one loader process that reads and
+augments image by image. The step is compiled, on CUDA also into captured graphs, if there is a GPU or with --compile
+yes: on a CPU that takes minutes. Prints images/s, the ratio to the first, peak memory (CUDA), where the time of the
+last uncompiled variant goes, and the share of the measured matrix-product ceiling that the last one reaches. --count
+prints the number of kernels that the compiler generates for a step, and nothing else.
 """
 
 import contextlib
 import itertools
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
 from ladder import Parts, Variant, ceiling, climb, draw_store, experiment_of, options, prepare, seconds_of
 from scipy.optimize import linear_sum_assignment
+from torch._inductor import metrics
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
-from celldetr.config.evaluation import ScoringSettings
 from celldetr.config.experiment import Experiment, MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
-from celldetr.model.celldetr import CellDETR, float_images
-from celldetr.model.compiled import compiles
+from celldetr.model.celldetr import Detections, float_images
+from celldetr.model.compiled import no_more_compiling
 from celldetr.model.deformable_attention import use_sampling
+from celldetr.training import prefetch
 from celldetr.training import stage as stages
 from celldetr.training.augment import augment_images, augment_targets, draw
-from celldetr.training.data import Batch, PatchData, Targets, TrainingBatches
-from celldetr.training.loop import STAGES, make_optimizer
-from celldetr.training.matching import Matches, Matching
-from celldetr.training.prefetch import Prefetcher
-from celldetr.training.stage import Losses, Stage
+from celldetr.training.data import Batch, PatchData, Targets
+from celldetr.training.loop import Training
+from celldetr.training.matching import Matching
+from celldetr.training.processes import Group
+from celldetr.training.run import Run
 
 BATCHES = 8
 
 
-def assign_all_by_all(
-    logits: torch.Tensor, boxes: torch.Tensor, targets: Targets, settings: MatchingSettings
-) -> Matches:
-    """Match as Deformable DETR does: per layer, the costs of all queries for all nuclei of the batch."""
-    counts = targets.counts.tolist()
-    true, labels = targets.boxes[targets.valid], targets.labels[targets.valid].clamp(min=0)
-    rows = []
-    for layer, (of_layer, box) in enumerate(zip(logits, boxes, strict=True)):
-        p, box = of_layer.flatten(0, 1).float().sigmoid(), box.flatten(0, 1).float()
-        negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
-        positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
-        label = labels if p.shape[-1] > 1 else torch.zeros_like(labels)
-        cost = (
-            settings.l1 * torch.cdist(box, true, p=1)
-            + settings.nucleus * (positive[:, label] - negative[:, label])
-            - settings.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
-        )
-        parts = cost.view(len(counts), -1, len(true)).cpu().split(counts, dim=-1)
-        for image, part in enumerate(parts):
-            query, nucleus = linear_sum_assignment(part[image])
-            rows.extend((layer, image, q, n) for q, n in zip(query.tolist(), nucleus.tolist(), strict=True))
-    return Matches(*torch.tensor(rows, dtype=torch.long).reshape(-1, 4).T.to(logits.device))
+class AllByAll:
+    """Matching as Deformable DETR does it: per layer, the costs of all queries for all nuclei of the batch."""
+
+    settings = MatchingSettings()
+
+    def __init__(self, given: tuple[Detections, Targets], counts: torch.Tensor) -> None:
+        self.detections, self.targets = given
+        self.counts = counts.tolist()
+
+    def result(self) -> torch.Tensor:
+        """Match: the query (L, B, R) of each nucleus, -1 without one."""
+        targets, settings = self.targets, self.settings
+        true, labels = targets.boxes[targets.valid], targets.labels[targets.valid].clamp(min=0)
+        found = torch.full((len(self.detections.boxes), *targets.labels.shape), -1)
+        for layer, (of_layer, box) in enumerate(zip(*self.detections, strict=True)):
+            p, box = of_layer.flatten(0, 1).float().sigmoid(), box.flatten(0, 1).float()
+            negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
+            positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+            label = labels if p.shape[-1] > 1 else torch.zeros_like(labels)
+            cost = (
+                settings.l1 * torch.cdist(box, true, p=1)
+                + settings.nucleus * (positive[:, label] - negative[:, label])
+                - settings.giou * pairwise_giou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(true))
+            )
+            parts = cost.view(len(self.counts), -1, len(true)).cpu().split(self.counts, dim=-1)
+            for image, part in enumerate(parts):
+                query, nucleus = map(torch.from_numpy, linear_sum_assignment(part[image]))
+                found[layer, image, nucleus] = query
+        return found.to(targets.labels.device)
 
 
 class AugmentedImages(Dataset):
@@ -87,177 +100,172 @@ def collate(items: list[tuple[torch.Tensor, Targets]]) -> Batch:
     labels = [torch.nn.functional.pad(t.labels, (0, slots - t.labels.shape[1]), value=-1) for t in targets]
     counts = torch.cat([t.counts for t in targets])
     joined = Targets(torch.cat(boxes), torch.cat(labels), counts)
-    return Batch(
-        torch.cat(images),
-        joined,
-        torch.arange(len(images)).numpy(),
-        step=0,
-        rows=slice(0, len(images)),
-        counts_global=counts.numpy().copy(),
-    )
+    patches, everything = torch.arange(len(images)).numpy(), slice(0, len(images))
+    return Batch(torch.cat(images), joined, patches, 0, everything, counts.numpy().copy())
 
 
-def on_device(batch: Batch, device: str) -> Batch:
-    """Move a batch that a loader has augmented."""
-    batch.images = float_images(batch.to(device).images)
-    return batch
+class Steps:
+    """Training steps in one form, with a model of its own; `step` takes one.
 
-
-class AllByAll(Matching):
-    """Matching over the costs of all images by all boxes, layer after layer."""
-
-    def __init__(self, logits, boxes, targets, weights) -> None:
-        self._given = logits, boxes, targets, weights
-
-    def result(self):
-        """Match."""
-        return assign_all_by_all(*self._given)
-
-
-class Run:
-    """One variant of training with a model of its own."""
+    sampling: plain, portable, compiled, auto. matcher: all, own. loader: whether a process reads and augments images
+    one by one. fused: the optimiser. ahead: whether batches are prepared beside the step, in fused kernels. compiling:
+    no, yes, graphs (captured, on CUDA).
+    """
 
     def __init__(
         self,
         args,
         store,
+        folder: Path,
         *,
-        sampling: str,
-        matcher: str,
-        loader: bool,
-        fused: bool,
+        sampling: str = "auto",
+        matcher: str = "own",
+        loader: bool = False,
+        fused: bool = True,
+        ahead: bool = True,
+        compiling: str = "no",
         bf16: bool = False,
         experiment: Experiment | None = None,
     ) -> None:
-        self.args, self.matcher, self.bf16 = args, matcher, bf16
-        self.experiment = experiment or experiment_of(args.mode, args.batch)
+        self.device, self.compiling = args.device, compiling
+        told = (experiment or experiment_of(args)).to_dict()
+        told["training"] |= {"precision": "bf16" if bf16 else "tf32", "cache": "none" if loader else "gpu"}
+        told["model"]["kernel"] = "reference" if sampling == "plain" else "auto"
+        experiment = Experiment.from_dict(told)
         split = pd.DataFrame({"store": "drawn", "patch": range(store.n_patches), "part": "train"})
-        train_data = PatchData([store], split, "train", cache="none" if loader else "gpu", device=args.device)
-        nothing = PatchData([store], split, "val", cache="none")
+        run = Run(experiment, (store.path,), split, Path(tempfile.mkdtemp(dir=folder)), threads=args.threads)
         torch.manual_seed(0)
-        settings = self.experiment.model.model_copy(update={"kernel": "reference" if sampling == "plain" else "auto"})
-        kind, model = STAGES[self.experiment.stage], CellDETR(settings).to(args.device)
-        self.stage: Stage = kind(self.experiment, model, train_data, nothing, ScoringSettings())
+        self.training = training = Training(run, args.device, Group())
+        self.stage = training.stage
         self.stage.train()
-        use_sampling(model, args.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
-        self.optimizer = make_optimizer(model, self.experiment.training)
+        use_sampling(training.model, args.device, compiled={"auto": "auto", "compiled": True}.get(sampling, False))
+        self.matching = AllByAll if matcher == "all" else Matching
+        if matcher == "all":
+            self.stage.costs = lambda detections, targets: (detections, targets)
         if not fused:
-            for group in self.optimizer.param_groups:
+            for group in training.optimizer.param_groups:
                 group["fused"], group["foreach"] = False, False
-        if loader:
-            images = AugmentedImages(train_data, self.experiment)
-            loader_options = {"num_workers": 1, "collate_fn": collate, "drop_last": True, "persistent_workers": True}
-            batches = DataLoader(images, args.batch, **loader_options)
-            given = itertools.chain.from_iterable(itertools.repeat(batches))
-            self.batches = (on_device(batch, args.device) for batch in given)
-        else:
-            ordered = TrainingBatches(train_data, args.batch, 0)
-            prefetcher = Prefetcher(
-                args.device, self.experiment.training, compiled=compiles("auto", args.device, "training.compile")
-            )
-            self.batches = prefetcher(ordered[step] for step in itertools.cycle(range(BATCHES)))
+        self.batches = self._loaded() if loader else self._read(ahead)
+        if compiling != "no":
+            self.warm_up()
+
+    def _loaded(self) -> Iterator[Batch]:
+        images = AugmentedImages(self.stage.train_data, self.training.run.experiment)
+        options = {"num_workers": 1, "collate_fn": collate, "drop_last": True, "persistent_workers": True}
+        batches = DataLoader(images, self.stage.settings.batch_size, **options)
+        for batch in itertools.chain.from_iterable(itertools.repeat(batches)):
+            batch.images = float_images(batch.to(self.device).images)
+            yield batch
+
+    def _read(self, ahead: bool) -> Iterator[Batch]:
+        read = (self.training.batches[step] for step in itertools.cycle(range(BATCHES)))
+        if ahead:
+            return self.training.prepared(read)
+        return (prefetch.prepare(batch, self.device, self.stage.settings) for batch in read)
+
+    def warm_up(self) -> None:
+        """Compile, and print how long that took and what it holds of the GPU's memory."""
+        start = time.perf_counter()
+        if self.compiling == "yes":  # as on a CPU: not captured
+            compile_all = self.stage.compile
+            self.stage.compile = lambda device: compile_all("cpu")
+        before = torch.cuda.memory_reserved() if self.device.startswith("cuda") else 0
+        self.training.warm_up()
+        self.training.optimizer.zero_grad()
+        held = f", {(torch.cuda.memory_reserved() - before) / 1e9:.1f} GB more are reserved" if before else ""
+        print(f"compiled ({self.compiling}) in {time.perf_counter() - start:.0f} s{held}", flush=True)
 
     def next_batch(self) -> Batch:
         """Augmented batch on the device."""
         return next(self.batches)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Loss of a step."""
-        kind = self.args.device.split(":")[0]
-        with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
-            losses, total = self.stage.training_losses(batch)
-        Losses(losses, total)
-        return total
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Gradients, limited."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.stage.model.parameters(), self.experiment.training.gradient_clip)
-
-    def update(self) -> None:
-        """Step of the optimiser."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
     def step(self) -> None:
-        """One whole step."""
-        with self.as_told():
-            self.backward(self.forward(self.next_batch()))
-        self.update()
-
-    @contextlib.contextmanager
-    def as_told(self):
-        """Matcher of the variant."""
-        before = stages.Matching
-        stages.Matching = AllByAll if self.matcher == "all" else Matching
-        try:
-            yield
-        finally:
-            stages.Matching = before
+        """Take one whole step."""
+        done = contextlib.nullcontext() if self.compiling == "no" else no_more_compiling()
+        with mock.patch.object(stages, "Matching", self.matching), done:
+            self.training.take_step(self.next_batch())
 
 
-def variants(args, store) -> list[tuple[str, Run]]:
-    """Build the ladder."""
+def rungs_of(args) -> list[tuple[str, dict[str, object]]]:
+    """Name of each rung, and what it changes."""
     on_cpu = args.device == "cpu"
+    first = {"sampling": "plain", "matcher": "all", "loader": True, "fused": False, "ahead": False}
     rungs = [
-        ("as the published code is built", {"sampling": "plain", "matcher": "all", "loader": True, "fused": False}),
+        ("as the published code is built", first),
         ("+ costs of an image's own nuclei", {"matcher": "own"}),
         ("+ patches in memory, augmented in batches", {"loader": False}),
         ("+ fused AdamW", {"fused": True}),
         ("+ model.kernel: portable sampling, channels last", {"sampling": "portable"}),
         ("+ what the device has: kernels or torch.compile", {"sampling": "compiled" if on_cpu else "auto"}),
+        ("+ prefetched, fused augmentation", {"ahead": True}),
         ("+ bf16", {"bf16": True}),
     ]
-    given, built = {}, []
-    for name, change in rungs:
-        given = given | change
-        built.append((name, Run(args, store, **given)))
-    return built
+    if args.compile == "yes":
+        rungs += [("compiled step, not in bf16", {"compiling": "yes", "bf16": False}), ("+ bf16", {"bf16": True})]
+        if not on_cpu:
+            rungs.append(("+ CUDA graphs", {"compiling": "graphs"}))
+    return rungs
 
 
-def parts_of(run: Run, device: str) -> str:
+def parts_of(steps: Steps, device: str) -> str:
     """Where the time of a step goes."""
-    parts, model = Parts(device), run.stage.model
-    parts.watch(run, "next_batch", "data and augmentation")
+    parts, model = Parts(device), steps.training.model
+    parts.watch(steps, "next_batch", "data and augmentation")
     parts.watch(model.backbone, "forward", "backbone")
     parts.watch(model.encoder, "forward", "encoder")
     parts.watch(model.decoder, "forward", "detection decoder")
     if hasattr(model, "representation"):
         parts.watch(model.representation, "forward", "representation decoder")
     parts.watch(Matching, "result", "matching")
-    parts.watch(run, "backward", "backward")
-    parts.watch(run, "update", "optimiser")
+    parts.watch(torch.Tensor, "backward", "backward")
+    parts.watch(steps.training.optimizer, "step", "optimiser")
+    return parts.describe(seconds_of(lambda: [steps.step() for _ in range(3)], device))
 
-    def steps() -> None:
-        for _ in range(3):
-            run.backward(run.forward(run.next_batch()))
-            run.update()
 
-    return parts.describe(seconds_of(steps, device))
+def count_kernels(args, store, folder: Path) -> None:
+    """Print how many kernels the compiler generates for one size of batches, beside products and convolutions."""
+    steps = Steps(args, store, folder, bf16=True)
+    steps.step()  # makes the tables
+    batch = steps.next_batch()
+    steps.stage.compile(args.device)
+    metrics.reset()
+    steps.training.gradients(batch)
+    print(f"{metrics.generated_kernel_count} kernels are generated for a step of mode {args.mode}", flush=True)
 
 
 def main() -> None:
     """Climb."""
-    args = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--compile", choices=["yes", "no"], default="yes" if torch.cuda.is_available() else "no")
+    parser.add_argument("--count", action="store_true")
+    args = parser.parse_args()
     prepare(args)
-    classes = {"ssl": (), "st": ST_TYPES}.get(args.mode, PANNUKE_CLASSES)
-    with tempfile.TemporaryDirectory() as folder:
-        store = draw_store(Path(folder) / "drawn.zarr", BATCHES * args.batch, args.size, args.nuclei, classes)
-        ladder = variants(args, store)
+    with tempfile.TemporaryDirectory() as name:
+        folder, classes = Path(name), experiment_of(args).model.classes
+        store = draw_store(folder / "drawn.zarr", BATCHES * args.batch, args.size, args.nuclei, classes)
+        if args.count:
+            count_kernels(args, store, folder)
+            return
         where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.threads} CPU threads"
         print(f"torch {torch.__version__}, {where}, {args.mode}, {args.batch} patches of {args.size} px a step")
-        rungs = [Variant(name, run.step) for name, run in ladder]
-        climb(rungs, args.rounds, args.device, args.batch)
-        last = ladder[-1][1]
+        given, ladder = {}, []
+        for rung, change in rungs_of(args):
+            given = given | change
+            try:
+                ladder.append((rung, Steps(args, store, folder, **given)))
+            except Exception:  # whatever a compiler raises: the other forms are still of interest
+                traceback.print_exc()
+        measured = [Variant(rung, steps.step) for rung, steps in ladder]
+        climb(measured, args.rounds, args.device, args.batch)
+        plain = [steps for _, steps in ladder if steps.compiling == "no"][-1]
         counter = FlopCounterMode(display=False)
         with counter:
-            last.step()
-        seconds = sorted(rungs[-1].seconds)[len(rungs[-1].seconds) // 2]
-        top = ceiling(args.device, torch.bfloat16)
-        flops = counter.get_total_flops()
+            plain.step()
+        seconds = sorted(measured[-1].seconds)[len(measured[-1].seconds) // 2]
+        top, flops = ceiling(args.device, torch.bfloat16), counter.get_total_flops()
         share = 100 * flops / seconds / top
         print(f"{flops / args.batch / 1e9:.0f} GFLOP an image; {share:.0f} % of {top / 1e12:.2f} TFLOP/s (bf16)")
-        print(f"last variant: {parts_of(last, args.device)}")
+        print(f"last uncompiled variant: {parts_of(plain, args.device)}")
 
 
 if __name__ == "__main__":
