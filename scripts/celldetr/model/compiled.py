@@ -1,7 +1,7 @@
 """Compiling functions of tensors of fixed shapes: each becomes one graph, and on a GPU one captured CUDA graph.
 
-A function is compiled when it is first called with shapes; then it serves all calls with these. `compiling` decides how
-long that goes on: afterwards other shapes run uncompiled. A compiled graph takes constant tables as inputs
+A function is compiled when it is first called with shapes; then it serves all calls with these. In a block of
+`no_more_compiling` other shapes run uncompiled. A compiled graph takes constant tables as inputs
 (`celldetr.model.device.constant_table`): call the functions once uncompiled before.
 """
 
@@ -73,6 +73,11 @@ def no_more_compiling() -> Iterator[None]:
 def forget_compiled() -> None:
     """Drop all that was compiled, and the memory of captured graphs."""
     dynamo.reset()
+
+
+def captures() -> int:
+    """Return a number that grows when a CUDA graph is captured, unless it reads only what other graphs left."""
+    return int(dynamo.utils.counters["inductor"]["cudagraph_recorded_non_static_inputs"])
 
 
 def graph_use(device: torch.device | str) -> str:

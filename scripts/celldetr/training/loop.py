@@ -30,7 +30,15 @@ from torch.optim import Optimizer
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import CellDETR
-from celldetr.model.compiled import RUNS_TO_CAPTURE, compiles, forget_compiled, graph_use, no_more_compiling, uncompiled
+from celldetr.model.compiled import (
+    RUNS_TO_CAPTURE,
+    captures,
+    compiles,
+    forget_compiled,
+    graph_use,
+    no_more_compiling,
+    uncompiled,
+)
 from celldetr.model.device import allow_tf32, resolve_precision
 from celldetr.model.weights import load_exactly, read_checkpoint, save_model, save_weights
 from celldetr.runtime.errors import CellDETRError, Interrupted
@@ -121,6 +129,7 @@ class Training:
         self.optimizer = make_optimizer(self.model, settings)
         self.step: int = 0
         self.rate = 0.0  # learning rate of the last step
+        self.slow_steps = 0  # of this epoch: they ran uncompiled, or captured CUDA graphs
         self.best: dict[str, Any] | None = None  # epoch and score
         if state:
             load_exactly(self.model, state["model"], run.state_file)
@@ -154,6 +163,7 @@ class Training:
                 self.run_log.pause()
                 validation = self.validate() if len(self.stage.val_data) else None
                 self.run_log.end_epoch(self.step, self.rate, validation)
+                self.report_slow_steps()
                 self.keep_best(epoch + 1, validation)
                 self.save_state()
             self.writer.check(wait=True)
@@ -179,6 +189,7 @@ class Training:
             reason = str(error).strip().split("\n")[0]
             log.warning("could not compile the step (%s): it runs as it is, at about half the speed", reason)
         self.optimizer.zero_grad()
+        self.slow_steps = 0
         with no_more_compiling():
             yield
 
@@ -199,7 +210,6 @@ class Training:
                     self.gradients(batch)
                 self.optimizer.zero_grad()
                 self.validate_batches(val[number] for number in val.numbers_of_sizes())
-        self.stage.uncompiled_steps = 0
         sizes, seconds = len(steps) + len(val.numbers_of_sizes()), time.monotonic() - start
         log.info("compiled for %d sizes of batches in %.0f s%s", sizes, seconds, graph_use(self.device))
 
@@ -222,6 +232,7 @@ class Training:
 
     def gradients(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Add those of a step to the gradients; return the losses and their weighted sum."""
+        before = self.stage.uncompiled_calls, captures()
         torch.compiler.cudagraph_mark_step_begin()  # nobody reads what graphs have computed before
         seed = int(random_stream(self.settings.seed, batch.step, DROPOUT).integers(2**62)) + self.group.rank
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack in each step on a CPU
@@ -230,7 +241,15 @@ class Training:
         with self.autocast:
             losses, total = self.stage.training_losses(batch)
         total.backward()
+        self.slow_steps += before != (self.stage.uncompiled_calls, captures())
         return losses, total
+
+    def report_slow_steps(self) -> None:
+        """Warn of steps of an epoch that did not run as they were compiled."""
+        if self.slow_steps and self.group.rank == 0:
+            text = "%d of the last %d steps ran uncompiled or captured CUDA graphs; a few of rare sizes are normal"
+            log.warning(text, self.slow_steps, self.batches.steps_per_epoch)
+        self.slow_steps = 0
 
     def validate(self) -> dict[str, Any]:
         """Validate on all validation patches, shared by the processes."""

@@ -130,10 +130,6 @@ class RunLog:
             write_log(self._path, self.history)
             self._add_curves(_validation_curves(validation or {}), step)
             log.info("%s", describe(line, self._stage.settings.epochs))
-            if missed := self._stage.uncompiled_steps:
-                text = "%d of the last %d steps ran uncompiled, at about half the speed; a few of rare sizes are normal"
-                log.warning(text, missed, self._steps_per_epoch)
-        self._stage.uncompiled_steps = 0
 
     def _add_curves(self, values: Mapping[str, float], step: int) -> None:
         if self._curves is not None:

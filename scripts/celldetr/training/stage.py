@@ -52,8 +52,8 @@ class Stage(ABC):
 
     REGIONS = ("look", "costs", "inner", "losses")
 
-    uncompiled_steps: int
-    """Training steps after `compile` that ran uncompiled, all or in part."""
+    uncompiled_calls: int
+    """Calls of these functions after `compile` that ran uncompiled."""
 
     validates_start = False
     """Whether the untrained model is validated, as epoch 0 of the log."""
@@ -72,8 +72,7 @@ class Stage(ABC):
         self.train_data, self.val_data = train, val
         self.evaluator = Evaluator(scoring, val.mpp, self.mode)
         self.group = group or Group()
-        self.uncompiled_steps = 0
-        self._uncompiled_calls = 0
+        self.uncompiled_calls = 0
         self._frozen = self._freeze()
         self.start_validation()
 
@@ -99,7 +98,7 @@ class Stage(ABC):
             setattr(self, name, compiled(getattr(self, name), device, self._missed))
 
     def _missed(self) -> None:
-        self._uncompiled_calls += 1
+        self.uncompiled_calls += 1
 
     def give_up_compiling(self) -> None:
         """Run the four functions as they are again."""
@@ -147,10 +146,8 @@ class Stage(ABC):
         NonFinite
             A matching cost is NaN or infinite; names the patches.
         """
-        before = self._uncompiled_calls
         with self.naming_patches(batch):
             outputs = self.compute(batch.images, batch.targets, batch)
-        self.uncompiled_steps += self._uncompiled_calls > before
         return outputs.losses, outputs.total
 
     def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:

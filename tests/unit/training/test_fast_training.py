@@ -1,5 +1,7 @@
 """Kernels, compilation, precision and activation checkpointing leave the result of training as it is."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -111,9 +113,12 @@ def test_the_log_tells_of_steps_that_ran_uncompiled(store, tmp_path, graphs, mon
     monkeypatch.setattr(ValidationBatches, "numbers_of_sizes", lambda self: [])
     for name, compiled in (("all", True), ("plain", False)):
         losses(store, experiment_of("sequential", training={"compile": compiled, "epochs": 2}), tmp_path / name)
-    assert caplog.text.count("1 of the last 1 steps ran uncompiled") == 2
+    assert caplog.text.count("1 of the last 1 steps ran uncompiled or captured") == 2
     assert_same_result(tmp_path / "all", tmp_path / "plain")
     assert not graphs
+    monkeypatch.setattr(loop, "captures", itertools.count().__next__)
+    losses(store, experiment_of("sequential", training={"epochs": 1}), tmp_path / "captured")
+    assert caplog.text.count("1 of the last 1 steps ran uncompiled or captured") == 3
 
 
 def test_a_step_that_fails_to_compile_runs_as_it_is(store, tmp_path, monkeypatch, caplog):
