@@ -33,7 +33,7 @@ from celldetr.inference.batch import (
 )
 from celldetr.model.celldetr import CellDETR, Features, float_images
 from celldetr.model.compiled import Compile, compiled, compiles
-from celldetr.model.device import computing_in, evaluating
+from celldetr.model.device import computing_in, evaluating, to_device
 from celldetr.model.sampling import Shapes
 from celldetr.runtime.errors import InputError
 
@@ -308,7 +308,7 @@ class Predictor:
         return found
 
     def _upload(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(values), self.device)
 
 
 def _plainly(part: Callable[..., Any], *args: Any) -> Any:

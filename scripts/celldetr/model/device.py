@@ -76,6 +76,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor; from the host to a GPU through pinned memory, so that the host does not wait."""
+    if torch.device(device).type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def padded_size(count: int) -> int:
     """Smallest of 16, 32, 48, 64, 96, 128, 192, 256, ... that is at least `count`.
 

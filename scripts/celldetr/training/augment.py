@@ -22,9 +22,9 @@ from torch.nn import functional
 from celldetr.config.experiment import AugmentationSettings
 from celldetr.model.boxes import xyxy_to_cxcywh
 from celldetr.model.celldetr import float_images
-from celldetr.model.device import constant_table
+from celldetr.model.device import constant_table, to_device
 from celldetr.slides.stains import STAINS, UNMIXING
-from celldetr.training.data import AUGMENTATION, Targets, random_stream, to_device
+from celldetr.training.data import AUGMENTATION, Targets, random_stream
 
 ELASTIC_NODES = 7
 """Nodes per side of the grid of displacements; those on the border do not move, so that nothing leaves the image."""

@@ -15,9 +15,9 @@ from torch.nn import functional
 from celldetr.config.experiment import NoiseSettings
 from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import CellDETR, Features
-from celldetr.model.device import cached_tensor, padded_size
+from celldetr.model.device import cached_tensor, padded_size, to_device
 from celldetr.model.representation import FULL_IMAGE
-from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream, to_device
+from celldetr.training.data import NOISE, VALIDATION, Batch, Targets, random_stream
 
 
 class ViewDraws(NamedTuple):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.boxes import NOISE_DRAWS, xyxy_to_cxcywh
-from celldetr.model.device import padded_size
+from celldetr.model.device import padded_size, to_device
 from celldetr.runtime.errors import InputError, ProcessFailed
 from celldetr.store import PatchStore
 
@@ -37,13 +37,6 @@ log = logging.getLogger(__name__)
 def random_stream(seed: int, step: int, purpose: int) -> np.random.Generator:
     """Random numbers that depend only on the seed, the step (or epoch, or patch) and the purpose."""
     return np.random.default_rng([seed, step, purpose])
-
-
-def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """Move a tensor; from the host to a GPU through pinned memory, so that the host does not wait."""
-    if torch.device(device).type == "cuda" and not values.is_cuda:
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from celldetr.config.experiment import MatchingSettings
 from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
+from celldetr.model.device import to_device
 from celldetr.runtime.errors import NonFinite
-from celldetr.training.data import Targets, to_device
+from celldetr.training.data import Targets
 
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0

@@ -17,8 +17,9 @@ from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
 from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen
 from celldetr.model.compiled import compiled
+from celldetr.model.device import to_device
 from celldetr.runtime.errors import NonFinite
-from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets, to_device
+from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
 from celldetr.training.matching import Matching, costs
 from celldetr.training.processes import Group
 
