@@ -174,7 +174,8 @@ class Training:
     def compiled(self) -> Iterator[None]:
         """Run the steps of the block compiled, where the settings and the device allow it."""
         chosen = self.settings.compile
-        if not compiles(chosen, self.device, "training.compile"):
+        done = self.step == self.total_steps  # a finished run only writes its results
+        if done or not compiles(chosen, self.device, "training.compile"):
             yield
             return
         try:
@@ -199,7 +200,7 @@ class Training:
         It computes gradients and drops them. Sizes that the first three epochs of the run do not have run as they are,
         also after an interruption: dropout draws other masks where a step is compiled.
         """
-        start, steps = time.monotonic(), self.batches.steps_of_sizes(epochs=3)
+        start, steps = time.monotonic(), self.batches.steps_of_sizes(min(3, self.settings.epochs))
         val = self.validation_batches()
         self.stage.compile(self.device)
         for run in range(1 + RUNS_TO_CAPTURE):

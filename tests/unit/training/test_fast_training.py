@@ -106,6 +106,9 @@ def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, graphs
     assert "ran uncompiled" not in caplog.text
     functions = 4 if kind in ("parallel", "ssl") else 3
     assert functions <= len(graphs) <= 2 * functions + 1  # those of validation have no gradients
+    graphs.clear()
+    losses(store, experiment_of(kind, training={"compile": True, "epochs": 3}), tmp_path / "compiled")
+    assert not graphs, "a finished run compiles nothing"
 
 
 def test_the_log_tells_of_steps_that_ran_uncompiled(store, tmp_path, graphs, monkeypatch, caplog):
