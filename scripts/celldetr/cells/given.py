@@ -218,8 +218,9 @@ def _require_areas(cells: CellObjects, cell_outlines: bool, keys: Keys) -> None:
 
 def _require_sizes(cells: CellObjects, boxes: NDArray[np.float64], mpp: float, unit: str, keys: Keys) -> None:
     """Refuse cells that are too large, and sizes that are impossible for nuclei; boxes (n, 4) are px of `mpp` um."""
-    about = f"{len(cells)} cells, if coordinates are {cells.unit or unit}"
-    check_width(cells.path, boxes, mpp, about, keys)
+    labels = cells.word == "label"
+    about = f"{len(cells)} labels" if labels else f"{len(cells)} cells, if coordinates are {cells.unit or unit}"
+    check_width(cells.path, boxes, mpp, about, keys, labels=labels)
     longest = longest_sides(boxes) * mpp
     cells.refuse(longest > _LARGEST_UM, f"outlines of more than {_LARGEST_UM:g} um", "remove what outlines no cell")
     if large := int((longest > LONGEST_UM).sum()):

@@ -182,11 +182,11 @@ class CellRow(_SlideFile):
         if words := {"hest", "detect"} & set(self.nuclei):
             raise ValueError(f"expected nuclei to be a file, or empty: the model finds them; got {sorted(words)[0]!r}")
         if self.region_unit and not self.region:
-            raise ValueError("expected a file in column region, as there is a value in region_unit")
+            raise ValueError("expected a value in region, as there is one in region_unit")
         about = {"nuclei_sha256", "nuclei_unit", "nuclei_mpp", "diameter_um", "cell_outlines", "check_outlines"}
         changed = [name for name in sorted(about) if getattr(self, name) != type(self).model_fields[name].default]
         if changed and not self.nuclei:
-            raise ValueError(f"expected a file in column nuclei, as there is a value in {', '.join(changed)}")
+            raise ValueError(f"expected a value in nuclei, as there is one in {', '.join(changed)}")
         return self
 
 

@@ -39,8 +39,8 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, s
         problem = "got an image with one channel, expected colour (H&E)"
     elif image.mpp is None:
         problem = (
-            "the file does not state its pixel size, and no value is guessed; give um per px in column mpp of the "
-            "slides sheet (command line: --mpp): about 0.25 for a 40x objective, 0.5 for 20x; whoever provides the "
+            "the file does not state its pixel size, and no value is guessed; give um per px in column mpp of its "
+            "sheet (command line: --mpp): about 0.25 for a 40x objective, 0.5 for 20x; whoever provides the "
             "slide has the exact value"
         )
     if problem:

@@ -128,14 +128,19 @@ def name_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
 
 
-def check_width(path: Path, boxes: NDArray[np.float64], mpp: float, about: str, keys: Keys = SLIDES) -> None:
-    """Refuse nuclei of an impossible size (`InputError`); boxes (n, 4) are px of `mpp` um."""
+def check_width(
+    path: Path, boxes: NDArray[np.float64], mpp: float, about: str, keys: Keys = SLIDES, *, labels: bool = False
+) -> None:
+    """Refuse nuclei of an impossible size (`InputError`); boxes (n, 4) are px of `mpp` um; `labels`: of an image."""
     low, high = _PLAUSIBLE_UM
     width = float(np.median(boxes[:, 2:] - boxes[:, :2])) * mpp
     if not low <= width <= high:
+        remedy = f"correct {keys('nuclei_unit')} (px of level 0, or um) or {keys('mpp')}{keys.where}"
+        if labels:
+            remedy = f"give each nucleus a number of its own (label a mask first), or correct {keys('mpp')}{keys.where}"
         raise InputError(
             f"{path}: got nuclei that are {width:.3g} um wide (median, {about}), expected {low:g} to {high:g} (nuclei, "
-            f"not whole cells); correct {keys('nuclei_unit')} (px of level 0, or um) or {keys('mpp')}{keys.where}"
+            f"not whole cells); {remedy}"
         )
 
 

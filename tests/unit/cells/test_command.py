@@ -109,7 +109,7 @@ def test_a_break_before_joining_costs_no_second_search(files, tmp_path, monkeypa
         ({"more": ("--margin-um", "-1")}, "command line: margin_um: got '-1'"),
         ({"more": ("--outputs", "pdf")}, "command line: outputs: got"),
         ({"more": ("--outputs", "h5ad", "h5ad")}, "line: outputs: got ['h5ad', 'h5ad'], expected each of them once"),
-        ({"more": ("--diameter-um", "8")}, "expected a file in column nuclei"),
+        ({"more": ("--diameter-um", "8")}, "expected a value in nuclei"),
         ({"more": ("--name", "../up")}, "command line: name: got '../up'"),
         ({"more": ("--model-mpp", "0.25")}, "--model-mpp: got 0.25, but"),
         ({"more": ("--nucleus-threshold", "1")}, "no cell"),

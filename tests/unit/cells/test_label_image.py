@@ -126,6 +126,12 @@ def test_a_label_image_gives_the_cells_of_its_slide(tmp_path, monkeypatch):
         save(path, np.roll(labels, 30, axis=1))
         with pytest.raises(InputError, match=r"moved by -(59|60|61), -?[01] px"):
             read_given_cells(path, image, name="s", nuclei_mpp=2 * MPP)
+        y, x = np.argwhere(labels)[0]
+        mask = np.zeros_like(labels, np.uint8)
+        mask[y : y + 99, x : x + 99] = 255  # of a field: smaller than what no cell can be
+        save(path, mask)
+        with pytest.raises(InputError, match=r"um wide \(median, 1 labels\).*give each nucleus a number of its own"):
+            read_given_cells(path, image, name="s", nuclei_mpp=2 * MPP)
         with pytest.raises(InputError, match="label image and --nuclei-unit and --diameter-um; leave"):
             read_given_cells(path, image, name="s", unit="um", diameter_um=7)
         path.write_text("x0,y0,x1,y1\n1,2,3,4\n")

@@ -115,7 +115,7 @@ def test_a_slide_becomes_patches_with_the_boxes_of_its_nuclei(tmp_path, cut):
 
 def test_the_size_of_a_pixel_is_known_or_the_slide_refused(tmp_path, cut):
     file = write_slide(tmp_path / "slide", mpp=None)
-    with pytest.raises(InputError, match=r"s1.*column mpp of the slides sheet") as caught:
+    with pytest.raises(InputError, match=r"s1.*column mpp of its sheet") as caught:
         cut(file, on_damage="skip")  # not damage
     assert not isinstance(caught.value, DamagedSlide)
     store, _ = cut(file, mpp=MPP)
