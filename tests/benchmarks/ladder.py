@@ -72,15 +72,17 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def draw_store(folder: Path, patches: int, size: int, nuclei: int, classes: Sequence[str]) -> PatchStore:
-    """Write a store of smooth noise with boxes at random places."""
+    """Write a store of smooth noise with dark nuclei at random places."""
     random = np.random.default_rng(0)
     coarse = random.integers(90, 240, (patches, size // 8, size // 8, 3), dtype=np.uint8)
     images = coarse.repeat(8, axis=1).repeat(8, axis=2)
     boxes, labels = [], []
-    for count in random.poisson(nuclei, patches):
+    for image, count in zip(images, random.poisson(nuclei, patches), strict=True):
         half = random.uniform(size / 40, size / 20, (count, 2))
         centre = random.uniform(half, size - half)
         boxes.append(np.concatenate([centre - half, centre + half], axis=1).astype(np.float32))
+        for left, top, right, bottom in boxes[-1].round().astype(int):
+            image[top:bottom, left:right] = (70, 40, 120)
         labels.append(
             random.integers(0, len(classes), count).astype(np.int8) if classes else np.full(count, -1, np.int8)
         )
