@@ -72,7 +72,8 @@ class SslStage(Stage):
         with torch.autocast(query.device.type, enabled=False):
             loss = contrastive_loss(projected, views, settings.temperature, settings.negatives)
         losses["contrastive"] = loss / divisors[1]
-        return losses, weighted(losses, self.settings.losses) + settings.weight * losses["contrastive"]
+        total = weighted(losses, self.settings.losses) + settings.weight * losses["contrastive"]
+        return {name: value.detach() for name, value in losses.items()}, total
 
     def validate(self, batch: Batch) -> Outputs:
         """Count also the anchors that find their original, and sum up the spread of the originals."""

@@ -123,10 +123,10 @@ class Stage(ABC):
     def losses(
         self, seen: Seen, inner: Any, targets: Targets, query: Tensor, divisors: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses, and their weighted sum; `query` (L, B, R) are the matches, see `detection_losses`.
+        """Losses, and their weighted sum; only the sum has a gradient, so that a backward graph takes no other.
 
-        `divisors` (2,) are the number of nuclei, and that of images with at least two nuclei, of the global batch in
-        training; 1 in validation, where losses are summed.
+        `query` (L, B, R) are the matches, see `detection_losses`. `divisors` (2,) are the number of nuclei, and that of
+        images with at least two nuclei, of the global batch in training; 1 in validation, where losses are summed.
         """
 
     @abstractmethod

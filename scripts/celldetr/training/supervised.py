@@ -59,7 +59,8 @@ class SupervisedStage(Stage):
         if logits is not None:
             weights = cached_tensor(self._weights, labels.device)
             losses["classes"] = class_loss(logits, labels, divisors[0], weights)
-        return losses, weighted(losses, self.settings.losses)
+        total = weighted(losses, self.settings.losses)
+        return {name: value.detach() for name, value in losses.items()}, total
 
     @functools.cached_property
     def _weights(self) -> tuple[float, ...]:
