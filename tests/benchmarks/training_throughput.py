@@ -223,7 +223,10 @@ def parts_of(steps: Steps, device: str) -> str:
 
 
 def count_kernels(args, store, folder: Path) -> None:
-    """Print how many kernels the compiler generates for one size of batches, beside products and convolutions."""
+    """Print how many kernels the compiler generates for one size of batches, beside products and convolutions.
+
+    On a CPU it counts the forms of a loop (vectors, scalars) one by one: compare a count with others of its kind.
+    """
     steps = Steps(args, store, folder, bf16=True)
     steps.step()  # makes the tables
     batch = steps.next_batch()
