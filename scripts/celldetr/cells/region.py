@@ -13,11 +13,13 @@ from celldetr.cells.given_files import CellObjects, read_objects
 from celldetr.runtime.errors import InputError
 from celldetr.slides.boxes import place_outlines
 from celldetr.slides.outline_check import Keys
+from celldetr.slides.outline_files import read_format
 from celldetr.slides.outlines import file_to_level0, is_polygonal, name_counts
 from celldetr.slides.pyramid import Pyramid
 
 log = logging.getLogger(__name__)
 
+_EXPECTED = "polygons as GeoJSON, GeoParquet or Parquet with WKB"
 _CUT = 0.99  # log the share of a region that lies on the slide if it is smaller
 
 
@@ -45,6 +47,9 @@ def read_region(
         The file is damaged or has no polygon; a polygon is unreadable or lies outside of the slide; `unit` is missing.
     """
     file, keys = Path(path), keys or Keys()
+    form, start = read_format(file, _EXPECTED)
+    if form not in ("geojson", "parquet"):
+        raise InputError(f"{file}: got a file that starts with {start[:8]!r}, expected {_EXPECTED}")
     if unit is None and any(image.origin):
         x, y = image.origin
         raise InputError(

@@ -94,3 +94,10 @@ def test_a_region_is_mended_and_cut_at_the_edge(tmp_path, image, caplog):
 def test_what_is_no_region_of_the_slide_is_refused(tmp_path, image, shapes, message):
     with pytest.raises(InputError, match=f"{tmp_path / 'r'}: got .*{message}"):
         read_region(write(tmp_path / "r", shapes), image)
+
+
+@pytest.mark.parametrize("content", [b"x,y,diameter_um\n10,20,9\n", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY\x01\x00"])
+def test_a_table_of_cells_and_an_image_are_no_region(tmp_path, image, content):
+    (tmp_path / "r").write_bytes(content)
+    with pytest.raises(InputError, match=r"r: got a file that starts with .*expected polygons as GeoJSON"):
+        read_region(tmp_path / "r", image)
