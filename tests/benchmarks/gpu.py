@@ -18,10 +18,10 @@ SHOWN = 14
 """Last lines of a log that are printed."""
 MODES = ("parallel", "ssl", "st", "baseline")
 PARTS = {
-    "sampling": (60, ["sampling_kernels.py", "--rounds", "5"]),
-    "training": (150, ["training_throughput.py", "--rounds", "4"]),
+    "training": (240, ["training_throughput.py", "--rounds", "4"]),
     "profile": (60, ["step_profile.py", "--rounds", "10"]),
     "prediction": (90, ["inference_throughput.py", "--rounds", "3"]),
+    "sampling": (60, ["sampling_kernels.py", "--rounds", "5"]),
     "epochs": (80, ["epoch_rates.py"]),
     "control": (80, ["epoch_rates.py", "--control"]),
     **{f"training_{mode}": (60, ["step_profile.py", "--rounds", "10", "--mode", mode]) for mode in MODES},
