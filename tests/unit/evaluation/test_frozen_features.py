@@ -234,7 +234,7 @@ def test_the_script_reads_a_model_and_stores(tmp_path):
     inputs = SimpleNamespace(
         model=tmp_path / "model.pt", stores=[train.path], split=tmp_path / "split1.tsv", test=test.path
     )
-    params = SimpleNamespace(k=3, max_nuclei=500, batch_size=8, seed=1)
+    params = SimpleNamespace(k=3, max_nuclei=500, batch_size=8, compile="auto", seed=1)
     wildcards = SimpleNamespace(experiment="tiny", split="1")
     script.main(SimpleNamespace(input=inputs, output=output, params=params, wildcards=wildcards, threads=1))
     table = pd.read_csv(output.tsv, sep="\t")

@@ -198,7 +198,7 @@ def test_lean_form_keeps_its_inputs_and_nothing_else_for_the_backward_pass():
 
 def test_choice_of_the_form(monkeypatch):
     def chosen(device, *, compiler=True, deformops=False, **options):
-        monkeypatch.setattr(sampling.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+        monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
         monkeypatch.setattr(sampling.importlib.util, "find_spec", lambda name: "found" if deformops else None)
         return choose_sampler(device, **options).name
 
