@@ -57,28 +57,13 @@ def predict_fold(
         The classes of the model are neither those of the store nor mapped to them by `class_map`; or see `Predictor`.
     """
     sources = _class_sources(model, store, class_map)
-    absent = [name for name, columns in zip(store.classes, sources, strict=True) if not columns]
-    own = {
-        "test_store": store.path.stem,
-        "store_digest": store.digest,
-        "nucleus_threshold": nucleus_threshold,
-        "mode": model.settings.mode,
-    }
+    own: dict[str, Any] = {"nucleus_threshold": nucleus_threshold, "mode": model.settings.mode}
+    if absent := [name for name, columns in zip(store.classes, sources, strict=True) if not columns]:
+        own["absent"] = absent
     if embeddings and model.baseline:
         log.warning("%s: a model of mode baseline has no embeddings, the file will have none", path)
     width = model.settings.d_model if embeddings and not model.baseline else None
-    empty = Predictions(
-        np.empty(0, int),
-        np.empty(0, int),
-        np.empty((0, 4)),
-        np.empty(0),
-        np.empty((0, len(store.classes))),
-        classes=store.classes,
-        n_patches=store.n_patches,
-        metadata={**(metadata or {}), **own, **({"absent": absent} if absent else {})},
-        embeddings=None if width is None else np.empty((0, width), np.float32),
-    )
-
+    empty = _no_detections(store, width, {**(metadata or {}), **own})
     predictor = Predictor(
         model,
         batch_size=batch_size,
@@ -114,6 +99,21 @@ def predict_fold(
             nucleus_threshold,
         )
     return detections
+
+
+def _no_detections(store: PatchStore, width: int | None, metadata: Mapping[str, Any]) -> Predictions:
+    """Predictions of a store in which nothing was found, with embeddings of a width."""
+    return Predictions(
+        np.empty(0, int),
+        np.empty(0, int),
+        np.empty((0, 4)),
+        np.empty(0),
+        np.empty((0, len(store.classes))),
+        classes=store.classes,
+        n_patches=store.n_patches,
+        metadata={**metadata, "test_store": store.path.stem, "store_digest": store.digest},
+        embeddings=None if width is None else np.empty((0, width), np.float32),
+    )
 
 
 def attend_patches(
