@@ -34,7 +34,7 @@ def main() -> None:
     told["model"]["backbone"]["norm"] = "group"
     rate = 1e-12 if args.control else 2e-4
     told["training"] |= {"epochs": args.epochs, "precision": "auto", "select": "last", "warmup_steps": 50}
-    told["training"] |= {"lr": rate, "backbone_lr": rate}
+    told["training"] |= {"lr": rate, "backbone_lr": rate, "compile": args.device.startswith("cuda")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = draw_store(

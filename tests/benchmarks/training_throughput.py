@@ -130,6 +130,7 @@ class Steps:
         self.device, self.compiling = args.device, compiling
         told = (experiment or experiment_of(args)).to_dict()
         told["training"] |= {"precision": "bf16" if bf16 else "tf32", "cache": "none" if loader else "gpu"}
+        told["training"]["compile"] = ahead and args.device.startswith("cuda")  # the augmentation; the step: warm_up
         told["model"]["kernel"] = "reference" if sampling == "plain" else "auto"
         experiment = Experiment.from_dict(told)
         split = pd.DataFrame({"store": "drawn", "patch": range(store.n_patches), "part": "train"})

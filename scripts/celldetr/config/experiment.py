@@ -244,7 +244,7 @@ class SharedTrainingSettings(Settings):
     compile: Literal["auto"] | bool = Field(
         "auto",
         description="torch.compile of the training step, with CUDA graphs on a GPU; it takes minutes before the first "
-        "step; auto: on GPUs with a C compiler",
+        "step; auto: on GPUs with a C compiler, for 5,000 steps or more",
     )
     activation_checkpointing: bool = Field(
         False, description="compute layers again in the backward pass: a fifth of the memory, slower, same result"

@@ -142,7 +142,7 @@ class Predictor:
         """Whether representing is a step of its own."""
         self._required = compiling is True
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-        if compiles(compiling, device, "inference.compile") and (self._required or expected >= COMPILING_PAYS):
+        if compiles(compiling, device, "inference.compile", pays=expected >= COMPILING_PAYS):
             self._compiled = {part: compiled(part, device) for part in (self._look, self._represent)}
         self._known: set[tuple[torch.Size, ...]] = set()
         on_gpu = self.device.type == "cuda"

@@ -26,8 +26,8 @@ _MOST_SHAPES = 256
 """Shapes and modes that one function is compiled for at most."""
 
 
-def compiles(setting: Compile, device: torch.device | str, key: str) -> bool:
-    """Whether functions are to be compiled on a device. ``auto``: on GPUs, if there is a C compiler.
+def compiles(setting: Compile, device: torch.device | str, key: str, *, pays: bool = True) -> bool:
+    """Whether functions are to be compiled on a device. ``auto``: on GPUs, if there is a C compiler and it `pays`.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def compiles(setting: Compile, device: torch.device | str, key: str) -> bool:
     found = any(map(shutil.which, _COMPILERS[kind]))
     if setting is True and not found:
         raise ConfigError(f"{key}: got true, but there is no C++ compiler here; install one or set it false")
-    return found and (setting is True or (setting == "auto" and kind == "cuda"))
+    return found and (setting is True or (setting == "auto" and kind == "cuda" and pays))
 
 
 def compiled(function: Function, device: torch.device | str, missed: Callable[[], None] | None = None) -> Function:

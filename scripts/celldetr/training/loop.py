@@ -66,6 +66,9 @@ from celldetr.training.supervised import SupervisedStage
 
 STAGES: Mapping[str, type[Stage]] = {"supervised": SupervisedStage, "st": SupervisedStage, "ssl": SslStage}
 
+COMPILING_PAYS = 5_000
+"""Steps of a run from which on ``compile: auto`` compiles: minutes against the 50 ms a step that it is to save."""
+
 log = logging.getLogger(__name__)
 
 
@@ -118,8 +121,10 @@ class Training:
             PatchData(stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
         )
         self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
-        self.prepared = Prefetcher(device, settings, compiled=compiles(settings.compile, device, "training.compile"))
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
+        pays = self.total_steps >= COMPILING_PAYS
+        self.compiles = compiles(settings.compile, device, "training.compile", pays=pays)
+        self.prepared = Prefetcher(device, settings, compiled=self.compiles)
         state = read_state(run.state_file, run.identity)
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
         self.record = state["record"] if state else {**run.record, "device": name, "processes": group.world}
@@ -173,9 +178,8 @@ class Training:
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Run the steps of the block compiled, where the settings and the device allow it."""
-        chosen = self.settings.compile
         done = self.step == self.total_steps  # a finished run only writes its results
-        if done or not compiles(chosen, self.device, "training.compile"):
+        if done or not self.compiles:
             yield
             return
         try:
@@ -183,7 +187,7 @@ class Training:
         except CellDETRError:
             raise
         except Exception as error:  # whatever a compiler, its cache or a driver may raise
-            if chosen is True:
+            if self.settings.compile is True:
                 raise
             self.stage.give_up_compiling()
             forget_compiled()

@@ -39,6 +39,8 @@ def test_what_a_setting_means_depends_on_the_device_and_its_compilers(monkeypatc
     assert not compiles(False, "cuda", "key")
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
     assert compiles("auto", "cuda", "key")
+    assert not compiles("auto", "cuda", "key", pays=False)
+    assert compiles(True, "cuda", "key", pays=False)
     assert not compiles("auto", "cpu", "key")
     with pytest.raises(ConfigError, match="^training.compile: got true, but there is no C"):
         compiles(True, "cpu", "training.compile")

@@ -133,7 +133,7 @@ def test_a_step_that_fails_to_compile_runs_as_it_is(store, tmp_path, monkeypatch
 
     experiment = experiment_of("sequential", training={"epochs": 2})
     losses(store, experiment, tmp_path / "plain")
-    monkeypatch.setattr(loop, "compiles", lambda setting, device, key: True)
+    monkeypatch.setattr(loop, "compiles", lambda setting, device, key, pays: True)
     monkeypatch.setattr(stage, "compiled", broken)
     losses(store, experiment, tmp_path / "broken")
     assert_same_result(tmp_path / "broken", tmp_path / "plain")
