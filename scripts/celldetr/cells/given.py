@@ -118,12 +118,7 @@ def read_given_cells(
     file, mpp, keys = Path(path), float(image.mpp or 0), keys or Keys()
     to_level0 = file_to_level0(unit, mpp, image.origin)
     if read_format(file, f"{EXPECTED}, or a label image")[0] == "image":
-        changed = {"nuclei_unit": unit != "px", "diameter_um": diameter_um is not None}
-        if wrong := [keys(name) for name, other in changed.items() if other]:
-            raise InputError(
-                f"{file}: got a label image and {' and '.join(wrong)}{keys.where}; leave {' and '.join(wrong)} out: "
-                "label images begin at the corner of level 0"
-            )
+        _refuse_with_labels(file, unit, diameter_um, keys)
         objects = read_label_image(file, image.size, mpp, nuclei_mpp=nuclei_mpp, most_um=_LARGEST_UM, keys=keys)
     elif nuclei_mpp is not None:
         raise InputError(
@@ -167,6 +162,16 @@ def read_given_cells(
         repaired,
     )
     return given
+
+
+def _refuse_with_labels(file: Path, unit: str, diameter_um: float | None, keys: Keys) -> None:
+    """Refuse settings that a label image does not take."""
+    changed = {"nuclei_unit": unit != "px", "diameter_um": diameter_um is not None}
+    if wrong := [keys(name) for name, other in changed.items() if other]:
+        raise InputError(
+            f"{file}: got a label image and {' and '.join(wrong)}{keys.where}; leave {' and '.join(wrong)} out: "
+            "label images begin at the corner of level 0"
+        )
 
 
 def _without_others(objects: CellObjects) -> CellObjects:
