@@ -1,5 +1,6 @@
 """Settings of the systems that segment nuclei, with which CellDETR is compared (stage segmentation)."""
 
+from importlib.util import find_spec
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,13 @@ from celldetr.config.experiment import TrainingSettings
 
 SystemName = Literal["mask_rcnn", "micro_net", "hover_net", "cellvit_256", "cellvit_sam_b"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+PACKAGES = ("torchvision", "timm", "monai", "cellseg_models_pytorch", "skimage")
+"""What the systems import, beside what all models need; envs/baselines.yaml and `make baselines` bring it."""
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of the systems that this Python cannot import; nothing is imported to find out."""
+    return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class SegmentationSettings(Settings):
