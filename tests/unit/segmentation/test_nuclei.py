@@ -48,5 +48,5 @@ def test_a_map_of_one_nucleus_has_the_box_of_the_image():
 
 
 def test_negative_ids_are_refused():
-    with pytest.raises(ValueError, match="non-negative"):
+    with pytest.raises(ValueError, match="negative"):
         nuclei_of_map(np.full((8, 8), -1), np.ones((8, 8)), np.ones((1, 8, 8)), 10)
