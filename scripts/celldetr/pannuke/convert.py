@@ -1,7 +1,8 @@
 """PanNuke folds: from the published archive to a patch store, image by image.
 
 A nucleus is an (image, channel, id): its pieces belong together, however far apart. Its box is half-open and its
-centroid the mean of its pixel centres. Overlaps between channels, one-pixel nuclei and empty images are kept.
+centroid the mean of its pixel centres. Overlaps between channels, one-pixel nuclei and empty images are kept; in the
+instance map, which has one nucleus per pixel, the smaller one has the overlap (with equal areas: the later one).
 """
 
 import logging
@@ -39,7 +40,9 @@ ODDITIES = {
     "split nuclei": "ids in several pieces, 8-connected (kept as one nucleus each)",
     "covering nuclei": "ids that cover more than half of their image",
     "pale nuclei": "images whose nuclei are paler in red, on average, than the rest (kept)",
-    "overlap pixels": "pixels that two or more classes claim (each nucleus keeps all its pixels)",
+    "overlap pixels": "pixels that two or more classes claim (each box and centroid keeps all its pixels)",
+    "lost pixels": "pixels that nuclei leave to smaller ones in the instance map",
+    "hidden nuclei": "nuclei without a pixel in the instance map, as smaller ones cover them (box kept)",
     "void pixels": "pixels that are neither nucleus nor background (kept)",
     "background over nuclei": "pixels that are nucleus and background (nucleus kept)",
 }
@@ -52,11 +55,15 @@ _AHEAD = 8  # images that the reading threads may be ahead of the writer
 
 @dataclass(frozen=True)
 class MaskNuclei:
-    """Nuclei of one image: boxes (n, 4) xyxy px, labels (n,), centroids (n, 2) px; `odd`: oddity -> its count."""
+    """Nuclei of one image: boxes (n, 4) xyxy px, labels (n,), centroids (n, 2) px, and their map `instances` (S, S).
+
+    `odd`: oddity -> its count.
+    """
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int8]
     centroids: NDArray[np.float32]
+    instances: NDArray[np.uint16]
     odd: dict[str, int]
 
 
@@ -137,6 +144,7 @@ def convert_fold(
                 [nuclei.boxes],
                 [nuclei.labels],
                 centroids=[nuclei.centroids],
+                instances=[nuclei.instances],
                 patches={
                     "source": [f"fold{fold}"],
                     "group": [f"fold{fold}"],  # PanNuke does not say which slide an image is from
@@ -326,9 +334,10 @@ def nuclei_of(masks: NDArray[Any], where: str = "masks") -> MaskNuclei:
     }
     if len(ids) == 0:
         empty = np.empty((0, 4), np.float32), np.empty(0, np.int8), np.empty((0, 2), np.float32)
-        return MaskNuclei(*empty, odd)
+        return MaskNuclei(*empty, np.zeros(masks.shape[:2], np.uint16), odd)
     order = np.lexsort((ids, channel))
-    ids, channel, y, x = ids[order], channel[order], pixel[order] // size, pixel[order] % size
+    ids, channel, pixel = ids[order], channel[order], pixel[order]
+    y, x = np.divmod(pixel, size)
     first = np.flatnonzero(np.r_[True, (np.diff(ids) != 0) | (np.diff(channel) != 0)])
     area = np.diff(np.r_[first, len(ids)])
     low = [np.minimum.reduceat(axis, first) for axis in (x, y)]
@@ -339,8 +348,27 @@ def nuclei_of(masks: NDArray[Any], where: str = "masks") -> MaskNuclei:
     odd["split nuclei"] = sum(
         _pieces(x[start : start + n], y[start : start + n]) > 1 for start, n in zip(first, area, strict=True) if n > 1
     )
+    instances = _instances(pixel, area, claims)
+    odd["lost pixels"] = len(pixel) - int(np.count_nonzero(claims))
+    odd["hidden nuclei"] = len(first) - int(np.count_nonzero(np.bincount(instances)[1:]))
     boxes = np.stack([*low, *high], axis=1).astype(np.float32)
-    return MaskNuclei(boxes, channel[first].astype(np.int8), centroids.astype(np.float32), odd)
+    return MaskNuclei(
+        boxes, channel[first].astype(np.int8), centroids.astype(np.float32), instances.reshape(masks.shape[:2]), odd
+    )
+
+
+def _instances(pixel: NDArray[np.int64], area: NDArray[np.int64], claims: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """Draw the instance map (S * S,) of nuclei: their pixels (p,), nucleus after nucleus, and `area` (n,) of each.
+
+    A pixel with several `claims` (S * S,) goes to the smaller nucleus, with equal areas to the later one.
+    """
+    number = np.repeat(np.arange(1, len(area) + 1), area)
+    instances = np.zeros(len(claims), np.uint16)
+    instances[pixel] = number
+    several = np.flatnonzero(claims[pixel] > 1)
+    several = several[np.argsort(-area[number[several] - 1], kind="stable")]
+    instances[pixel[several]] = number[several]  # of several values NumPy keeps the last
+    return instances
 
 
 def _pieces(x: NDArray[np.int64], y: NDArray[np.int64]) -> int:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import zarr
-from numcodecs.checksum32 import CRC32C
-from numcodecs.zstd import Zstd
 from numpy.typing import ArrayLike, NDArray
 
 from celldetr.runtime.errors import InputError
+from celldetr.store.shards import PATCHES_PER_SHARD, ZSTD, read_chunks, shard_path
 
 FORMAT = 4
-PATCHES_PER_SHARD = 256
-ZSTD = Zstd(level=1, checksum=True)  # a checksum turns a changed bit into an error
 NO_LABEL = -1
 TEXT_COLUMNS = ("source", "group", "tissue")
 NUMBER_COLUMNS = ("x", "y")
 COLUMNS = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
 ARRAYS = ("boxes", "labels", "centroids", "box_ptr", *(f"patches/{name}" for name in COLUMNS))
-"""All but the images."""
+"""All but the images and the instance maps."""
+INSTANCES = "instances_digest"
+"""Attribute that a store with instance maps has, and no other."""
 _IDENTITY = ("images_digest", "classes", "mpp", "counts", "image", "settings")  # attributes that the digest covers
 
 
@@ -42,7 +41,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class PatchStore:
-    """A patch store that is open for reading; all but the images is in memory. Use `open_store` to make one."""
+    """A patch store that is open for reading; all but its pixels is in memory. Use `open_store` to make one."""
 
     path: Path
     attrs: dict[str, Any]
@@ -83,33 +82,61 @@ class PatchStore:
         IndexError
             The store has no such patch.
         """
+        wanted = self._checked(indices)
+        images = np.empty((len(wanted), self.patch_size, self.patch_size, 3), np.uint8)
+        planes = np.empty((3, self.patch_size, self.patch_size), np.uint8)
+
+        def take(row: int, chunk: bytes) -> None:
+            ZSTD.decode(chunk, out=planes.reshape(-1))
+            for channel in range(3):  # numpy copies slowly along an axis of length three
+                images[row, ..., channel] = planes[channel]
+
+        self._each_chunk("images", 4, wanted, take)
+        return images
+
+    @property
+    def has_instances(self) -> bool:
+        """Whether the store has instance maps of its patches, if there are any."""
+        return self.n_patches == 0 or INSTANCES in self.attrs
+
+    def instances(self, indices: ArrayLike) -> NDArray[np.uint16]:
+        """Read the instance maps (B, S, S) at indices (B,): 0 background, k the k-th box of the patch (from 1).
+
+        Raises
+        ------
+        InputError
+            The store has none, or one is damaged; names the store and the patches.
+        IndexError
+            The store has no such patch.
+        """
+        if not self.has_instances:
+            raise InputError(
+                f"{self.path}: instances: got none, expected the instance map of each patch, as in the stores of "
+                "PanNuke; if it is one of these, or a selection of them, it is older: delete it and make it again"
+            )
+        wanted = self._checked(indices)
+        found = np.empty((len(wanted), self.patch_size, self.patch_size), "<u2")
+        self._each_chunk("instances", 3, wanted, lambda row, chunk: ZSTD.decode(chunk, out=found[row].reshape(-1)))
+        return found
+
+    def _checked(self, indices: ArrayLike) -> NDArray[np.int64]:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= self.n_patches):
             raise IndexError(f"{self.path}: patches {wanted.min()} to {wanted.max()}, there are {self.n_patches}")
-        images = np.empty((len(wanted), self.patch_size, self.patch_size, 3), np.uint8)
-        shards = wanted // PATCHES_PER_SHARD
-        for shard in np.unique(shards):
+        return wanted
+
+    def _each_chunk(
+        self, array: str, ndim: int, patches: NDArray[np.int64], take: Callable[[int, bytes], object]
+    ) -> None:
+        """Call ``take(row, chunk)`` with each row of `patches` (B,) and the compressed chunk of its patch."""
+        shards = patches // PATCHES_PER_SHARD
+        for shard in np.unique(shards).tolist():
             rows = np.flatnonzero(shards == shard)
-            with _naming_damage(self.path, f"images of patches {wanted[rows].min()} to {wanted[rows].max()}"):
-                _read_shard(shard_path(self.path, shard), wanted[rows] % PATCHES_PER_SHARD, images, rows)
-        return images
-
-
-def shard_path(store: Path, shard: int) -> Path:
-    """File of a shard of images."""
-    return store / "images" / "c" / str(shard) / "0" / "0" / "0"
-
-
-def _read_shard(path: Path, chunks: NDArray[np.int64], out: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
-    """Decode chunks (n,) of a shard into rows (n,) of `out`; zarr takes several times as long for a patch."""
-    planes = np.empty((3, *out.shape[1:3]), np.uint8)
-    with path.open("rb") as file:
-        file.seek(-16 * PATCHES_PER_SHARD - 4, os.SEEK_END)  # offset and length of each chunk, and their checksum
-        places = np.frombuffer(CRC32C(location="end").decode(file.read()), "<u8").reshape(-1, 2)
-        for row, (offset, length) in zip(rows, places[chunks].tolist(), strict=True):
-            ZSTD.decode(os.pread(file.fileno(), length, offset), out=planes.reshape(-1))
-            for channel in range(3):  # numpy copies slowly along an axis of length three
-                out[row, ..., channel] = planes[channel]
+            chosen = patches[rows]
+            with _naming_damage(self.path, f"{array} of patches {chosen.min()} to {chosen.max()}"):
+                chunks = read_chunks(shard_path(self.path / array, ndim, shard), chosen % PATCHES_PER_SHARD)
+                for row, chunk in zip(rows.tolist(), chunks, strict=True):
+                    take(row, chunk)
 
 
 @contextlib.contextmanager
@@ -166,9 +193,13 @@ def content_digest(images: Sequence[int], arrays: Mapping[str, NDArray[Any]], at
     arrays
         `ARRAYS` by name.
     attrs
-        All; those are covered that are read later, and `images_digest`, the SHA-256 over the SHA-256 of each image.
+        All; those are covered that are read later, and `images_digest` and, if there are instance maps,
+        `instances_digest`: the SHA-256 over the SHA-256 of each image and map.
     """
-    head = [list(images), {key: attrs.get(key) for key in _IDENTITY}]
+    identity = {key: attrs.get(key) for key in _IDENTITY}
+    if INSTANCES in attrs:
+        identity[INSTANCES] = attrs[INSTANCES]
+    head = [list(images), identity]
     found = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for name in ARRAYS:
         array = arrays[name]
@@ -184,7 +215,7 @@ def class_counts(labels: NDArray[np.integer], classes: Sequence[str]) -> dict[st
 
 
 def _open(path: Path) -> tuple[zarr.Array, dict[str, zarr.Array], dict[str, Any]]:
-    """Images, other arrays, and attributes; an array that lacks a file is refused, as Zarr would read zeros."""
+    """Images, arrays to read whole, and attributes; an array that lacks a file is refused: Zarr would read zeros."""
     if not path.is_dir():
         raise InputError(f"{path}: got no such folder, expected a patch store; run the rule that makes it")
     try:
@@ -192,7 +223,8 @@ def _open(path: Path) -> tuple[zarr.Array, dict[str, zarr.Array], dict[str, Any]
         found = group.attrs.get("format")
         if found != FORMAT:
             raise InputError(f"{path}: attribute format: got {found!r}, expected {FORMAT}; make the store again")
-        arrays: dict[str, Any] = {name: group[name] for name in ("images", *ARRAYS)}
+        by_patch = ("images", "instances") if INSTANCES in group.attrs else ("images",)
+        arrays: dict[str, Any] = {name: group[name] for name in (*by_patch, *ARRAYS)}
     except (KeyError, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be opened as a patch store ({error!r}); make it again") from error
     for name, array in arrays.items():
@@ -203,4 +235,4 @@ def _open(path: Path) -> tuple[zarr.Array, dict[str, zarr.Array], dict[str, Any]
             raise InputError(
                 f"{path}: {name}: got {files} of {expected} files; the store is incomplete: delete it and make it again"
             )
-    return arrays.pop("images"), arrays, dict(group.attrs)
+    return arrays["images"], {name: arrays[name] for name in ARRAYS}, dict(group.attrs)
