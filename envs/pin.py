@@ -1,6 +1,6 @@
-"""Write the conda files of this folder: their direct packages with all that these need, at the versions of lock.txt.
+"""Write the conda files of this folder: their direct packages with all that these need, at the versions of the locks.
 
-Usage: python envs/pin.py, in the environment that lock.txt was made from (`make lock` does it).
+Usage: python envs/pin.py, in the environment of `make baselines`, which holds all of them (`make lock` does it).
 """
 
 import importlib.metadata
@@ -48,12 +48,22 @@ ENVIRONMENTS = {
         "Training and predicting; on Linux, pip's own torch is the CUDA build.",
         [*SHARED, "scikit-learn", "tensorboard", "torch", "tqdm"],
     ),
+    "baselines": (
+        "Training and predicting with the systems that CellDETR is compared with.",
+        [
+            *(*SHARED, "scikit-learn", "tensorboard", "torch", "tqdm"),
+            *("cellseg-models-pytorch", "monai", "scikit-image", "timm", "torchvision"),
+        ],
+    ),
 }
+LOCKS = {"baselines": ("lock.txt", "lock-baselines.txt")}
+"""Files that an environment takes its versions from, if not from lock.txt alone; the last one decides."""
 
 
-def locked() -> dict[str, str]:
-    """Return lines of lock.txt by canonical name, without Triton, which torch for CUDA brings."""
-    lines = (HERE / "lock.txt").read_text(encoding="utf-8").splitlines()
+def locked(environment: str) -> dict[str, str]:
+    """Return lines of the locks by canonical name, without Triton, which torch for CUDA brings."""
+    files = [HERE / name for name in LOCKS.get(environment, ("lock.txt",))]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pins = {canonicalize_name(line.split("==")[0]): line for line in lines if "==" in line and line[0] != "#"}
     return {name: line for name, line in pins.items() if name != "triton"}
 
@@ -79,16 +89,23 @@ def text(name: str) -> str:
     """Return the content of one conda file."""
     purpose, roots = ENVIRONMENTS[name]
     lines = [
-        f"# {purpose} Written by envs/pin.py from lock.txt; do not edit.",
+        f"# {purpose} Written by envs/pin.py from {' and '.join(LOCKS.get(name, ('lock.txt',)))}; do not edit.",
         "channels: [conda-forge, nodefaults]",
         "dependencies:",
         f"  - python={PYTHON}",
         "  - pip",
         "  - pip:",
     ]
-    return "\n".join([*lines, *(f"      - {pin}" for pin in closure(roots, locked()))]) + "\n"
+    return "\n".join([*lines, *(f"      - {pin}" for pin in closure(roots, locked(name)))]) + "\n"
 
 
 if __name__ == "__main__":
     for environment in ENVIRONMENTS:
-        (HERE / f"{environment}.yaml").write_text(text(environment), encoding="utf-8")
+        try:
+            content = text(environment)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise SystemExit(
+                f"error: {environment}.yaml: what it must hold is asked of its packages, and {error.name} is not "
+                "installed; use .venv-baselines/bin/python (make baselines)"
+            ) from error
+        (HERE / f"{environment}.yaml").write_text(content, encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Tiers of the tests: each test has a marker named after its folder (unit, fuzz, workflow, faults, slurm)."""
+"""Tiers of the tests: each test has a marker named after its folder, one of `TIERS`."""
 
 from pathlib import Path
 
 pytest_plugins = ["small_run"]
 
 
-TIERS = ("slurm", "workflow", "faults", "fuzz", "unit")
+TIERS = ("slurm", "workflow", "faults", "baselines", "fuzz", "unit")
 """In the order in which they run: long ones first, so that no test process is left with them at the end."""
 
 

@@ -2,8 +2,9 @@
 
 `python stand_in_conda.py install FOLDER` writes FOLDER/bin/conda and FOLDER/bin/activate; with FOLDER/bin on PATH,
 `snakemake --sdm conda` uses them. An environment is a virtual environment that links the distributions that the pip
-section of its file pins, at exactly these versions, and nothing else. Snakemake appends its own packages to the search
-path of every script; there a guard hides all but Snakemake itself, so that what a file lacks cannot be imported.
+section of its file pins, at exactly these versions, and nothing else; in the environment of `make baselines`, where
+torch is another one (envs/lock-baselines.txt), at that version instead. Snakemake appends its own packages to the
+search path of every script; there a guard hides all but Snakemake itself, so that what a file lacks cannot be imported.
 """
 
 import importlib.metadata
@@ -18,6 +19,7 @@ from pathlib import Path
 import yaml
 
 SITE = Path(sysconfig.get_path("purelib"))
+OTHER = Path(__file__).parents[2] / "envs" / "lock-baselines.txt"
 CUDA = re.compile(r"^(nvidia-|triton|cuda-)")  # torch's own business: they are in no file
 GUARD = '''
 """Hides the packages of {site} from all but Snakemake."""
@@ -60,20 +62,25 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def versions(lines):
+    """Return canonical name -> version of lines that pin one."""
+    found = (re.match(r"([\w.-]+)==([^;\s]+)", line) for line in lines)
+    return {canonical(pin[1]): pin[2] for pin in found if pin}
+
+
 def pins(file):
     """Return canonical name -> version of the pip section of a conda file."""
     content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    lines = next(item["pip"] for item in content["dependencies"] if isinstance(item, dict))
-    return {canonical(name): version for name, version in (line.split("==") for line in lines)}
+    return versions(next(item["pip"] for item in content["dependencies"] if isinstance(item, dict)))
 
 
 def create(file, prefix):
     """Make an environment; a version that is not installed here ends it with an error."""
     there = {canonical(found.metadata["Name"]): found for found in importlib.metadata.distributions(path=[str(SITE)])}
-    wanted = pins(file)
+    wanted, other = pins(file), versions(OTHER.read_text(encoding="utf-8").splitlines())
     for name, version in wanted.items():
         got = there[name].version.split("+")[0] if name in there else "none"
-        if got != version:
+        if got not in (version, other.get(name)):
             raise SystemExit(f"{file}: {name}=={version} cannot be had, the test's own environment has {got}")
     chosen = [there[name] for name in [*wanted, *filter(CUDA.match, there if "torch" in wanted else ())]]
     venv.create(prefix, symlinks=True, with_pip=False)

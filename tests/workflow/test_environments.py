@@ -1,4 +1,4 @@
-"""Per-rule environments: each holds what its rules import, at the versions of the lock, and nothing it should not."""
+"""Per-rule environments: each holds what its rules import, at the versions of the locks, and nothing it should not."""
 
 import ast
 import re
@@ -9,12 +9,15 @@ import pytest
 import yaml
 from programs import ROOT, run
 
+from celldetr.config.segmentation import PACKAGES, missing_packages
 from celldetr.runtime import provenance
 
 PACKAGE_OF = {
     "PIL": "pillow",
+    "cellseg_models_pytorch": "cellseg-models-pytorch",
     "huggingface_hub": "huggingface-hub",
     "openslide": "openslide-python",
+    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "spatialdata_io": "spatialdata-io",
     "yaml": "pyyaml",
@@ -25,11 +28,23 @@ RULES = {
 }
 
 
+ENVIRONMENTS = sorted(path.stem for path in (ROOT / "envs").glob("*.yaml"))
+
+
+def canonical_pins(lines):
+    """Return canonical name -> pin of lines that hold one."""
+    return {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line for line in lines if re.match(r"[^#]+==", line)}
+
+
 def pins(environment):
     """Return canonical name -> pin of a conda file."""
     content = yaml.safe_load((ROOT / "envs" / f"{environment}.yaml").read_text(encoding="utf-8"))
-    lines = next(item["pip"] for item in content["dependencies"] if isinstance(item, dict))
-    return {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line for line in lines}
+    return canonical_pins(next(item["pip"] for item in content["dependencies"] if isinstance(item, dict)))
+
+
+def locked(name):
+    """Return canonical name -> pin of a lock."""
+    return canonical_pins((ROOT / "envs" / name).read_text(encoding="utf-8").splitlines())
 
 
 def imported(script):
@@ -60,12 +75,31 @@ def test_environment_holds_what_the_rule_imports(rule):
     assert needed <= set(pins(environment)), f"envs/{environment}.yaml lacks packages; see envs/pin.py"
 
 
-@pytest.mark.parametrize("environment", sorted({environment for environment, _ in RULES.values()}))
-def test_pins_are_those_of_the_lock_and_no_others(environment):
-    lock = set((ROOT / "envs" / "lock.txt").read_text(encoding="utf-8").splitlines())
-    assert set(pins(environment).values()) <= lock
-    unneeded = {"tacco", "scanpy", "spatialdata"} if environment in ("training", "cells") else {"torch"}
+def test_the_systems_import_what_the_baselines_hold():
+    """Their modules are imported by name when one of them is built, not by a statement."""
+    modules = sorted((ROOT / "scripts" / "celldetr" / "segmentation").glob("*.py"))
+    names = set().union(*(imported(f"celldetr/segmentation/{module.stem}") for module in modules))
+    assert {PACKAGE_OF.get(name, name).lower() for name in {*names, *PACKAGES}} <= set(pins("baselines"))
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_pins_are_those_of_the_locks_and_no_others(environment):
+    versions = locked("lock.txt") | (locked("lock-baselines.txt") if environment == "baselines" else {})
+    assert pins(environment).items() <= versions.items()
+    unneeded = {"tacco", "scanpy", "spatialdata"} if environment in ("training", "cells", "baselines") else {"torch"}
     assert not unneeded & set(pins(environment))
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_files_are_those_that_pin_writes(environment):
+    if environment == "baselines" and (missing := missing_packages()):
+        pytest.skip(f"{', '.join(missing)} not installed; see `make test-baselines`")
     text = (ROOT / "envs" / f"{environment}.yaml").read_text(encoding="utf-8")
     done = run(sys.executable, "-c", f"import pin; print(pin.text({environment!r}), end='')", cwd=ROOT / "envs")
     assert done.stdout == text, "run `python envs/pin.py`"
+
+
+def test_the_lock_of_the_baselines_holds_only_what_differs():
+    base, own = locked("lock.txt"), locked("lock-baselines.txt")
+    assert not base.items() & own.items()
+    assert set(base) & set(own) == {"torch", "triton"}

@@ -141,7 +141,7 @@ class CellDETR(nn.Module):
             )
         self.layout = torch.channels_last if settings.kernel == "auto" else torch.contiguous_format
         for part in (self.backbone, self.input_projection):  # convolutions are faster with channels last
-            part.to(memory_format=self.layout)  # type: ignore[call-overload]
+            part.to(memory_format=self.layout)  # type: ignore[call-overload, unused-ignore]  # needed up to torch 2.13
 
     def forward(self, images: Tensor) -> Seen:
         """Look at images (B, 3, h, w), RGB in [0, 1]."""
