@@ -12,13 +12,17 @@ from celldetr.config.evaluation import ScoringSettings
 from celldetr.evaluation.matching import NucleusCentres, pair_nuclei
 from celldetr.evaluation.metrics import count_images
 
+SEGMENTATION = "segmentation"
+"""Mode of a system that segments nuclei."""
+
 
 @dataclass(frozen=True)
 class Evaluator:
     """Counts the detections of a model against the truth.
 
     In mode ``baseline`` the detection decoder classifies, so that the nucleus score is the largest class score: it does
-    not enter a product again.
+    not enter a product again. In mode ``segmentation`` every detection counts: the post-processing of such a system has
+    decided already, and its scores are no probabilities that the thresholds of CellDETR would fit.
     """
 
     settings: ScoringSettings
@@ -36,6 +40,8 @@ class Evaluator:
         Without classes (K = 0) the nucleus score alone decides.
         """
         settings = self.settings
+        if self.mode == SEGMENTATION:
+            return np.ones(len(nucleus_score), dtype=np.bool_)
         if not class_scores.shape[1]:
             return nucleus_score >= settings.nucleus_threshold
         best = class_scores.max(axis=1)

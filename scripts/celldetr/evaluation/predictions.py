@@ -2,10 +2,11 @@
 
 One row per detection whose nucleus score reached the inference threshold. Columns: ``patch`` int32 (index in the store
 of the test fold), ``query`` int16, ``x0 y0 x1 y1`` float32 (px, half-open), ``nucleus_score`` float32,
-``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score), and ``embedding``, a fixed-size
-list of float32, if embeddings were asked for. The schema metadata holds a JSON object under the key ``celldetr`` with
-at least ``classes``, ``n_patches``, ``nucleus_threshold``, ``store_digest`` and the ``mode`` of the model. A patch
-without detections has no rows.
+``score_{class}`` float32 per class, ``label`` int8 (index of the largest class score), ``embedding``, a fixed-size
+list of float32, if embeddings were asked for, and ``mask``, the bits of the nucleus in its box, if the model segments
+nuclei (`celldetr.evaluation.masks`). The schema metadata holds a JSON object under the key ``celldetr`` with at least
+``classes``, ``n_patches``, ``nucleus_threshold``, ``store_digest`` and the ``mode`` of the model. A patch without
+detections has no rows.
 """
 
 import json
@@ -20,9 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from celldetr.evaluation.counting import SEGMENTATION
+from celldetr.evaluation.masks import Masks, centroids, pack, paint, unpack
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
-from celldetr.store import PatchStore
+from celldetr.store import NO_LABEL, PatchStore
 
 METADATA_KEY = b"celldetr"
 _MOST_EXPANSION = 100  # of scores and coordinates, which hardly compress: a small file cannot take all memory
@@ -43,6 +46,7 @@ class Predictions:
     n_patches: int  # that were predicted, with or without detections
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of the file: experiment, split, ...
     embeddings: NDArray[np.floating] | None = None  # (D, C); only written, as scoring needs none
+    masks: Masks | None = None  # of the nuclei in their boxes (D), which are of whole px then
 
     def __len__(self) -> int:
         return len(self.patch)
@@ -63,12 +67,33 @@ class Predictions:
         boxes = self.boxes.astype(np.float64)
         return (boxes[:, :2] + boxes[:, 2:]) / 2
 
+    @property
+    def mask_centres(self) -> NDArray[np.float64]:
+        """Centroids of the masks (D, 2), x then y, px; box centres without masks."""
+        return self.centres if self.masks is None else centroids(self.masks, self.boxes)
+
+    def instances(self, patch: int, size: int) -> NDArray[np.int32]:
+        """Paint the masks of a patch of side S = `size` to an instance map (S, S), see `celldetr.evaluation.masks`.
+
+        The detections ``ptr[patch]:ptr[patch + 1]`` count from 1; the nucleus score decides who gets a pixel.
+        """
+        assert self.masks is not None
+        own = slice(*np.searchsorted(self.patch, [patch, patch + 1]))
+        return paint(self.masks[own], self.boxes[own], self.nucleus_score[own], size)
+
+    def known_labels(self, store: PatchStore) -> NDArray[np.int8]:
+        """Labels (M,) of the true nuclei of a store; -1 for a class that the model does not have (paper, 4.4)."""
+        absent = [index for index, name in enumerate(store.classes) if name in self.metadata.get("absent", [])]
+        return np.where(np.isin(store.labels, absent), NO_LABEL, store.labels).astype(np.int8)
+
     def select(self, keep: NDArray[np.bool_] | NDArray[np.integer]) -> "Predictions":
         """Return the detections where `keep` (D,) is true, or those at the indices `keep`."""
         names: tuple[str, ...] = ("patch", "query", "boxes", "nucleus_score", "class_scores")
         if self.embeddings is not None:
             names = (*names, "embeddings")
         arrays: dict[str, Any] = {name: getattr(self, name)[keep] for name in names}
+        if self.masks is not None:
+            arrays["masks"] = [self.masks[index] for index in np.arange(len(self))[keep]]
         return replace(self, **arrays)
 
     def check_store(self, store: PatchStore) -> None:
@@ -102,7 +127,7 @@ def write_predictions(path: str | os.PathLike[str], parts: Iterable[Predictions]
                     temporary,
                     table.schema,
                     compression={name: "zstd" for name in packed},
-                    use_dictionary=packed,
+                    use_dictionary=[name for name in packed if name != "mask"],
                     write_page_checksum=True,
                 )
                 stack.enter_context(writer)
@@ -129,38 +154,52 @@ def _table(predictions: Predictions) -> pa.Table:
         flat = pa.array(predictions.embeddings.astype(np.float32).reshape(-1))
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, predictions.embeddings.shape[1])
         fields.append(pa.field("embedding", columns["embedding"].type, nullable=False))
+    if predictions.masks is not None:
+        columns["mask"] = pa.array(pack(predictions.masks, predictions.boxes), pa.large_binary())
+        fields.append(pa.field("mask", columns["mask"].type, nullable=False))
     metadata = {**predictions.metadata, "classes": list(predictions.classes), "n_patches": predictions.n_patches}
     return pa.table(columns, pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()}))
 
 
-def read_predictions(path: str | os.PathLike[str]) -> Predictions:
+def read_predictions(path: str | os.PathLike[str], *, patch_size: int | None = None) -> Predictions:
     """Read a predictions file, without the embeddings.
+
+    Parameters
+    ----------
+    patch_size
+        Side of the patches, px: read the masks, too, if the model segments nuclei.
 
     Raises
     ------
     InputError
-        Not a predictions file, or damaged.
+        Not a predictions file, or damaged; or masks that do not fit their boxes.
     """
     try:
         file = pq.read_metadata(path)
         if 4 * file.num_rows * file.num_columns > _MOST_EXPANSION * os.path.getsize(path):
             raise ValueError(f"{file.num_rows} detections, more than a file of this size holds")
-        names = [name for name in pq.read_schema(path).names if name != "embedding"]
+        left = {"embedding", "mask"} if patch_size is None else {"embedding"}
+        names = [name for name in pq.read_schema(path).names if name not in left]
         table = pq.read_table(path, columns=names, page_checksum_verification=True)
         metadata = json.loads(table.schema.metadata[METADATA_KEY])
+        column = {name: table.column(name).to_numpy() for name in names}
+        boxes = np.stack([column[name] for name in _BOX_COLUMNS], axis=1)
+        masks = None
+        if patch_size is not None and metadata["mode"] == SEGMENTATION:
+            masks = unpack(column["mask"], boxes, patch_size)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: got {error!r}, expected a Parquet file of the predict rule; predict this split again"
         ) from error
-    column = {name: table.column(name).to_numpy() for name in table.column_names}
     found = Predictions(
         patch=column["patch"],
         query=column["query"],
-        boxes=np.stack([column[name] for name in _BOX_COLUMNS], axis=1),
+        boxes=boxes,
         nucleus_score=column["nucleus_score"],
         class_scores=np.stack([column[f"score_{name}"] for name in metadata["classes"]], axis=1),
         classes=tuple(metadata["classes"]),
         n_patches=metadata["n_patches"],
         metadata=metadata,
+        masks=masks,
     )
     return found.select(np.lexsort((found.query, found.patch)))

@@ -63,6 +63,109 @@ def test_embeddings_are_written_in_row_groups_and_not_read(tmp_path, monkeypatch
     assert "embedding" not in pq.read_schema(without).names
 
 
+def segmented(seed=0, size=40):
+    """Make detections with masks in order, four in each patch: random pixels that reach the sides of their boxes."""
+    rng = np.random.default_rng(seed)
+    low = rng.integers(0, size - 12, (4 * N, 2))
+    sides = rng.integers(1, 13, low.shape)
+    masks = []
+    for width, height in sides:
+        mask = rng.uniform(size=(height, width)) < 0.5
+        mask[[0, -1], rng.integers(width)] = mask[rng.integers(height), [0, -1]] = True
+        masks.append(mask)
+    boxes = np.hstack([low, low + sides])
+    patch, query = np.repeat(np.arange(N), 4), np.tile(np.arange(4), N)
+    scores = rng.uniform(0, 1, 4 * N).astype(np.float32), rng.uniform(0, 1, (4 * N, 3)).astype(np.float32)
+    metadata = {"nucleus_threshold": 0.0, "mode": "segmentation"}
+    return Predictions(patch, query, boxes, *scores, classes=CLASSES, n_patches=N, metadata=metadata, masks=masks)
+
+
+def test_masks_come_back_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "_ROWS", 6)
+    given, path = segmented(), tmp_path / "a.parquet"
+    order = np.random.default_rng(1).permutation(len(given))
+    nothing = given.select(np.zeros(len(given), dtype=bool))
+    assert write_predictions(path, [nothing, given.select(order[:9]), given.select(order[9:])]) == len(given)
+    assert read_predictions(path).masks is None
+    found = read_predictions(path, patch_size=40)
+    assert len(found.masks) == len(given)
+    assert all(np.array_equal(*pair) for pair in zip(found.masks, given.masks, strict=True))
+    kept = found.select(found.patch == 2)
+    assert all(np.array_equal(*pair) for pair in zip(kept.masks, given.masks[8:12], strict=True))
+    write_predictions(path, [nothing])
+    assert read_predictions(path, patch_size=40).masks == []
+    write_predictions(path, [dataclasses.replace(make(0), metadata={"mode": "parallel"})])
+    assert read_predictions(path, patch_size=40).masks is None
+
+
+def test_mask_centres_are_those_of_its_pixels():
+    given = segmented()
+    for index, (x, y) in enumerate(given.mask_centres):
+        alone = given.select(np.array([index]))
+        rows, columns = np.nonzero(alone.instances(int(alone.patch[0]), 40))
+        assert np.allclose((x, y), (columns.mean() + 0.5, rows.mean() + 0.5))
+    box = dataclasses.replace(given, masks=None)
+    assert np.array_equal(box.mask_centres, box.centres)
+
+
+def test_a_pixel_claimed_twice_is_of_the_more_certain_nucleus_then_of_the_first():
+    given = segmented()
+    for score in (given.nucleus_score, np.full(len(given), np.float32(0.7))):
+        given = dataclasses.replace(given, nucleus_score=score)
+        for patch in range(N):
+            own = given.select(given.patch == patch)
+            best = np.full((40, 40), -1.0)
+            expected = np.zeros((40, 40), int)
+            for index, ((x0, y0, x1, y1), mask) in enumerate(zip(own.boxes, own.masks, strict=True)):
+                claimed = np.zeros((40, 40), bool)
+                claimed[y0:y1, x0:x1] = mask
+                claimed &= own.nucleus_score[index] > best
+                best[claimed], expected[claimed] = own.nucleus_score[index], index + 1
+            assert np.array_equal(given.instances(patch, 40), expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (3, {"mask": lambda bits: bits[:-1]}, r"row 3: got a mask of \d+ bytes, expected \d+ in a box of"),
+        (4, {"mask": lambda bits: bits + b"\0"}, r"row 4: got a mask of"),
+        (5, {"mask": lambda bits: b"\0" * len(bits)}, "row 5: got a mask whose pixels do not reach the sides"),
+        (6, {"mask": lambda bits: b"\xff" * len(bits)}, "row 6: got a mask whose pixels do not .* and no farther"),
+        (7, {"x0": lambda x: x - 1, "x1": lambda x: x + 7}, "row 7: got a mask"),
+        (8, {"x0": lambda x: x + 0.5}, r"row 8: got a mask in box .*, expected whole px in a patch of 40 x 40 px"),
+        (9, {"y1": lambda y: y + 40}, "row 9: got a mask in box"),
+        (10, {"y1": lambda y: float("nan")}, "row 10: got a mask in box"),
+        (11, {"x1": lambda x: x - 20}, "row 11: got a mask in box"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(tmp_path, row, change, message):
+    path = tmp_path / "a.parquet"
+    given = segmented()
+    given.masks[6] = np.ones((3, 5), bool)
+    given.boxes[6] = (5, 5, 10, 8)
+    write_predictions(path, [given])
+    table = pq.read_table(path)
+    for name, damage in change.items():
+        values = table.column(name).to_pylist()
+        values[row] = damage(values[row])
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    pq.write_table(table, path)
+    assert len(read_predictions(path)) == len(given)
+    with pytest.raises(InputError, match=rf"a\.parquet: got .*{message}.*predict this split again"):
+        read_predictions(path, patch_size=40)
+
+
+def test_a_system_that_segments_without_masks_and_patches_that_are_too_small_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_predictions(path, [segmented()])
+    with pytest.raises(InputError, match="expected whole px in a patch of 20 x 20 px"):
+        read_predictions(path, patch_size=20)
+    write_predictions(path, [dataclasses.replace(segmented(), masks=None)])
+    with pytest.raises(InputError, match="got KeyError.'mask'.*expected a Parquet file of the predict rule"):
+        read_predictions(path, patch_size=40)
+
+
 def test_damaged_and_other_files_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     write_predictions(path, [make(3)])
