@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
 from celldetr.model.celldetr import CellDETR
@@ -293,7 +293,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -
             raise
 
 
-def load_exactly(model: CellDETR, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def load_exactly(model: nn.Module, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Load weights whose names and shapes are exactly those of the model.
 
     Raises

@@ -1,0 +1,81 @@
+"""CellViT (Hoerst et al. 2024, Medical Image Analysis 94, 103143), with the encoder ViT-256 or that of SAM ViT-B."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer_sam import checkpoint_filter_fn
+from torch import Tensor
+
+from celldetr.config.segmentation import SystemSettings
+from celldetr.model.weights import load_exactly, read_checkpoint
+from celldetr.runtime.errors import InputError
+from celldetr.segmentation.cellvit_losses import cellvit_losses
+from celldetr.segmentation.cellvit_network import CellViTNetwork, Maps
+from celldetr.segmentation.hover import instances_of_maps
+from celldetr.segmentation.nuclei import nuclei_of_map
+from celldetr.segmentation.system import SegmentedNuclei, System, Truth
+
+
+class CellViT(System):
+    """A Vision Transformer with three decoders: nuclei, HoVer maps, classes; the tissue helps in training."""
+
+    encoder = "network.encoder"
+
+    def __init__(self, settings: SystemSettings) -> None:
+        super().__init__(settings)
+        self.network = CellViTNetwork(settings.segmentation, len(settings.classes), len(settings.tissues))
+
+    def losses(self, images: Tensor, truth: Truth) -> dict[str, Tensor]:
+        """Weighted losses; images (B, 3, S, S) in [0, 1], S a multiple of 16."""
+        return cellvit_losses(self.maps(images), truth)
+
+    def maps(self, images: Tensor) -> Maps:
+        """Predict the maps of images (B, 3, S, S) in [0, 1]."""
+        maps: Maps = self.network(2 * images - 1)  # mean and standard deviation 0.5, as published for both encoders
+        return maps
+
+    @torch.no_grad()
+    def segment(self, images: Tensor) -> list[SegmentedNuclei]:
+        """Nuclei of images (B, 3, S, S) in [0, 1]."""
+        return nuclei_of_maps(self.maps(images), self.settings.segmentation.min_area)
+
+    def load_pretrained(self, path: Path) -> list[str]:
+        """Take over the encoder: vit256_small_dino.pth of HIPT, or sam_vit_b_01ec64.pth of Segment Anything."""
+        content = read_checkpoint(path)
+        sam = self.settings.segmentation.system == "cellvit_sam_b"
+        load_exactly(self.network.encoder.vit, _sam(content, path) if sam else _vit_256(content, path), path)
+        return [name for name in self.state_dict() if not name.startswith(f"{self.encoder}.")]
+
+
+def nuclei_of_maps(maps: Maps, min_area: int) -> list[SegmentedNuclei]:
+    """Nuclei of the maps of each image."""
+    nucleus = maps.nuclei.float().softmax(1)[:, 1].cpu().numpy()
+    classes = maps.classes.float().softmax(1)[:, 1:].cpu().numpy()
+    hover = maps.hover.float().cpu().numpy()
+    return [
+        nuclei_of_map(instances_of_maps(probability >= 0.5, of_image), probability, of_classes, min_area)
+        for probability, of_image, of_classes in zip(nucleus, hover, classes, strict=True)
+    ]
+
+
+def _vit_256(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Weights of the teacher of DINO, without its head; it has them as [module.]backbone.*, beside [module.]head.*."""
+    teacher = content.get("teacher")
+    if not isinstance(teacher, Mapping):
+        raise _unexpected(path, content, "vit256_small_dino.pth of HIPT (teacher)", "cellvit_256")
+    names = {str(name).removeprefix("module."): tensor for name, tensor in teacher.items()}
+    return {name.removeprefix("backbone."): tensor for name, tensor in names.items() if not name.startswith("head.")}
+
+
+def _sam(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Weights of the image encoder of Segment Anything, under the names of timm."""
+    if "image_encoder.patch_embed.proj.weight" not in content:
+        raise _unexpected(path, content, "sam_vit_b_01ec64.pth of Segment Anything (image_encoder.*)", "cellvit_sam_b")
+    weights: dict[str, Tensor] = checkpoint_filter_fn(content, None)
+    return weights
+
+
+def _unexpected(path: Path, content: Mapping[str, Any], expected: str, system: str) -> InputError:
+    return InputError(f"{path}: got keys {sorted(map(str, content))[:8]}, expected {expected} for {system}")
