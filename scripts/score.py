@@ -2,12 +2,15 @@
 
 Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold), ``model`` (the file that
 made the predictions).
-Output: TSV, a row per metric and class: precision, recall, F1 with 95 % intervals, counts, settings.
+Output: ``scores`` (TSV, a row per metric and class: precision, recall, F1 with 95 % intervals, counts, panoptic
+quality, settings), ``panoptic`` (TSV, a row per tissue and class: panoptic quality; the header alone if the predictions
+or the store have no masks).
 """
 
 import logging
 
 from celldetr.config.evaluation import ScoringSettings
+from celldetr.evaluation.panoptic import panoptic_quality, write_panoptic
 from celldetr.evaluation.predictions import read_predictions
 from celldetr.evaluation.scoring import score_fold, write_scores
 from celldetr.runtime.errors import InputError
@@ -21,7 +24,8 @@ log = logging.getLogger("score")
 
 def main(snakemake):
     params = snakemake.params
-    predictions = read_predictions(snakemake.input.predictions)
+    store = open_store(snakemake.input.store)
+    predictions = read_predictions(snakemake.input.predictions, patch_size=store.patch_size)
     expected = {
         "experiment": snakemake.wildcards.experiment,
         "split": int(snakemake.wildcards.split),
@@ -32,8 +36,8 @@ def main(snakemake):
         raise InputError(
             f"{snakemake.input.predictions}: got predictions of {got}, expected {expected}; predict this split again"
         )
-    store = open_store(snakemake.input.store)
     refuse_seen_store(predictions.metadata["trained_on"], store, f"the model of {snakemake.input.predictions}")
+    panoptic = panoptic_quality(predictions, store)
     scores = score_fold(
         predictions,
         store,
@@ -41,11 +45,13 @@ def main(snakemake):
         centres=params.centres,
         resamples=params.resamples,
         seed=params.seed,
+        panoptic=panoptic,
     )
-    origin = {"experiment": expected["experiment"], "split": expected["split"], "test_store": store.path.stem}
-    write_scores(snakemake.output[0], scores, **origin)
+    origin = {"experiment": expected["experiment"], "split": expected["split"]}
+    write_scores(snakemake.output.scores, scores, **origin, test_store=store.path.stem)
+    write_panoptic(snakemake.output.panoptic, panoptic, **origin)
     found = scores[scores["class"] == "Detection"].set_index("metric")
-    log.info("detection\n%s", found[["precision", "recall", "f1", "n_truth", "n_predicted"]].to_string())
+    log.info("detection\n%s", found[["precision", "recall", "f1", "pq", "mpq", "n_truth", "n_predicted"]].to_string())
 
 
 if "snakemake" in globals():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from celldetr.evaluation.predictions import Predictions
 
@@ -22,10 +23,31 @@ class Fold:
     mpp: float = 0.25
     digest: str = "d1"
     path: Path = Path("fold2.zarr")
+    maps: np.ndarray | None = None
+    tissues: tuple = ()
 
     @property
     def n_patches(self):
         return len(self.box_ptr) - 1
+
+    @property
+    def has_instances(self):
+        """Whether it has instance maps."""
+        return self.maps is not None
+
+    @property
+    def patch_size(self):
+        """Side of a patch."""
+        return self.maps.shape[1]
+
+    def instances(self, indices):
+        """Instance maps of patches."""
+        return self.maps[indices]
+
+    @property
+    def patches(self):
+        """Tissue of each patch."""
+        return pd.DataFrame({"tissue": np.array(self.tissues, dtype=object)})
 
     @property
     def patch(self):

@@ -41,7 +41,8 @@ rule score:
         store=test_store,
         model=lambda wildcards: model_file(wildcards.experiment, wildcards.split),
     output:
-        "results/scores/{experiment}/split{split}.tsv",
+        scores="results/scores/{experiment}/split{split}.tsv",
+        panoptic="results/scores/{experiment}/split{split}_panoptic.tsv",
     log:
         "results/logs/score/{experiment}_split{split}.log",
     benchmark:

@@ -48,7 +48,9 @@ class EvaluationSettings(_CountingSettings):
         "the point, and without a value for a class without truth",
     )
     centres: Literal["box", "mask"] = Field(
-        "box", description="centres of the true nuclei in the test: of the box, or of the mask"
+        "box",
+        description="centres in the test: of the box, or of the mask (of the true nuclei, and of the detections of "
+        "systems that segment nuclei; other detections have their box alone)",
     )
     resamples: int = Field(1000, ge=0, le=1_000_000, description="bootstrap resamples of the confidence intervals")
 

@@ -1,6 +1,7 @@
 """Scores of one experiment on one split: predictions and truth in, one long table out."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.intervals import intervals
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, row_names, scores
+from celldetr.evaluation.panoptic import ALL_TISSUES, MULTI_CLASS, PANOPTIC, QUALITIES
 from celldetr.evaluation.predictions import Predictions
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.files import write_tsv
@@ -42,9 +44,10 @@ def truth_nuclei(store: PatchStore, centres: str = "box") -> NucleusCentres:
     return NucleusCentres(np.asarray(store.box_ptr, dtype=np.int64), points, np.asarray(store.labels))
 
 
-def predicted_nuclei(predictions: Predictions) -> NucleusCentres:
-    """Return centres and labels of detections, image by image."""
-    return NucleusCentres(predictions.ptr, predictions.centres, predictions.labels)
+def predicted_nuclei(predictions: Predictions, centres: str = "box") -> NucleusCentres:
+    """Return centres and labels of detections, image by image; mask centres only of those that have masks."""
+    points = predictions.mask_centres if centres == "mask" else predictions.centres
+    return NucleusCentres(predictions.ptr, points, predictions.labels)
 
 
 def score_fold(
@@ -55,18 +58,27 @@ def score_fold(
     centres: str = "box",
     resamples: int = 1000,
     seed: int = 0,
+    panoptic: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Score the predictions of a test fold with both metrics.
 
-    `centres` of the true nuclei: see `truth_nuclei`; the centre of a prediction is always that of its box. `resamples`
-    and `seed` of the bootstrap: see `celldetr.evaluation.intervals`.
+    Parameters
+    ----------
+    centres
+        Of the true nuclei, and of predictions that have masks: ``box`` or ``mask``, see `truth_nuclei`. The centre of a
+        prediction without a mask is that of its box.
+    resamples, seed
+        Of the bootstrap, see `celldetr.evaluation.intervals`.
+    panoptic
+        Panoptic quality of the same predictions, see `celldetr.evaluation.panoptic.panoptic_quality`.
 
     Returns
     -------
     DataFrame
         One row per metric and class: ``metric``, ``class``, each of `VALUES` with ``_lo`` and ``_hi``, the counts of
-        `celldetr.evaluation.metrics.COUNTS`, ``absent`` (the model has no such class), ``images``, and the settings of
-        the scoring. True nuclei of an absent class count as unlabelled: the model cannot find the class (paper, 4.4).
+        `celldetr.evaluation.metrics.COUNTS`, `PANOPTIC` over all tissues (NaN without masks; of no metric, so equal for
+        both), ``absent`` (the model has no such class), ``images``, ``mode`` of the model, and the settings of the
+        scoring. True nuclei of an absent class count as unlabelled: the model cannot find the class (paper, 4.4).
 
     Raises
     ------
@@ -84,12 +96,13 @@ def score_fold(
         )
     evaluator = Evaluator(settings, store.mpp, metadata["mode"])
     kept = predictions.select(evaluator.keep(predictions.nucleus_score, predictions.class_scores))
-    truth, predicted = truth_nuclei(store, centres), predicted_nuclei(kept)
-    absent = [name in metadata.get("absent", []) for name in store.classes]
-    truth = replace(truth, labels=np.where(np.isin(truth.labels, np.flatnonzero(absent)), -1, truth.labels))
+    predicted = predicted_nuclei(kept, centres)
+    truth = replace(truth_nuclei(store, centres), labels=predictions.known_labels(store))
     common: dict[str, Any] = {
-        "absent": [False, *absent],
+        **_overall(panoptic, row_names(store.classes)),
+        "absent": [False, *(name in metadata.get("absent", []) for name in store.classes)],
         "images": store.n_patches,
+        "mode": evaluator.mode,
         "score_rule": settings.score,
         "nucleus_threshold": settings.nucleus_threshold,
         "class_threshold": settings.class_threshold,
@@ -108,6 +121,15 @@ def score_fold(
         columns |= dict(zip(COUNTS, total.T, strict=True))
         frames.append(pd.DataFrame(columns | common))
     return pd.concat(frames, ignore_index=True)
+
+
+def _overall(panoptic: pd.DataFrame | None, names: Sequence[str]) -> dict[str, Any]:
+    """`PANOPTIC` of the rows of Detection and the classes; NaN if there is none."""
+    if panoptic is None or panoptic.empty:
+        return dict.fromkeys(PANOPTIC, np.nan)
+    overall = panoptic[panoptic["tissue"] == ALL_TISSUES].set_index("class")
+    columns: dict[str, Any] = {name: overall.loc[list(names), name].to_numpy() for name in QUALITIES}
+    return columns | {"mpq": [overall.loc[MULTI_CLASS, "pq"], *[np.nan] * (len(names) - 1)]}
 
 
 def write_scores(

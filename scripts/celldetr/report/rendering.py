@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jinja2
 import pandas as pd
 
+from celldetr.evaluation.counting import SEGMENTATION
 from celldetr.report.style import BANNER, DASH
 from celldetr.report.tables import FROZEN, LETTERS, MEASURED, OTHER, OURS, PAPER, Table, value_columns
 from celldetr.runtime.files import MISSING
@@ -48,6 +49,8 @@ def caption(table: Table) -> str:
         f"{store} (split {split})" for split, store in zip(folds["split"], folds["test_store"], strict=True)
     )
     rule = _RULE_WORDS[str(settings["score_rule"])].format(**settings)
+    if (table.splits["mode"] == SEGMENTATION).any():
+        rule += ", of a system that segments nuclei always"
     n_splits = len(folds)
     return (
         f"Precision (P), recall (R) and F1 (F) of detection and per class. Measured rows: "
@@ -65,7 +68,8 @@ def _sections(table: Table) -> tuple[dict[str, list[_Row]], list[str]]:
     sections: dict[str, list[_Row]] = {}
     marks: dict[str, str] = {}
     for index, row in table.rows.iterrows():
-        title = _SECTIONS[row["source"]] + (f": {row['group']}" if row["source"] == PAPER and row["group"] else "")
+        grouped = row["source"] in (PAPER, MEASURED) and row["group"]
+        title = _SECTIONS[row["source"]] + (f": {row['group']}" if grouped else "")
         note = "; ".join(text for text in (row["citation"] and f"From {row['citation']}", row["note"]) if text)
         mark = marks.setdefault(note, _MARKS[len(marks) % len(_MARKS)]) if note else ""
         measured = row["source"] in (MEASURED, OURS, FROZEN)

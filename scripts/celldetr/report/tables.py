@@ -7,7 +7,7 @@ which the class has true nuclei; `evaluation.metric` chooses their metric (`cell
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,22 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from celldetr.evaluation.metrics import COUNTS, METRICS, TRAINED, VALUES, scores
+from celldetr.evaluation.panoptic import PANOPTIC
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import MISSING
 
 PAPER, OTHER, MEASURED, OURS, FROZEN = "paper", "other", "measured", "ours", "frozen_features"
 """Values of the column ``source``."""
 CLASSIFIER_TITLES = {"knn": "Nearest neighbours", "linear": "Logistic regression"}
+OTHERS = "Others"
+"""Group of systems that ours are compared with."""
+BEYOND_NOTE = "beyond the paper"
 FROZEN_NOTE = "classes of true boxes from frozen embeddings: not to be compared with rows that detect"
 LETTERS = dict(zip("PRF", VALUES, strict=True))
 PRINTED_MISSING = ("-", "", "NA")
 DECIMALS = 4
 SPREAD = 0.01  # how far the mean F of folds may lie below the F of mean P and mean R, beyond rounding
+_ROUNDING = 1e-5  # of values with six digits
 _PUBLISHED_TEXT = ("source", "group", "system", "note")
 _SCORED_WITH = ("score_rule", "nucleus_threshold", "class_threshold", "radius", "centres")
 _AGAIN = "delete the file and start again"
@@ -34,11 +39,15 @@ _AGAIN = "delete the file and start again"
 
 @dataclass(frozen=True)
 class System:
-    """A measured row: an experiment, its title, and whether it goes beyond the paper."""
+    """A measured row: an experiment and its title.
+
+    `ours`: it goes beyond the paper. `others`: a system that ours are compared with, in the paper or beyond it.
+    """
 
     experiment: str
     title: str
     ours: bool = False
+    others: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,10 @@ class Table:
     Attributes
     ----------
     rows
-        Text of the table, a row per system: ``source`` (paper, other, measured, ours, frozen_features), ``group``,
-        ``system``, ``experiment``, ``{Class}_{P,R,F}`` with NA for missing values, ``splits`` (number of averaged
-        splits), ``citation``, ``note``.
+        Text of the table, a row per system: ``source`` (paper, other, measured, ours, frozen_features), ``group`` (of a
+        measured row: that of the published row of the same name), ``system``, ``experiment``, ``{Class}_{P,R,F}`` with
+        NA for missing values, ``splits`` (number of averaged splits), ``citation``, ``note`` (with the panoptic quality
+        of systems that give masks).
     splits
         All measured splits, metrics and classes with intervals and counts, a row each.
     """
@@ -152,16 +162,17 @@ def read_scores(paths: Iterable[str | os.PathLike[str]], classes: Sequence[str])
     Raises
     ------
     InputError
-        A file lacks rows of the `classes`, P, R or F contradict the counts of their row, or files were scored with
-        different settings.
+        A file lacks rows of the `classes`, P, R or F contradict the counts of their row, PQ, DQ and SQ contradict each
+        other, or files were scored with different settings.
     """
     frames = []
     for path in paths:
-        frame = _read_measured(path, "score", ["metric", "class"], COUNTS)
+        frame = _read_measured(path, "score", ["metric", "class", "mode"], (*COUNTS, *PANOPTIC))
         _check_rows(path, frame[["metric", "class"]], itertools.product(METRICS, classes))
         counts, strict = frame[list(COUNTS)].to_numpy(), (frame["metric"] == METRICS[0]).to_numpy()
         expected = np.where(strict[:, None], *(scores(counts, metric) for metric in METRICS))
         _check_values(path, frame, expected, "the counts of this row")
+        _check_panoptic(path, frame)
         frames.append(frame)
     found = pd.concat(frames, ignore_index=True)
     for key in _SCORED_WITH:
@@ -226,6 +237,27 @@ def _check_values(path: str | os.PathLike[str], frame: pd.DataFrame, expected: N
         )
 
 
+def _check_panoptic(path: str | os.PathLike[str], frame: pd.DataFrame) -> None:
+    """Refuse PQ, DQ and SQ that are means of no images: in each PQ = DQ x SQ, and SQ is in (0.5, 1], or 0 if DQ is."""
+    values = frame[list(PANOPTIC)].to_numpy()
+    given, detection = ~np.isnan(values), (frame["class"] == "Detection").to_numpy()
+    expected = np.tile((given.any() & (frame["n_truth"] > 0)).to_numpy()[:, None], len(PANOPTIC))
+    expected[:, -1] &= detection
+    pq, dq, sq, mpq = np.nan_to_num(values).T
+    wrong = (given != expected).any(axis=1)
+    wrong |= (np.minimum(dq, mpq) < 0) | (np.max([dq, sq, mpq], axis=0) > 1 + _ROUNDING)
+    wrong |= (pq < dq / 2 - _ROUNDING) | (pq > np.minimum(dq, sq) + _ROUNDING)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        at = frame.iloc[row]
+        got = ", ".join(f"{name} {at[name]:g}" for name in PANOPTIC)
+        raise InputError(
+            f"{path}: line {row + 2}, {at['class']}: got {got} with {at['n_truth']:g} true nuclei, expected dq / 2 <= "
+            "pq <= dq <= 1, pq <= sq <= 1 and an mpq for Detection in each row with true nuclei, or in none; "
+            f"{_AGAIN}"
+        )
+
+
 def _read_tsv(path: str | os.PathLike[str], expected: str, **options: Any) -> pd.DataFrame:
     """Read a TSV file; empty cells are empty texts."""
     try:
@@ -255,6 +287,7 @@ def build_table(
         A system, or frozen features, were not scored once on each split.
     """
     classes, splits = published_classes(published.columns), sorted(set(scores["split"].tolist()))
+    groups = dict(zip(published["system"], published["group"], strict=True))
     rows, by_system = [_published_row(row, classes) for _, row in published.iterrows()], []
     for system in systems:
         chosen = scores[scores["experiment"] == system.experiment].sort_values("split", kind="stable")
@@ -265,10 +298,8 @@ def build_table(
                 f"{name}: got scores of {system.experiment} on splits {got[:: len(classes)]}, expected {splits}; score "
                 "it again"
             )
-        source = OURS if system.ours else MEASURED
-        rows.append(
-            _row(source, system.title, system.experiment, chosen, classes, _notes(chosen, classes, len(splits)))
-        )
+        row = _row(OURS if system.ours else MEASURED, system.title, system.experiment, chosen, classes)
+        rows.append(row | _place(system, groups, _notes(chosen, classes, len(splits))))
     if frozen_features is not None:
         by_model = frozen_features.groupby(["experiment", "weights", "classifier"], sort=False)
         for key, chosen in by_model:
@@ -279,7 +310,7 @@ def build_table(
                     f"{name}: got frozen features of {experiment} on splits {got}, expected each of {splits}; {_AGAIN}"
                 )
             title = CLASSIFIER_TITLES[classifier] + ("" if weights == TRAINED else f", {weights} weights")
-            rows.append(_row(FROZEN, title, experiment, chosen, classes, FROZEN_NOTE))
+            rows.append(_row(FROZEN, title, experiment, chosen, classes) | {"note": FROZEN_NOTE})
     columns = ["source", "group", "system", "experiment", *value_columns(classes), "splits", "citation", "note"]
     table = pd.DataFrame(rows, columns=columns)
     return Table(name, table, pd.concat(by_system, ignore_index=True), classes, metric, protocol, synthetic)
@@ -294,8 +325,15 @@ def _published_row(row: pd.Series, classes: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _notes(scores: pd.DataFrame, classes: Sequence[str], n_splits: int) -> str:
-    """Say which classes have no truth in some split, or are unknown to the model."""
+def _place(system: System, groups: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Group and note of a measured row, by the groups of the published rows."""
+    if system.others and system.title not in groups:
+        return {"group": OTHERS, "note": "; ".join([BEYOND_NOTE, *notes])}
+    return {"group": "" if system.ours else groups.get(system.title, ""), "note": "; ".join(notes)}
+
+
+def _notes(scores: pd.DataFrame, classes: Sequence[str], n_splits: int) -> list[str]:
+    """Say which classes have no truth in some split, or are unknown to the model, and how good its masks are."""
     notes = []
     for name in classes:
         of_class = scores[scores["class"] == name]
@@ -304,17 +342,18 @@ def _notes(scores: pd.DataFrame, classes: Sequence[str], n_splits: int) -> str:
             notes.append(f"{name}: the model has no such class")
         elif known < n_splits:
             notes.append(f"{name}: truth in {known} of {n_splits} splits")
-    return "; ".join(notes)
+    quality = scores.loc[scores["class"] == "Detection", ["pq", "mpq"]].mean()
+    if quality.notna().all():
+        notes.append(f"panoptic quality of its masks: bPQ {quality['pq']:.3f}, mPQ {quality['mpq']:.3f}")
+    return notes
 
 
-def _row(
-    source: str, system: str, experiment: str, scores: pd.DataFrame, classes: Sequence[str], note: str
-) -> dict[str, str]:
+def _row(source: str, system: str, experiment: str, scores: pd.DataFrame, classes: Sequence[str]) -> dict[str, str]:
     """Return a row of means over the splits; a class that is not in `scores` has no values."""
     means = scores.groupby("class")[list(VALUES)].mean().reindex(list(classes)).to_numpy().ravel()
     values = [MISSING if np.isnan(value) else f"{value:.{DECIMALS}f}" for value in means]
     return {
         **{"source": source, "group": "", "system": system, "experiment": experiment},
         **dict(zip(value_columns(classes), values, strict=True)),
-        **{"splits": str(scores["split"].nunique()), "citation": "", "note": note},
+        **{"splits": str(scores["split"].nunique()), "citation": "", "note": ""},
     }

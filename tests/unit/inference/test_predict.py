@@ -96,11 +96,12 @@ def test_only_predictions_of_this_model_split_and_store_are_scored(store, tmp_pa
         inputs = SimpleNamespace(predictions=tmp_path / "a.parquet", store=store_path, model=model_file)
         params = {"scoring": FAR.to_dict(), "centres": "box", "resamples": 0, "seed": 0}
         wildcards = SimpleNamespace(experiment=experiment, split=split)
-        output = [tmp_path / "scores.tsv"]
+        output = SimpleNamespace(scores=tmp_path / "scores.tsv", panoptic=tmp_path / "panoptic.tsv")
         score.main(SimpleNamespace(input=inputs, params=SimpleNamespace(**params), wildcards=wildcards, output=output))
 
     run()
     assert set(pd.read_csv(tmp_path / "scores.tsv", sep="\t")["test_store"]) == {"fold1"}
+    assert len(pd.read_csv(tmp_path / "panoptic.tsv", sep="\t")) == 0  # boxes have no masks
     with pytest.raises(InputError, match=r"a.parquet: got predictions of .*'split': 1.*, expected .*'split': 2"):
         run(split="2")
     with pytest.raises(InputError, match="'experiment': 'planted'.* expected .*'experiment': 'celldetr_s'"):

@@ -11,6 +11,7 @@ from markdown_it import MarkdownIt
 
 from celldetr.config.classes import PANNUKE_CLASSES
 from celldetr.evaluation.metrics import COUNTS, METRICS, VALUES, row_names, scores
+from celldetr.evaluation.panoptic import PANOPTIC
 from celldetr.evaluation.scoring import write_scores
 from celldetr.report.rendering import caption, html, markdown
 from celldetr.report.style import BANNER, DASH
@@ -47,8 +48,10 @@ def score_file(folder, experiment, split, values, **settings):
             columns |= {name: value, f"{name}_lo": value - 0.05, f"{name}_hi": value + 0.05}
         frames.append(pd.DataFrame(columns).join(counts))
     common = {
+        **dict.fromkeys(PANOPTIC, np.nan),
         "absent": False,
         "images": 12,
+        "mode": "sequential",
         "score_rule": "both_thresholds",
         "nucleus_threshold": 0.4,
         "class_threshold": 0.4,
@@ -146,12 +149,62 @@ def test_what_goes_beyond_the_paper_says_so(tmp_path):
     systems = [SYSTEMS[0], System("celldetr_s", "CellDETR+", ours=True)]
     table = make_table(make_scores(tmp_path, values, splits=(1,)), systems=systems)
     assert list(table.rows["source"])[-2:] == ["measured", "ours"]
+    assert list(table.rows["group"])[-2:] == ["Others", ""]
     page = Page(html(table))
     shown = [row[0] for row, measured in zip(page.rows, page.measured, strict=True) if measured]
     assert shown == ["Deformable DETR", "CellDETR+"]
     assert ("CellDETR+", 3, "0.600") in page.bold  # compared with the other measured rows
     lines = [line.split("|")[1].strip() for line in markdown(table).splitlines() if line.startswith("|")]
     assert lines[lines.index("CellDETR+") - 1] == "**Measured here: ours, beyond the paper**"
+
+
+def masks_of(path, mpq=0.5, **values):
+    """Give the scores of a file panoptic qualities, in rows with truth."""
+    frame = pd.read_csv(path, sep="\t").assign(mode="segmentation", **{"pq": 0.6, "dq": 0.75, "sq": 0.8} | values)
+    frame.loc[frame["n_truth"] == 0, ["pq", "dq", "sq"]] = np.nan
+    frame.loc[frame["class"] == "Detection", "mpq"] = mpq
+    write_tsv(path, frame)
+    return path
+
+
+def test_systems_to_compare_with_stand_in_the_group_of_their_published_row(tmp_path):
+    systems = [System("deformable_detr", "CellViT", others=True), System("celldetr_s", "CellViT-X", others=True)]
+    paths = make_scores(tmp_path, {("celldetr_s", 1): {"Necrotic": np.nan}})
+    for path, mpq in zip(paths[2:], (0.4, 0.5), strict=True):
+        masks_of(path, mpq, pq=0.62 if mpq == 0.4 else 0.6)
+    table = make_table(paths, systems=systems)
+    rows = table.rows[table.rows["experiment"] != ""]
+    assert rows[["source", "group", "system"]].to_numpy().tolist() == [
+        ["measured", "Others", "CellViT"],
+        ["measured", "Others", "CellViT-X"],
+    ]
+    quality = "panoptic quality of its masks: bPQ 0.610, mPQ 0.450"
+    assert rows["note"].tolist() == ["", f"beyond the paper; Necrotic: truth in 1 of 2 splits; {quality}"]
+    text = markdown(table)
+    lines = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    at = lines.index("**Measured here: Others**")
+    assert lines[at + 1 :] == ["CellViT", lines[-1]]
+    assert lines[-1].startswith("CellViT-X (")
+    assert quality in text
+    assert "class score ≥ 0.4, of a system that segments nuclei always" in caption(table)
+    assert "always" not in caption(make_table(paths[:2], systems=SYSTEMS[:1]))
+    groups = make_table(paths, name="table2", systems=[System("deformable_detr", "Linear probing"), SYSTEMS[1]]).rows
+    assert groups["group"].tolist()[-2:] == ["Fine-tuning setting", ""]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("pq", 0.7501), ("pq", 0.3749), ("pq", np.nan), ("sq", 0.5), ("sq", 80), ("dq", -0.75), ("dq", "x"), ("mpq", 1.1)]
+    + [("mpq", np.nan), ("n_truth", 0)],
+)
+def test_panoptic_qualities_that_contradict_each_other_are_refused(tmp_path, column, value):
+    path = masks_of(score_file(tmp_path, "celldetr_s", 1, {"Necrotic": np.nan}))
+    read_scores([path], ORDER)
+    frame = pd.read_csv(path, sep="\t").astype({column: object})
+    frame.loc[6, column] = value
+    write_tsv(path, frame)
+    with pytest.raises(InputError, match=rf"^{path}: line 8, Detection: (got pq|precision)"):
+        read_scores([path], ORDER)
 
 
 def test_the_metric_that_is_asked_for_is_shown_beside_the_rows_as_printed(tmp_path):
@@ -308,11 +361,11 @@ def test_caption_says_how_it_was_measured(tmp_path):
     "title", ["a|b *c* <b>d</b> {x} _e_ f_g [h](i) `j` &lt; $k$", "two\nlines\\", "-", "CellDETR-S"]
 )
 def test_titles_are_shown_as_they_are(tmp_path, title):
-    table = make_table(make_scores(tmp_path), systems=[System("deformable_detr", title), SYSTEMS[1]])
+    table = make_table(make_scores(tmp_path), systems=[SYSTEMS[1], System("deformable_detr", title)])
     assert title.replace("\n", "") in [row[0].replace("\n", "") for row in Page(html(table)).rows]
     rendered = MarkdownIt("commonmark").enable("table").render(markdown(table))
     page = Page(rendered)
-    assert page.rows[-2][0] == " ".join(title.split())
+    assert page.rows[-1][0] == " ".join(title.split())
     assert {len(row) for row in page.rows} == {19}
     assert "a: Connective_F: printed 0.47" in "".join(page.text)
     assert "From result files of the CellViT repository" in "".join(page.text)
