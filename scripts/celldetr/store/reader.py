@@ -111,8 +111,8 @@ class PatchStore:
         """
         if not self.has_instances:
             raise InputError(
-                f"{self.path}: instances: got none, expected the instance map of each patch, as in the stores of "
-                "PanNuke; if it is one of these, or a selection of them, it is older: delete it and make it again"
+                f"{self.path}: instances: got none, expected an instance map per patch, as rule convert_pannuke writes "
+                "it; delete an older store of PanNuke and make it again; other data has no instance maps"
             )
         wanted = self._checked(indices)
         found = np.empty((len(wanted), self.patch_size, self.patch_size), "<u2")

@@ -9,6 +9,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from celldetr.config.classes import PANNUKE_CLASSES
@@ -57,6 +60,18 @@ def convert(tmp_path, contents, extra=(), **options):
     return summary, open_store(tmp_path / "fold1.zarr")
 
 
+def instances_by_pixel(mask):
+    """Instance map of an image, pixel after pixel, and its counts of lost pixels and hidden nuclei."""
+    nuclei = [(c, number) for c in range(5) for number in sorted(set(mask[..., c].ravel()) - {0})]
+    area = [(mask[..., c] == number).sum() for c, number in nuclei]
+    found, lost = np.zeros(mask.shape[:2], int), 0
+    for place in zip(*mask[..., :5].any(axis=-1).nonzero(), strict=True):
+        claims = [k for k, (c, number) in enumerate(nuclei) if mask[(*place, c)] == number]
+        found[place] = min(claims, key=lambda k: (area[k], -k)) + 1
+        lost += len(claims) - 1
+    return found, {"lost pixels": lost, "hidden nuclei": len(nuclei) - len(set(found.ravel()) - {0})}
+
+
 def brute_force(mask):
     """(x0, y0, x1, y1, channel) of each nucleus of an image, and counts of what is odd, one id after the other."""
     found, odd = [], Counter()
@@ -85,10 +100,14 @@ def test_a_drawn_fold_is_read_as_id_after_id_would_be(tmp_path):
     for index, mask in enumerate(masks):
         nuclei, odd = brute_force(mask)
         assert np.array_equal(np.column_stack(store.boxes_of(index)), nuclei)
+        instances, lost = instances_by_pixel(mask)
+        assert np.array_equal(store.instances([index])[0], instances)
+        odd.update(lost)
         labels += nuclei[:, 4].tolist()
         counted.update(odd)
     assert counted == {name: summary.odd[name] for name in counted}
-    assert min(counted.values()) > 0
+    assert min(counted[name] for name in counted if name != "hidden nuclei") > 0
+    assert store.attrs["nuclei_without_pixels"] == counted["hidden nuclei"]
     assert summary.nuclei == {name: labels.count(index) for index, name in enumerate(PANNUKE_CLASSES)}
     assert store.attrs["odd"] == summary.odd
 
@@ -116,6 +135,29 @@ def test_one_pixel_pieces_overlaps_and_borders():
     assert found.odd["void pixels"] == SIZE * SIZE - 4
 
 
+@settings(max_examples=60, deadline=None)
+@given(masks=hnp.arrays(np.int8, (6, 6, CHANNELS), elements=st.integers(0, 2)))
+def test_a_pixel_claimed_twice_goes_to_the_smaller_nucleus(masks):
+    found = nuclei_of(masks)
+    instances, lost = instances_by_pixel(masks)
+    assert np.array_equal(found.instances, instances)
+    assert {name: found.odd.get(name, 0) for name in lost} == lost
+
+
+def test_a_nucleus_below_others_keeps_its_box_and_is_counted(tmp_path):
+    fold = arrays(1)
+    fold["masks"][0, 2:5, 3:7, 3] = 1  # as large as the nucleus of class 0, and later
+    fold["masks"][0, 4:6, 3:5, 4] = 900
+    summary, store = convert(tmp_path, fold)
+    assert store.boxes.tolist() == [[3, 2, 7, 5], [3, 2, 7, 5], [3, 4, 5, 6]]
+    instances = np.zeros((SIZE, SIZE), int)
+    instances[2:5, 3:7] = 2
+    instances[4:6, 3:5] = 3
+    assert np.array_equal(store.instances([0])[0], instances)
+    assert [summary.odd[name] for name in ("overlap pixels", "lost pixels", "hidden nuclei")] == [12, 14, 1]
+    assert store.attrs["nuclei_without_pixels"] == 1
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int64", ">f8"])
 def test_any_integer_valued_type(tmp_path, dtype):
     contents = {**arrays(), "masks": arrays()["masks"].astype(dtype), "images": arrays()["images"].astype(dtype)}
@@ -130,6 +172,7 @@ def test_empty_images_and_an_empty_fold(tmp_path):
     summary, store = convert(tmp_path, contents)
     assert summary.odd["empty images"] == 3
     assert len(store.boxes) == 0
+    assert not store.instances(range(3)).any()
     _, store = convert(tmp_path, {key: value[:0] for key, value in arrays().items()})
     assert store.n_patches == 0
 

@@ -23,7 +23,15 @@ def shard(path, array="images"):
     return next(file for file in (path / array / "c").rglob("*") if file.is_file())
 
 
-def make(path, counts, seed=0, classes=CLASSES, mpp=0.5, size=SIZE, step=7):
+def drawn(boxes, size):
+    """Draw the instance map of a patch whose nuclei fill their boxes, the later ones on top."""
+    found = np.zeros((size, size), np.uint16)
+    for number, (x0, y0, x1, y1) in enumerate(boxes, 1):
+        found[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = number
+    return found
+
+
+def make(path, counts, seed=0, classes=CLASSES, mpp=0.5, size=SIZE, step=7, mapped=False):
     """Write a store with `counts[i]` random nuclei in patch i; return what was written."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (len(counts), size, size, 3), dtype=np.uint8)
@@ -46,16 +54,17 @@ def make(path, counts, seed=0, classes=CLASSES, mpp=0.5, size=SIZE, step=7):
                 boxes[part],
                 labels[part],
                 centroids=centroids[part],
+                instances=[drawn(found, size) for found in boxes[part]] if mapped else None,
                 patches={name: values[part] for name, values in columns.items()},
             )
     return images, boxes, labels, centroids, columns
 
 
 @settings(max_examples=10, deadline=None)
-@given(counts=st.lists(st.integers(0, 4), max_size=20), seed=st.integers(0, 9))
-def test_round_trip(tmp_path_factory, counts, seed):
+@given(counts=st.lists(st.integers(0, 4), max_size=20), seed=st.integers(0, 9), mapped=st.booleans())
+def test_round_trip(tmp_path_factory, counts, seed, mapped):
     path = tmp_path_factory.mktemp("s") / "x.zarr"
-    images, boxes, labels, centroids, columns = make(path, counts, seed)
+    images, boxes, labels, centroids, columns = make(path, counts, seed, mapped=mapped)
     store = open_store(path)
     assert len(store) == store.n_patches == len(counts)
     assert (store.classes, store.mpp, store.patch_size) == (CLASSES, 0.5, SIZE)
@@ -69,18 +78,31 @@ def test_round_trip(tmp_path_factory, counts, seed):
         assert np.array_equal(store.patches["source"][index], columns["source"][index])
     assert np.array_equal(store.centroids, np.concatenate([np.empty((0, 2)), *centroids]).astype(np.float32))
     assert store.attrs["counts"]["unlabelled"] == int((store.labels < 0).sum())
+    assert store.has_instances == (mapped or not counts)  # a store without patches lacks none
+    if store.has_instances:
+        maps = store.instances(range(len(store)))
+        assert maps.shape == (len(counts), SIZE, SIZE)
+        assert maps.dtype == np.uint16
+        assert all(np.array_equal(found, drawn(box, SIZE)) for found, box in zip(maps, boxes, strict=True))
+    if mapped and counts:
+        shown = sum(len(np.unique(found[found > 0])) for found in maps)
+        assert store.attrs["nuclei_without_pixels"] == sum(counts) - shown
 
 
 def test_any_order_of_patches_can_be_read_from_several_shards(tmp_path):
     path, count = tmp_path / "x.zarr", PATCHES_PER_SHARD + 5
-    images, *_ = make(path, [1] * count, size=4)
-    assert np.array_equal(zarr.open_group(path)["images"][...], images)  # zarr reads the shards that we write
+    images, boxes, *_ = make(path, [1] * count, size=4, mapped=True)
+    maps = np.stack([drawn(box, 4) for box in boxes])
+    for name, array in (("images", images), ("instances", maps)):  # zarr reads the shards that we write
+        assert np.array_equal(zarr.open_group(path)[name][...], array)
     store = open_store(path)
     everything = np.random.default_rng(0).permutation(count)
     for indices in ([], [4], [29, 0, 0, 13], range(250, 260), everything):
         assert np.array_equal(store.images(indices), images[list(indices)])
-    with pytest.raises(IndexError):
-        store.images([count])
+        assert np.array_equal(store.instances(indices), maps[list(indices)])
+    for read in (store.images, store.instances):
+        with pytest.raises(IndexError):
+            read([count])
 
 
 def test_images_can_be_encoded_before_they_are_appended(tmp_path):
@@ -130,6 +152,43 @@ def test_writer_refuses_what_does_not_fit(tmp_path, changes, kind, message):
     assert list(tmp_path.iterdir()) == []
 
 
+FULL = np.zeros((1, SIZE, SIZE), np.uint16)
+FULL[0, 0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"instances": FULL.astype(np.int64)}, ValueError, r"instances: got int64 \(8, 8\), expected uint16"),
+        ({"instances": FULL[:, :, :4]}, ValueError, r"instances: got shape \(8, 4\), expected sides of 8 px"),
+        ({"instances": FULL[..., None]}, ValueError, r"instances: got shape \(8, 8, 1\)"),
+        ({"instances": FULL[:0]}, ValueError, "shorter"),
+        ({"instances": FULL + np.uint16(1)}, InputError, "patch 1: got the number 2, expected 0 to 1: its boxes"),
+        ({"instances": FULL[:, ::-1]}, InputError, r"1 of 1 pixels lie outside.*x 0, y 7: number 1, box \[0.0, 0.0, 1"),
+        ({"instances": 0 * FULL}, InputError, r"x\.zarr: instances of patch 1: number 1 has no pixel, and no other"),
+        ({"instances": FULL, "boxes": [[]], "labels": [[]]}, InputError, "the number 1, expected 0 to 0"),
+        ({"instances": FULL, "boxes": [[[np.nan, 0, 1, 1]]]}, InputError, "1 of 1 pixels lie outside"),
+        (
+            {"instances": None},
+            ValueError,
+            "instances: got none for patch 1, some for those before",
+        ),
+    ],
+)
+def test_writer_refuses_instances_that_do_not_fit(tmp_path, changes, kind, message):
+    with StoreWriter(tmp_path / "x.zarr", patch_size=SIZE, classes=CLASSES, mpp=1) as writer:
+        writer.append(**BLACK, instances=FULL)
+        with pytest.raises(kind, match=message):
+            writer.append(**{**BLACK, **changes})
+
+
+def test_writer_refuses_instances_of_the_later_patches_alone(tmp_path):
+    with StoreWriter(tmp_path / "x.zarr", patch_size=SIZE, classes=CLASSES, mpp=1) as writer:
+        writer.append(**BLACK)
+        with pytest.raises(ValueError, match="instances: got some for patch 1, none for those before"):
+            writer.append(**BLACK, instances=FULL)
+
+
 def overwrite(path, name, index, value):
     zarr.open_group(path, mode="r+")[name][index] = value
 
@@ -143,6 +202,10 @@ WRONG = {
     "no store": (lambda path: (path / "zarr.json").unlink(), "cannot be opened as a patch store"),
     "no images": (lambda path: shutil.rmtree(path / "images"), "cannot be opened as a patch store.*images"),
     "no shard": (lambda path: shard(path).unlink(), "images: got 0 of 1 files"),
+    "no shard of instances": (lambda path: shard(path, "instances").unlink(), "instances: got 0 of 1 files"),
+    "no instances": (lambda path: shutil.rmtree(path / "instances"), "cannot be opened as a patch store.*instances"),
+    "other instances": (change(instances_digest=""), "digest: got"),
+    "forgotten instances": (lambda path: zarr.open_group(path).attrs.pop("instances_digest"), "digest: got"),
     "no boxes": (lambda path: shutil.rmtree(path / "boxes" / "c"), "boxes: got 0 of 1 files"),
     "no places": (lambda path: shutil.rmtree(path / "patches" / "x" / "c"), "patches/x: got 0 of 1 files"),
     "other format": (change(format=3), "format: got 3, expected 4; make the store again"),
@@ -160,7 +223,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_an_incomplete_or_invalid_store_is_named(tmp_path, name):
     path = tmp_path / "x.zarr"
-    make(path, [2] * 6)
+    make(path, [2] * 6, mapped=True)
     spoil, message = WRONG[name]
     spoil(path)
     with pytest.raises(InputError, match=message) as error:
@@ -184,13 +247,14 @@ def flip(data, at):
         lambda data: flip(data, -1),  # checksum of the places
     ],
 )
-def test_damaged_images_are_an_error_and_not_black(tmp_path, spoil):
+@pytest.mark.parametrize("array", ["images", "instances"])
+def test_damaged_pixels_are_an_error_and_not_zeros(tmp_path, spoil, array):
     path = tmp_path / "x.zarr"
-    make(path, [1] * 4)
-    file = shard(path)
+    make(path, [1] * 4, mapped=True)
+    file = shard(path, array)
     file.write_bytes(spoil(file.read_bytes()))
-    with pytest.raises(InputError, match=r"x\.zarr: images of patches 0 to 3: cannot be read"):
-        open_store(path).images(range(4))
+    with pytest.raises(InputError, match=rf"x\.zarr: {array} of patches 0 to 3: cannot be read"):
+        getattr(open_store(path), array)(range(4))
 
 
 def test_black_patches_and_zero_values_are_kept(tmp_path):
@@ -214,12 +278,45 @@ def test_the_digest_is_that_of_the_content(tmp_path):
 
     first = digest("a.zarr")
     assert first == digest("again.zarr", step=1)  # however it is written
+    assert first == "445113f6871965e952dd783bd479fa7a6f376e993394a44068641d38fe707cd2"  # as before there were instances
     others = {"b.zarr": {"seed": 1}, "c.zarr": {"mpp": 0.25}, "d.zarr": {"classes": ("b", "a")}, "e.zarr": {"size": 4}}
+    others["f.zarr"] = {"mapped": True}
     assert len({first, *(digest(name, **options) for name, options in others.items())}) == 1 + len(others)
     store = open_store(tmp_path / "a.zarr")
     select([(store, [0, 1, 2])], tmp_path / "copy.zarr", attrs={"why": "test"})
     select([(store, [2, 1, 0])], tmp_path / "turned.zarr")
     assert open_store(tmp_path / "copy.zarr").digest == first != open_store(tmp_path / "turned.zarr").digest
+
+
+def test_the_digest_covers_every_pixel_of_the_instances(tmp_path):
+    digests, whole = set(), BLACK | {"boxes": [[[0, 0, 8, 8]]], "instances": np.ones((1, SIZE, SIZE), np.uint16)}
+    for pixel in (None, (0, 0, 0), (0, 0, 1), (0, SIZE - 1, SIZE - 1)):
+        instances = whole["instances"].copy()
+        if pixel:
+            instances[pixel] = 0
+        with StoreWriter(tmp_path / "x.zarr", patch_size=SIZE, classes=CLASSES, mpp=1) as writer:
+            writer.append(**whole | {"instances": instances})
+        digests.add(open_store(tmp_path / "x.zarr").digest)
+    assert len(digests) == 4
+
+
+def test_a_store_without_instances_says_what_to_do(tmp_path):
+    make(tmp_path / "a.zarr", [1, 2])
+    with pytest.raises(InputError, match=r"a\.zarr: instances: got none, .*convert_pannuke .*delete an older store"):
+        open_store(tmp_path / "a.zarr").instances([0])
+
+
+def test_select_takes_instances_if_all_stores_have_them(tmp_path):
+    options = {"a.zarr": {"mapped": True}, "b.zarr": {"mapped": True, "seed": 1}, "c.zarr": {}}
+    boxes = {name: make(tmp_path / name, [3, 2, 0, 4], **how)[1] for name, how in options.items()}
+    a, b, c = (open_store(tmp_path / name) for name in options)
+    select([(b, [3, 0]), (a, [3])], tmp_path / "ba.zarr")
+    expected = [drawn(boxes[name][patch], SIZE) for name, patch in (("b.zarr", 3), ("b.zarr", 0), ("a.zarr", 3))]
+    assert np.array_equal(open_store(tmp_path / "ba.zarr").instances(range(3)), expected)
+    select([(a, [0]), (c, [0])], tmp_path / "ac.zarr", attrs=a.attrs)
+    assert not open_store(tmp_path / "ac.zarr").has_instances
+    select([(a, range(4))], tmp_path / "copy.zarr")
+    assert open_store(tmp_path / "copy.zarr").digest == a.digest
 
 
 def test_select_takes_the_chosen_patches_in_order(tmp_path):
