@@ -105,7 +105,7 @@ class PatchStore:
         Raises
         ------
         InputError
-            The store has none, or one is damaged; names the store and the patches.
+            The store has none, or one is damaged or of other patches; names the store and the patches.
         IndexError
             The store has no such patch.
         """
@@ -117,6 +117,12 @@ class PatchStore:
         wanted = self._checked(indices)
         found = np.empty((len(wanted), self.patch_size, self.patch_size), "<u2")
         self._each_chunk("instances", 3, wanted, lambda row, chunk: ZSTD.decode(chunk, out=found[row].reshape(-1)))
+        wrong = np.flatnonzero(found.max(axis=(1, 2), initial=0) > np.diff(self.box_ptr)[wanted])
+        if wrong.size:
+            raise InputError(
+                f"{self.path}: instances of patch {wanted[wrong[0]]}: got numbers above those of its boxes; they are "
+                "of another store: delete the store and make it again"
+            )
         return found
 
     def _checked(self, indices: ArrayLike) -> NDArray[np.int64]:

@@ -257,6 +257,16 @@ def test_damaged_pixels_are_an_error_and_not_zeros(tmp_path, spoil, array):
         getattr(open_store(path), array)(range(4))
 
 
+def test_instances_of_other_patches_are_refused(tmp_path):
+    make(tmp_path / "a.zarr", [2, 1, 2], mapped=True)
+    make(tmp_path / "b.zarr", [2, 3, 2], mapped=True)
+    shutil.copy(shard(tmp_path / "b.zarr", "instances"), shard(tmp_path / "a.zarr", "instances"))
+    store = open_store(tmp_path / "a.zarr")
+    store.instances([0, 2])
+    with pytest.raises(InputError, match=r"a\.zarr: instances of patch 1: got numbers above .* of another store"):
+        store.instances([2, 1, 0])
+
+
 def test_black_patches_and_zero_values_are_kept(tmp_path):
     with StoreWriter(tmp_path / "x.zarr", patch_size=SIZE, classes=CLASSES, mpp=1) as writer:
         writer.append(**BLACK)
