@@ -1,1 +1,1 @@
-"""From predictions to scores: matching, metrics, intervals, frozen features. Imports no torch."""
+"""From predictions to scores: matching, metrics, intervals, panoptic quality, frozen features. Imports no torch."""
