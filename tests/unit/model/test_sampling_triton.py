@@ -87,12 +87,15 @@ def test_half_precision_values_and_their_gradient_keep_their_type():
     assert [x.dtype for x in (of_locations, of_weights)] == [torch.float32] * 2
 
 
-def test_points_on_borders_and_far_outside_agree_with_the_portable_form():
-    """At pixels -1, -1/2, 0, ..., 4 of a map of 4, each across and along; and beyond what an integer holds."""
+def test_points_on_borders_and_far_outside_agree_with_the_reference():
+    """At pixels -1, -1/2, 0, ..., 4 of a map of 4, each across and along; and beyond what an integer holds.
+
+    The gradient of the portable form at -1, where it has two, depends on the version of torch (clamp at its bound).
+    """
     at = (torch.tensor([-1e12, -3, -1, -0.5, 0, 1, 3, 3.5, 4, 6, 1e12]) + 0.5) / 4
     locations = torch.stack(torch.meshgrid(at, at, indexing="ij"), dim=-1).view(1, -1, 1, 1, 1, 2)
     value, weights = torch.randn(1, 16, 1, 2), torch.ones(locations.shape[:-1])
-    agree([x.to(DEVICE) for x in (value, locations, weights)], ((4, 4),), exact=sample_portable)
+    agree([x.to(DEVICE) for x in (value, locations, weights)], ((4, 4),))
     locations[:] = float("inf")
     assert not sample_triton(value.to(DEVICE), ((4, 4),), locations.to(DEVICE), weights.to(DEVICE)).any()
 
