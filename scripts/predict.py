@@ -11,13 +11,12 @@ import logging
 
 import torch
 
+from celldetr.inference.fold import origin_of
 from celldetr.inference.predict import predict_fold
-from celldetr.model.device import best_device, resolve_precision
-from celldetr.model.weights import load_model, trained_on
-from celldetr.runtime.provenance import git_revision, sha256, versions
+from celldetr.model.device import best_device
+from celldetr.model.weights import load_model
 from celldetr.runtime.rule import run_rule
 from celldetr.store import open_store
-from celldetr.store.seen import refuse_seen_store
 
 log = logging.getLogger("predict")
 
@@ -25,20 +24,15 @@ log = logging.getLogger("predict")
 def main(snakemake):
     torch.set_num_threads(snakemake.threads)
     device = best_device()
-    store, experiment = open_store(snakemake.input.store), snakemake.wildcards.experiment
-    key = f"experiments.{experiment}.trained_on"
-    seen = trained_on(snakemake.input.model, snakemake.params.trained_on, key)
-    refuse_seen_store(seen, store, snakemake.input.model)
-    metadata = {
-        "experiment": experiment,
-        "trained_on": seen,
-        "split": int(snakemake.wildcards.split),
-        "model_sha256": sha256(snakemake.input.model),
-        "git_revision": git_revision(),
-        "versions": versions(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "precision": resolve_precision(snakemake.params.precision, device),
-    }
+    store = open_store(snakemake.input.store)
+    metadata = origin_of(
+        snakemake.input.model,
+        store,
+        experiment=snakemake.wildcards.experiment,
+        split=int(snakemake.wildcards.split),
+        declared=snakemake.params.trained_on,
+        precision=snakemake.params.precision,
+    )
     count = predict_fold(
         load_model(snakemake.input.model, device, mpp=store.mpp, patch_size=store.patch_size),
         store,

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from tiny_training import make_experiment, make_split, make_store, train
 
-from celldetr.training.stage import Outputs
+from celldetr.training.detection import Outputs
 from celldetr.training.supervised import LOSSES, SupervisedStage
 
 

@@ -31,8 +31,8 @@ from celldetr.model.boxes import cxcywh_to_xyxy, pairwise_giou
 from celldetr.model.celldetr import Detections, float_images
 from celldetr.model.compiled import no_more_compiling
 from celldetr.model.deformable_attention import use_sampling
+from celldetr.training import detection as stages
 from celldetr.training import prefetch
-from celldetr.training import stage as stages
 from celldetr.training.augment import augment_images, augment_targets, draw
 from celldetr.training.data import Batch, PatchData, Targets
 from celldetr.training.loop import Training
@@ -87,7 +87,7 @@ class AugmentedImages(Dataset):
         patch = torch.tensor([index]).numpy()
         draws = draw(self.settings.augmentation, 0, index, 1)
         targets = augment_targets(self.data.targets(patch), draws)
-        image = augment_images(self.data.read(patch), draws, self.settings.augmentation)
+        image = augment_images(self.data.read(patch)[0], draws, self.settings.augmentation)
         return (image.permute(0, 2, 3, 1) * 255).round().byte(), targets
 
 

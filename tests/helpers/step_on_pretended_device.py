@@ -14,8 +14,8 @@ from tiny_training import make_experiment, make_ssl_experiment, make_stage
 
 from celldetr.store import open_store
 from celldetr.training.data import TrainingBatches
-from celldetr.training.loop import make_optimizer
 from celldetr.training.matching import Matching
+from celldetr.training.optimizer import make_optimizer
 from celldetr.training.prefetch import prepare
 from celldetr.training.stage import Losses
 

@@ -49,12 +49,12 @@ def make_store(path, n_patches, seed=0, classes=CLASSES, unlabelled=False, group
     return write_store(path, np.stack(images), boxes, labels, classes, group, mpp)
 
 
-def write_store(path, images, boxes, labels, classes, group="s", mpp=0.5):
-    """Write patches of one group."""
+def write_store(path, images, boxes, labels, classes, group="s", mpp=0.5, instances=None):
+    """Write patches of one group; of `instances`, the maps, too."""
     columns = {name: [group] * len(images) for name in ("source", "group", "tissue")}
     columns |= {name: np.arange(len(images)) for name in ("x", "y")}
     with StoreWriter(path, patch_size=SIZE, classes=classes, mpp=mpp) as writer:
-        writer.append(images, boxes, labels, patches=columns)
+        writer.append(images, boxes, labels, patches=columns, instances=instances)
     return open_store(path)
 
 

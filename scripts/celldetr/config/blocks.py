@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from celldetr.config.base import Count, Mpp, Names, NotNegative, Positive, Seed, Settings, SmallCount, partial
 from celldetr.config.experiment import Mode, SharedModelSettings, SharedTrainingSettings
 from celldetr.config.pannuke import misspelt_folds
+from celldetr.config.segmentation import SegmentationSettings
 from celldetr.config.sheets import Name
 
 
@@ -32,19 +33,21 @@ class ExperimentSettings(Settings):
     """A named training run: what differs from the shared blocks `model` and `training`."""
 
     title: Title = Field(description="name in tables and figures")
-    stage: Literal["supervised", "st", "ssl", "zero_shot"] = Field(
+    stage: Literal["supervised", "st", "ssl", "zero_shot", "segmentation"] = Field(
         "supervised",
         description="supervised: PanNuke; ssl: contrastive pretraining on slides without labels; st: cell types of "
-        "Xenium samples; zero_shot: no training, the model of another experiment with its types mapped to PanNuke",
+        "Xenium samples; zero_shot: no training, the model of another experiment with its types mapped to PanNuke; "
+        "segmentation: another system, which segments nuclei of PanNuke",
     )
     mode: Mode | None = Field(
         None,
-        description="baseline: Deformable DETR; sequential: CellDETR-S; parallel: CellDETR-P; every trained "
-        "experiment needs it",
+        description="baseline: Deformable DETR; sequential: CellDETR-S; parallel: CellDETR-P; every stage that trains "
+        "one of these needs it",
     )
     initial: str = Field(
         "imagenet",
-        description="initial weights: none, imagenet (backbone only), another experiment, or a model file (.pt)",
+        description="initial weights: none, imagenet (backbone only), another experiment, or a model file (.pt); stage "
+        "segmentation: none, imagenet, or one of `weights`",
     )
     trained_on: tuple[str, ...] | None = Field(
         None,
@@ -57,6 +60,7 @@ class ExperimentSettings(Settings):
     training: partial(SharedTrainingSettings) = Field(  # type: ignore[valid-type]
         default_factory=partial(SharedTrainingSettings), description="keys of `training` that differ"
     )
+    segmentation: SegmentationSettings | None = Field(None, description="system of stage segmentation; null: none")
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> Self:
@@ -66,8 +70,13 @@ class ExperimentSettings(Settings):
                 raise ValueError(f"stage: got zero_shot with {sorted(settings)}, expected none: nothing is trained")
             if self.initial in ("none", "imagenet"):
                 raise ValueError(f"initial: got {self.initial!r}, expected an experiment or a model file to use")
-        elif self.mode is None:
+        elif self.stage != "segmentation" and self.mode is None:
             raise ValueError("mode: missing; expected baseline, sequential or parallel")
+        if (self.stage == "segmentation") != (self.segmentation is not None):
+            raise ValueError(
+                f"segmentation: got {'no' if self.segmentation is None else 'a'} block with stage {self.stage}, "
+                "expected one with stage segmentation alone"
+            )
         from_file = Path(self.initial).suffix == ".pt"
         if from_file and self.trained_on is None:
             raise ValueError(
@@ -86,6 +95,7 @@ class TableSettings(Settings):
 
     experiments: Names = Field(min_length=1, description="experiments with a row each")
     ours: Names = Field((), description="experiments beyond the paper; their rows are marked as ours")
+    others: Names = Field((), description="experiments of stage segmentation: the systems of others, measured")
     published: str = Field(min_length=1, description="file with the published rows")
     frozen_features: Names = Field(
         (),
@@ -95,7 +105,7 @@ class TableSettings(Settings):
     @property
     def systems(self) -> tuple[str, ...]:
         """Experiments of the measured rows, in order."""
-        return self.experiments + self.ours
+        return self.others + self.experiments + self.ours
 
 
 class Figure3Settings(Settings):

@@ -1,6 +1,6 @@
 """Settings of one training run: model, recipe and seed, with ranges, units and the defaults of the paper."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -276,13 +276,52 @@ class TrainingSettings(SharedTrainingSettings):
 TrainedStage = Literal["supervised", "st", "ssl"]
 
 
+class NetworkSettings(Protocol):
+    """What a model file is built from, whatever it holds."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like values."""
+
+
+class TrainedExperiment(Protocol):
+    """What the training loop reads of an experiment, whatever it trains."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+
+    @property
+    def stage(self) -> str:
+        """What is trained."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+
+    @property
+    def training(self) -> TrainingSettings:
+        """Recipe."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-like values."""
+
+
 class Experiment(Settings):
-    """Everything that defines one training run."""
+    """Everything that defines one training run of CellDETR."""
 
     name: str
     stage: TrainedStage = "supervised"
     model: ModelSettings
     training: TrainingSettings = TrainingSettings()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+        return self.model.classes
 
     @model_validator(mode="after")
     def _stage_fits(self) -> Self:

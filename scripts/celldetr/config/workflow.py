@@ -33,6 +33,7 @@ from celldetr.config.experiment import (
     TrainingSettings,
 )
 from celldetr.config.pannuke import FOLDS, PanNukeSettings, SourceSettings, fold_parts
+from celldetr.config.segmentation import SegmentationExperiment
 from celldetr.config.sheets import CellRow, ReferenceRow, SlideRow, XeniumRow
 from celldetr.config.slides import SlideSettings
 from celldetr.config.xenium import XeniumSettings
@@ -60,6 +61,9 @@ class Config(Settings):
     patch: PatchSizeSettings = Field(PatchSizeSettings(), description="size of the patches")
     pannuke: PanNukeSettings = Field(description="PanNuke archives and splits")
     imagenet: SourceSettings = Field(description="ResNet-50 weights of torchvision, for `initial: imagenet`")
+    weights: dict[ExperimentName, SourceSettings] = Field(
+        default_factory=dict, description="published weights by name, for `initial` of stage segmentation"
+    )
     xenium: XeniumSettings | None = Field(None, description="Xenium samples; null: none")
     slides: SlideSettings | None = Field(None, description="whole slides for pretraining; null: none")
     cells: CellSettings | None = Field(
@@ -89,6 +93,8 @@ class Config(Settings):
             if self.experiments[name].stage != "zero_shot":
                 self.experiment(name)
         self._check_names()
+        if both := sorted(set(self.weights) & set(self.experiments)):
+            raise ValueError(f"weights: got {both}, which are names of experiments, too; expected other names")
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
         half = self.patch.size * self.patch.mpp / 2
@@ -112,13 +118,13 @@ class Config(Settings):
         stages = {name: block.stage for name, block in self.experiments.items()}
         tested = {name for name, stage in stages.items() if stage in ("supervised", "zero_shot")}
         supervised = {name for name in tested if stages[name] == "supervised"}
-        embeds = {
-            name for name, block in self.experiments.items() if stages[name] != "zero_shot" and block.mode != "baseline"
-        }
+        segments = {name for name, stage in stages.items() if stage == "segmentation"}
+        embeds = {name for name, block in self.experiments.items() if block.mode in ("sequential", "parallel")}
         uses: list[tuple[str, tuple[str, ...], set[str], str]] = []
         for name, table in self.tables.items():
             if twice := set(table.experiments) & set(table.ours):
                 raise ValueError(f"tables.{name}.ours: got {sorted(twice)}, which are in experiments too")
+            uses.append((f"tables.{name}.others", table.others, segments, "of stage segmentation"))
             for key in ("experiments", "ours"):
                 uses.append((f"tables.{name}.{key}", getattr(table, key), tested, "that are tested on PanNuke"))
             uses.append(
@@ -127,7 +133,7 @@ class Config(Settings):
         if self.figure3 is not None:
             uses.append(("figure3.experiments", self.figure3.experiments, supervised, "trained on PanNuke's classes"))
         if self.slides is not None and not self.slides.detection.model.endswith(".pt"):
-            free = {name for name in stages if all(stages[each] != "ssl" for each in self._line(name))}
+            free = {name for name in stages if all(stages[each] != "ssl" for each in self._line(name))} - segments
             uses.append(
                 ("slides.detection.model", (self.slides.detection.model,), free, "that need no patches of these slides")
             )
@@ -161,9 +167,15 @@ class Config(Settings):
         where, block = f"experiments.{name}.initial", self.experiments[name]
         line = self._line(name)
         stages = [self.experiments[initial].stage for initial in line[1:]]
-        if "zero_shot" in stages:
-            got = line[1 + stages.index("zero_shot")]
-            raise ValueError(f"{where}: got {got!r}, which trains no model; expected an experiment that does")
+        for stage, why in (("zero_shot", "trains no model"), ("segmentation", "trains another system")):
+            if stage in stages:
+                got = line[1 + stages.index(stage)]
+                raise ValueError(f"{where}: got {got!r}, which {why}; expected an experiment that trains CellDETR")
+        if block.stage == "segmentation":
+            fit = ("none", "imagenet", *self.weights)
+            if block.initial not in fit:
+                raise ValueError(f"{where}: got {block.initial!r}, expected one of {list(fit)} in stage segmentation")
+            return
         last = self.experiments[line[-1]].initial
         if last not in ("none", "imagenet") and Path(last).suffix != ".pt":
             raise ValueError(
@@ -184,11 +196,15 @@ class Config(Settings):
             "training.contrastive": block.stage != "ssl",
             "model.representation.global_tokens": block.mode != "parallel",
         }
+        if block.stage == "segmentation":
+            ours = ("matching", "losses", "noise", "contrastive", "probe", "compile", "activation_checkpointing")
+            unread = dict.fromkeys(("mode", "model", *(f"training.{key}" for key in ours)), True)
         for key, nothing_reads_it in unread.items():
             if nothing_reads_it and _holds(_given(block), key):
+                mode = f" in mode {block.mode}" if block.stage != "segmentation" else ""
                 raise ValueError(
-                    f"experiments.{name}.{key}: got a value, but stage {block.stage} in mode {block.mode} "
-                    "does not read it; leave it out"
+                    f"experiments.{name}.{key}: got a value, but stage {block.stage}{mode} does not read it; leave it "
+                    "out"
                 )
         without = block.stage == "st" and self.xenium is not None and self.xenium.split.val == 0
         if without and self.experiment(name).training.select == "best_val":
@@ -200,7 +216,7 @@ class Config(Settings):
         while name in self.experiments:
             block = self.experiments[name]
             split = split if split in self.splits(name) else self.splits(name)[0]
-            if block.stage == "supervised":
+            if block.stage in ("supervised", "segmentation"):
                 parts = fold_parts(split, self.pannuke.protocol)
                 found[name] = {f"fold{fold}" for fold in (*parts["train"], *parts["val"])}
             if block.trained_on is not None:
@@ -212,7 +228,7 @@ class Config(Settings):
         """Refuse to test on a fold of PanNuke that a model, or one that it started from, has seen."""
         frozen = {name for table in self.tables.values() for name in table.frozen_features}
         for name, block in self.experiments.items():
-            tested = block.stage in ("supervised", "zero_shot") or name in frozen
+            tested = block.stage in ("supervised", "zero_shot", "segmentation") or name in frozen
             for split in self.pannuke.splits if tested else ():
                 test = {f"fold{fold}" for fold in fold_parts(split, self.pannuke.protocol)["test"]}
                 for model, seen in self._seen(name, split).items():
@@ -255,7 +271,7 @@ class Config(Settings):
         """Return the splits that an experiment runs on: those of PanNuke, or the one of Xenium or slides."""
         return (1,) if self.experiments[name].stage in ("st", "ssl") else self.pannuke.splits
 
-    def experiment(self, name: str) -> Experiment:
+    def experiment(self, name: str) -> Experiment | SegmentationExperiment:
         """Lay the settings of one experiment over the shared ones.
 
         Raises
@@ -266,23 +282,29 @@ class Config(Settings):
         block = self.experiments[name]
         assert block.stage != "zero_shot"
         where = f"experiments.{name}"
+        given = {**merge(self.training.to_dict(), _given(block.training)), "seed": self.seed}
+        training = TrainingSettings.from_dict(given, f"{where}.training")
+        if block.segmentation is not None:
+            return SegmentationExperiment(
+                name=name, classes=self.classes(name), segmentation=block.segmentation, training=training
+            )
+        assert block.stage != "segmentation"
         model = merge(self.model.to_dict(), _given(block.model))
-        training = merge(self.training.to_dict(), _given(block.training))
         if block.initial == "imagenet" and model["backbone"] | {"stages": 0, "extra_levels": 0} != (
             BackboneSettings(norm="frozen_batch").to_dict() | {"stages": 0, "extra_levels": 0}
         ):
             raise ConfigError(f"{where}.initial: got 'imagenet', expected 'none': these are weights of a ResNet-50")
-        if training["probe"] != "none":
+        if training.probe != "none":
             start = self.experiments.get(block.initial)
             if block.initial in ("none", "imagenet") or (start is not None and start.mode == "baseline"):
                 raise ConfigError(
-                    f"{where}.training.probe: got {training['probe']!r} with initial {block.initial!r}, expected none, "
+                    f"{where}.training.probe: got {training.probe!r} with initial {block.initial!r}, expected none, "
                     "or an initial model with a representation decoder: the rest of the model keeps its weights"
                 )
         if block.initial in self.experiments:
             theirs = merge(self.model.to_dict(), _given(self.experiments[block.initial].model))
             weightless: dict[str, Any] = {"dropout": 0, "kernel": 0, "projection": 0}
-            if training["probe"] != "head":  # a frozen decoder is used as it was trained
+            if training.probe != "head":  # a frozen decoder is used as it was trained
                 weightless["representation"] = {"positions": True, "global_tokens": 0}
             differ = [key for key in model if merge(model, weightless)[key] != merge(theirs, weightless)[key]]
             if differ:
@@ -296,7 +318,7 @@ class Config(Settings):
             model=ModelSettings.from_dict(
                 {**model, "mode": block.mode, "classes": self.classes(name)}, f"{where}.model"
             ),
-            training=TrainingSettings.from_dict({**training, "seed": self.seed}, f"{where}.training"),
+            training=training,
         )
 
 

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from celldetr.config.base import Precision
 from celldetr.evaluation.predictions import Predictions, write_predictions
 from celldetr.inference.attention import PatchAttention
+from celldetr.inference.fold import no_detections, patch_batches, warn_if_empty
 from celldetr.inference.predictor import Predictor
 from celldetr.model.celldetr import CellDETR, float_images
 from celldetr.model.compiled import Compile
@@ -63,7 +62,7 @@ def predict_fold(
     if embeddings and model.baseline:
         log.warning("%s: a model of mode baseline has no embeddings, the file will have none", path)
     width = model.settings.d_model if embeddings and not model.baseline else None
-    empty = _no_detections(store, width, {**(metadata or {}), **own})
+    empty = no_detections(store, width, {**(metadata or {}), **own})
     predictor = Predictor(
         model,
         batch_size=batch_size,
@@ -76,7 +75,7 @@ def predict_fold(
 
     def parts() -> Iterator[Predictions]:
         yield empty
-        batches = ((start, images, None) for start, images in _batches(store, batch_size, progress))
+        batches = ((start, images, None) for start, images in patch_batches(store, batch_size, progress))
         for start, found, _ in predictor.read(batches):
             scores = [found.class_scores[:, columns].max(axis=1, initial=0.0) for columns in sources]
             yield replace(
@@ -90,30 +89,8 @@ def predict_fold(
             )
 
     detections = write_predictions(path, parts())
-    if store.n_patches and not detections:
-        log.warning(
-            "%s: no detection in %d patches reached a nucleus score of %g: the model is not trained enough, or the "
-            "threshold is too high",
-            path,
-            store.n_patches,
-            nucleus_threshold,
-        )
+    warn_if_empty(path, store, detections, nucleus_threshold)
     return detections
-
-
-def _no_detections(store: PatchStore, width: int | None, metadata: Mapping[str, Any]) -> Predictions:
-    """Predictions of a store in which nothing was found, with embeddings of a width."""
-    return Predictions(
-        np.empty(0, int),
-        np.empty(0, int),
-        np.empty((0, 4)),
-        np.empty(0),
-        np.empty((0, len(store.classes))),
-        classes=store.classes,
-        n_patches=store.n_patches,
-        metadata={**metadata, "test_store": store.path.stem, "store_digest": store.digest},
-        embeddings=None if width is None else np.empty((0, width), np.float32),
-    )
 
 
 def attend_patches(
@@ -130,7 +107,7 @@ def attend_patches(
 
     For parameters see `predict_fold`.
     """
-    for _, images in _batches(store, batch_size, progress):
+    for _, images in patch_batches(store, batch_size, progress):
         with computing_in(precision, device):
             batch = model.attention(float_images(torch.from_numpy(images).to(device)), nucleus_threshold)
         for found, sampled in batch:
@@ -159,23 +136,6 @@ def _class_sources(model: CellDETR, store: PatchStore, class_map: Mapping[str, s
             f"was trained on some of {tuple(class_map)}"
         )
     return [[k for k, name in enumerate(names) if class_map[name] == target] for target in store.classes]
-
-
-def _batches(store: PatchStore, batch_size: int, progress: bool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield batches in order: index of the first patch, images (B, S, S, 3). One batch is read ahead."""
-    starts = range(0, store.n_patches, batch_size)
-    spans = [np.arange(start, min(start + batch_size, store.n_patches)) for start in starts]
-    with (
-        ThreadPoolExecutor(1) as reader,
-        tqdm(total=store.n_patches, unit="patch", disable=not progress, mininterval=5) as bar,
-    ):
-        ahead = reader.submit(store.images, spans[0]) if spans else None
-        for number, span in enumerate(spans):
-            assert ahead is not None
-            images = ahead.result()
-            ahead = reader.submit(store.images, spans[number + 1]) if number + 1 < len(spans) else None
-            yield int(span[0]), images
-            bar.update(len(span))
 
 
 def _numpy(values: Tensor) -> NDArray[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from celldetr.config.experiment import ModelSettings
+from celldetr.config.experiment import ModelSettings, NetworkSettings
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.deformable_attention import use_sampling
 from celldetr.runtime.errors import ConfigError, InputError
@@ -42,7 +42,10 @@ _PLAIN: list[Any] = [
 
 
 def save_model(
-    path: str | os.PathLike[str], model: CellDETR, settings: ModelSettings, extra: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    settings: NetworkSettings,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model file atomically, with the settings it was built from and JSON-like values, e.g. epoch and score."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
@@ -52,7 +55,7 @@ def save_model(
 def save_weights(
     path: str | os.PathLike[str],
     state: Mapping[str, Tensor],
-    settings: ModelSettings,
+    settings: NetworkSettings,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model file of weights that are on the host; see `save_model`."""
@@ -105,6 +108,25 @@ def load_model(
         Not a model file, its weights do not fit its settings, or it was trained on images of another size.
     """
     content = read_checkpoint(path)
+    check_facts(path, content, mpp=mpp, patch_size=patch_size)
+    settings = model_settings(content, path)
+    if 2 * _least_weights(settings) > Path(path).stat().st_size:  # at least two bytes each
+        raise InputError(f"{path}: its settings describe a larger model than it has weights for; is it complete?")
+    model = CellDETR(settings)
+    load_exactly(model, content["state"], path)
+    return _ready(model, device)
+
+
+def check_facts(
+    path: str | os.PathLike[str], content: Mapping[str, Any], *, mpp: float | None, patch_size: int | None
+) -> None:
+    """Refuse a model that was trained on images of another pixel size (um) or side (px); None: any.
+
+    Raises
+    ------
+    InputError
+        Its file says so.
+    """
     extra = _extra(content)
     for name, unit, value, key in (
         ("mpp", "at {} um per px", mpp, "patch.mpp"),
@@ -112,12 +134,6 @@ def load_model(
     ):
         if value is not None and (own := extra.get(name)) not in (None, value):
             raise InputError(f"{path}: got a model that was trained {unit.format(own)}, expected {value} ({key})")
-    settings = model_settings(content, path)
-    if 2 * _least_weights(settings) > Path(path).stat().st_size:  # at least two bytes each
-        raise InputError(f"{path}: its settings describe a larger model than it has weights for; is it complete?")
-    model = CellDETR(settings)
-    load_exactly(model, content["state"], path)
-    return _ready(model, device)
 
 
 def random_model(settings: ModelSettings, seed: int, device: str | torch.device = "cpu") -> CellDETR:
@@ -155,7 +171,7 @@ def initial_weights(model: CellDETR, path: str | os.PathLike[str], *, fresh: Col
     """
     content = read_checkpoint(path)
     if "format" in content:
-        state = _model_file(path, content)["state"]
+        state = model_file(path, content)["state"]
         unfit = [name for name in state if name.startswith(tuple(fresh))]
         given = {name: tensor for name, tensor in state.items() if name not in unfit}
         part = ""
@@ -205,7 +221,12 @@ def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     InputError
         Not a model file, or settings that this version does not know.
     """
-    settings = dict(_model_file(path, content)["settings"])
+    settings = dict(model_file(path, content)["settings"])
+    if isinstance(own := settings.get("segmentation"), Mapping):
+        raise InputError(
+            f"{path}: got a model of {own.get('system')}, which segments nuclei, expected one of CellDETR or "
+            "Deformable DETR"
+        )
     settings.pop("fast", None)  # earlier versions saved how to compute; it changes no weights
     if settings.get("projection") and isinstance(own := settings.get("representation"), Mapping):
         settings["representation"] = {"positions": False, **own}  # earlier versions had it in the stage
@@ -215,7 +236,14 @@ def model_settings(content: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         raise InputError(f"{path}: its settings do not fit this version of celldetr; {error}") from error
 
 
-def _model_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mapping[str, Any]:
+def model_file(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the content of a file that `read_checkpoint` has read, if it is one of our model files.
+
+    Raises
+    ------
+    InputError
+        It is not.
+    """
     found = content.get("format")
     if found != FORMAT or not all(isinstance(content.get(part), Mapping) for part in ("settings", "state")):
         raise InputError(

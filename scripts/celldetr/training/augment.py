@@ -99,6 +99,20 @@ def augment_images(pixels: Tensor, draws: Draws, settings: AugmentationSettings,
     return (_compiled() if compiled else change_all)(pixels, table, kinds)
 
 
+def augment_instances(instances: Tensor, draws: Draws) -> Tensor:
+    """Move instance maps (B, S, S) int16 as `augment_images` moves what is in the images, pixel by pixel."""
+    table = to_device(torch.from_numpy(_table(draws, 1)), instances.device)
+    chosen = Numbers.of(table).chosen[:, :, None, None].unbind(1)
+    for flipped, dimension in ((chosen[1], 2), (chosen[2], 1)):
+        instances = torch.where(flipped, instances.flip(dimension), instances)
+    if not draws.elastic.any():
+        return instances
+    grid = _grid(instances.shape[-1], Numbers.of(table))
+    ids = instances.float()[:, None]  # exact up to 2^24
+    warped = functional.grid_sample(ids, grid, mode="nearest", padding_mode="border", align_corners=False)
+    return torch.where(chosen[0], warped[:, 0].to(instances.dtype), instances)
+
+
 def _table(draws: Draws, blur_kernel: int) -> NDArray[np.float32]:
     """Random numbers of the images as a table (B, P); `Numbers` takes it apart."""
     nodes = draws.displacement.copy()  # images are flipped before they are deformed: the grids are mirrored
@@ -181,12 +195,20 @@ def _interpolate(nodes: Tensor, points: Tensor) -> Tensor:
 
 
 def _warp(images: Tensor, numbers: Numbers) -> Tensor:
-    """Deform: the displacements are a product in float64, which no GPU rounds to TF32."""
-    size, spline = images.shape[-1], _spline(images.shape[-1], images.device)
-    x, y = (spline @ numbers.nodes.double() @ spline.T).float().unbind(1)  # (n, S, S) each
-    centres = (2 * torch.arange(size, device=images.device) + 1) / size - 1
-    grid = torch.stack([centres + 2 * x, centres[:, None] + 2 * y], dim=-1)
+    """Deform images, with bilinear interpolation."""
+    grid = _grid(images.shape[-1], numbers)
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _grid(size: int, numbers: Numbers) -> Tensor:
+    """Points (n, S, S, 2) of the image at which each pixel of the deformed image looks, in [-1, 1].
+
+    The displacements are a product in float64, which no GPU rounds to TF32.
+    """
+    spline = _spline(size, numbers.nodes.device)
+    x, y = (spline @ numbers.nodes.double() @ spline.T).float().unbind(1)  # (n, S, S) each
+    centres = (2 * torch.arange(size, device=x.device) + 1) / size - 1
+    return torch.stack([centres + 2 * x, centres[:, None] + 2 * y], dim=-1)
 
 
 def _warp_boxes(boxes: Tensor, nodes: Tensor) -> Tensor:

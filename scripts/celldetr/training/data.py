@@ -65,6 +65,7 @@ class Batch:
     rows: slice  # which images of the global batch these are
     # nuclei of each image of the global batch; no view of a tensor: a loader process moves the memory of tensors
     counts_global: NDArray[np.int64]
+    instances: Tensor | None = None  # (B, S, S) int16: 0 background, k the k-th nucleus; if `PatchData` reads them
 
     @property
     def training(self) -> bool:
@@ -82,6 +83,8 @@ class Batch:
         self.images = to_device(self.images, device)
         boxes, labels = (to_device(values, device) for values in (targets.boxes, targets.labels))
         self.targets = Targets(boxes, labels, targets.counts)
+        if self.instances is not None:
+            self.instances = to_device(self.instances, device)
         return self
 
 
@@ -103,16 +106,24 @@ class PatchData:
     """Patches of one part (train, val) of a split, from all stores, which `split` names by the stem of their folder.
 
     With cache ``gpu`` and ``ram`` all images are read at once, with ``none`` batch by batch; with ``gpu`` they are kept
-    on `device`, if they fill at most half of its free memory.
+    on `device`, if they fill at most half of its free memory. With `instances` the maps of the nuclei are read, too.
 
     Raises
     ------
     InputError
-        The split names a store that is not given, or stores have patches of different sizes.
+        The split names a store that is not given, stores have patches of different sizes, or one lacks instance maps
+        that are to be read.
     """
 
     def __init__(
-        self, stores: Sequence[PatchStore], split: pd.DataFrame, part: str, *, cache: str = "ram", device: str = "cpu"
+        self,
+        stores: Sequence[PatchStore],
+        split: pd.DataFrame,
+        part: str,
+        *,
+        cache: str = "ram",
+        device: str = "cpu",
+        instances: bool = False,
     ) -> None:
         self.stores = list(stores)
         self.names = [store.path.stem for store in stores]
@@ -133,39 +144,69 @@ class PatchData:
         self.ptr = np.cumsum([0, *(len(labels) for _, labels in found)], dtype=np.int64)
         self.boxes = np.concatenate([np.empty((0, 4), np.float32), *(boxes for boxes, _ in found)])
         self.labels = np.concatenate([np.empty(0, np.int8), *(labels for _, labels in found)])
-        self._images = None if cache == "none" else self._read_all(device if cache == "gpu" else "cpu")
+        tissues = [store.patches["tissue"].to_numpy() for store in self.stores]
+        rows_of = zip(self.store_of, self.patch_of, strict=True)
+        self.tissues = np.array([tissues[store][patch] for store, patch in rows_of], dtype=object)
+        self._reads_instances = instances
+        if instances:
+            self._check_instances()
+        self._images, self._instances = None, None
+        if cache != "none":
+            self._images, self._instances = self._read_all(device if cache == "gpu" else "cpu")
 
     def __len__(self) -> int:
         return len(self.patch_of)
 
-    def read(self, patches: NDArray[np.int64]) -> Tensor:
-        """Images (B, S, S, 3) uint8 of patches (B,)."""
+    def read(self, patches: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """Images (B, S, S, 3) uint8 of patches (B,), and their instance maps (B, S, S) int16 if they are read."""
         if self._images is None:
             return self._read_stores(patches)
-        return self._images[to_device(torch.from_numpy(patches), self._images.device)]
+        rows = to_device(torch.from_numpy(patches), self._images.device)
+        return self._images[rows], None if self._instances is None else self._instances[rows]
 
-    def _read_stores(self, patches: NDArray[np.int64]) -> Tensor:
-        images = torch.empty((len(patches), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
+    def _read_stores(self, patches: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        images, instances = self._empty(len(patches))
         for store in np.unique(self.store_of[patches]):
-            slots = np.flatnonzero(self.store_of[patches] == store)
-            pixels = self.stores[store].images(self.patch_of[patches[slots]])
-            images[torch.from_numpy(slots)] = torch.from_numpy(pixels)
-        return images
+            slots, source = np.flatnonzero(self.store_of[patches] == store), self.stores[store]
+            images[torch.from_numpy(slots)] = torch.from_numpy(source.images(self.patch_of[patches[slots]]))
+            if instances is not None:
+                found = source.instances(self.patch_of[patches[slots]]).astype(np.int16)
+                instances[torch.from_numpy(slots)] = torch.from_numpy(found)
+        return images, instances
 
-    def _read_all(self, device: str) -> Tensor:
-        images = torch.empty((len(self), self.patch_size, self.patch_size, 3), dtype=torch.uint8)
+    def _empty(self, count: int) -> tuple[Tensor, Tensor | None]:
+        side = (count, self.patch_size, self.patch_size)
+        instances = torch.empty(side, dtype=torch.int16) if self._reads_instances else None
+        return torch.empty((*side, 3), dtype=torch.uint8), instances
+
+    def _read_all(self, device: str) -> tuple[Tensor, Tensor | None]:
+        images, instances = self._empty(len(self))
         order = np.lexsort((self.patch_of, self.store_of))  # neighbours are read in one go
         for start in range(0, len(order), 512):
             chunk = order[start : start + 512]
-            images[torch.from_numpy(chunk)] = self._read_stores(chunk)
+            rows, (pixels, ids) = torch.from_numpy(chunk), self._read_stores(chunk)
+            images[rows] = pixels
+            if instances is not None and ids is not None:
+                instances[rows] = ids
         if device.startswith("cuda"):
-            free = torch.cuda.mem_get_info(device)[0]
-            if images.nbytes <= free / 2:
-                return images.to(device)
-            log.info(
-                "the patches (%.1f GB) stay in RAM: %.1f GB are free on %s", images.nbytes / 1e9, free / 1e9, device
+            free, size = (
+                torch.cuda.mem_get_info(device)[0],
+                images.nbytes + (0 if instances is None else instances.nbytes),
             )
-        return images
+            if size <= free / 2:
+                return images.to(device), None if instances is None else instances.to(device)
+            log.info("the patches (%.1f GB) stay in RAM: %.1f GB are free on %s", size / 1e9, free / 1e9, device)
+        return images, instances
+
+    def _check_instances(self) -> None:
+        """Refuse stores without instance maps, and nuclei without a label, which no map of classes can show."""
+        for store in self.stores:
+            store.instances([])
+        if (self.labels == UNLABELLED).any():
+            raise InputError(
+                f"split: got {int((self.labels == UNLABELLED).sum())} nuclei without a label, expected a class for "
+                "each in stage segmentation"
+            )
 
     def targets(self, patches: NDArray[np.int64]) -> Targets:
         """Nuclei of patches (B,), padded to at least one slot, so that no tensor is empty."""
@@ -199,10 +240,21 @@ class PatchData:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batches of a run by step, as one of `world` processes gets them; `batch_size` is that of the global batch."""
+    """Batches of a run by step, as one of `world` processes gets them; `batch_size` is that of the global batch.
 
-    def __init__(self, data: PatchData, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+    With `weights` (N,) an epoch has as many patches, drawn with replacement in proportion to them.
+    """
+
+    def __init__(
+        self,
+        data: PatchData,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        weights: NDArray[np.float64] | None = None,
+    ) -> None:
+        self.data, self.batch_size, self.seed, self._weights = data, batch_size, seed, weights
         size = batch_size // world
         self.rows = slice(rank * size, (rank + 1) * size)
         self.steps_per_epoch = math.ceil(len(data) / batch_size)
@@ -211,8 +263,12 @@ class TrainingBatches(Dataset[Batch]):
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Order of the patches in an epoch, filled up to full batches."""
         if self._order is None or self._order[0] != epoch:
-            order = random_stream(self.seed, epoch, ORDER).permutation(len(self.data))
-            self._order = epoch, np.resize(order, self.steps_per_epoch * self.batch_size)
+            random, size = random_stream(self.seed, epoch, ORDER), self.steps_per_epoch * self.batch_size
+            if self._weights is None:
+                order = np.resize(random.permutation(len(self.data)), size)
+            else:
+                order = random.choice(len(self.data), size, p=self._weights / self._weights.sum())
+            self._order = epoch, order
         return self._order[1]
 
     def steps_of_sizes(self, epochs: int) -> list[int]:
@@ -231,7 +287,9 @@ class TrainingBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         everyone = self._patches(step)
         mine = everyone[self.rows]
-        return Batch(self.data.read(mine), self.data.targets(mine), mine, step, self.rows, self.data.counts(everyone))
+        images, instances = self.data.read(mine)
+        targets, counts = self.data.targets(mine), self.data.counts(everyone)
+        return Batch(images, targets, mine, step, self.rows, counts, instances)
 
 
 class ValidationBatches(Dataset[Batch]):
@@ -255,8 +313,8 @@ class ValidationBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         patches, data = self.batches[index], self.data
-        everything = slice(0, len(patches))
-        return Batch(data.read(patches), data.targets(patches), patches, -1, everything, data.counts(patches))
+        (images, instances), everything = data.read(patches), slice(0, len(patches))
+        return Batch(images, data.targets(patches), patches, -1, everything, data.counts(patches), instances)
 
 
 def load_batches(

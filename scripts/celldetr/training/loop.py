@@ -26,10 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
 
-from celldetr.config.experiment import TrainingSettings
-from celldetr.model.celldetr import CellDETR
 from celldetr.model.compiled import (
     RUNS_TO_CAPTURE,
     captures,
@@ -54,7 +51,6 @@ from celldetr.training.data import (
     load_batches,
     random_stream,
 )
-from celldetr.training.initial import build_model
 from celldetr.training.prefetch import Prefetcher
 from celldetr.training.processes import Group, StopSignals, launch
 from celldetr.training.run import Run, check, identified
@@ -116,22 +112,23 @@ class Training:
         precision = resolve_precision(settings.precision, device)
         allow_tf32(precision != "fp32")
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-        stores = [open_store(path) for path in run.stores]
-        train, val = (
-            PatchData(stores, run.split, part, cache=settings.cache, device=device) for part in ("train", "val")
-        )
-        self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world)
+        stores, kind = [open_store(path) for path in run.stores], run.stage or STAGES[run.experiment.stage]
+        how: dict[str, Any] = {"cache": settings.cache, "device": device, "instances": kind.reads_instances}
+        train, val = (PatchData(stores, run.split, part, **how) for part in ("train", "val"))
+        weights = kind.patch_weights(run.experiment, train)
+        self.batches = TrainingBatches(train, settings.batch_size, settings.seed, group.rank, group.world, weights)
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
         pays = self.total_steps >= COMPILING_PAYS
-        self.compiles = compiles(settings.compile, device, "training.compile", pays=pays)
+        self.compiles = kind.compilable and compiles(settings.compile, device, "training.compile", pays=pays)
         self.prepared = Prefetcher(device, settings, compiled=self.compiles)
         state = read_state(run.state_file, run.identity)
         name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
         self.record = state["record"] if state else {**run.record, "device": name, "processes": group.world}
 
-        self.model = build_model(run.experiment, *((None, None) if state else (run.backbone, run.initial)), device)
-        self.stage = STAGES[run.experiment.stage](run.experiment, self.model, train, val, run.scoring, group)
-        self.optimizer = make_optimizer(self.model, settings)
+        weights_from = (None, None) if state else (run.backbone, run.initial)
+        self.model = kind.build_model(run.experiment, train, *weights_from, device)
+        self.stage = kind(run.experiment, self.model, train, val, run.scoring, group)
+        self.optimizer = self.stage.make_optimizer()
         self.step: int = 0
         self.rate = 0.0  # learning rate of the last step
         self.slow_steps = 0  # of this epoch: they ran uncompiled, or captured CUDA graphs
@@ -151,9 +148,9 @@ class Training:
                 self.run_log.pause()
                 self.run_log.end_epoch(0, None, self.validate())
             while self.step < self.total_steps:
-                self.stage.train()
-                self.run_log.start(self.step)
                 epoch = self.step // self.batches.steps_per_epoch
+                self.stage.train(epoch)
+                self.run_log.start(self.step)
                 rest_of_epoch = range(self.step, (epoch + 1) * self.batches.steps_per_epoch)
                 for batch in self.prepared(load_batches(self.batches, rest_of_epoch, self.settings)):
                     if number := self.group.largest(stop.received):
@@ -209,7 +206,7 @@ class Training:
         self.stage.compile(self.device)
         for run in range(1 + RUNS_TO_CAPTURE):
             with nullcontext() if run else uncompiled():  # the first run makes the constant tables
-                self.stage.train()
+                self.stage.train(0)
                 for batch in self.prepared(self.batches[step] for step in steps):
                     self.optimizer.zero_grad()
                     self.gradients(batch)
@@ -221,12 +218,13 @@ class Training:
     def take_step(self, batch: Batch) -> None:
         """Losses of a prepared batch, gradients, update."""
         settings = self.settings
-        factor = learning_rate_factor(self.step, self.total_steps, settings)
+        factor = self.stage.learning_rate_factor(self.step, self.total_steps)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["base_lr"] * factor
         self.rate = self.optimizer.param_groups[0]["lr"]
         losses, total = self.gradients(batch)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        groups = self.optimizer.param_groups
+        parameters = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
         self.group.sum_gradients(parameters)
         if settings.gradient_clip:
             clip_grad_norm_(parameters, settings.gradient_clip)
@@ -306,7 +304,7 @@ class Training:
         run, best = self.run, state["best"]
         best_file = run.best_file(best["epoch"]) if best else None
         if best_file is not None and best["epoch"] * self.batches.steps_per_epoch == state["step"]:
-            save_weights(best_file, state["model"], run.experiment.model, best)
+            save_weights(best_file, state["model"], self.stage.model_settings, best)
         write_state(run.state_file, run.identity, **state)
         for file in run.run_dir.glob("checkpoints/best*.ckpt"):
             if file != best_file:
@@ -325,7 +323,7 @@ class Training:
         extra = {"experiment": run.experiment.name, "seed": settings.seed, **chosen}
         data = self.stage.train_data
         extra |= {"trained_on": run.identity["trained_on"], "mpp": data.mpp, "patch_size": data.patch_size}
-        save_model(run.run_dir / "model.pt", self.model, run.experiment.model, extra)
+        save_model(run.run_dir / "model.pt", self.model, self.stage.model_settings, extra)
         write_log(run.run_dir / "log.jsonl", history)
         write_provenance(
             run.run_dir / "provenance.json",
@@ -338,21 +336,3 @@ class Training:
             **self.record,
         )
         log.info("wrote %s, the weights of epoch %d", run.run_dir / "model.pt", chosen["epoch"])
-
-
-def make_optimizer(model: CellDETR, settings: TrainingSettings) -> Optimizer:
-    """AdamW over the parameters that train; the backbone has its own learning rate."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    backbone = [parameter for name, parameter in named if name.startswith("backbone.")]
-    rest = [parameter for name, parameter in named if not name.startswith("backbone.")]
-    rates = ((rest, settings.lr), (backbone, settings.backbone_lr))
-    groups = [{"params": parameters, "lr": rate, "base_lr": rate} for parameters, rate in rates if parameters]
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-
-
-def learning_rate_factor(step: int, total: int, settings: TrainingSettings) -> float:
-    """Factor of the learning rates at a step: linear warm-up, then cosine to 0 at step `total`."""
-    warmup = settings.warmup_steps
-    if step < warmup:
-        return settings.warmup_from + (1 - settings.warmup_from) * step / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

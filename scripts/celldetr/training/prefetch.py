@@ -11,7 +11,7 @@ import torch
 
 from celldetr.config.experiment import TrainingSettings
 from celldetr.model.celldetr import float_images
-from celldetr.training.augment import augment_images, augment_targets, draw
+from celldetr.training.augment import augment_images, augment_instances, augment_targets, draw
 from celldetr.training.data import Batch
 
 
@@ -27,6 +27,8 @@ def prepare(batch: Batch, device: torch.device | str, settings: TrainingSettings
     batch.targets = augment_targets(batch.targets, draws)
     batch.to(device)
     batch.images = augment_images(batch.images, draws, settings.augmentation, compiled=compiled)
+    if batch.instances is not None:
+        batch.instances = augment_instances(batch.instances, draws)
     return batch
 
 
@@ -52,6 +54,7 @@ class Prefetcher:
                     return
                 batch = prepare(batch_or_end, self._device, self._settings, compiled=self._compiled)
             steps.wait_stream(self._stream)
-            for tensor in (batch.images, batch.targets.boxes, batch.targets.labels):
-                tensor.record_stream(steps)  # its memory is not reused before the step has read it
+            for tensor in (batch.images, batch.targets.boxes, batch.targets.labels, batch.instances):
+                if tensor is not None:
+                    tensor.record_stream(steps)  # its memory is not reused before the step has read it
             yield batch

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import pandas as pd
 import torch
 
 from celldetr.config.evaluation import ScoringSettings
-from celldetr.config.experiment import Experiment
+from celldetr.config.experiment import TrainedExperiment
 from celldetr.model.compiled import compiles
 from celldetr.model.weights import trained_on
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.runtime.provenance import origin, sha256
-from celldetr.store import PatchStore
+from celldetr.store import PatchStore, open_store
 from celldetr.store.seen import groups_of, refuse_seen, seen_groups
-from celldetr.store.splits import split_digest
+from celldetr.store.splits import read_split, split_digest
+from celldetr.training.stage import Stage
 
 FREE_SETTINGS = ("cache", "workers", "gpus", "compile", "activation_checkpointing")
 """Settings of training that may change while a run is interrupted: its result differs by rounding at most, and with
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 class Run:
     """What is trained, on what, and where; it can be sent to other processes."""
 
-    experiment: Experiment  # model and recipe
+    experiment: TrainedExperiment  # model and recipe
     stores: tuple[Path, ...]  # patch stores that `split` names
     split: pd.DataFrame  # columns store, patch, part; parts train and val are used
     run_dir: Path  # folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/
@@ -42,6 +43,7 @@ class Run:
     scoring: ScoringSettings = ScoringSettings()  # which detections count in validation, as in the test
     threads: int = 1  # CPU threads of all processes together
     accelerator: str = "auto"  # cuda, cpu, or auto: a GPU if there is one
+    stage: type[Stage] | None = None  # None: that of CellDETR which `experiment` names
     code: str = ""  # hash of the code (`celldetr.runtime.provenance.source_hash`)
     identity: Mapping[str, Any] = field(default_factory=dict)  # see `identified`
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +57,28 @@ class Run:
         """Model of the best epoch so far; by its name it is that of the run and epoch that the state names."""
         run = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
         return self.run_dir / "checkpoints" / f"best{epoch}-{run}.ckpt"
+
+
+def run_of_rule(
+    snakemake: Any, read: Callable[[Mapping[str, Any]], TrainedExperiment], stage: type[Stage] | None = None
+) -> Run:
+    """Make the run of a training rule from its inputs, parameters and resources; `read` makes the experiment."""
+    given, params = snakemake.input, snakemake.params
+    initial, backbone = ([*map(Path, files), None][0] for files in (given.initial, given.backbone))
+    recipe = {**params.experiment["training"], "workers": snakemake.resources.workers}
+    return Run(
+        read({**params.experiment, "training": recipe}),
+        tuple(map(Path, given.stores)),
+        read_split(given.split, [open_store(path) for path in given.stores]),
+        Path(snakemake.output.model).parent,
+        initial=initial,
+        backbone=backbone,
+        trained_on=params.trained_on,
+        scoring=ScoringSettings.from_dict(params.scoring),
+        threads=snakemake.threads,
+        stage=stage,
+        code=params.code,
+    )
 
 
 def identified(run: Run, stores: Sequence[PatchStore]) -> Run:
@@ -92,7 +116,7 @@ def identified(run: Run, stores: Sequence[PatchStore]) -> Run:
 
 def check(run: Run, stores: Sequence[PatchStore]) -> None:
     """Refuse what cannot be trained, before anything is written; see `celldetr.training.loop.train`."""
-    experiment, settings, classes = run.experiment, run.experiment.training, run.experiment.model.classes
+    experiment, settings, classes = run.experiment, run.experiment.training, run.experiment.classes
     for store in stores:
         if experiment.stage != "ssl" and tuple(store.classes) != tuple(classes):
             raise InputError(

@@ -153,7 +153,8 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
     if val:
         numbers = {name: val[key] for key, name in _SHOWN.items() if key in val}
         numbers = {"detection F": val["detection"]["f1"], **numbers}
-        parts.append(f"validation loss {val['loss']:.3f}")
+        if "loss" in val:
+            parts.append(f"validation loss {val['loss']:.3f}")
         parts += [f"{name} {'NA' if value is None else f'{value:.3f}'}" for name, value in numbers.items()]
     if line["images_per_second"]:
         parts.append(f"{line['images_per_second']:.1f} images/s in {line['train_seconds']:.1f} s of training")

@@ -23,8 +23,8 @@ from celldetr.training.contrastive import (
     validation_draws,
 )
 from celldetr.training.data import Batch, Targets
+from celldetr.training.detection import DetectionStage, Outputs
 from celldetr.training.losses import detection_losses, weighted
-from celldetr.training.stage import Outputs, Stage
 
 COLLAPSED = 0.1
 """Spread of the embeddings below which the log warns."""
@@ -32,8 +32,8 @@ COLLAPSED = 0.1
 log = logging.getLogger(__name__)
 
 
-class SslStage(Stage):
-    """Contrastive pretraining; see `celldetr.training.stage.Stage`.
+class SslStage(DetectionStage):
+    """Contrastive pretraining; see `celldetr.training.detection.DetectionStage`.
 
     In validation every nucleus has one anchor whose noise depends only on the seed and the patch: all epochs see the
     same anchors, and losses and retrieval do not depend on how patches are put into batches (except for the contrastive

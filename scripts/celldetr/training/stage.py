@@ -1,142 +1,109 @@
-"""Base of the training stages: from a batch to its losses, and the counts of validation."""
+"""Base of the training stages: what the loop asks of a stage, and how validation counts."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from celldetr.config.evaluation import ScoringSettings
-from celldetr.config.experiment import Experiment
+from celldetr.config.experiment import NetworkSettings, TrainingSettings
 from celldetr.evaluation.counting import Evaluator
 from celldetr.evaluation.matching import NucleusCentres
 from celldetr.evaluation.metrics import COUNTS, scores
-from celldetr.model.celldetr import CellDETR, Detections, Features, ImagePredictions, Seen
-from celldetr.model.compiled import compiled
-from celldetr.model.device import to_device
 from celldetr.runtime.errors import NonFinite
-from celldetr.training.data import UNLABELLED, Batch, PatchData, Targets
-from celldetr.training.matching import Matching, costs
+from celldetr.training.data import UNLABELLED, Batch, PatchData
+from celldetr.training.optimizer import learning_rate_factor, make_optimizer
 from celldetr.training.processes import Group
 
-TRAINED_PARTS = {"head": ("class_head",), "representation": ("representation", "class_head")}
-"""Parts of the model that train with the setting ``training.probe``; all others are frozen."""
 _NAMED_PATCHES = 16  # at most, in an error
-
-
-class Outputs(NamedTuple):
-    """What a stage computes of a batch."""
-
-    losses: dict[str, Tensor]
-    """Losses without weights; those of detection for each decoder layer."""
-    total: Tensor
-    """Their weighted sum, ()."""
-    seen: Seen
-    inner: Any
-    """What `Stage.inner` returned."""
 
 
 class Stage(ABC):
     """Losses and validation of one stage of training.
 
-    Parts of the model that ``training.probe`` freezes lose their gradients here. `val` may be empty; `scoring` says
-    which detections count in validation. The processes of the group share each batch.
-
-    What a step computes lies in four functions of tensors whose shapes depend on no value, `REGIONS`: nothing in them
-    waits for the device, and each can be compiled as one graph. Between `costs` and `losses` nuclei are matched on the
-    CPU, while the device is busy with `inner`.
+    `val` may be empty; `scoring` says which detections count in validation. The processes of the group share each
+    batch.
     """
 
-    REGIONS = ("look", "costs", "inner", "losses")
-
-    uncompiled_calls: int
-    """Calls of these functions after `compile` that ran uncompiled."""
-
-    validates_start = False
+    validates_start: ClassVar[bool] = False
     """Whether the untrained model is validated, as epoch 0 of the log."""
+
+    compilable: ClassVar[bool] = False
+    """Whether a step can be compiled; see `celldetr.training.detection.DetectionStage`."""
+
+    reads_instances: ClassVar[bool] = False
+    """Whether batches hold instance maps."""
+
+    encoder: str
+    """Name of the part of the model that trains with ``training.backbone_lr``; "": none."""
+
+    mode: str
+    """Of the model, for `celldetr.evaluation.counting.Evaluator`."""
 
     def __init__(
         self,
-        experiment: Experiment,
-        model: CellDETR,
+        experiment: Any,
+        model: nn.Module,
         train: PatchData,
         val: PatchData,
         scoring: ScoringSettings,
         group: Group | None = None,
     ) -> None:
-        self.model, self.settings, self.mode = model, experiment.training, experiment.model.mode
-        self.classes = experiment.model.classes
+        self.model = model
+        self.settings: TrainingSettings = experiment.training
+        self.classes: tuple[str, ...] = experiment.classes
         self.train_data, self.val_data = train, val
         self.evaluator = Evaluator(scoring, val.mpp, self.mode)
         self.group = group or Group()
-        self.uncompiled_calls = 0
-        self._frozen = self._freeze()
+        self.uncompiled_calls = 0  # after `compile`
         self.start_validation()
 
-    def _freeze(self) -> list[nn.Module]:
-        """Freeze what ``training.probe`` does not train; autograd then keeps no graph for it."""
-        if self.settings.probe == "none":
-            return []
-        trained = TRAINED_PARTS[self.settings.probe]
-        self.model.requires_grad_(False)
-        for name in trained:
-            self.model.get_submodule(name).requires_grad_(True)
-        return [part for name, part in self.model.named_children() if name not in trained]
+    @classmethod
+    @abstractmethod
+    def build_model(
+        cls, experiment: Any, train: PatchData, backbone: Path | None, initial: Path | None, device: str
+    ) -> nn.Module:
+        """Build the model of a run on its device, with its initial weights."""
 
-    def train(self) -> None:
-        """Switch to training mode; frozen parts stay in evaluation mode, without dropout."""
-        self.model.train()
-        for part in self._frozen:
-            part.eval()
+    @classmethod
+    def patch_weights(cls, experiment: Any, train: PatchData) -> NDArray[np.float64] | None:
+        """Weights (N,) by which training patches are drawn; None: each once per epoch."""
+        return None
+
+    @property
+    @abstractmethod
+    def model_settings(self) -> NetworkSettings:
+        """What the model file is built from."""
+
+    def make_optimizer(self) -> Optimizer:
+        """Make the optimiser of the parameters that train."""
+        return make_optimizer(self.model, self.settings, self.encoder)
+
+    def learning_rate_factor(self, step: int, total: int) -> float:
+        """Factor of the learning rates at a step of `total`."""
+        return learning_rate_factor(step, total, self.settings)
 
     def compile(self, device: str) -> None:
-        """Compile each of the four functions when it is first called with tensors of some shapes."""
-        for name in self.REGIONS:
-            setattr(self, name, compiled(getattr(self, name), device, self._missed))
-
-    def _missed(self) -> None:
-        self.uncompiled_calls += 1
+        """Compile the step, if the stage is `compilable`."""
+        assert self.compilable
 
     def give_up_compiling(self) -> None:
-        """Run the four functions as they are again."""
-        for name in self.REGIONS:
-            self.__dict__.pop(name, None)
-
-    def look(self, images: Tensor) -> Seen:
-        """Look at images (B, 3, S, S) in [0, 1]."""
-        seen: Seen = self.model(images)
-        return seen
-
-    def costs(self, detections: Detections, targets: Targets) -> Tensor:
-        """Costs (L, B, R, Q) of the matching."""
-        return costs(*detections, targets, self.settings.matching)
+        """Run the step as it is again."""
+        return None
 
     @abstractmethod
-    def inner(self, features: Features, boxes: Tensor, *given: Tensor) -> Any:
-        """Represent nuclei in true boxes (B, R, 4); `given` comes from `given_beside`."""
+    def train(self, epoch: int = 0) -> None:
+        """Switch to training mode, in an epoch (from 0)."""
 
     @abstractmethod
-    def losses(
-        self, seen: Seen, inner: Any, targets: Targets, query: Tensor, divisors: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses, and their weighted sum; only the sum has a gradient, so that a backward graph takes no other.
-
-        `query` (L, B, R) are the matches, see `detection_losses`. `divisors` (2,) are the number of nuclei, and that of
-        images with at least two nuclei, of the global batch in training; 1 in validation, where losses are summed.
-        """
-
-    @abstractmethod
-    def given_beside(self, targets: Targets, batch: Batch) -> tuple[Tensor, ...]:
-        """Tensors that `inner` needs beside the true boxes, on the device; empty: there is nothing to represent."""
-
-    @abstractmethod
-    def validation_summary(self) -> dict[str, Any]:
-        """Summarise a validation for the log; ``score`` chooses the model's epoch and may be None."""
-
     def training_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of a prepared batch, and their weighted sum.
 
@@ -145,70 +112,43 @@ class Stage(ABC):
         Raises
         ------
         NonFinite
-            A matching cost is NaN or infinite; names the patches.
+            A value that the losses need is NaN or infinite; names the patches.
         """
-        with self.naming_patches(batch):
-            outputs = self.compute(batch.images, batch.targets, batch)
-        return outputs.losses, outputs.total
 
-    def compute(self, images: Tensor, targets: Targets, batch: Batch) -> Outputs:
-        """Compute the losses of images (B, 3, S, S) in [0, 1] with their nuclei.
-
-        They were made from the batch; in training they are augmented.
-        """
-        divisors = torch.ones(2)
-        if batch.training:
-            divisors = torch.tensor([batch.boxes_global, (batch.counts_global >= 2).sum()]).float().clamp(min=1)
-        divisors, given = to_device(divisors, images.device), self.given_beside(targets, batch)
-        seen = self.look(images)
-        detached = Detections(*(values.detach() for values in seen.detections))
-        matching = Matching(self.costs(detached, targets), targets.counts)
-        inner = self.inner(seen.features, targets.boxes, *given) if given else None
-        losses, total = self.losses(seen, inner, targets, matching.result(), divisors)
-        return Outputs(losses, total, seen, inner)
+    @abstractmethod
+    def validate(self, batch: Batch) -> Any:
+        """Add a prepared batch to the validation: its losses, and the nuclei that the model finds."""
 
     def start_validation(self) -> None:
         """Forget the last validation."""
         self.sums: dict[str, float] = {}
         self._counts = np.zeros((1 + max(1, len(self.classes)), len(COUNTS)), dtype=np.int64)
 
-    def validate(self, batch: Batch) -> Outputs:
-        """Sum the losses of a prepared batch, undivided, and count the nuclei that the model predicts.
+    @abstractmethod
+    def validation_summary(self) -> dict[str, Any]:
+        """Summarise a validation for the log; ``score`` chooses the model's epoch and may be None."""
 
-        Raises
-        ------
-        NonFinite
-            A loss or matching cost is NaN or infinite; names the patches.
-        """
-        with self.naming_patches(batch):
-            outputs = self.compute(batch.images, batch.targets, batch)
-            values = Losses(outputs.losses, outputs.total).values()
-        for name, value in (values | {"boxes": float(batch.boxes_global)}).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        size = (self.val_data.patch_size,) * 2
-        kept = self.model.keep(outputs.seen.detections, size, self.evaluator.settings.nucleus_threshold)
-        self._count(batch.targets, self.model.select(outputs.seen, kept))
-        return outputs
-
-    def _count(self, targets: Targets, found: list[ImagePredictions]) -> None:
-        """Count the nuclei of each image as the test does."""
-        size, counts = self.val_data.patch_size, targets.counts.numpy()
+    def count(
+        self,
+        batch: Batch,
+        image: NDArray[np.int64],
+        boxes: NDArray[np.float32],
+        nucleus_score: NDArray[np.float32],
+        class_scores: NDArray[np.float32],
+    ) -> None:
+        """Count nuclei as the test does: D detections, ordered by image (D,), with boxes (D, 4) xyxy px and scores."""
+        size, targets = self.val_data.patch_size, batch.targets
         valid = torch.arange(targets.labels.shape[1]) < targets.counts[:, None]
         labels = targets.labels.cpu()[valid].numpy()
         truth = NucleusCentres(
-            np.append(0, np.cumsum(counts)),
+            np.append(0, np.cumsum(targets.counts.numpy())),
             (targets.boxes.cpu()[valid][:, :2].double() * size).numpy(),
             labels if self.classes else np.full_like(labels, UNLABELLED),
-        )
-        image = np.repeat(np.arange(len(found)), [len(nuclei.query) for nuclei in found])
-        nucleus_score, class_scores, boxes = (
-            torch.cat([getattr(nuclei, name) for nuclei in found]).float().cpu().numpy()
-            for name in ("nucleus_score", "class_scores", "boxes")
         )
         keep = self.evaluator.keep(nucleus_score, class_scores)
         corners = boxes[keep].clip(0, size).astype(np.float64)
         predicted = NucleusCentres(
-            np.searchsorted(image[keep], np.arange(len(found) + 1)),
+            np.searchsorted(image[keep], np.arange(len(targets.counts) + 1)),
             (corners[:, :2] + corners[:, 2:]) / 2,
             class_scores[keep].argmax(axis=1) if self.classes else np.zeros(len(corners), dtype=np.int64),
         )
@@ -219,6 +159,21 @@ class Stage(ABC):
         table = scores(self.group.sum(self._counts).astype(np.int64))
         detection = dict(zip(("precision", "recall", "f1"), map(finite, table[0].tolist()), strict=True))
         return detection, table[1:, 2]
+
+    def validation_scores(self) -> dict[str, Any]:
+        """P, R, F of detection and F of the classes for the log.
+
+        ``score``, the mean of the detection F and the mean class F, chooses the epoch; it is None without true nuclei.
+        """
+        detection, by_class = self.counted_scores()
+        mean = float(np.nanmean(by_class)) if np.isfinite(by_class).any() else math.nan
+        found = detection["f1"] if detection["f1"] is not None else math.nan
+        return {
+            "detection": detection,
+            "f1": {name: finite(float(value)) for name, value in zip(self.classes, by_class, strict=True)},
+            "class_f1": finite(mean),
+            "score": finite((found + mean) / 2 if math.isfinite(mean) else found),
+        }
 
     @contextmanager
     def naming_patches(self, batch: Batch) -> Iterator[None]:

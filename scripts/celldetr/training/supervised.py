@@ -1,18 +1,16 @@
 """Supervised training of any mode, on PanNuke or on cell types of Xenium (paper, 3.1, 3.2, 4.4 and A.1)."""
 
 import functools
-import math
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from celldetr.model import boxes as box_ops
 from celldetr.model.celldetr import Features, Seen
 from celldetr.model.device import cached_tensor
 from celldetr.training.data import UNLABELLED, Batch, Targets, noise_uniforms
+from celldetr.training.detection import DetectionStage
 from celldetr.training.losses import class_loss, class_weights, detection_losses, weighted
-from celldetr.training.stage import Stage, finite
 
 LOSSES = {
     "baseline": ("loss", "nucleus", "l1", "giou"),
@@ -22,8 +20,8 @@ LOSSES = {
 """Losses that are logged in each mode: the weighted sum of all layers, and the last layer's parts without weights."""
 
 
-class SupervisedStage(Stage):
-    """Training on nuclei with classes; see `celldetr.training.stage.Stage`."""
+class SupervisedStage(DetectionStage):
+    """Training on nuclei with classes; see `celldetr.training.detection.DetectionStage`."""
 
     def given_beside(self, targets: Targets, batch: Batch) -> tuple[Tensor, ...]:
         """Which slots hold a nucleus (B, R), and in training with noise its random numbers (B, R, 9)."""
@@ -68,19 +66,7 @@ class SupervisedStage(Stage):
         return class_weights(self.train_data.labels, len(self.classes), self.settings.losses.class_balance)
 
     def validation_summary(self) -> dict[str, Any]:
-        """Losses per nucleus, P, R, F of detection, and F of the classes, over all validation patches.
-
-        ``score``, the mean of the detection F and the mean class F, chooses the epoch; it is None without true nuclei.
-        """
+        """Losses per nucleus, and the scores of `validation_scores`, over all validation patches."""
         sums = self.group.sum_each({name: self.sums.get(name, 0.0) for name in (*LOSSES[self.mode], "boxes")})
         boxes = max(1.0, sums.pop("boxes"))
-        detection, by_class = self.counted_scores()
-        mean = float(np.nanmean(by_class)) if np.isfinite(by_class).any() else math.nan
-        found = detection["f1"] if detection["f1"] is not None else math.nan
-        return {
-            **{name: value / boxes for name, value in sums.items()},
-            "detection": detection,
-            "f1": {name: finite(float(value)) for name, value in zip(self.classes, by_class, strict=True)},
-            "class_f1": finite(mean),
-            "score": finite((found + mean) / 2 if math.isfinite(mean) else found),
-        }
+        return {**{name: value / boxes for name, value in sums.items()}, **self.validation_scores()}

@@ -231,6 +231,55 @@ def test_mistakes_are_named_with_their_key(path, value, message):
         Config.from_dict(with_value(path, value))
 
 
+SEGMENTS = {"title": "T", "stage": "segmentation", "initial": "none", "segmentation": {"system": "hover_net"}}
+
+
+@pytest.mark.parametrize(
+    ("block", "others", "message"),
+    [
+        ({"mode": "parallel"}, {}, "experiments.other.mode: got a value, but stage segmentation does not read it"),
+        ({"model": {"d_model": 64}}, {}, "experiments.other.model: got a value"),
+        ({"training": {"losses": {"l1": 1.0}}}, {}, "experiments.other.training.losses: got a value"),
+        ({"training": {"compile": True}}, {}, "experiments.other.training.compile: got a value"),
+        ({"segmentation": None}, {}, "segmentation: got no block with stage segmentation"),
+        ({"stage": "supervised", "mode": "parallel"}, {}, "segmentation: got a block with stage supervised"),
+        ({"segmentation": {"schedule": "steps"}}, {}, "steps: got {} with schedule steps"),
+        ({"segmentation": {"system": "hovernet"}}, {}, "segmentation.system: got 'hovernet', expected 'mask_rcnn'"),
+        ({"initial": "celldetr_s"}, {}, "initial: got 'celldetr_s', expected one of"),
+        ({}, {"experiments.mine": {"title": "M", "mode": "baseline", "initial": "other"}}, "trains another system"),
+        ({}, {"tables.table1.experiments": ["other"]}, "that are tested on PanNuke"),
+        ({}, {"tables.table1.others": ["celldetr_s"]}, "expected experiments of stage segmentation"),
+        ({}, {"figure3.experiments": ["other"]}, "figure3.experiments: got .*other"),
+        ({}, {"slides.detection.model": "other"}, "slides.detection.model: got .*other"),
+        ({}, {"cells": {"model": "other", "split": 1}}, "cells.model: got .*other"),
+        ({}, {"weights.other": {"urls": ["https://x.org/y"]}}, "weights: got .*other.*names of experiments"),
+    ],
+)
+def test_segmentation_is_refused_where_it_does_not_fit(block, others, message):
+    values = merge(read(), {"experiments": {"other": merge(SEGMENTS, block)}})
+    for path, value in others.items():
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        values = merge(values, value)
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(values)
+
+
+def test_segmentation_shares_the_recipe():
+    block = merge(SEGMENTS, {"training": {"epochs": 7}})
+    config = Config.from_dict(
+        merge(read(), {"experiments": {"other": block}, "tables": {"table1": {"others": ["other"]}}})
+    )
+    made = config.experiment("other")
+    assert (made.training.epochs, made.training.batch_size, made.classes) == (
+        7,
+        config.training.batch_size,
+        PANNUKE_CLASSES,
+    )
+    assert config.splits("other") == config.pannuke.splits
+    assert config.tables["table1"].systems[0] == "other"
+
+
 def test_cells_need_a_split_of_their_model_and_slides():
     for model, split in (("celldetr_p", 3), ("ssl_finetune", 2), ("st_pretrain", 1), ("mine.pt", 1)):
         Config.from_dict(with_value("cells", {"model": model, "split": split}))

@@ -16,7 +16,7 @@ from tiny_training import (
 )
 
 from celldetr.config.experiment import Experiment
-from celldetr.training import loop, stage
+from celldetr.training import detection, loop
 from celldetr.training.data import TrainingBatches, ValidationBatches
 
 STEPS = 50
@@ -134,7 +134,7 @@ def test_a_step_that_fails_to_compile_runs_as_it_is(store, tmp_path, monkeypatch
     experiment = experiment_of("sequential", training={"epochs": 2})
     losses(store, experiment, tmp_path / "plain")
     monkeypatch.setattr(loop, "compiles", lambda setting, device, key, pays: True)
-    monkeypatch.setattr(stage, "compiled", broken)
+    monkeypatch.setattr(detection, "compiled", broken)
     losses(store, experiment, tmp_path / "broken")
     assert_same_result(tmp_path / "broken", tmp_path / "plain")
     assert "could not compile the step (no kernel image)" in caplog.text

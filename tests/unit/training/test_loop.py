@@ -40,7 +40,8 @@ from celldetr.model.weights import load_model, read_checkpoint
 from celldetr.runtime.errors import ConfigError, InputError, Interrupted, NonFinite, ProcessFailed
 from celldetr.training import loop, run_log
 from celldetr.training.data import TrainingBatches
-from celldetr.training.loop import Training, learning_rate_factor, make_optimizer
+from celldetr.training.loop import Training
+from celldetr.training.optimizer import learning_rate_factor, make_optimizer
 
 HELPERS = Path(__file__).parents[2] / "helpers"
 

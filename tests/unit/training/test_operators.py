@@ -13,7 +13,7 @@ from tiny_training import CLASSES, make_stage
 from celldetr.config.experiment import Experiment
 from celldetr.model.deformable_attention import DeformableAttention
 from celldetr.training.data import TrainingBatches
-from celldetr.training.loop import make_optimizer
+from celldetr.training.optimizer import make_optimizer
 from celldetr.training.prefetch import prepare
 
 NARROW = {"d_model": 16, "heads": 2, "ffn": 16, "queries": 8, "backbone": {"width": 8}}

@@ -91,7 +91,7 @@ def test_spread_of_the_log_is_that_of_the_originals(slide, tmp_path):
     draws = ViewDraws(targets.counts, 2 * targets.counts, torch.zeros(6, 2 * targets.labels.shape[1], 9))
     views = make_views(targets.boxes, draws, experiment.training.noise)
     with torch.no_grad():
-        projected = project_views(model, model.encode(data.read(np.arange(6)).permute(0, 3, 1, 2) / 255), views)
+        projected = project_views(model, model.encode(data.read(np.arange(6))[0].permute(0, 3, 1, 2) / 255), views)
     unit = torch.nn.functional.normalize(projected[views.original], dim=-1)
     deviation = unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
     assert read_log(tmp_path)[-1]["val"]["spread"] == pytest.approx(float(deviation), rel=1e-3)

@@ -14,7 +14,7 @@ from tiny_training import make_store
 
 from celldetr.runtime.errors import NonFinite
 from celldetr.training.data import TrainingBatches
-from celldetr.training.loop import make_optimizer
+from celldetr.training.optimizer import make_optimizer
 from celldetr.training.prefetch import Prefetcher, prepare
 from celldetr.training.run_log import RunLog
 from celldetr.training.stage import Losses
