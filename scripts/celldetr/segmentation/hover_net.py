@@ -9,7 +9,7 @@ the resolution.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from celldetr.config.segmentation import SystemSettings
-from celldetr.model.weights import read_checkpoint
+from celldetr.model.weights import load_exactly, read_checkpoint
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.segmentation.hover import gradient_loss, hover_maps, instances_of_maps
 from celldetr.segmentation.nuclei import nuclei_of_map
 from celldetr.segmentation.system import SegmentedNuclei, System, Truth
 
 _DIVISIBLE = 8  # px; images are padded to a multiple
-_RESNET_NAMES = [
+_RESNET_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^0\.0\.conv\.", "conv1."),
     (r"^0\.0\.bn\.", "bn1."),
     (r"^0\.1\.", "layer1."),
@@ -139,22 +139,18 @@ class HoverNet(System):
         if self.settings.segmentation.size == "small":
             raise ConfigError(f"got {path} for hover_net of size small, which has no weights; set `initial: none`")
         content = read_checkpoint(path)
-        encoder = self.network.encoder
-        own = encoder.state_dict()
-        source = {name: _resnet_name(name) for name in own}
-        wrong = [
-            old
-            for name, old in source.items()
-            if not isinstance(content.get(old), Tensor) or content[old].shape != own[name].shape
-        ]
-        if wrong:
+        if "layer1.0.conv3.weight" not in content:
             raise InputError(
-                f"{path}: got keys {sorted(map(str, content))[:4]}, without {len(wrong)} of {len(own)} expected tensors "
-                f"like {wrong[0]} {tuple(own[next(n for n in own if source[n] == wrong[0])].shape)}; expected "
-                "torchvision's weights of a ResNet-50 (resnet50-0676ba61.pth)"
+                f"{path}: got keys {sorted(map(str, content))[:4]}, expected torchvision's weights of a ResNet-50 "
+                "(resnet50-0676ba61.pth)"
             )
-        encoder.load_state_dict({name: content[old] for name, old in source.items()})
-        return [name for name in self.state_dict() if not name.startswith(f"{self.encoder}.")]
+        own, part = self.state_dict(), f"{self.encoder}."
+        source = {name: _resnet_name(name.removeprefix(part)) for name in own if name.startswith(part)}
+        given = {name: content[old] for name, old in source.items() if old in content}
+        kept = [name for name in own if name not in source]
+        counters = {name: own[name] for name in source if name.endswith(".num_batches_tracked")}
+        load_exactly(self, given | counters | {name: own[name] for name in kept}, path)
+        return kept
 
 
 def _resnet_name(name: str) -> str:
