@@ -51,6 +51,8 @@ class System(nn.Module, ABC):
     def __init__(self, settings: SystemSettings) -> None:
         super().__init__()
         self.settings = settings
+        self.epoch = 1
+        """Epoch of the training, from 1, which the training sets; weights of losses may change with it."""
 
     @abstractmethod
     def losses(self, images: Tensor, truth: Truth) -> dict[str, Tensor]:
