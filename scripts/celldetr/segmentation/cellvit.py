@@ -42,7 +42,16 @@ class CellViT(System):
         return nuclei_of_maps(self.maps(images), self.settings.segmentation.min_area)
 
     def load_pretrained(self, path: Path) -> list[str]:
-        """Take over the encoder: vit256_small_dino.pth of HIPT, or sam_vit_b_01ec64.pth of Segment Anything."""
+        """Take over the encoder; return the names of the tensors that keep their random values.
+
+        cellvit_256: vit256_small_dino.pth of HIPT (the teacher; Apache 2.0 with Commons Clause; 704,238,867 bytes,
+        sha256 6960cd5a8657dc8bb214671aa0c6dbd3f5b698e84386884955836487ddc89e24), from
+        https://media.githubusercontent.com/media/mahmoodlab/HIPT/780fafaed2e5b112bc1ed6e78852af1fe6714342/HIPT_4K/Checkpoints/vit256_small_dino.pth
+
+        cellvit_sam_b: sam_vit_b_01ec64.pth of Segment Anything (Apache 2.0; 375,042,383 bytes,
+        sha256 ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912), from
+        https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth
+        """
         content = read_checkpoint(path)
         sam = self.settings.segmentation.system == "cellvit_sam_b"
         load_exactly(self.network.encoder.vit, _sam(content, path) if sam else _vit_256(content, path), path)
