@@ -113,6 +113,7 @@ class SegmentationStage(Stage):
     def train(self, epoch: int = 0) -> None:
         """Switch to training mode; a frozen encoder stays in evaluation mode."""
         self.model.train()
+        self.model.epoch = 1 + epoch
         if not self.encoder:
             return
         frozen, encoder = epoch < self.recipe.frozen_epochs, self.model.get_submodule(self.encoder)

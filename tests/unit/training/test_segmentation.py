@@ -103,6 +103,14 @@ def test_a_frozen_encoder_stays_as_it_is(store, tmp_path):
     assert not torch.equal(read_checkpoint(free)["state"]["features.0.weight"], start.features[0].weight)
 
 
+def test_a_system_knows_the_epoch(store, tmp_path, monkeypatch):
+    seen, losses = [], TinySystem.losses
+    monkeypatch.setattr(TinySystem, "losses", lambda self, *given: seen.append(self.epoch) or losses(self, *given))
+    train(experiment_of(epochs=3), [store], make_split(store, 32, 8), tmp_path, stage=SegmentationStage)
+    assert seen == sorted(seen)
+    assert {*seen} == {1, 2, 3}
+
+
 def test_learning_rates_follow_the_recipe(store):
     def rates(**recipe):
         stage = stage_of(store, experiment_of(recipe, epochs=4))
