@@ -2,7 +2,7 @@
 
 Published runs on PanNuke (`logs_paper/PanNuke/CellViTHV` of the repository TIO-IKIM/CellViT): 130 epochs of batches of
 16, the encoder frozen in the first 25, AdamW with learning rate 3e-4, betas 0.85 and 0.95, weight decay 1e-4; sampling
-of patches by classes and tissues with 0.85; the last weights. Paper and settings name a decay of the learning rate of
+of patches by classes and tissues with 0.85; the last weights. Its settings name a decay of the learning rate of
 0.85 per epoch, but the logs of all runs show 0.95: the code reads the setting at another place and takes its default.
 """
 

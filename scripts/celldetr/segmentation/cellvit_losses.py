@@ -1,6 +1,6 @@
-"""Losses of CellViT (Hoerst et al. 2024, section 3.3), with the weights of its published runs on PanNuke.
+"""Losses of CellViT (Hoerst et al. 2024), with the weights of its published runs on PanNuke.
 
-They are those of `logs_paper/PanNuke/CellViTHV` in the repository TIO-IKIM/CellViT, whose figures the paper reports.
+They are those of `logs_paper/PanNuke/CellViTHV` in the repository TIO-IKIM/CellViT.
 """
 
 import torch

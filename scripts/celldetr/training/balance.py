@@ -9,7 +9,7 @@ def sampling_weights(
 ) -> NDArray[np.float64]:
     """Weights with which patches are drawn, with replacement, so that rare classes and tissues come more often.
 
-    The sampling "cell+tissue" of CellViT (Hoerst et al. 2024, section 3.4, with the details of its code). With
+    The sampling "cell+tissue" of CellViT (Hoerst et al. 2024), as its code (TIO-IKIM/CellViT, pannuke.py) has it. With
     g = `balance`, n_c the patches that have class c and n their sum over the classes, m_t the patches of tissue t and
     m their number::
 
