@@ -22,7 +22,7 @@ def test_each_attempt_of_each_rule_gets_more_than_the_one_before():
     assert set(profile["set-resources"]) == set(rules)
     for rule, asked in rules.items():
         wanted = {name: f"attempt * {amount}" for name, amount in asked.items()}
-        if rule == "train":
+        if rule in ("train", "train_segmentation"):
             wanted["runtime"] = int(asked["runtime"])
         given = profile["set-resources"][rule]
         assert {name: given.get(name) for name in ("mem_mb", "runtime")} == wanted, rule

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 from snakemake.sourcecache import LocalSourceFile
 
 
@@ -46,6 +48,7 @@ try:
     from celldetr.config.classes import ST_TO_PANNUKE
     from celldetr.config.load import load_config
     from celldetr.config.pannuke import FOLDS, fold_parts
+    from celldetr.config.segmentation import missing_packages
     from celldetr.config.sheets import (
         CELLS_DEPEND_ON,
         cell_slides,
@@ -73,6 +76,32 @@ except ConfigError as error:
     ) from None
 
 
+OURS, OTHERS = (
+    [
+        name
+        for name, block in CONFIG.experiments.items()
+        if (block.stage == "segmentation") == segments
+    ]
+    for segments in (False, True)
+)
+"""Experiments with CellDETR; systems of others, which train and predict by rules of their own."""
+
+IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+MISSING = [] if IN_CONDA or not OTHERS else missing_packages()
+"""Packages of these systems that the rules will not find."""
+
+REMEDY = (
+    f"they need {', '.join(MISSING)}, not installed in {sys.prefix}; `make baselines` makes an environment with these "
+    "packages (start Snakemake in it), and with `--sdm conda` the rules bring them"
+)
+
+LEFT_OUT = sorted(
+    {name for table in CONFIG.tables.values() for name in table.others if MISSING}
+)
+if LEFT_OUT and workflow.is_main_process:
+    logger.warning(f"Left out of the tables: {', '.join(LEFT_OUT)}: {REMEDY}.")
+
+
 CELL_FILES = {
     "h5ad": "h5ad",
     "geojson": "geojson.gz",
@@ -90,6 +119,7 @@ wildcard_constraints:
     sample="|".join(map(re.escape, SAMPLES)) or "none",
     slide="|".join(map(re.escape, SLIDES)) or "none",
     reference="|".join(map(re.escape, REFERENCES)) or "none",
+    weights="|".join(CONFIG.weights) or "none",
 
 
 def require_accounting() -> None:
@@ -222,6 +252,16 @@ def stage_of(experiment: str) -> str:
     return CONFIG.experiments[experiment].stage
 
 
+def one_of(experiments) -> str:
+    """Wildcard constraint of these experiments."""
+    return "|".join(experiments) or "none"
+
+
+def systems(table: str) -> list[str]:
+    """Experiments with measured rows in a table, in order."""
+    return [name for name in CONFIG.tables[table].systems if name not in LEFT_OUT]
+
+
 def experiment_of(stage: str) -> str | None:
     """First experiment of a stage, which is the one in the figures; None if there is none."""
     return next((name for name in CONFIG.experiments if stage_of(name) == stage), None)
@@ -229,6 +269,8 @@ def experiment_of(stage: str) -> str | None:
 
 def train_stores(wildcards) -> list[str]:
     """Stores of the patches that an experiment trains and validates on."""
+    if MISSING and wildcards.experiment in OTHERS:
+        raise WorkflowError(f"{wildcards.experiment} cannot be trained: {REMEDY}")
     if int(wildcards.split) not in CONFIG.splits(wildcards.experiment):
         raise WorkflowError(
             f"{wildcards.experiment} has no split {wildcards.split}, only {CONFIG.splits(wildcards.experiment)}"
@@ -280,9 +322,17 @@ def run_settings(experiment: str) -> dict:
     return settings
 
 
+def gpu_batch(experiment: str) -> int:
+    """Patches of a training step on one GPU."""
+    training = CONFIG.experiment(experiment).training
+    return training.batch_size // training.gpus
+
+
 def initial_weights(wildcards, kind: str) -> list[str]:
-    """Initial weights of an experiment: of the backbone alone, or of a whole model."""
+    """Initial weights of an experiment: of a part of its network, as published, or of a whole model."""
     initial = CONFIG.experiments[wildcards.experiment].initial
+    if initial in CONFIG.weights:
+        return [f"results/raw/weights/{initial}.pth"] if kind == "backbone" else []
     if kind == "backbone":
         return ["results/raw/weights/resnet50.pth"] if initial == "imagenet" else []
     return (
@@ -305,8 +355,8 @@ def trained_models() -> list[str]:
     """Model files that tables, figures and slides need, and those of the experiments that they start from."""
     waiting = [
         (name, split)
-        for table in CONFIG.tables.values()
-        for name in (*table.systems, *table.frozen_features)
+        for table, block in CONFIG.tables.items()
+        for name in (*systems(table), *block.frozen_features)
         for split in CONFIG.pannuke.splits
     ]
     if CONFIG.figure3 is not None:
@@ -337,7 +387,7 @@ def all_results() -> list[str]:
     if CONFIG.figure3 is not None:
         wanted += [f"results/figures/figure3.{kind}" for kind in ("png", "svg")]
     for experiment in CONFIG.experiments:
-        in_table = any(experiment in table.systems for table in CONFIG.tables.values())
+        in_table = any(experiment in systems(table) for table in CONFIG.tables)
         if in_table or stage_of(experiment) == "st":
             wanted += [
                 f"results/figures/overlays_{experiment}_split{split}.png"

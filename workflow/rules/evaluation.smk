@@ -13,6 +13,8 @@ rule predict:
         "results/logs/predict/{experiment}_split{split}.log",
     benchmark:
         "results/benchmarks/predict/{experiment}_split{split}.tsv"
+    wildcard_constraints:
+        experiment=one_of(OURS),
     conda:
         "../../envs/training.yaml"
     threads: 4
@@ -33,6 +35,36 @@ rule predict:
         "Predicting the test patches of split {wildcards.split} with {wildcards.experiment}"
     script:
         "../../scripts/predict.py"
+
+
+rule predict_segmentation:
+    input:
+        model=lambda wildcards: model_file(wildcards.experiment, wildcards.split),
+        store=test_store,
+    output:
+        "results/predictions/{experiment}/split{split}.parquet",
+    log:
+        "results/logs/predict_segmentation/{experiment}_split{split}.log",
+    benchmark:
+        "results/benchmarks/predict_segmentation/{experiment}_split{split}.tsv"
+    wildcard_constraints:
+        experiment=one_of(OTHERS),
+    conda:
+        "../../envs/baselines.yaml"
+    threads: 4
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        # What fits in training fits here; the batches of inference.batch_size are for CellDETR.
+        batch_size=lambda wildcards: gpu_batch(wildcards.experiment),
+        precision=CONFIG.inference.precision,
+        code=code("predict_segmentation"),
+    message:
+        "Segmenting the test patches of split {wildcards.split} with {wildcards.experiment}"
+    script:
+        "../../scripts/predict_segmentation.py"
 
 
 rule score:
@@ -131,7 +163,7 @@ rule table:
     input:
         scores=lambda wildcards: expand(
             "results/scores/{experiment}/split{split}.tsv",
-            experiment=CONFIG.tables[wildcards.table].systems,
+            experiment=systems(wildcards.table),
             split=CONFIG.pannuke.splits,
         ),
         frozen_features=lambda wildcards: expand(
@@ -166,8 +198,9 @@ rule table:
                 "experiment": name,
                 "title": CONFIG.experiments[name].title,
                 "ours": name in CONFIG.tables[wildcards.table].ours,
+                "others": name in CONFIG.tables[wildcards.table].others,
             }
-            for name in CONFIG.tables[wildcards.table].systems
+            for name in systems(wildcards.table)
         ],
         splits=CONFIG.pannuke.splits,
         metric=CONFIG.evaluation.metric,

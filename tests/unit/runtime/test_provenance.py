@@ -63,6 +63,22 @@ def test_the_look_of_a_picture_reruns_reports_only(copy):
     }
 
 
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("segmentation/hover_net", {"train_segmentation", "predict_segmentation"}),
+        ("segmentation/cellvit_losses", {"train_segmentation", "predict_segmentation"}),
+        ("training/segmentation", {"train_segmentation"}),
+        ("training/loop", {"train", "train_segmentation"}),
+        ("inference/segment", {"predict_segmentation"}),
+    ],
+)
+def test_an_edit_of_other_systems_leaves_celldetr_alone(copy, module, expected):
+    before = hashes(copy)
+    append(copy / "celldetr" / f"{module}.py", "\nEXTRA = 1\n")
+    assert changed(copy, before) == expected
+
+
 def test_words_and_layout_do_not_count(copy):
     before = hashes(copy)
     for frame in ("runtime/rule.py", "runtime/errors.py", "runtime/provenance.py", "config/base.py"):
