@@ -91,15 +91,17 @@ MISSING = [] if IN_CONDA or not OTHERS else missing_packages()
 """Packages of these systems that the rules will not find."""
 
 REMEDY = (
-    f"they need {', '.join(MISSING)}, not installed in {sys.prefix}; `make baselines` makes an environment with these "
-    "packages (start Snakemake in it), and with `--sdm conda` the rules bring them"
+    f"systems of stage segmentation need {', '.join(MISSING)}, not installed in {sys.prefix}; `make baselines` makes "
+    "an environment with these packages (start Snakemake in it), and with `--sdm conda` their rules bring them"
 )
 
-LEFT_OUT = sorted(
-    {name for table in CONFIG.tables.values() for name in table.others if MISSING}
-)
+LEFT_OUT = [
+    name
+    for name in OTHERS
+    if MISSING and any(name in table.others for table in CONFIG.tables.values())
+]
 if LEFT_OUT and workflow.is_main_process:
-    logger.warning(f"Left out of the tables: {', '.join(LEFT_OUT)}: {REMEDY}.")
+    logger.warning(f"Left out of the tables: {', '.join(LEFT_OUT)}; {REMEDY}.")
 
 
 CELL_FILES = {
