@@ -1,7 +1,8 @@
 """Draw detections beside the true nuclei of some test patches.
 
 Input: ``predictions`` (Parquet of the predict rule), ``store`` (patch store of the same fold).
-Output: PNG, each patch twice: with the true and with the predicted boxes, coloured by class.
+Output: PNG, each patch twice: with the true and with the predicted boxes, coloured by class; outlines, if there are
+masks.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ DPI = 120  # a picture for each experiment and split: the report must stay small
 
 def main(snakemake):
     store = open_store(snakemake.input.store)
-    predictions = read_predictions(snakemake.input.predictions)
+    predictions = read_predictions(snakemake.input.predictions, patch_size=store.patch_size)
     predictions.check_store(store)
     patches = choose_patches(store.box_ptr, snakemake.params.patches, snakemake.params.seed)
     figure = overlays(
@@ -27,6 +28,7 @@ def main(snakemake):
         predictions,
         title=f"{snakemake.wildcards.experiment}, split {snakemake.wildcards.split}: "
         f"test patches of {Path(snakemake.input.store).stem}",
+        instances=None if predictions.masks is None else store.instances(patches),
     )
     save(figure, snakemake.output[0], dpi=DPI)
 

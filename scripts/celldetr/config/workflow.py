@@ -46,6 +46,8 @@ def _not_a_word(name: str) -> str:
     return name
 
 
+_OF_CELLDETR = ("matching", "losses", "noise", "contrastive", "probe", "compile", "activation_checkpointing")
+"""Keys of `training` that stage segmentation does not read."""
 ExperimentName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100), AfterValidator(_not_a_word)]
 
 
@@ -93,8 +95,8 @@ class Config(Settings):
             if self.experiments[name].stage != "zero_shot":
                 self.experiment(name)
         self._check_names()
-        if both := sorted(set(self.weights) & set(self.experiments)):
-            raise ValueError(f"weights: got {both}, which are names of experiments, too; expected other names")
+        if taken := sorted(set(self.weights) & {*self.experiments, "resnet50"}):
+            raise ValueError(f"weights: got {taken}, names of experiments or of `imagenet`; expected others")
         if self.figure3 is not None and self.figure3.split not in self.pannuke.splits:
             raise ValueError(f"figure3.split: got {self.figure3.split}, expected one of {list(self.pannuke.splits)}")
         half = self.patch.size * self.patch.mpp / 2
@@ -197,8 +199,7 @@ class Config(Settings):
             "model.representation.global_tokens": block.mode != "parallel",
         }
         if block.stage == "segmentation":
-            ours = ("matching", "losses", "noise", "contrastive", "probe", "compile", "activation_checkpointing")
-            unread = dict.fromkeys(("mode", "model", *(f"training.{key}" for key in ours)), True)
+            unread = dict.fromkeys(("mode", "model", *(f"training.{key}" for key in _OF_CELLDETR)), True)
         for key, nothing_reads_it in unread.items():
             if nothing_reads_it and _holds(_given(block), key):
                 mode = f" in mode {block.mode}" if block.stage != "segmentation" else ""
@@ -283,6 +284,8 @@ class Config(Settings):
         assert block.stage != "zero_shot"
         where = f"experiments.{name}"
         given = {**merge(self.training.to_dict(), _given(block.training)), "seed": self.seed}
+        if block.segmentation is not None:  # a change of what it does not read must not train it again
+            given = {key: value for key, value in given.items() if key not in _OF_CELLDETR}
         training = TrainingSettings.from_dict(given, f"{where}.training")
         if block.segmentation is not None:
             return SegmentationExperiment(

@@ -15,6 +15,7 @@ from celldetr.report.style import CASING, SERIES_COLOURS, TRAIN_COLOUR, VAL_COLO
 from celldetr.runtime.errors import InputError
 
 _LOSSES = ("nucleus", "l1", "giou", "classes", "contrastive")
+_DASHES = ("-", "--", ":")  # of further lines, when the colours are used up
 
 
 def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -37,7 +38,9 @@ def read_log(path: str | os.PathLike[str]) -> pd.DataFrame:
 def draw_series(axes: Axes, log: pd.DataFrame, name: str, **style: Any) -> None:
     """Draw a column of the log, if there is one, at the epochs that trained or validated; NaN leaves a gap."""
     if name in log:
-        values = log.loc[log[f"{name.partition('.')[0]}.loss"].notna(), name].astype(float)
+        part = name.partition(".")[0]
+        took_part = log.filter(regex=rf"^{part}\.").notna().any(axis=1)
+        values = log.loc[took_part, name].astype(float)
         axes.plot(values.index, values, **style)
 
 
@@ -52,22 +55,32 @@ def tidy(axes: Axes) -> None:
 
 @styled
 def draw_curves(log: pd.DataFrame, chosen: int) -> Figure:
-    """Draw the losses and the validation scores of a run; a dashed line marks the epoch chosen for the model."""
+    """Draw the losses and the validation scores of a run; a dashed line marks the epoch chosen for the model.
+
+    Systems that segment nuclei have no losses in validation: the parts of their training loss are drawn.
+    """
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     total, parts, found = figure.subplots(1, 3)
     draw_series(total, log, "train.loss", label="training", color=TRAIN_COLOUR)
     draw_series(total, log, "val.loss", label="validation", color=VAL_COLOUR)
     draw_series(found, log, "val.detection.f1", label="detection", color=CASING, linewidth=2)
-    for name, colour in zip((name for name in _LOSSES if f"val.{name}" in log), SERIES_COLOURS, strict=False):
-        draw_series(parts, log, f"val.{name}", label=name, color=colour)
+    validated = [f"val.{name}" for name in _LOSSES if f"val.{name}" in log]
+    trained = [name for name in log.columns.astype(str) if name.startswith("train.") and name != "train.loss"]
+    looks = [{"color": colour, "linestyle": dashes} for dashes in _DASHES for colour in SERIES_COLOURS]
+    for name, look in zip(validated or trained, looks, strict=False):
+        draw_series(parts, log, name, label=name.partition(".")[2].replace("_", " "), **look)
     for name, colour in zip(("retrieval", "spread"), SERIES_COLOURS, strict=False):
         draw_series(found, log, f"val.{name}", label=name, color=colour, linewidth=2)
     classes = [name[7:] for name in log.columns.astype(str) if name.startswith("val.f1.")]
     for name, colour in zip(classes, class_colours(classes), strict=False):
         draw_series(found, log, f"val.f1.{name}", label=name, color=colour, linewidth=1.4, path_effects=cased(2.4))
     scores = "Validation scores" if "val.retrieval" in log else "Validation F"
-    titles = ("Weighted loss, all layers", "Validation losses, last layer", scores)
-    for axes, title in zip((total, parts, found), titles, strict=True):
+    losses = (
+        ("Weighted loss, all layers", "Validation losses, last layer")
+        if validated
+        else ("Weighted loss", "Parts of the training loss")
+    )
+    for axes, title in zip((total, parts, found), (*losses, scores), strict=True):
         label = f"epoch {chosen}: the model" if axes is total else None
         axes.axvline(chosen, color="0.7", linestyle="--", linewidth=1, label=label)
         axes.set_title(title)

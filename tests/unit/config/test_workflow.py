@@ -40,9 +40,10 @@ def test_shipped_files_are_valid_for_the_classes_and_for_the_schema(path):
 def test_shipped_configuration_is_complete_and_states_the_defaults():
     shipped = read()
     folds = {name: source for name, source in shipped["pannuke"].items() if name.startswith("fold")}
-    blocks = {"pannuke": folds, "imagenet": shipped["imagenet"], "xenium": {}, "slides": {}}
-    defaults = Config.from_dict({**blocks, "experiments": shipped["experiments"]}).to_dict()
-    for name in set(shipped) - {"experiments", "tables", "figure3", "imagenet"}:
+    given = {name: shipped[name] for name in ("imagenet", "weights", "experiments")}
+    blocks = {"pannuke": folds, "xenium": {}, "slides": {}}
+    defaults = Config.from_dict({**blocks, **given}).to_dict()
+    for name in set(shipped) - {*given, "tables", "figure3"}:
         left_out = dict.fromkeys(folds) if name == "pannuke" else {}
         assert merge({"": shipped[name]}, {"": left_out}) == merge({"": defaults[name]}, {"": left_out}), name
 
@@ -253,6 +254,7 @@ SEGMENTS = {"title": "T", "stage": "segmentation", "initial": "none", "segmentat
         ({}, {"slides.detection.model": "other"}, "slides.detection.model: got .*other"),
         ({}, {"cells": {"model": "other", "split": 1}}, "cells.model: got .*other"),
         ({}, {"weights.other": {"urls": ["https://x.org/y"]}}, "weights: got .*other.*names of experiments"),
+        ({}, {"weights.resnet50": {"urls": ["https://x.org/y"]}}, "weights: got .*resnet50.*of `imagenet`"),
     ],
 )
 def test_segmentation_is_refused_where_it_does_not_fit(block, others, message):
@@ -276,6 +278,8 @@ def test_segmentation_shares_the_recipe():
         config.training.batch_size,
         PANNUKE_CLASSES,
     )
+    unread = {"training": {"losses": {"l1": 1.0}, "matching": {"l1": 1.0}, "compile": True}}
+    assert Config.from_dict(merge(read(), unread | {"experiments": {"other": block}})).experiment("other") == made
     assert config.splits("other") == config.pannuke.splits
     assert config.tables["table1"].systems[0] == "other"
 

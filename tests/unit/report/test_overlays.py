@@ -1,7 +1,10 @@
 """Detections beside the true nuclei."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 from planted_folds import detections
@@ -39,6 +42,24 @@ def test_overlays_draw_every_box_of_the_chosen_patches(tmp_path):
         assert min(picture.size) > 500
     with pytest.raises(InputError, match="without patches"):
         overlays(images[:0], patches[:0], [], found, title="none")
+
+
+def test_masks_are_drawn_as_outlines_around_their_pixels():
+    """The second true nucleus has no pixels of its own."""
+    boxes, labels = np.array([[4, 6, 12, 11], [20, 30, 24, 40]]), np.array([1, 0])
+    masks = [np.ones((5, 8), dtype=bool), np.ones((10, 4), dtype=bool)]
+    found = replace(detections(np.zeros(2, int), boxes, labels, 1, classes=PANNUKE_CLASSES), masks=masks)
+    instances = np.zeros((1, SIZE, SIZE), dtype=np.uint16)
+    instances[0, 6:11, 4:12], instances[0, 50:60, 50:] = 1, 3
+    truth = [(np.array([[4, 6, 12, 11], [5, 7, 6, 8], [50, 50, 64, 60]], dtype=np.float32), np.array([1, 2, 0]))]
+    images = np.full((1, SIZE, SIZE, 3), 200, dtype=np.uint8)
+    figure = overlays(images, np.array([0]), truth, found, title="a model", instances=instances)
+    left, right = figure.axes
+    drawn = [[(*outline.get_paths()[0].get_extents().extents,) for outline in axis.collections] for axis in figure.axes]
+    assert drawn == [[(4, 6, 12, 11), (50, 50, 64, 60)], [(4, 6, 12, 11), (20, 30, 24, 40)]]
+    colours = [[tuple(*outline.get_edgecolor()) for outline in axis.collections] for axis in figure.axes]
+    assert colours == [[to_rgba(class_colours(PANNUKE_CLASSES)[label]) for label in (1, 0)]] * 2
+    assert not left.patches + right.patches
 
 
 def test_patches_with_nuclei_are_chosen_first():
