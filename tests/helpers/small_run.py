@@ -20,6 +20,7 @@ import yaml
 from programs import ENVIRONMENT, ROOT, run
 
 from celldetr.config.base import merge
+from celldetr.config.segmentation import missing_packages
 
 SOURCES = ("workflow", "scripts", "config", "envs")
 RUN_JOB = Path(__file__).with_name("run_job.py")
@@ -35,11 +36,19 @@ TABLES = {
     "table2": ("ssl_probe",),
     "table3": ("st_zero_shot", "st_finetune"),
 }
+OTHERS = () if missing_packages() else ("hover_net",)  # of stage segmentation
 EXPERIMENTS = (
     *("deformable_detr", "celldetr_p", "ssl_pretrain", "ssl_probe"),
     *("st_pretrain", "st_zero_shot", "st_finetune"),
+    *OTHERS,
 )
-FEWEST = ("celldetr_p", "ssl_pretrain", "st_pretrain", "st_zero_shot")  # one of each stage: every rule has a job
+FEWEST = (
+    "celldetr_p",
+    "ssl_pretrain",
+    "st_pretrain",
+    "st_zero_shot",
+    *OTHERS,
+)  # one of each stage: every rule has a job
 
 SMALL = {
     "patch": {"size": 64, "mpp": 0.5},
@@ -68,6 +77,11 @@ def small_config(experiments=EXPERIMENTS):
     text = (ROOT / "config" / "example" / "config.yaml").read_text(encoding="utf-8")
     config = merge(yaml.safe_load(text), SMALL)
     config["experiments"] = {name: config["experiments"][name] for name in experiments}
+    for block in config["experiments"].values():
+        if block["stage"] == "segmentation":
+            block["training"] = {"epochs": 1}
+    table1 = config["tables"]["table1"]
+    table1["others"] = [name for name in table1["others"] if name in experiments]
     for name, listed in TABLES.items():
         config["tables"][name]["experiments"] = [row for row in listed if row in experiments] or ["celldetr_p"]
     return config

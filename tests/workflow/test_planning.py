@@ -3,13 +3,16 @@
 import json
 import re
 import resource
+import sys
 
 import pytest
+import stand_in_conda
 import yaml
-from programs import ROOT, run
+from programs import ENVIRONMENT, ROOT, run
 from small_run import counted_jobs, small_config
 
 from celldetr.config.base import merge
+from celldetr.config.segmentation import PACKAGES, missing_packages
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -17,13 +20,14 @@ CPU_SECONDS = 30
 SLIDES, SAMPLES = 200, 50
 
 
-def plan(folder, changes, *targets, base=None):
+def plan(folder, changes, *targets, base=None, environment=None):
     """Dry-run the small example, or another configuration, in an empty folder with some changes."""
     text = json.dumps(merge(base or small_config(), changes)) if isinstance(changes, dict) else changes
     path = folder / "config.yaml"
     path.write_text(text, encoding="utf-8")
     command = ["snakemake", "--snakefile", ROOT / "workflow" / "Snakefile", "--configfile", path]
-    return run(*command, "--directory", folder, "--cores", 1, "--dry-run", *(targets or ["all"]))
+    command += ["--directory", folder, "--cores", 1, "--dry-run"]
+    return run(*command, *(targets or ["all"]), environment=environment)
 
 
 def jobs_of(done):
@@ -105,8 +109,83 @@ def test_profiles_plan_from_a_clone_as_typed(tmp_path):
 
 
 def test_what_goes_beyond_the_paper_runs_when_it_is_listed(tmp_path):
-    jobs = jobs_of(plan(tmp_path, {"tables": {"table1": {"ours": ["celldetr_plus"]}}}, base=paper()))
+    table = {"ours": ["celldetr_plus"], "others": []}
+    jobs = jobs_of(plan(tmp_path, {"tables": {"table1": table}}, base=paper()))
     assert (jobs["train"], jobs["score"], jobs["overlays"]) == (23, 25, 25)
+
+
+OTHERS_ALONE = {"base": "none", "figure3": None, "xenium": None, "slides": None, "cells": None}
+
+
+def with_packages(folder, *names):
+    """Set of variables for a Python that finds these packages; importing one fails."""
+    for name in names:
+        (folder / f"{name}.py").write_text("raise SystemExit('planning imports this package')", encoding="utf-8")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_other_systems_run_where_their_packages_are(tmp_path):
+    given = ("--directory", tmp_path, "-n", "results/table1.tsv")
+    installed = with_packages(tmp_path, *PACKAGES)
+    done = run("snakemake", *given, environment=installed)
+    jobs = jobs_of(done)
+    assert (jobs["train"], jobs["train_segmentation"], jobs["predict_segmentation"], jobs["score"]) == (9, 12, 12, 21)
+    assert (jobs["download_weights"], jobs["download_imagenet"]) == (2, 1)
+    assert "Left out" not in done.stdout
+    table = {"tables": {"table1": {"others": ["cellvit_sam_b"]}}}
+    jobs = jobs_of(plan(tmp_path, table, base=paper(), environment=installed))
+    assert (jobs["train_segmentation"], jobs["overlays"], jobs["learning_curves"]) == (3, 25, 23)
+    wanted = "results/figures/overlays_cellvit_sam_b_split2.png"
+    jobs = jobs_of(plan(tmp_path, {}, wanted, base=paper(), environment=installed))
+    assert {name for name in jobs if name.startswith(("train", "predict", "download_w"))} == {
+        *("train_segmentation", "predict_segmentation", "download_weights")
+    }
+
+
+def test_other_systems_are_left_out_without_their_packages(tmp_path):
+    if not missing_packages():
+        pytest.skip("the packages of the other systems are installed")
+    done = plan(tmp_path, {}, base=paper())
+    jobs = jobs_of(done)
+    assert not {"train_segmentation", "predict_segmentation", "download_weights"} & set(jobs)
+    assert (jobs["table"], jobs["score"], jobs["overlays"]) == (3, 22, 22)
+    [line] = [line for line in done.stdout.splitlines() if "Left out" in line]
+    assert re.match(
+        r"Left out of the tables: mask_rcnn, micro_net, hover_net, cellvit_256; .* need .*torchvision", line
+    )
+    assert "`make baselines`" in line
+    assert "--sdm conda" in line
+    for wanted in ("results/scores/micro_net/split1.tsv", "results/models/cellvit_sam_b/split1/curves.png"):
+        done = plan(tmp_path, {}, wanted, base=paper())
+        assert done.returncode != 0
+        assert re.search(
+            r"(micro_net|cellvit_sam_b) cannot be trained: .* need .*torchvision.*`make baselines`", done.stdout
+        )
+    done = plan(tmp_path, {"tables": {"table1": {"others": []}}}, base=paper())
+    assert jobs_of(done) == jobs
+    assert "Left out" not in done.stdout
+
+
+def test_other_systems_are_in_with_conda(tmp_path):
+    run(sys.executable, stand_in_conda.__file__, "install", tmp_path / "here")
+    path = {"PATH": f"{tmp_path / 'here' / 'bin'}:{ENVIRONMENT['PATH']}"}
+    done = run("snakemake", "--directory", tmp_path, "-n", "results/table1.tsv", "--sdm", "conda", environment=path)
+    assert (jobs_of(done)["train_segmentation"], jobs_of(done)["predict_segmentation"]) == (12, 12)
+    assert "Left out" not in done.stdout
+
+
+def test_a_configuration_may_have_no_system_or_nothing_else(tmp_path):
+    config = merge(small_config(["celldetr_p"]), OTHERS_ALONE)
+    config["experiments"]["celldetr_p"] |= {"initial": "none"}
+    config["tables"] = {}
+    assert "train" not in jobs_of(plan(tmp_path, {}, base=config))
+    jobs = jobs_of(plan(tmp_path, {}, "results/scores/celldetr_p/split1.tsv", base=config))
+    assert (jobs["train"], jobs["predict"]) == (1, 1)
+    block = {"title": "M", "stage": "segmentation", "initial": "none", "segmentation": {"system": "micro_net"}}
+    config["experiments"] = {"mine": block}
+    packages = with_packages(tmp_path, *PACKAGES)
+    done = plan(tmp_path, {}, "results/scores/mine/split1.tsv", base=config, environment=packages)
+    assert (jobs_of(done)["train_segmentation"], jobs_of(done)["predict_segmentation"]) == (1, 1)
 
 
 def widen(sheet, key, count, folder):

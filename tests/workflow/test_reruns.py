@@ -10,6 +10,7 @@ import time
 
 import pytest
 from run_job import checksum
+from small_run import OTHERS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -49,6 +50,8 @@ DETECTED = {"detect_slide", "extract_slide", "choose_slide_patches"}  # a slide'
 FILES_OF_CELLS = {"cells_h5ad", "cells_geojson", "cells_spatialdata", "cells_page"}
 CELLS = {"find_cells", "join_cells"} | FILES_OF_CELLS
 EVERY_MODEL = AFTER_TRAINING | AFTER_SLIDES | FIGURES | DETECTED | CELLS
+SEGMENTS = {"train_segmentation", "predict_segmentation"} if OTHERS else set()
+AFTER_SEGMENTS = SEGMENTS | {"learning_curves", "score", "table", "overlays"} if OTHERS else set()
 STORES = {"convert_pannuke", "extract_xenium", "extract_slide"}
 
 
@@ -91,7 +94,7 @@ def test_words_and_speed_repeat_nothing(planner):
 
 
 CODE_EDITS = {
-    "store/writer.py": STORES | AFTER_XENIUM | EVERY_MODEL | {"split_pannuke"},
+    "store/writer.py": STORES | AFTER_XENIUM | EVERY_MODEL | SEGMENTS | {"split_pannuke"},
     "evaluation/scoring.py": {"score", "table", "figure5a", "figure5b"},
     "report/curves.py": {"learning_curves", "figure4b", "figure4c"},
     "report/tables.py": {"table"},
@@ -101,6 +104,8 @@ CODE_EDITS = {
     "cells/join.py": {"join_cells"} | FILES_OF_CELLS | DETECTED | AFTER_SLIDES,
     "report/cells.py": {"cells_page"},
     "training/losses.py": EVERY_MODEL,
+    "training/loop.py": EVERY_MODEL | SEGMENTS,
+    "segmentation/hover_net.py": AFTER_SEGMENTS,
     "xenium/registration/gate.py": {"register_xenium", "extract_xenium"} | AFTER_XENIUM,
     "xenium/celltypes/annotate.py": {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM,
 }
@@ -115,7 +120,8 @@ def test_an_edit_of_code_repeats_what_it_affects(planner, name):
 @pytest.mark.parametrize(
     ("changes", "rules"),
     [
-        ({"evaluation": {"radius_um": 5.0}}, EVERY_MODEL),  # validation chooses an epoch by it, too
+        ({"evaluation": {"radius_um": 5.0}}, EVERY_MODEL | SEGMENTS),  # validation chooses an epoch by it, too
+        ({"training": {"matching": {"l1": 4.0}}}, EVERY_MODEL),  # systems that segment nuclei do not read it
         ({"evaluation": {"metric": "hovernet_compat"}}, {"table"}),
         ({"figure3": {"nuclei": 1}}, {"attention", "figure3"}),
         ({"figure4": {"patches": 1}}, {"similarity", "figure4c"}),
