@@ -52,7 +52,7 @@ ENVIRONMENTS = {
         "Training and predicting with the systems that CellDETR is compared with.",
         [
             *(*SHARED, "scikit-learn", "tensorboard", "torch", "tqdm"),
-            *("cellseg-models-pytorch", "monai", "scikit-image", "timm", "torchvision"),
+            *("cellseg-models-pytorch", "monai", "timm", "torchvision"),
         ],
     ),
 }

@@ -17,7 +17,6 @@ PACKAGE_OF = {
     "cellseg_models_pytorch": "cellseg-models-pytorch",
     "huggingface_hub": "huggingface-hub",
     "openslide": "openslide-python",
-    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "spatialdata_io": "spatialdata-io",
     "yaml": "pyyaml",
@@ -75,11 +74,10 @@ def test_environment_holds_what_the_rule_imports(rule):
     assert needed <= set(pins(environment)), f"envs/{environment}.yaml lacks packages; see envs/pin.py"
 
 
-def test_the_systems_import_what_the_baselines_hold():
-    """Their modules are imported by name when one of them is built, not by a statement."""
-    modules = sorted((ROOT / "scripts" / "celldetr" / "segmentation").glob("*.py"))
-    names = set().union(*(imported(f"celldetr/segmentation/{module.stem}") for module in modules))
-    assert {PACKAGE_OF.get(name, name).lower() for name in {*names, *PACKAGES}} <= set(pins("baselines"))
+def test_missing_packages_looks_for_what_only_the_systems_import():
+    names = imported("train_segmentation") | imported("predict_segmentation")
+    ours = pins("training")
+    assert {name for name in names if PACKAGE_OF.get(name, name).lower() not in ours} == set(PACKAGES)
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)

@@ -10,7 +10,7 @@ from celldetr.config.experiment import TrainingSettings
 
 SystemName = Literal["mask_rcnn", "micro_net", "hover_net", "cellvit_256", "cellvit_sam_b"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-PACKAGES = ("torchvision", "timm", "monai", "cellseg_models_pytorch", "skimage")
+PACKAGES = ("torchvision", "timm", "monai", "cellseg_models_pytorch")
 """What the systems import, beside what all models need; envs/baselines.yaml and `make baselines` bring it."""
 
 

@@ -151,7 +151,7 @@ class CellViTNetwork(nn.Module):
             ]
         )
         self.decoders = nn.ModuleList([MapDecoder(widths, channels) for channels in (2, 2, 1 + classes)])
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster; its stubs lack it
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]  # faster; needed up to torch 2.13
 
     def forward(self, images: Tensor) -> Maps:
         """Predict the maps of images (B, 3, S, S) in [-1, 1], S a multiple of 16."""
