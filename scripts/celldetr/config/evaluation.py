@@ -12,7 +12,7 @@ class InferenceSettings(Settings):
     """How a trained model predicts."""
 
     nucleus_threshold: Share = Field(0.4, description="smallest nucleus score of a detection")
-    batch_size: BatchSize = Field(64, description="patches per batch")
+    batch_size: BatchSize = Field(64, description="patches per batch; stage segmentation takes those of its training")
     precision: Precision = Field("tf32", description=PRECISION)
     compile: Literal["auto"] | bool = Field(
         "auto",

@@ -67,6 +67,8 @@ def draw_curves(log: pd.DataFrame, chosen: int) -> Figure:
     validated = [f"val.{name}" for name in _LOSSES if f"val.{name}" in log]
     trained = [name for name in log.columns.astype(str) if name.startswith("train.") and name != "train.loss"]
     looks = [{"color": colour, "linestyle": dashes} for dashes in _DASHES for colour in SERIES_COLOURS]
+    if not validated:
+        parts.set_yscale("log")  # their weights differ
     for name, look in zip(validated or trained, looks, strict=False):
         draw_series(parts, log, name, label=name.partition(".")[2].replace("_", " "), **look)
     for name, colour in zip(("retrieval", "spread"), SERIES_COLOURS, strict=False):
