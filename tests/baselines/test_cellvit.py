@@ -159,7 +159,7 @@ def test_losses_do_not_depend_on_autocast(truth):
 
 
 def test_exact_maps_give_the_planted_nuclei_back(truth):
-    nuclei, nothing = nuclei_of_maps(exact_maps(truth), min_area=10)
+    nuclei, nothing = nuclei_of_maps(exact_maps(truth), cellvit(min_area=10).settings)
     found = {}
     for box, mask, scores in zip(nuclei.boxes.astype(int), nuclei.masks, nuclei.class_scores, strict=True):
         painted = np.zeros((64, 64), dtype=bool)

@@ -41,9 +41,20 @@ def test_nuclei_come_back_from_their_maps():
     """Touching ones, and such that the border of the image cuts."""
     image = touching_nuclei()
     maps = hover_maps(torch.from_numpy(image)[None])[0].numpy()
-    found = instances_of_maps(image > 0, maps)
+    found = instances_of_maps(image > 0, maps, 0.25)
     assert len(np.unique(found)) == len(np.unique(image))
     assert agreement(image, found).min() > 0.9
+
+
+def test_pixels_of_half_a_micrometre_give_the_same_nuclei():
+    """As small as they are there, the kernels for 0.25 um would lose many of them."""
+    image = np.ascontiguousarray(touching_nuclei(256)[::2, ::2])
+    maps = hover_maps(torch.from_numpy(image)[None])[0].numpy()
+    found = instances_of_maps(image > 0, maps, 0.5)
+    assert found.shape == image.shape
+    assert len(np.unique(found)) == len(np.unique(image))
+    assert agreement(image, found).min() > 0.9
+    assert (agreement(image, instances_of_maps(image > 0, maps, 0.25)) > 0.5).mean() < 0.8
 
 
 @pytest.mark.parametrize(
@@ -60,18 +71,20 @@ def test_nuclei_come_back_from_their_maps():
 def test_nuclei_do_not_come_back_from_other_maps(damage):
     image = touching_nuclei()
     maps = hover_maps(torch.from_numpy(image)[None])[0].numpy()
-    assert (agreement(image, instances_of_maps(image > 0, damage(maps))) > 0.9).mean() < 0.7
+    assert (agreement(image, instances_of_maps(image > 0, damage(maps), 0.25)) > 0.9).mean() < 0.7
 
 
 def test_the_scale_of_maps_does_not_matter():
     image = touching_nuclei()
     maps = hover_maps(torch.from_numpy(image)[None])[0].numpy()
-    np.testing.assert_array_equal(instances_of_maps(image > 0, maps * 0.25 + 1), instances_of_maps(image > 0, maps))
+    np.testing.assert_array_equal(
+        instances_of_maps(image > 0, maps * 0.25 + 1, 0.25), instances_of_maps(image > 0, maps, 0.25)
+    )
 
 
 @pytest.mark.parametrize("nuclear", [False, True])
 def test_flat_maps_hold_no_nuclei(nuclear):
-    assert not instances_of_maps(np.full((32, 32), nuclear), np.zeros((2, 32, 32), np.float32)).any()
+    assert not instances_of_maps(np.full((32, 32), nuclear), np.zeros((2, 32, 32), np.float32), 0.25).any()
 
 
 def ramps(slope, size=24):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from celldetr.config.base import Count, NotNegative, NotNegativeInt, Settings, Share
+from celldetr.config.base import Count, NotNegative, NotNegativeInt, Positive, Settings, Share
 from celldetr.config.experiment import TrainingSettings
 
 SystemName = Literal["mask_rcnn", "micro_net", "hover_net", "cellvit_256", "cellvit_sam_b"]
@@ -56,6 +56,7 @@ class SystemSettings(Settings):
     segmentation: SegmentationSettings
     classes: tuple[str, ...]
     tissues: tuple[str, ...] = ()  # of the training patches; a system may classify them
+    mpp: Positive = 0.25  # of the training patches, um per px
 
 
 class SegmentationExperiment(Settings):

@@ -45,7 +45,7 @@ class CellViT(System):
     @torch.no_grad()
     def segment(self, images: Tensor) -> list[SegmentedNuclei]:
         """Nuclei of images (B, 3, S, S) in [0, 1]."""
-        return nuclei_of_maps(self.maps(images), self.settings.segmentation.min_area)
+        return nuclei_of_maps(self.maps(images), self.settings)
 
     def load_pretrained(self, path: Path) -> list[str]:
         """Take over the encoder; return the names of the tensors that keep their random values.
@@ -64,13 +64,14 @@ class CellViT(System):
         return [name for name in self.state_dict() if not name.startswith(f"{self.encoder}.")]
 
 
-def nuclei_of_maps(maps: Maps, min_area: int) -> list[SegmentedNuclei]:
+def nuclei_of_maps(maps: Maps, settings: SystemSettings) -> list[SegmentedNuclei]:
     """Nuclei of the maps of each image."""
+    min_area, mpp = settings.segmentation.min_area, settings.mpp
     nucleus = maps.nuclei.float().softmax(1)[:, 1].cpu().numpy()
     classes = maps.classes.float().softmax(1)[:, 1:].cpu().numpy()
     hover = maps.hover.float().cpu().numpy()
     return [
-        nuclei_of_map(instances_of_maps(probability >= 0.5, of_image), probability, of_classes, min_area)
+        nuclei_of_map(instances_of_maps(probability >= 0.5, of_image, mpp), probability, of_classes, min_area)
         for probability, of_image, of_classes in zip(nucleus, hover, classes, strict=True)
     ]
 

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+_PIXEL = 0.25  # um, of the images of PanNuke and CoNSeP, for which the post-processing is published
+
 
 def hover_maps(instances: Tensor) -> Tensor:
     """Signed distances of nuclear pixels from the centroid of their nucleus, along x and along y.
@@ -70,10 +72,12 @@ def gradient_loss(maps: Tensor, target: Tensor, inside: Tensor) -> Tensor:
     return (gradient.square() * weight).sum() / weight.sum().clamp(min=1)
 
 
-def instances_of_maps(nuclear: NDArray[np.bool_], maps: NDArray[np.float32]) -> NDArray[np.int32]:
+def instances_of_maps(nuclear: NDArray[np.bool_], maps: NDArray[np.float32], mpp: float) -> NDArray[np.int32]:
     """Nuclei of HoVer maps by a watershed that starts where the maps fall slowly (Graham et al. 2019, section 3.2).
 
-    A nucleus is of one piece. Parts of the mask are lost in which no disc of 5 px fits, and nuclei under 18 px.
+    A nucleus is of one piece. Parts of the mask are lost in which no disc of 5 px fits, and nuclei under 18 px. These
+    sizes, and that of the kernels, are for pixels of 0.25 um. Larger pixels are enlarged to about that: at 0.5 um the
+    kernels would take small nuclei for one, and find half of those in exact maps.
 
     Parameters
     ----------
@@ -81,6 +85,8 @@ def instances_of_maps(nuclear: NDArray[np.bool_], maps: NDArray[np.float32]) -> 
         (S, S): mask of all nuclei.
     maps
         (2, S, S) horizontal, vertical, on any scale: each is stretched to its smallest and largest value.
+    mpp
+        Size of a pixel, um.
 
     Returns
     -------
@@ -89,5 +95,7 @@ def instances_of_maps(nuclear: NDArray[np.bool_], maps: NDArray[np.float32]) -> 
     """
     # Of the kept libraries this one has the published Sobel kernels of 21 px. Those of 5 px in MONAI find more on exact
     # maps and far less on noisy ones.
-    found: NDArray[np.int32] = post_proc_hovernet(nuclear, maps[::-1], enhance=False)
-    return found
+    times = max(1, round(mpp / _PIXEL))
+    large = [values.repeat(times, axis=-2).repeat(times, axis=-1) for values in (nuclear, maps[::-1])]
+    found: NDArray[np.int32] = post_proc_hovernet(*large, enhance=False)
+    return found[::times, ::times]

@@ -122,7 +122,7 @@ class HoverNet(System):
             classes[:, 1:].cpu().numpy(),
             strict=True,
         ):
-            instances = instances_of_maps(probability > 0.5, of_image)
+            instances = instances_of_maps(probability > 0.5, of_image, self.settings.mpp)
             found.append(nuclei_of_map(instances, probability, of_classes, self.settings.segmentation.min_area))
         return found
 

@@ -69,7 +69,9 @@ class SegmentationStage(Stage):
         """Build the system with random weights, then those of a file as far as it has them."""
         torch.manual_seed(experiment.training.seed)
         tissues = tuple(sorted({str(name) for name in train.tissues if name}))
-        settings = SystemSettings(segmentation=experiment.segmentation, classes=experiment.classes, tissues=tissues)
+        settings = SystemSettings(
+            segmentation=experiment.segmentation, classes=experiment.classes, tissues=tissues, mpp=train.mpp
+        )
         model = build_system(settings)
         for path in filter(None, (backbone, initial)):
             kept = model.load_pretrained(path)
