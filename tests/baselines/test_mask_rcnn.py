@@ -99,6 +99,19 @@ def test_losses_fall_and_planted_nuclei_are_found(small):
     assert len(found.boxes) <= 6
 
 
+def test_boxes_are_computed_in_float32_beside_bfloat16(small):
+    """Proposals that were rounded to bfloat16 would be apart by whole px from 128 px on."""
+    images, truth = planted(NUCLEI)
+    kinds = set()
+    for part in (small.rpn.head.conv, small.roi_heads.box_head, small.roi_heads.mask_predictor):
+        part.register_forward_hook(lambda _, given, out: kinds.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = small.train().losses(images, truth)
+        with torch.no_grad():
+            small.eval().segment(images)
+    assert kinds == {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_images_without_nuclei_are_legal(small, precision):
     for maps in ((discs(), discs()), (NUCLEI, discs())):

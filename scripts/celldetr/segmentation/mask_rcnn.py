@@ -85,19 +85,25 @@ class MaskRCNN(System):
         """Losses of torchvision, unweighted: objectness and box of proposals; class, box and mask of nuclei."""
         prepared, features = self._look(images)
         targets = box_targets(truth, self.enlarged)
-        proposals, of_proposals = self.rpn(prepared, features, targets)
-        _, of_nuclei = self.roi_heads(features, proposals, prepared.image_sizes, targets)
+        with _float32(images):
+            proposals, of_proposals = self.rpn(prepared, features, targets)
+            _, of_nuclei = self.roi_heads(features, proposals, prepared.image_sizes, targets)
         return {name.removeprefix("loss_"): loss for name, loss in (of_proposals | of_nuclei).items()}
 
     def segment(self, images: Tensor) -> list[SegmentedNuclei]:
         """Nuclei above the score threshold, at most `max_detections`, one where their boxes overlap by half."""
         prepared, features = self._look(images)
+        with _float32(images):
+            return self._nuclei(prepared, features, images.shape[-1])
+
+    def _nuclei(self, prepared: ImageList, features: dict[str, Tensor], side: int) -> list[SegmentedNuclei]:
+        """Nuclei of the maps of images whose side is `side` px before they were enlarged."""
         heads, sizes = self.roi_heads, prepared.image_sizes
         proposals, _ = self.rpn(prepared, features)
         logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, sizes)))
         counts = [len(boxes) for boxes in proposals]
-        boxes = heads.box_coder.decode(deltas.float(), proposals).split(counts)
-        probabilities = logits.float().softmax(dim=-1).split(counts)
+        boxes = heads.box_coder.decode(deltas, proposals).split(counts)
+        probabilities = logits.softmax(dim=-1).split(counts)
         recipe = self.settings.segmentation
         found = [
             nuclei_of_proposals(clip_boxes_to_image(each, size), of_classes, recipe.score_threshold, heads.nms_thresh)
@@ -105,16 +111,16 @@ class MaskRCNN(System):
         ]
         found = [Detections(*(values[: recipe.max_detections] for values in nuclei)) for nuclei in found]
         pooled = heads.mask_roi_pool(features, [nuclei.boxes for nuclei in found], sizes)
-        masks = heads.mask_predictor(heads.mask_head(pooled)).float().sigmoid()
+        masks = heads.mask_predictor(heads.mask_head(pooled)).sigmoid()
         best = torch.cat([nuclei.classes.argmax(dim=1) for nuclei in found])
         masks = masks[torch.arange(len(best), device=best.device), 1 + best]
         return [
-            paint(nuclei, of_image, images.shape[-1], self.enlarged, recipe.min_area)
+            paint(nuclei, of_image, side, self.enlarged, recipe.min_area)
             for nuclei, of_image in zip(found, masks.split([len(nuclei.boxes) for nuclei in found]), strict=True)
         ]
 
     def _look(self, images: Tensor) -> tuple[ImageList, dict[str, Tensor]]:
-        """Enlarged, normalised and padded images, and their maps, in float32: bfloat16 has no digits for boxes."""
+        """Enlarged, normalised and padded images, and their maps in float32."""
         images = (images - self.image_mean) / self.image_std
         if self.enlarged > 1:
             images = F.interpolate(images, scale_factor=self.enlarged, mode="bilinear", align_corners=False)
@@ -154,6 +160,11 @@ class MaskRCNN(System):
         kept = [name for name in own if name.startswith(fresh)]
         load_exactly(self, given | {name: own[name] for name in kept}, path)
         return kept
+
+
+def _float32(images: Tensor) -> torch.autocast:
+    """Compute in float32, also in training with bfloat16, whose 8 digits place a box to 2 px only."""
+    return torch.autocast(images.device.type, enabled=False)
 
 
 def _coco(content: Mapping[str, Any]) -> dict[str, Any]:
