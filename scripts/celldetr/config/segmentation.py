@@ -1,5 +1,6 @@
 """Settings of the systems that segment nuclei, with which CellDETR is compared (stage segmentation)."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Annotated, Literal, Self
 
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 
 from celldetr.config.base import Count, NotNegative, NotNegativeInt, Positive, Settings, Share
 from celldetr.config.experiment import TrainingSettings
+from celldetr.runtime.errors import ConfigError
 
 SystemName = Literal["mask_rcnn", "micro_net", "hover_net", "cellvit_256", "cellvit_sam_b"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -48,6 +50,38 @@ class SegmentationSettings(Settings):
         if (self.schedule == "steps") != bool(self.steps):
             raise ValueError(f"steps: got {self.steps} with schedule {self.schedule}, expected them with steps alone")
         return self
+
+    def starts(self, weights: Iterable[str]) -> list[str]:
+        """Return what the system may start from; `weights` are the names of published weights."""
+        if self.size == "small" or self.system == "micro_net":
+            return ["none"]
+        return ["none", *(["imagenet"] if self.system in ("mask_rcnn", "hover_net") else []), *weights]
+
+    def unread(self) -> list[str]:
+        """Return the keys that nothing reads with this system, optimiser and schedule."""
+        reads = {
+            "betas": self.optimizer != "sgd",
+            "decay": self.schedule == "exponential",
+            "frozen_epochs": self.system != "micro_net",
+            "max_detections": self.system == "mask_rcnn",
+            "score_threshold": self.system == "mask_rcnn",
+        }
+        return [key for key, read in reads.items() if not read]
+
+    def check_epochs(self, epochs: int, where: str) -> None:
+        """Refuse a recipe for a longer training.
+
+        Raises
+        ------
+        ConfigError
+            The encoder would never train, or a step of the learning rate would never come.
+        """
+        if self.frozen_epochs > epochs:
+            raise ConfigError(
+                f"{where}.frozen_epochs: got {self.frozen_epochs}, expected at most {epochs}, all of training"
+            )
+        if late := [epoch for epoch in self.steps if epoch >= epochs]:
+            raise ConfigError(f"{where}.steps: got epochs {late}, expected 0 to {epochs - 1}, those of training")
 
 
 class SystemSettings(Settings):

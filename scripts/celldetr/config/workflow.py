@@ -173,10 +173,13 @@ class Config(Settings):
             if stage in stages:
                 got = line[1 + stages.index(stage)]
                 raise ValueError(f"{where}: got {got!r}, which {why}; expected an experiment that trains CellDETR")
-        if block.stage == "segmentation":
-            fit = ("none", "imagenet", *self.weights)
+        if block.segmentation is not None:
+            fit = block.segmentation.starts(self.weights)
             if block.initial not in fit:
-                raise ValueError(f"{where}: got {block.initial!r}, expected one of {list(fit)} in stage segmentation")
+                raise ValueError(
+                    f"{where}: got {block.initial!r}, expected one of {fit} for {block.segmentation.system} of size "
+                    f"{block.segmentation.size}"
+                )
             return
         last = self.experiments[line[-1]].initial
         if last not in ("none", "imagenet") and Path(last).suffix != ".pt":
@@ -198,14 +201,15 @@ class Config(Settings):
             "training.contrastive": block.stage != "ssl",
             "model.representation.global_tokens": block.mode != "parallel",
         }
-        if block.stage == "segmentation":
+        if block.segmentation is not None:
             unread = dict.fromkeys(("mode", "model", *(f"training.{key}" for key in _OF_CELLDETR)), True)
+            unread |= {f"segmentation.{key}": True for key in block.segmentation.unread()}
         for key, nothing_reads_it in unread.items():
             if nothing_reads_it and _holds(_given(block), key):
-                mode = f" in mode {block.mode}" if block.stage != "segmentation" else ""
+                system = f"in mode {block.mode}" if block.segmentation is None else f"with {block.segmentation.system}"
                 raise ValueError(
-                    f"experiments.{name}.{key}: got a value, but stage {block.stage}{mode} does not read it; leave it "
-                    "out"
+                    f"experiments.{name}.{key}: got a value, but stage {block.stage} {system} does not read it; leave "
+                    "it out"
                 )
         without = block.stage == "st" and self.xenium is not None and self.xenium.split.val == 0
         if without and self.experiment(name).training.select == "best_val":
@@ -288,6 +292,7 @@ class Config(Settings):
             given = {key: value for key, value in given.items() if key not in _OF_CELLDETR}
         training = TrainingSettings.from_dict(given, f"{where}.training")
         if block.segmentation is not None:
+            block.segmentation.check_epochs(training.epochs, f"{where}.segmentation")
             return SegmentationExperiment(
                 name=name, classes=self.classes(name), segmentation=block.segmentation, training=training
             )

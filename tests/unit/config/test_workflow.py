@@ -238,7 +238,7 @@ SEGMENTS = {"title": "T", "stage": "segmentation", "initial": "none", "segmentat
 @pytest.mark.parametrize(
     ("block", "others", "message"),
     [
-        ({"mode": "parallel"}, {}, "experiments.other.mode: got a value, but stage segmentation does not read it"),
+        ({"mode": "parallel"}, {}, "experiments.other.mode: got a value, but stage segmentation with hover_net does"),
         ({"model": {"d_model": 64}}, {}, "experiments.other.model: got a value"),
         ({"training": {"losses": {"l1": 1.0}}}, {}, "experiments.other.training.losses: got a value"),
         ({"training": {"compile": True}}, {}, "experiments.other.training.compile: got a value"),
@@ -247,6 +247,14 @@ SEGMENTS = {"title": "T", "stage": "segmentation", "initial": "none", "segmentat
         ({"segmentation": {"schedule": "steps"}}, {}, "steps: got {} with schedule steps"),
         ({"segmentation": {"system": "hovernet"}}, {}, "segmentation.system: got 'hovernet', expected 'mask_rcnn'"),
         ({"initial": "celldetr_s"}, {}, "initial: got 'celldetr_s', expected one of"),
+        ({"initial": "imagenet", "segmentation": {"size": "small"}}, {}, r"\['none'\] for hover_net of size small"),
+        ({"initial": "imagenet", "segmentation": {"system": "micro_net"}}, {}, r"\['none'\] for micro_net"),
+        ({"initial": "imagenet", "segmentation": {"system": "cellvit_256"}}, {}, "for cellvit_256 of size paper"),
+        ({"segmentation": {"score_threshold": 0.3}}, {}, "score_threshold: got a value, but"),
+        ({"segmentation": {"decay": 0.9}}, {}, "segmentation.decay: got a value"),
+        ({"segmentation": {"optimizer": "sgd", "betas": [0.9, 0.9]}}, {}, "segmentation.betas: got a value"),
+        ({"segmentation": {"frozen_epochs": 101}}, {}, "frozen_epochs: got 101, expected at most 100"),
+        ({"segmentation": {"schedule": "steps", "steps": {100: 0.1}}}, {}, r"epochs \[100\], expected 0 to 99"),
         ({}, {"experiments.mine": {"title": "M", "mode": "baseline", "initial": "other"}}, "trains another system"),
         ({}, {"tables.table1.experiments": ["other"]}, "that are tested on PanNuke"),
         ({}, {"tables.table1.others": ["celldetr_s"]}, "expected experiments of stage segmentation"),
