@@ -33,6 +33,9 @@ def main(snakemake):
         "settings": settings.to_dict(),
         "seed": params.seed,
         "shared_genes": list(annotation.genes.names),
+        "missing_types": list(annotation.missing),
+        "precision": annotation.precision,
+        "unused_types": list(annotation.unused),
         "versions": versions(),
     }
     write_cells(output.cells, annotation.table, metadata)

@@ -61,6 +61,24 @@ class CellTypeSettings(Settings):
     min_margin: Share = Field(0.2, description="smallest distance between the largest and the second fraction")
     min_transcripts: NotNegativeInt = Field(10, description="fewest transcripts of the shared genes in a labelled cell")
     require_agreement: bool = Field(True, description="true: label a cell only if both annotators agree on its type")
+    unlike_share: float = Field(
+        3.0,
+        ge=0,
+        le=50,
+        description="percent of a type's held-out cells of the reference that resemble it less than any labelled cell "
+        "as deep; 0: no such limit",
+    )
+    unknown_types: NotNegativeInt = Field(
+        4, description="most types that are searched for which the sample has and the reference lacks; 0: none"
+    )
+    unknown_distance: Positive = Field(
+        0.25,
+        description="distance of such a type from the most similar type of the reference, as a share of that between "
+        "this one and its neighbour, from which on it counts",
+    )
+    min_precision: Share = Field(
+        0.7, description="smallest estimated precision of a type whose labels are used for training"
+    )
 
 
 class XeniumSplitSettings(Settings):

@@ -1,5 +1,6 @@
 """Picture of the quality of a sample's cell types."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,18 +11,22 @@ from matplotlib.figure import Figure
 from celldetr.config.classes import ST_TYPES
 from celldetr.report.style import MUTED_COLOUR, REFERENCE_COLOUR, SAMPLE_COLOUR, styled
 
+_BESIDE: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7, "color": MUTED_COLOUR}
+_NOTE_WIDTH = 140  # characters of a line above the panels
+
 
 @styled
 def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
     """Draw the figures of `celldetr.xenium.celltypes.qc.quality`."""
-    figure = Figure(figsize=(13, 12.5), layout="constrained")
-    figure.suptitle(
+    notes = [line for note in cell_type_notes(figures) for line in textwrap.wrap(note, _NOTE_WIDTH)]
+    figure = Figure(figsize=(13, 12.5 + 0.25 * len(notes)), layout="constrained")
+    head = (
         f"{title}: {figures['labelled_share']:.1%} of {figures['cells']:,} cells labelled, "
-        f"{figures['shared_genes']} genes shared with the reference",
-        fontsize=12,
+        f"{figures['shared_genes']} genes shared with the reference"
     )
+    figure.suptitle("\n".join([head, *notes]), fontsize=12, linespacing=1.4)
     grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.15, 1.25))
-    _labels(figure.add_subplot(grid[0, 0]), figures["labels"])
+    _labels(figure.add_subplot(grid[0, 0]), figures)
     _reasons(figure.add_subplot(grid[0, 1]), figures["reasons"])
     _composition(figure.add_subplot(grid[0, 2]), figures["composition"])
     _markers(figure, figure.add_subplot(grid[1, :]), figures["markers"])
@@ -33,14 +38,39 @@ def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
     return figure
 
 
-def _labels(axes: Axes, numbers: Mapping[str, int]) -> None:
+def cell_type_notes(figures: Mapping[str, Any]) -> list[str]:
+    """Lines on what the reference lacks, and on types that are not used for training."""
+    notes = []
+    if figures["missing_types"]:
+        notes.append(f"Not in the reference: {', '.join(figures['missing_types'])}: no cell can get these types")
+    for found in figures["unknown_types"]:
+        share = found["cells"] / max(1, figures["cells"])
+        notes.append(
+            f"{share:.1%} of the cells are of a type that the reference lacks ({found['name']}; most similar: "
+            f"{found['near']}; genes: {', '.join(found['genes'])})"
+        )
+    for name in figures["unused_types"]:
+        notes.append(
+            f"{name} is not used for training: estimated precision {figures['precision'][name]:.2f}, below "
+            f"{figures['min_precision']:g} (xenium.cell_types.min_precision)"
+        )
+    return notes
+
+
+def _labels(axes: Axes, figures: Mapping[str, Any]) -> None:
+    numbers = figures["labels"]
     axes.bar(range(len(numbers)), list(numbers.values()), color=SAMPLE_COLOUR)
-    for place, number in enumerate(numbers.values()):
-        axes.text(place, max(number, 0.8), f"{number:,}", ha="center", va="bottom", fontsize=7)
+    for place, (name, number) in enumerate(numbers.items()):
+        precision = figures["precision"][name]
+        if name in figures["missing_types"]:
+            axes.text(place, 0.8, "not in the reference", **_BESIDE)
+            continue
+        below = "" if precision is None else f"\n{precision:.2f}"
+        axes.text(place, max(number, 0.8), f"{number:,}{below}", ha="center", va="bottom", fontsize=7)
     axes.set_yscale("log")
-    axes.set_ylim(0.7, max(10, *numbers.values()) * 3)
+    axes.set_ylim(0.7, max(10, *numbers.values()) * 6)
     axes.set_ylabel("cells (log)")
-    axes.set_title("Labelled cells")
+    axes.set_title("Labelled cells; below, estimated precision")
     _names(axes)
 
 
@@ -114,7 +144,7 @@ def _agreement(axes: Axes, agreement: Mapping[str, Any]) -> None:
     axes.bar(range(len(ST_TYPES)), shares, color=SAMPLE_COLOUR)
     for place, kind in enumerate(ST_TYPES):
         if agreement["by_type"][kind] is None:
-            axes.text(place, 0.02, "no cells", rotation=90, ha="center", va="bottom", fontsize=7, color=MUTED_COLOUR)
+            axes.text(place, 0.02, "no cells", **_BESIDE)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of cells")
     overall = "–" if agreement["overall"] is None else f"{agreement['overall']:.0%}"

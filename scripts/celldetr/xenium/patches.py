@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from celldetr.slides.grid import PatchGrid, patch_grid
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.slides.tissue import Raster, imaged, tissue_mask
 from celldetr.store import NO_LABEL, class_counts
-from celldetr.xenium.celltypes.labels import read_cells
+from celldetr.xenium.celltypes.labels import FRACTIONS, IMPRECISE, UNKNOWN, best, read_cells, read_metadata
 from celldetr.xenium.output import dapi_path, read_nuclei
 from celldetr.xenium.registration.result import Registration, read_registration
 
@@ -61,7 +62,8 @@ def extract_sample(
     """
     registration = read_registration(sample.registration, sample.name)
     he_mpp = registration.he_mpp
-    placed, dropped = place_nuclei(read_nuclei(sample.outs), read_cells(sample.cells), registration, mpp)
+    cells = read_cells(sample.cells)
+    placed, dropped = place_nuclei(read_nuclei(sample.outs), cells, registration, mpp)
     dapi_image = open_pyramid(dapi_path(sample.outs), registration.pixel_size, plane=0)
     with open_pyramid(sample.he, he_mpp) as image, dapi_image as dapi:
         tissue = tissue_mask(image, he_mpp)
@@ -104,7 +106,8 @@ def extract_sample(
         attrs=attrs,
         workers=workers,
     )
-    return Extraction(grid, tissue, _summary(grid, nuclei.labels, dropped))
+    rows = [*_summary(grid, nuclei.labels, dropped), *type_rows(cells, read_metadata(sample.cells))]
+    return Extraction(grid, tissue, rows)
 
 
 def place_nuclei(
@@ -132,6 +135,22 @@ def place_nuclei(
         "nuclei with an outline of no area or fewer than 3 corners": int((~good).sum()),
     }
     return SlideNuclei(placed[good], labels[good]), dropped
+
+
+def type_rows(cells: DataFrame, metadata: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """Rows (kind, name, cells of the sample) on types without labels; arguments are those of `write_cells`."""
+    first, reason = best(cells[list(FRACTIONS)]), cells["reason"].astype(str).to_numpy()
+    unused = [
+        (
+            "not used for training",
+            f"{name}: estimated precision {metadata['precision'][name]:.2f}",
+            int(((reason == IMPRECISE) & (first == ST_TYPES.index(name))).sum()),
+        )
+        for name in metadata.get("unused_types", [])
+    ]
+    missing = [("not in the reference", name, 0) for name in metadata.get("missing_types", [])]
+    unknown = int((reason == UNKNOWN).sum())
+    return [*unused, *missing, *([("not in the reference", "cells of unknown types", unknown)] if unknown else [])]
 
 
 def _summary(grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int]) -> list[tuple[str, str, int]]:

@@ -15,9 +15,20 @@ from celldetr.config.xenium import CellTypeSettings
 from celldetr.report.cell_types import cell_types_figure
 from celldetr.report.style import save
 from celldetr.runtime.errors import InputError
-from celldetr.xenium.celltypes.annotate import annotate, correlation, on_genes, tacco_ot, two_passes
-from celldetr.xenium.celltypes.labels import FRACTIONS, REASONS, best, label_cells, read_cells, write_cells
-from celldetr.xenium.celltypes.qc import agreement, marker_figures, quality, reannotate, thin
+from celldetr.xenium.celltypes.annotate import annotate
+from celldetr.xenium.celltypes.annotators import correlation, tacco_ot, two_passes
+from celldetr.xenium.celltypes.labels import (
+    FRACTIONS,
+    REASONS,
+    best,
+    label_cells,
+    read_cells,
+    require_labels,
+    withdraw,
+    write_cells,
+)
+from celldetr.xenium.celltypes.profiles import on_genes, thin
+from celldetr.xenium.celltypes.qc import agreement, marker_figures, quality, reannotate
 
 GENES = 60
 SETTINGS = CellTypeSettings()
@@ -121,7 +132,7 @@ def test_chunks_of_a_sample_give_the_types_of_the_whole(reference, monkeypatch):
     # sorted by type: chunks in this order would have one type each
     cells = cells[np.argsort(cells.obs["truth"].to_numpy(), kind="stable")].copy()
     whole, similar = transport(cells, reference), correlation(cells, reference)
-    monkeypatch.setattr("celldetr.xenium.celltypes.annotate.CHUNK_CELLS", 350)
+    monkeypatch.setattr("celldetr.xenium.celltypes.annotators.CHUNK_CELLS", 350)
     parts = transport(cells, reference, seed=3)
     pd.testing.assert_frame_equal(correlation(cells, reference), similar)
     assert (best(whole) == best(parts)).mean() > 0.97
@@ -186,13 +197,16 @@ def test_every_reason_for_no_label():
     fractions, second = table_of(rows), table_of([*rows[:5], row(Plasma=1.0)])
     transcripts = np.array([50, 50, 9, 50, 50, 50])
     table = label_cells(fractions, second, transcripts, SETTINGS)
-    assert list(table["reason"]) == list(REASONS)
+    assert list(table["reason"]) == list(REASONS[:6])
     assert list(table["label"]) == [ST_TYPES.index("T"), -1, -1, -1, -1, -1]
     assert list(table["second_label"])[1:] == [-1, 0, 0, 0, ST_TYPES.index("Plasma")]
     loose = label_cells(fractions, second, transcripts, CellTypeSettings(require_agreement=False, min_margin=0.05))
     assert list(loose["label"])[4:] == [ST_TYPES.index("T"), ST_TYPES.index("B")]
     with pytest.raises(InputError, match=r"no cell of 6 gets a label \(no counts: 1, few transcripts: 5\)"):
-        label_cells(fractions, second, np.full(6, 2), SETTINGS)
+        require_labels(label_cells(fractions, second, np.full(6, 2), SETTINGS))
+    every = withdraw(table, np.ones(6, dtype=bool), REASONS[-1])
+    assert list(every["reason"]) == [REASONS[-1], *REASONS[1:6]]
+    assert (every["label"] == -1).all()
 
 
 def test_labels_of_planted_cells_are_right(annotation, sample):
@@ -214,7 +228,11 @@ def test_control_probes_foreign_genes_and_held_out_cells_do_not_count(sample, re
     known = poisoned.X.tolil()
     known[poisoned.obs["held_out"].to_numpy()] = 1000
     poisoned.X = sparse.csr_matrix(known)
-    pd.testing.assert_frame_equal(annotate(extra, poisoned, SETTINGS, seed=0).table, annotation.table)
+    pd.testing.assert_frame_equal(annotate(extra, reference, SETTINGS, seed=0).table, annotation.table)
+    loose = CellTypeSettings(min_precision=0.0, unknown_types=0)
+    columns = ["second_label", *FRACTIONS]  # held-out cells may take labels, but never give any
+    found = annotate(sample, poisoned, loose, seed=0).table[columns]
+    pd.testing.assert_frame_equal(found, annotation.table[columns])
 
 
 @pytest.mark.parametrize("factor", [0.5, -1])
@@ -243,15 +261,21 @@ def test_the_table_comes_back_from_its_file(annotation, tmp_path):
 
 def test_thinning_reaches_the_depth_of_the_sample(reference):
     wanted = np.array([0.0, 40, 80, 1e9])
-    thinned = thin(reference, wanted, np.random.default_rng(0))
-    totals, before = (cells.X.sum(axis=1).A1 for cells in (thinned, reference))
+    thinned = thin(reference.X, wanted, np.random.default_rng(0))
+    totals, before = (counts.sum(axis=1).A1 for counts in (thinned, reference.X))
     assert (totals <= before).all()
     untouched = totals == before  # a third drew more than they have
     assert 0.2 < untouched.mean() < 0.45
     assert totals[~untouched].mean() == pytest.approx(60, rel=0.1)
     # genes keep their shares
-    shares = [counts.sum(axis=0).A1 / counts.sum() for counts in (thinned.X, reference.X)]
+    shares = [counts.sum(axis=0).A1 / counts.sum() for counts in (thinned, reference.X)]
     np.testing.assert_allclose(shares[0], shares[1], atol=0.004)
+    # but for genes that the sample's platform reads with another efficiency
+    factors = np.where(np.arange(GENES) < 30, 1.0, 0.25)
+    shares = [thin(reference.X, wanted[1:2], np.random.default_rng(0), f).sum(axis=0).A1 for f in (None, factors)]
+    ratio = shares[1] / shares[0]
+    assert ratio[30:].mean() / ratio[:30].mean() == pytest.approx(0.25, rel=0.1)
+    assert shares[1].sum() == pytest.approx(shares[0].sum(), rel=0.05)
 
 
 def test_reannotation_finds_held_out_types(reference, sample):

@@ -17,7 +17,9 @@ from celldetr.config.xenium import CellTypeSettings
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 
-REASONS = ("labelled", "no counts", "few transcripts", "low fraction", "small margin", "annotators disagree")
+UNKNOWN, UNLIKE, IMPRECISE = "unknown type", "unlike its type", "imprecise type"
+_UNCERTAIN = ("labelled", "no counts", "few transcripts", "low fraction", "small margin", "annotators disagree")
+REASONS = (*_UNCERTAIN, UNKNOWN, UNLIKE, IMPRECISE)
 """``labelled``, or the first reason, in this order, why a cell has no label."""
 FRACTIONS = tuple(f"fraction_{name}" for name in ST_TYPES)
 
@@ -37,7 +39,7 @@ def label_cells(
     `fractions` (cells, ten types; index = cell ids) are those by optimal transport, `second` those by correlation;
     `transcripts` (N,) counts the shared genes. Returns a row per cell: ``cell_id``, ``transcripts``, ``label`` (index
     in `ST_TYPES` or -1), ``second_label`` (type by correlation, or -1), ``reason`` (one of `REASONS`) and
-    ``fraction_{type}``. Raises InputError if no cell gets a label.
+    ``fraction_{type}``.
     """
     values = fractions.to_numpy(dtype=np.float32)
     first, other = best(fractions), best(second)
@@ -49,7 +51,7 @@ def label_cells(
         ordered[:, -1] - ordered[:, -2] < settings.min_margin,
         (first != other) & settings.require_agreement,
     ]
-    code = np.select(tests, list(range(1, len(REASONS))), default=0).astype(np.int64)
+    code = np.select(tests, list(range(1, len(_UNCERTAIN))), default=0).astype(np.int64)
     table = DataFrame(
         {
             "cell_id": fractions.index.astype(str),
@@ -59,13 +61,24 @@ def label_cells(
             "reason": pd.Categorical(np.array(REASONS)[code], categories=list(REASONS)),
         }
     )
-    if not (code == 0).any():
+    return pd.concat([table, DataFrame(values, columns=list(FRACTIONS))], axis=1)
+
+
+def withdraw(table: DataFrame, cells: NDArray[np.bool_], reason: str) -> DataFrame:
+    """Take the label of the labelled ones among some `cells` (N,) of the table of `label_cells`, for a reason."""
+    taken = cells & (table["label"] >= 0).to_numpy()
+    return table.assign(label=table["label"].mask(taken, -1), reason=table["reason"].mask(taken, reason))
+
+
+def require_labels(table: DataFrame) -> None:
+    """Raise InputError if no cell has a label."""
+    if not (table["label"] >= 0).any():
         numbers = ", ".join(f"{name}: {number}" for name, number in reason_counts(table).items() if number)
         raise InputError(
             f"no cell of {len(table)} gets a label ({numbers or 'there are no cells'}), expected some; is the "
-            "reference of this tissue and species? Otherwise lower min_transcripts, min_fraction or min_margin"
+            "reference of this tissue and species? Otherwise lower min_transcripts, min_fraction, min_margin or "
+            "min_precision"
         )
-    return pd.concat([table, DataFrame(values, columns=list(FRACTIONS))], axis=1)
 
 
 def reason_counts(table: DataFrame) -> dict[str, int]:
@@ -79,6 +92,15 @@ def write_cells(path: str | os.PathLike[str], table: DataFrame, metadata: Mappin
     content = pa.Table.from_pandas(table, preserve_index=False)
     with atomic(path) as temporary:
         pq.write_table(content.replace_schema_metadata({b"celldetr": kept}), temporary, compression="zstd")
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the JSON metadata of `write_cells`; raises InputError if there are none."""
+    try:
+        metadata: dict[str, Any] = json.loads(pq.read_schema(path).metadata[b"celldetr"])
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read ({error}); annotate the sample again") from error
+    return metadata
 
 
 def read_cells(path: str | os.PathLike[str]) -> DataFrame:

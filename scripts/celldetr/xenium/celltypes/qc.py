@@ -6,22 +6,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
-from scipy import sparse
 from sklearn.metrics import confusion_matrix, f1_score
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
-from celldetr.runtime.errors import InputError
-from celldetr.xenium.celltypes.annotate import (
-    Annotation,
-    known_part,
-    log_normalise,
-    on_genes,
-    totals,
-    two_passes,
-    type_profiles,
-)
+from celldetr.xenium.celltypes.annotate import Annotation
+from celldetr.xenium.celltypes.annotators import two_passes
 from celldetr.xenium.celltypes.labels import FRACTIONS, best, label_cells, reason_counts
+from celldetr.xenium.celltypes.profiles import known_part, log_normalise, on_genes, thin, totals, type_profiles
 
 _MARKERS_PER_TYPE = 3
 _MIN_SHARE = 1e-4  # of a cell's transcripts; damps the fold change of rare genes
@@ -33,7 +25,8 @@ def quality(
     """Compute all figures of quality, as JSON values; arguments as those of `annotate`, and its result.
 
     ``reasons`` are reason -> cells, ``labels`` type -> cells, ``composition`` shares of the cells, ``prior`` shares of
-    the transcripts; the others are those of `agreement`, `marker_figures` and `reannotate`.
+    the transcripts; ``missing_types``, ``unknown_types``, ``precision`` and ``unused_types`` are those of `Annotation`,
+    the others those of `agreement`, `marker_figures` and `reannotate`.
     """
     table, genes = annotation.table, annotation.genes
     reasons = reason_counts(table)
@@ -51,6 +44,11 @@ def quality(
         "labels": _by_type(numbers),
         "composition": {"sample": _by_type(numbers / numbers.sum()), "reference": _by_type(whole / whole.sum())},
         "prior": _by_type(annotation.prior.to_numpy()),
+        "missing_types": list(annotation.missing),
+        "unknown_types": annotation.unknown,
+        "precision": annotation.precision,
+        "min_precision": settings.min_precision,
+        "unused_types": list(annotation.unused),
         "agreement": agreement(annotation),
         "markers": marker_figures(here, known_part(known), labels),
         "reannotation": reannotate(known, totals(here), settings, seed),
@@ -119,7 +117,7 @@ def reannotate(
     ``cells``, ``without_counts``, ``labelled_share`` and ``labelled_accuracy`` (of the cells that pass the thresholds).
     """
     held = reference[reference.obs["held_out"].to_numpy(dtype=bool)]
-    thinned = thin(held, transcripts, np.random.default_rng(seed))
+    thinned = AnnData(thin(held.X, transcripts, np.random.default_rng(seed)), obs=held.obs, var=held.var)
     fractions, second, _ = two_passes(thinned, known_part(reference), settings, seed)
     truth = held.obs["type"].map(ST_TYPES.index).to_numpy(dtype=np.int64)
     found = best(fractions)
@@ -128,10 +126,7 @@ def reannotate(
     present = np.isin(every, truth)
     # a cell without counts (-1) is a false negative of its type and a false positive of none
     f1 = f1_score(truth, found, labels=every, average=None, zero_division=0)
-    try:
-        labels = label_cells(fractions, second, totals(thinned).astype(np.int64), settings)["label"].to_numpy()
-    except InputError:
-        labels = np.full(len(truth), -1)
+    labels = label_cells(fractions, second, totals(thinned).astype(np.int64), settings)["label"].to_numpy()
     labelled = labels >= 0
     return {
         "cells": len(truth),
@@ -143,21 +138,6 @@ def reannotate(
         "labelled_share": _mean(labelled),
         "labelled_accuracy": _mean((labels == truth)[labelled]),
     }
-
-
-def thin(cells: AnnData, transcripts: NDArray[np.float64], generator: np.random.Generator) -> AnnData:
-    """Thin raw counts to totals drawn from the nonzero `transcripts` (N,) of a sample.
-
-    Each transcript of a cell is kept with the same probability, so that the mean total is the drawn one; cells with
-    fewer transcripts are unchanged.
-    """
-    wanted = generator.choice(transcripts[transcripts > 0], cells.n_obs)
-    keep = np.minimum(1, wanted / np.maximum(totals(cells), 1))
-    counts = sparse.csr_matrix(cells.X, copy=True)
-    kept = generator.binomial(counts.data.astype(np.int64), np.repeat(keep, np.diff(counts.indptr)))
-    counts.data = kept.astype(np.float32)
-    counts.eliminate_zeros()
-    return AnnData(counts, obs=cells.obs, var=cells.var)
 
 
 def _mean(values: NDArray[Any]) -> float | None:
