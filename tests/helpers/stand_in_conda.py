@@ -43,7 +43,7 @@ class Guard(PathFinder):
 
 
 def own(path):
-    return [entry for entry in path if not str(entry).startswith({site!r})]
+    return [entry for entry in path if str(entry) != {site!r}]  # cv2 adds a folder of its own below
 
 
 def by_snakemake():
