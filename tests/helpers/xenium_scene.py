@@ -77,11 +77,26 @@ def draw_dapi(rng, nuclei):
     return np.clip(smooth + rng.normal(0, 40, smooth.shape), 0, 65535).astype(np.uint16)
 
 
-def make_scene(folder, seed=0, known=True, **plan):
+def wave(largest, length, seed=3):
+    """Smooth displacements of points (n, 2): plane waves of a length, um, in all directions; at most `largest` um."""
+    rng = np.random.default_rng(seed)
+    angle, phase, amount = rng.uniform(0, 2 * np.pi, 6), rng.uniform(0, 2 * np.pi, (6, 2)), rng.normal(size=(6, 2))
+    ahead = 2 * np.pi / length * np.stack([np.cos(angle), np.sin(angle)])
+
+    def field(points):
+        return (np.cos((points @ ahead)[:, :, None] + phase) * amount).sum(axis=1)
+
+    scale = largest / np.linalg.norm(field(rng.random((4000, 2)) * 1500), axis=1).max()
+    return lambda points: scale * field(points)
+
+
+def make_scene(folder, seed=0, known=True, bend=None, **plan):
+    """Draw and write a scene; `bend` gives the displacements (n, 2), um, of what the H&E shows of points (n, 2)."""
     rng = np.random.default_rng(seed)
     nuclei = ellipses(rng)
     matrix, size = planted(**plan)
     mpp = decompose(matrix).scale * PIXEL
-    he = write_image(folder / f"he{seed}.tif", draw_he(rng, nuclei, inverse(scaling(PIXEL) @ matrix), size))
+    shown = shapely.transform(nuclei, lambda points: points + bend(points)) if bend else nuclei
+    he = write_image(folder / f"he{seed}.tif", draw_he(rng, shown, inverse(scaling(PIXEL) @ matrix), size))
     dapi = write_image(folder / f"dapi{seed}.tif", draw_dapi(rng, nuclei), PIXEL)
     return Scene(open_pyramid(he, mpp if known else None), open_pyramid(dapi, plane=0), nuclei, matrix)
