@@ -16,6 +16,11 @@ class RegistrationSettings(Settings):
         description="refinement of a matrix that passes; auto: kept if it is better by min_gain; always: kept if it "
         "passes too; never: not tried",
     )
+    local: Literal["auto", "never"] = Field(
+        "auto",
+        description="smooth field of local displacements on top of the matrix; auto: kept where it brings nuclei that "
+        "the fit did not see closer; never: not tried",
+    )
     min_gain: float = Field(0.2, ge=0, description="fall of the median distance that refine: auto asks for, um")
     scale_tolerance: float = Field(
         0.05, gt=0, lt=0.5, description="largest relative difference between the scale and the ratio of pixel sizes"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 from pandas import DataFrame, Index, Series
 
@@ -21,6 +22,7 @@ from celldetr.slides.tissue import Raster, imaged, tissue_mask
 from celldetr.store import NO_LABEL, class_counts
 from celldetr.xenium.celltypes.labels import FRACTIONS, IMPRECISE, UNKNOWN, best, read_cells, read_metadata
 from celldetr.xenium.output import dapi_path, read_nuclei
+from celldetr.xenium.registration.affine import apply
 from celldetr.xenium.registration.result import Registration, read_registration
 
 
@@ -80,6 +82,8 @@ def extract_sample(
             imaged=imaged(dapi, registration.pixel_size, tissue, registration.matrix),
         )
         where = {"file": sample.he.name, "size": list(image.size), "mpp": he_mpp}
+    failed = _failed_patches(grid, registration)
+    grid = grid.without(failed, "in a region whose registration fails") if len(failed) else grid
     if not len(grid):
         raise InputError(
             f"{sample.name}: got no patch; the grid has "
@@ -92,7 +96,11 @@ def extract_sample(
         "image": where,
         "dropped": dropped,
         "settings": {**settings.to_dict(), "seed": seed},
-        "registration": {"matrix": registration.matrix.tolist(), "origin": registration.origin},
+        "registration": {
+            "matrix": registration.matrix.tolist(),
+            "origin": registration.origin,
+            "field": registration.field.digest if registration.field else None,
+        },
     }
     cut_patches(
         sample.he,
@@ -119,7 +127,7 @@ def place_nuclei(
     outlines in px of `mpp` um, and dropped cells and nuclei, reason -> count. Raises InputError if no nucleus belongs
     to any of the cells.
     """
-    outlines = polygons["geometry"].to_numpy()
+    outlines = shapely.transform(polygons["geometry"].to_numpy(), registration.on_affine)
     placed, good = place_outlines(outlines, registration.um_to_he(), registration.he_mpp, mpp)
     label_of = Series(cells["label"].to_numpy(), index=cells["cell_id"].to_numpy().astype(str))
     owners = polygons["cell_id"].to_numpy().astype(str)
@@ -151,6 +159,12 @@ def type_rows(cells: DataFrame, metadata: Mapping[str, Any]) -> list[tuple[str, 
     missing = [("not in the reference", name, 0) for name in metadata.get("missing_types", [])]
     unknown = int((reason == UNKNOWN).sum())
     return [*unused, *missing, *([("not in the reference", "cells of unknown types", unknown)] if unknown else [])]
+
+
+def _failed_patches(grid: PatchGrid, registration: Registration) -> NDArray[np.int64]:
+    """Patches whose centre lies in a region of the sample that does not pass on its own."""
+    centres = (grid.corners + grid.size / 2) * (grid.mpp / grid.image_mpp)
+    return np.flatnonzero(registration.failed(apply(registration.he_to_um(), centres)))
 
 
 def _summary(grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int]) -> list[tuple[str, str, int]]:

@@ -12,8 +12,11 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
-from celldetr.xenium.celltypes.labels import FRACTIONS, write_cells
+from celldetr.xenium.celltypes.labels import FRACTIONS, read_cells, write_cells
+from celldetr.xenium.output import read_nuclei
 from celldetr.xenium.patches import place_nuclei
+from celldetr.xenium.registration.affine import apply
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.result import Attempt, Quality, RegionQuality, Registration
 
 SIZE, MPP = 64, 0.5
@@ -32,7 +35,7 @@ def sample(tmp_path_factory):
         folder, seed=3, size_um=(300, 260), rim_um=30, he_mpp=0.4, affine=AffinePlan(rotation_deg=25, shift_um=(9, -7))
     )
     figures = {"passed": True, "distance": 0.5, "chance": 5, "contrast": 1, "inside": 1, "he_nuclei": 9}
-    region = RegionQuality(x=1, y=1, nuclei=9, **figures)
+    region = RegionQuality(x=1, y=1, cell=(0, 0, 1, 1), nuclei=9, **figures)
     quality = Quality(failures=(), z=9, regions_passed=1, regions=(region,), **figures)
     attempt = Attempt(name="file", matrix=truth.matrix, quality=quality)
     registration = Registration(
@@ -47,9 +50,9 @@ def sample(tmp_path_factory):
     return SimpleNamespace(folder=folder, truth=truth, labels=labels, registration=registration)
 
 
-def run(sample, out, **changes):
+def run(sample, out, registration="registration.json", **changes):
     files = {"outs": sample.truth.outs, "he": sample.truth.he_image}
-    files |= {"registration": sample.folder / "registration.json", "cells": sample.folder / "cells.parquet"}
+    files |= {"registration": sample.folder / registration, "cells": sample.folder / "cells.parquet"}
     names = {"store": "s1.zarr", "summary_tsv": "s1.tsv", "summary_html": "s1.html"}
     settings = {"min_labelled": 1, "min_nuclei": 1, "min_tissue": 0.1, **changes}
     params = {"settings": settings, "patch_size": SIZE, "mpp": MPP, "tissue": "Lung", "group": "donor 1", "seed": 0}
@@ -95,6 +98,35 @@ def test_planted_nuclei_come_back_with_their_types(sample, store):
     table = pd.read_csv(store.path.with_suffix(".tsv"), sep="\t").set_index("name")["count"]
     assert abs(table["cut nuclei in patches"] - cut) <= 2  # by rounding of the file's corners
     assert table["parts of nuclei at the edge of a patch that show too little"] > 0
+
+
+def test_nuclei_follow_the_field_of_displacements(sample):
+    """The field moves nuclei in um of the Xenium frame, before the matrix."""
+    polygons, cells = read_nuclei(sample.truth.outs), read_cells(sample.folder / "cells.parquet")
+    values = np.stack([np.full((12, 12), 3.0), np.full((12, 12), -2.0)])
+    field = DisplacementField(x=-100, y=-100, spacing=50, coefficients=values)
+    bent = sample.registration.model_copy(update={"field": field})
+    moved, plain = (place_nuclei(polygons, cells, found, MPP)[0] for found in (bent, sample.registration))
+    linear = sample.registration.um_to_he()[:2, :2] * sample.registration.he_mpp / MPP
+    corners, before = (shapely.get_coordinates(found.outlines) for found in (moved, plain))
+    assert np.allclose(corners - before, linear @ (3.0, -2.0), atol=1e-6)
+
+
+def test_regions_that_fail_give_no_patches(sample, store, tmp_path):
+    """Regions of a registration that passes as a whole."""
+    middle = float(shapely.total_bounds(shapely.polygons(sample.truth.nuclei_um))[[0, 2]].mean())
+    good, quality = sample.registration.quality.regions[0], sample.registration.quality
+    cells = [(-1e4, -1e4, middle, 1e4), (middle, -1e4, 1e4, 1e4)]
+    left, right = (good.model_copy(update={"cell": cell, "passed": cell[0] < 0}) for cell in cells)
+    quality = quality.model_copy(update={"regions": (left, right), "regions_passed": 0.5})
+    attempts = (sample.registration.attempts[0].model_copy(update={"quality": quality}),)
+    half = sample.registration.model_copy(update={"quality": quality, "attempts": attempts})
+    half.write(sample.folder / "half.json", "s1")
+    some = run(sample, tmp_path, "half.json")
+    left_out = some.attrs["patches_passed_over"]["in a region whose registration fails"]
+    assert len(store) - left_out == len(some) > 0
+    centres = some.patches[["x", "y"]].to_numpy() + SIZE * MPP / sample.truth.he_mpp / 2
+    assert (apply(half.he_to_um(), centres)[:, 0] < middle + 1).all()
 
 
 def test_every_nucleus_is_in_a_patch_or_counted(sample, store):

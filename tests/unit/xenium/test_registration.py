@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import shapely
 from PIL import Image
-from xenium_scene import EXTENT, PIXEL, SWAP, ellipses, make_scene, planted, write_image
+from xenium_scene import EXTENT, PIXEL, SWAP, ellipses, make_scene, planted, wave, write_image
 
 import register_xenium
 from celldetr.config.xenium import RegistrationSettings
@@ -19,12 +19,14 @@ from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import affine, apply, decompose, inverse, rotation, scaling
 from celldetr.xenium.registration.alignment import Alignment
 from celldetr.xenium.registration.estimate import make_maps
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import Grid, colour, sample
 from celldetr.xenium.registration.nuclei import DapiNuclei
 from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import Registration, read_registration
 
+FOREIGN = DisplacementField(x=-50, y=-50, spacing=50.0, coefficients=np.ones((2, 8, 10)))
 SETTINGS = RegistrationSettings(regions=3, window=120)
 
 
@@ -199,7 +201,7 @@ def test_a_right_file_is_kept_and_refining_is_a_setting(scene):
     assert median_error(refined.matrix, scene) < 0.3
     kept = run(scene, off, min_gain=50)
     assert kept.origin == "file"
-    assert np.array_equal(kept.attempts[-1].matrix, refined.matrix)  # same seed
+    assert np.array_equal(kept.attempts[1].matrix, refined.matrix)  # same seed
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,46 @@ def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
     assert any("got 0.5 um per px, but the matrix means 0.2737" in warning for warning in found.warnings)
 
 
+def test_a_smooth_distortion_is_corrected_and_comes_back_from_the_file(tmp_path):
+    scene = make_scene(tmp_path, seed=2, angle=12, bend=wave(4, 300))
+    found = run(scene, scene.matrix)
+    assert found.distortion.kept
+    assert found.quality.regions_passed == 1
+    points = shapely.get_coordinates(shapely.centroid(scene.nuclei))
+    he = apply(inverse(scaling(PIXEL) @ scene.matrix), points + wave(4, 300)(points))
+    off = found.he_mpp * np.linalg.norm(apply(found.um_to_he(), found.on_affine(points)) - he, axis=1)
+    plain = found.he_mpp * np.linalg.norm(apply(found.um_to_he(), points) - he, axis=1)
+    assert np.median(off) < 0.3 < 1 < np.median(plain)
+    assert np.percentile(off, 95) < 1
+    found.write(tmp_path / "r.json", "lung")
+    again = read_registration(tmp_path / "r.json", "lung")
+    assert np.array_equal(again.on_affine(points), found.on_affine(points))
+    content = json.loads((tmp_path / "r.json").read_text())
+    for change in ({"field": None}, {"field": FOREIGN.to_dict()}):
+        (tmp_path / "r.json").write_text(json.dumps(content | change))
+        with pytest.raises(InputError, match="with the displacement field"):
+            read_registration(tmp_path / "r.json", "lung")
+    without = run(scene, scene.matrix, local="never")
+    assert (without.field, without.distortion) == (None, None)
+
+
+def test_a_distortion_that_hides_the_right_matrix_from_the_gate_is_corrected(tmp_path):
+    scene = make_scene(tmp_path, seed=2, angle=12, bend=wave(6, 300))
+    with pytest.raises(InputError, match="no registration passes"):
+        run(scene, scene.matrix, local="never", max_distance=2)
+    assert run(scene, scene.matrix, max_distance=2).field is not None
+
+
+def test_regions_that_fail_are_known_by_their_area(scene):
+    centres = shapely.get_coordinates(shapely.centroid(scene.nuclei))
+    right = centres[:, 0] > EXTENT[0] / 2 + 20
+    torn = np.where(right, shapely.transform(scene.nuclei, lambda points: points + (8, -6)), scene.nuclei)
+    quality = judge(scene._replace(nuclei=torn), scene.matrix)
+    found = Registration(matrix=scene.matrix, pixel_size=PIXEL, origin="file", quality=quality)
+    assert found.failed(centres)[centres[:, 0] > 0.7 * EXTENT[0]].all()
+    assert not found.failed(centres)[centres[:, 0] < 0.3 * EXTENT[0]].any()
+
+
 def test_a_registration_comes_back_from_its_file(scene, tmp_path):
     found = run(scene, scene.matrix, refine="never")
     found.write(tmp_path / "r.json", "lung")
@@ -269,6 +311,10 @@ def turned(content):
         (lambda content: {"he_mpp": None}, "whose he_mpp is None"),
         (lambda content: {"quality": {**content["quality"], "regions_passed": 0.5}}, "whose regions_passed is 0.5"),
         (turned, "none of its attempts"),
+        (lambda content: {"format": "celldetr registration 1"}, "of format 'celldetr registration 1'"),
+        (lambda content: {"field": FOREIGN.to_dict()}, "with the displacement field .* are those of None"),
+        (lambda content: {"field": {**FOREIGN.to_dict(), "coefficients": [[[1.0]], [[2.0]]]}}, "no readable reg"),
+        (lambda content: {"field": {**FOREIGN.to_dict(), "format": "field 0"}}, "no readable registration"),
         (lambda content: {"sample": "breast"}, "of sample 'breast', expected that of 'lung'"),
     ],
 )

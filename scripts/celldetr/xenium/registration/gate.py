@@ -10,6 +10,7 @@ from scipy import ndimage
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.affine import Floats, inverse
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.maps import inside
 from celldetr.xenium.registration.nuclei import (
     SPACING,
@@ -33,11 +34,17 @@ def control_shifts(length: float) -> Floats:
 
 
 def check(
-    to_um: Floats, he: Pyramid, nuclei: DapiNuclei, regions: list[Region], settings: RegistrationSettings
+    to_um: Floats,
+    he: Pyramid,
+    nuclei: DapiNuclei,
+    regions: list[Region],
+    settings: RegistrationSettings,
+    field: DisplacementField | None = None,
 ) -> Quality:
-    """Judge a matrix (3, 3), H&E level-0 px -> um of the Xenium frame, in the regions of a sample."""
+    """Judge a matrix (3, 3), H&E level-0 px -> um of the Xenium frame, with its field, in the regions of a sample."""
     to_px = inverse(to_um)
-    windows = [read_window(he, to_um, region, settings, settings.control_shift + _MARGIN) for region in regions]
+    margin = settings.control_shift + _MARGIN
+    windows = [read_window(he, to_um, region, settings, margin, field) for region in regions]
     measured, parts = [], []
     for region, seen, blobs in zip(regions, windows, clear_blobs(windows), strict=True):
         distance = nuclei.tree.query(blobs)[0]
@@ -47,7 +54,8 @@ def check(
         inner = inside(he, to_px, shapely.get_coordinates(shapely.centroid(region.outlines))).mean()
         x, y = region.centre.tolist()
         passed = not any(_too_far(figures, settings))
-        parts.append(RegionQuality(x=x, y=y, nuclei=len(region.outlines), inside=inner, passed=passed, **figures))
+        where = {"x": x, "y": y, "cell": region.cell, "nuclei": len(region.outlines)}
+        parts.append(RegionQuality(**where, inside=inner, passed=passed, **figures))
         measured.append((distance, chance, contrast))
     distance, chance, contrast = (np.concatenate(part, axis=-1) for part in zip(*measured, strict=True))
     # regions mostly outside of the H&E count in `inside` alone

@@ -10,6 +10,7 @@ from scipy import fft, ndimage
 
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.affine import Floats, apply
+from celldetr.xenium.registration.field import DisplacementField
 
 _READ_SIDE = 2048  # px of a region that is read at once
 
@@ -49,11 +50,18 @@ def colour(pixels: NDArray[np.uint8]) -> Values:
     return pixels.astype(np.float32)
 
 
-def sample(image: Pyramid, grid: Grid, um_to_px: Floats, convert: Callable[[Any], Values]) -> Values:
+def sample(
+    image: Pyramid,
+    grid: Grid,
+    um_to_px: Floats,
+    convert: Callable[[Any], Values],
+    field: DisplacementField | None = None,
+) -> Values:
     """Average an image over the samples of a grid: (height, width), or (height, width, k).
 
     `um_to_px` (3, 3) maps um of the grid's frame to level-0 px of the image. `convert` turns pixels into values (h, w)
-    or (h, w, k): `hematoxylin`, `intensity` or `colour`. Memory does not depend on the size of the image.
+    or (h, w, k): `hematoxylin`, `intensity` or `colour`. A `field` moves the samples before. Memory does not depend on
+    the size of the image.
     """
     per_sample = grid.spacing * float(np.sqrt(abs(np.linalg.det(um_to_px[:2, :2]))))
     level = image.level_for(per_sample)
@@ -66,6 +74,7 @@ def sample(image: Pyramid, grid: Grid, um_to_px: Floats, convert: Callable[[Any]
         pieces = []
         for left in range(0, grid.width, step):
             x, y = grid.centres(across, slice(left, min(left + step, grid.width)))
+            x, y = (x, y) if field is None else field.over(x, y)
             px = [um_to_px[axis, 0] * x + um_to_px[axis, 1] * y + um_to_px[axis, 2] for axis in (0, 1)]
             pieces.append(_piece(image, level, px[0] / down, px[1] / down, ratio, convert))
         rows.append(np.concatenate(pieces, axis=1))

@@ -14,6 +14,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import Floats, inverse
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.maps import Grid, Values, inside, peak_offset, sample, window
 
 SPACING = 0.5  # um of a sample in which blobs are searched
@@ -29,6 +30,7 @@ class Region:
 
     centre: Floats
     outlines: NDArray[np.object_]
+    cell: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # x0, y0, x1, y1, um: what the window stands for
 
 
 class DapiNuclei:
@@ -51,12 +53,17 @@ class DapiNuclei:
         cells = np.maximum(np.round((high - low) / side), 1).astype(int)
         place = np.clip(((self.centroids - low) / np.maximum(high - low, 1e-9) * cells).astype(int), 0, cells - 1)
         key = place[:, 1] * cells[0] + place[:, 0]
+        edges = [np.linspace(start, stop, count + 1) for start, stop, count in zip(low, high, cells, strict=True)]
+        for axis, edge in enumerate(edges):  # the outer cells hold all nuclei
+            edge[[0, -1]] = self.centroids[:, axis].min() - 1, self.centroids[:, axis].max() + 1
         found = []
         for index in np.unique(key):
             centre = densest(self.centroids[key == index], settings.window)
             near = np.abs(self.centroids - centre).max(axis=1) < settings.window / 2
             if near.sum() >= _MIN_NUCLEI:
-                found.append(Region(centre, self.outlines[near]))
+                row, column = divmod(int(index), int(cells[0]))
+                (x0, x1), (y0, y1) = (edges[axis][at : at + 2].tolist() for axis, at in enumerate((column, row)))
+                found.append(Region(centre, self.outlines[near], (x0, y0, x1, y1)))
         if not found:
             raise InputError(
                 f"got no window of {settings.window:g} um with {_MIN_NUCLEI} nuclei; expected denser tissue: raise "
@@ -102,15 +109,21 @@ class StainWindow:
 
 
 def read_window(
-    he: Pyramid, to_um: Floats, region: Region, settings: RegistrationSettings, margin: float
+    he: Pyramid,
+    to_um: Floats,
+    region: Region,
+    settings: RegistrationSettings,
+    margin: float,
+    field: DisplacementField | None = None,
 ) -> StainWindow:
     """Read the hematoxylin of a region and find nuclei in it.
 
-    `to_um` (3, 3) maps H&E level-0 px to um of the Xenium frame; `margin` (um) is read around the region's window.
+    `to_um` (3, 3) maps H&E level-0 px to um of the Xenium frame, where the `field`, if any, corrects the places;
+    `margin` (um) is read around the region's window.
     """
     grid = window(region.centre, settings.window + 2 * margin, SPACING)
     to_px = inverse(to_um)
-    stain = sample(he, grid, to_px, hematoxylin)
+    stain = sample(he, grid, to_px, hematoxylin, field)
     positions, strength = find_blobs(stain)
     blobs = positions * SPACING + (grid.x, grid.y)
     kept = (np.abs(blobs - region.centre).max(axis=1) < settings.window / 2) & inside(he, to_px, blobs)

@@ -12,9 +12,12 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.affine import Floats, decompose, scaling
 from celldetr.xenium.registration.alignment import Alignment, Plausibility, check_plausible
+from celldetr.xenium.registration.distortion import estimate_field
 from celldetr.xenium.registration.estimate import MapPair, estimate, estimate_nearby, make_maps
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import inside
+from celldetr.xenium.registration.measure import he_nuclei, window_shifts
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region
 from celldetr.xenium.registration.refine import refine_nuclei, refine_windows
 from celldetr.xenium.registration.result import Attempt, Keypoints, Origin, Quality, Registration
@@ -24,6 +27,10 @@ log = logging.getLogger(__name__)
 _WRONG_KEYPOINT = 20.0  # um
 _SANE_SCALES = (0.2, 10.0)  # Xenium px per H&E px, of matrices that are worth a check
 _SCALE_STEP = 0.05  # relative step of the search for the scale
+_NEAR, _NEAR_Z = (
+    0.85,
+    10.0,
+)  # share of the chance level, and z of the contrast, of a matrix that is right but for a field
 _MIN_IN_DAPI = 0.9  # share of the nuclei inside their own image
 
 
@@ -56,7 +63,10 @@ def register(
         )
     run = _Run(he, dapi, nuclei, pixel_size, settings, seed)
     found = run.from_file(alignment) if alignment else None
-    found = found or run.from_images()
+    found = run.bend(found) if found else run.rescue()
+    if found is None:
+        found = run.from_images()
+        found = run.bend(found) if found else run.rescue()
     if found is None:
         raise InputError(f"{name}: no registration passes. Tried:\n{run.report()}")
     return found
@@ -90,10 +100,11 @@ class _Run:
         """Matrix to um of the Xenium frame instead of Xenium px."""
         return scaling(self.pixel_size) @ matrix
 
-    def check(self, name: str, to_um: Floats) -> Attempt:
-        """Check a matrix and keep it as an attempt."""
-        quality = check(to_um, self.he, self.nuclei, self.regions, self.settings)
-        attempt = Attempt(name=name, matrix=scaling(1 / self.pixel_size) @ to_um, quality=quality)
+    def check(self, name: str, to_um: Floats, field: DisplacementField | None = None) -> Attempt:
+        """Check a matrix, with its field, and keep it as an attempt."""
+        quality = check(to_um, self.he, self.nuclei, self.regions, self.settings, field)
+        digest = field.digest if field else None
+        attempt = Attempt(name=name, matrix=scaling(1 / self.pixel_size) @ to_um, quality=quality, field=digest)
         log.info("%s: %s; %s", name, "passes" if quality.passed else "fails", quality.summary())
         self.attempts.append(attempt)
         return attempt
@@ -175,6 +186,42 @@ class _Run:
             for candidate in estimate(self.maps, factors, self.settings, self.seed)
         )
         return next(filter(None, found), None)
+
+    def bend(self, found: Registration) -> Registration:
+        """Add the field of local displacements to a registration, if that brings the nuclei closer."""
+        if self.settings.local == "never":
+            return found
+        to_um = found.he_to_um()
+        windows = window_shifts(to_um, self.he, self.dapi, self.nuclei, self.pixel_size)
+        blobs = he_nuclei(to_um, self.he, self.nuclei, self.settings)
+        field, distortion = estimate_field(windows, blobs, self.nuclei.centroids, seed=self.seed)
+        if distortion:
+            log.info("local distortion: %s", distortion.summary())
+        if field is None:
+            return found.model_copy(update={"distortion": distortion})
+        attempt = self.check("with local displacements", to_um, field)
+        better = (attempt.quality.distance or np.inf) < (found.quality.distance or np.inf)
+        if not (attempt.quality.passed and better):
+            distortion = distortion and distortion.model_copy(update={"kept": False})
+            return found.model_copy(update={"distortion": distortion, "attempts": tuple(self.attempts)})
+        update = {"quality": attempt.quality, "field": field, "distortion": distortion}
+        return found.model_copy(update={**update, "attempts": tuple(self.attempts)})
+
+    def rescue(self) -> Registration | None:
+        """Registration by the best matrix that fails only for local displacements; None if there is none."""
+        near = [item for item in self.attempts if item.field is None and self._is_near(item.quality)]
+        if not near:
+            return None
+        best = min(near, key=lambda item: item.quality.distance or np.inf)
+        origin: Origin = "file, refined" if best.name.startswith("file") else "estimated"
+        found = self.bend(self._result("file" if best.name == "file" else origin, best))
+        return found if found.quality.passed else None
+
+    def _is_near(self, quality: Quality) -> bool:
+        """Whether nuclei are clearly closer than by chance, so that a field may do the rest."""
+        if quality.distance is None or quality.chance is None:
+            return False
+        return quality.distance < _NEAR * quality.chance and (quality.z or 0) > _NEAR_Z
 
     def _result(self, origin: Origin, attempt: Attempt) -> Registration:
         effective, known = decompose(attempt.matrix).scale * self.pixel_size, self.he.mpp

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from celldetr.config.base import Settings
 from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import write_json
 from celldetr.xenium.registration.affine import Floats, as_matrix, decompose, inverse, scaling
+from celldetr.xenium.registration.distortion import Distortion
+from celldetr.xenium.registration.field import DisplacementField
 
+_FORMAT = "celldetr registration 2"
 Origin = Literal["file", "file, refined", "estimated"]
 Matrix = Annotated[
     Floats, BeforeValidator(as_matrix), PlainSerializer(lambda matrix: matrix.tolist(), return_type=list)
@@ -35,6 +39,7 @@ class RegionQuality(_Figures):
 
     x: float = Field(description="Centre in the Xenium frame, um")
     y: float = Field(description="Centre in the Xenium frame, um")
+    cell: tuple[float, float, float, float] = Field(description="x0, y0, x1, y1, um: the area that it stands for")
     nuclei: int = Field(description="DAPI nuclei in the window")
 
 
@@ -63,6 +68,7 @@ class Attempt(Settings):
     name: str
     matrix: Matrix
     quality: Quality
+    field: str | None = Field(None, description="Digest of the displacement field that was checked with the matrix")
 
 
 class Keypoints(Settings):
@@ -86,6 +92,8 @@ class Registration(Settings):
     keypoints: Keypoints | None = Field(None, description="None if the file holds a matrix")
     attempts: tuple[Attempt, ...] = Field((), description="All matrices that were checked")
     warnings: tuple[str, ...] = Field((), description="Messages for the user")
+    distortion: Distortion | None = Field(None, description="Local distortion; None if it was not examined")
+    field: DisplacementField | None = Field(None, description="Displacements of nuclei; None if the affine is enough")
 
     @property
     def he_mpp(self) -> float:
@@ -100,11 +108,21 @@ class Registration(Settings):
         """Matrix (3, 3) from um of the Xenium frame to H&E level-0 px."""
         return inverse(self.he_to_um())
 
+    def on_affine(self, points: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Points (n, 2), um of the Xenium frame, moved to where the matrix alone puts what the H&E shows there."""
+        return points if self.field is None else self.field.move(points)
+
+    def failed(self, points: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Whether points (n, 2), um of the Xenium frame, lie in regions that do not pass."""
+        cells = np.array([region.cell for region in self.quality.regions if not region.passed]).reshape(-1, 4)
+        inside = np.all((points[:, None] >= cells[:, :2]) & (points[:, None] < cells[:, 2:]), axis=2)
+        return np.asarray(np.any(inside, axis=1))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the meaning and the parts of the matrix for readers of the file."""
         return {
-            "format": "celldetr registration 1",
-            "direction": "H&E level-0 pixel (x, y, 1) -> Xenium pixel",
+            "format": _FORMAT,
+            "direction": "H&E level-0 pixel (x, y, 1) -> Xenium pixel; field: Xenium um -> um of the matrix",
             "units": "px; um = Xenium pixel * pixel_size",
             **super().to_dict(),
             "he_mpp": self.he_mpp,
@@ -127,7 +145,10 @@ def read_registration(path: str | os.PathLike[str], sample: str) -> Registration
         found = Registration.model_validate(content)
         problem = next(_contradictions(found, content, sample), None)
     except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
-        raise InputError(f"{path}: got no readable registration ({error}); run the registration again") from error
+        text = str(error)
+        if isinstance(error, ValidationError):
+            text = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise InputError(f"{path}: got no readable registration ({text}); run the registration again") from error
     if problem:
         raise InputError(
             f"{path}: got a registration {problem}; run it again, and give a matrix of your own as alignment file"
@@ -138,6 +159,8 @@ def read_registration(path: str | os.PathLike[str], sample: str) -> Registration
 def _contradictions(found: Registration, content: Mapping[str, Any], sample: str) -> Iterator[str]:
     """Reasons not to use a registration: it is of another sample, did not pass, or parts of the file disagree."""
     quality = found.quality
+    if (version := content.get("format")) != _FORMAT:
+        yield f"of format {version!r}, expected {_FORMAT!r}"
     if (name := content.get("sample")) != sample:
         yield f"of sample {name!r}, expected that of {sample!r}"
     if not quality.passed or quality.failures:
@@ -152,8 +175,13 @@ def _contradictions(found: Registration, content: Mapping[str, Any], sample: str
     for key, value in computed.items():
         if not np.isclose(value, written.get(key) or 0, rtol=1e-6, atol=1e-9):
             yield f"whose {key} is {written.get(key)}, while its matrix and regions give {value:.6g}"
-    if not any(item.quality == quality and np.allclose(item.matrix, found.matrix) for item in found.attempts):
+    same = [item for item in found.attempts if item.quality == quality and np.allclose(item.matrix, found.matrix)]
+    digest = found.field.digest if found.field else None
+    if not same:
         yield "whose matrix and figures are those of none of its attempts"
+    elif all(item.field != digest for item in same):
+        wanted = ", ".join(str(item.field) for item in same)
+        yield f"with the displacement field {digest}, while its figures are those of {wanted}"
 
 
 def _text(value: float | None, digits: int = 2) -> str:
