@@ -238,12 +238,16 @@ def _check_values(path: str | os.PathLike[str], frame: pd.DataFrame, expected: N
 
 
 def _check_panoptic(path: str | os.PathLike[str], frame: pd.DataFrame) -> None:
-    """Refuse PQ, DQ and SQ that are means of no images: in each PQ = DQ x SQ, and SQ is in (0.5, 1], or 0 if DQ is."""
+    """Refuse PQ, DQ and SQ that are means of no images: in each PQ = DQ x SQ, and SQ is in (0.5, 1], or 0 if DQ is.
+
+    A class with true nuclei has no values if all of these are hidden below others in the instance maps.
+    """
     values = frame[list(PANOPTIC)].to_numpy()
     given, detection = ~np.isnan(values), (frame["class"] == "Detection").to_numpy()
     expected = np.tile((given.any() & (frame["n_truth"] > 0)).to_numpy()[:, None], len(PANOPTIC))
     expected[:, -1] &= detection
     pq, dq, sq, mpq = np.nan_to_num(values).T
+    expected[~detection & ~given.any(axis=1)] = False
     wrong = (given != expected).any(axis=1)
     wrong |= (np.minimum(dq, mpq) < 0) | (np.max([dq, sq, mpq], axis=0) > 1 + _ROUNDING)
     wrong |= (pq < dq / 2 - _ROUNDING) | (pq > np.minimum(dq, sq) + _ROUNDING)
@@ -253,7 +257,7 @@ def _check_panoptic(path: str | os.PathLike[str], frame: pd.DataFrame) -> None:
         got = ", ".join(f"{name} {at[name]:g}" for name in PANOPTIC)
         raise InputError(
             f"{path}: line {row + 2}, {at['class']}: got {got} with {at['n_truth']:g} true nuclei, expected dq / 2 <= "
-            "pq <= dq <= 1, pq <= sq <= 1 and an mpq for Detection in each row with true nuclei, or in none; "
+            "pq <= dq <= 1, pq <= sq <= 1 and an mpq for Detection in rows with true nuclei, or in none; "
             f"{_AGAIN}"
         )
 

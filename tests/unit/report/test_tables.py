@@ -207,6 +207,15 @@ def test_panoptic_qualities_that_contradict_each_other_are_refused(tmp_path, col
         read_scores([path], ORDER)
 
 
+def test_a_class_whose_nuclei_are_hidden_in_the_maps_has_no_panoptic_quality(tmp_path):
+    path = masks_of(score_file(tmp_path, "celldetr_s", 1, {}))
+    frame = pd.read_csv(path, sep="\t")
+    frame.loc[frame["class"] == "Necrotic", ["pq", "dq", "sq"]] = np.nan
+    write_tsv(path, frame)
+    found = read_scores([path], ORDER)
+    assert found.loc[found["class"] == "Necrotic", "f1"].notna().all()
+
+
 def test_the_metric_that_is_asked_for_is_shown_beside_the_rows_as_printed(tmp_path):
     paths, published = make_scores(tmp_path), read_published(PUBLISHED / "table1.tsv")
     columns = [name for name in published.columns if name[-2:] in ("_P", "_R", "_F")]
