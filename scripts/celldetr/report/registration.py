@@ -16,6 +16,7 @@ from scipy import ndimage
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.report.style import styled
 from celldetr.slides.pyramid import Pyramid
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import control_shifts
 from celldetr.xenium.registration.maps import Grid, colour, sample, window
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, densest, read_window
@@ -25,7 +26,8 @@ _DETAILS = 3
 _DETAIL = 90.0  # um along the side of a detail
 _THUMBNAIL = 900  # samples along the longer side of the whole section
 _OUTLINE, _PASSED, _FAILED = "#00E5FF", "#1B7F3B", "#C62828"
-_DENSITY, _CHANCE = "#0B3D91", "#999999"
+_DENSITY, _CHANCE, _BEFORE = "#0B3D91", "#999999", "#FF8F00"
+_ARROWS = 16  # along the longer side of the section
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def registration_figure(
     quality = registration.quality
     verdict, paint = ("passes", _PASSED) if quality.passed else ("FAILS", _FAILED)
     title = f"{name}: registration {verdict} ({registration.origin})\n{quality.summary()}"
+    if registration.distortion:
+        title += f"\nlocal distortion {registration.distortion.summary()}"
     figure.suptitle(title, color=paint, fontsize=12)
     return figure
 
@@ -77,7 +81,7 @@ def _choose_details(scene: _Scene) -> list[Region]:
 
 
 def _show(axes: Axes, scene: _Scene, grid: Grid) -> None:
-    """Show the H&E in the Xenium frame, um."""
+    """Show the H&E in the Xenium frame, um, as the matrix alone puts it there."""
     values = sample(scene.he, grid, scene.registration.um_to_he(), colour)
     left, right, bottom, top = extent = _extent(grid)
     axes.imshow(np.clip(values / 255, 0, 1), extent=extent, interpolation="nearest")
@@ -109,6 +113,8 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[Region]) -> None:
         axes.text(
             region.centre[0], region.centre[1], text, color="white", fontsize=8, ha="center", va="center", bbox=box
         )
+    if scene.registration.field is not None:
+        _draw_arrows(axes, scene, scene.registration.field)
     for number, region in enumerate(details, 1):
         left, top = region.centre - _DETAIL / 2
         axes.add_patch(Rectangle((left, top), _DETAIL, _DETAIL, fill=False, linewidth=1.5, zorder=4))
@@ -117,6 +123,21 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[Region]) -> None:
     axes.set_title(
         "H&E in the Xenium frame (um); contours: density of DAPI nuclei; numbers: median distance, um", fontsize=9
     )
+
+
+def _draw_arrows(axes: Axes, scene: _Scene, field: DisplacementField) -> None:
+    """Displacements, enlarged, where there are nuclei."""
+    points = scene.nuclei.centroids
+    low, high = points.min(axis=0), points.max(axis=0)
+    step = float((high - low).max()) / _ARROWS
+    places = np.stack(np.meshgrid(*(np.arange(a + step / 2, b, step) for a, b in zip(low, high, strict=True))), axis=-1)
+    places = places.reshape(-1, 2)
+    places = places[scene.nuclei.tree.query(places)[0] < step / 2]
+    shifts = field.displacement(places)
+    longest = float(np.linalg.norm(shifts, axis=1).max())
+    options: Any = {"angles": "xy", "scale_units": "xy", "scale": longest / step, "width": 0.004, "color": _BEFORE}
+    arrows = axes.quiver(*places.T, *shifts.T, zorder=5, **options)
+    axes.quiverkey(arrows, 0.9, 0.02, longest, f"{longest:.1f} um", labelpos="N", fontproperties={"size": 9})
 
 
 def _density(
@@ -134,14 +155,19 @@ def _density(
 def _draw_detail(axes: Axes, scene: _Scene, region: Region, number: int) -> None:
     _show(axes, scene, window(region.centre, _DETAIL, 0.25))
     rings = [np.asarray(part.exterior.coords)[:, :2] for part in region.outlines]
-    axes.add_collection(LineCollection(rings, colors=_OUTLINE, linewidths=1.0))
-    axes.set_title(f"{number}: outlines of the DAPI nuclei on the H&E (um)", fontsize=9)
+    title = f"{number}: outlines of the DAPI nuclei on the H&E (um)"
+    if scene.registration.field is not None:
+        axes.add_collection(LineCollection(rings, colors=_BEFORE, linewidths=0.9))
+        title = f"{number}: DAPI nuclei on the H&E (um); orange: without displacements"
+    moved = [scene.registration.on_affine(ring) for ring in rings]
+    axes.add_collection(LineCollection(moved, colors=_OUTLINE, linewidths=1.0))
+    axes.set_title(title, fontsize=9)
 
 
 def _draw_distances(axes: Axes, scene: _Scene) -> None:
     """Distances from H&E nuclei to the nearest DAPI nucleus, as registered and shifted."""
-    to_um, settings = scene.registration.he_to_um(), scene.settings
-    windows = [read_window(scene.he, to_um, region, settings, 0.0) for region in scene.regions]
+    to_um, settings, field = scene.registration.he_to_um(), scene.settings, scene.registration.field
+    windows = [read_window(scene.he, to_um, region, settings, 0.0, field) for region in scene.regions]
     blobs = np.concatenate(clear_blobs(windows))
     bins = np.linspace(0, 15, 46).tolist()
     if len(blobs):
@@ -152,6 +178,11 @@ def _draw_distances(axes: Axes, scene: _Scene) -> None:
         line: Any = {"histtype": "step", "color": paint, "linewidth": 2}
         axes.hist(far, bins, weights=np.full(len(far), 1 / len(far)), color=_CHANCE, label="shifted (chance)")
         axes.hist(near, bins, weights=np.full(len(near), 1 / len(near)), label="as registered", **line)
+        if field is not None:
+            straight = [read_window(scene.he, to_um, region, settings, 0.0) for region in scene.regions]
+            before = scene.nuclei.tree.query(np.concatenate(clear_blobs(straight)))[0]
+            weights = np.full(len(before), 1 / len(before))
+            axes.hist(before, bins, weights=weights, histtype="step", color=_BEFORE, label="without displacements")
         axes.legend(frameon=False, fontsize=9)
     axes.axvline(settings.max_distance, color="black", linestyle=":", linewidth=1)
     axes.set_xlabel("to the nearest DAPI nucleus (um); dotted: limit")

@@ -13,6 +13,7 @@ from xenium_scene import EXTENT, PIXEL, SWAP, ellipses, make_scene, planted, wav
 import register_xenium
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
+from celldetr.report.registration import registration_figure
 from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
 from celldetr.slides.stains import hematoxylin
@@ -257,6 +258,10 @@ def test_a_smooth_distortion_is_corrected_and_comes_back_from_the_file(tmp_path)
         (tmp_path / "r.json").write_text(json.dumps(content | change))
         with pytest.raises(InputError, match="with the displacement field"):
             read_registration(tmp_path / "r.json", "lung")
+    figure = registration_figure(found, scene.he, scene.nuclei, SETTINGS, name="lung")
+    assert "local distortion corrected" in figure._suptitle.get_text()
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert labels == ["shifted (chance)", "as registered", "without displacements"]
     without = run(scene, scene.matrix, local="never")
     assert (without.field, without.distortion) == (None, None)
 
