@@ -12,6 +12,7 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.report.style import MUTED_COLOUR, REFERENCE_COLOUR, SAMPLE_COLOUR, styled
 
 _BESIDE: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7, "color": MUTED_COLOUR}
+_MANY_UNLIKE = 0.2  # share of a type's cells
 _NOTE_WIDTH = 140  # characters of a line above the panels
 
 
@@ -39,16 +40,22 @@ def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
 
 
 def cell_type_notes(figures: Mapping[str, Any]) -> list[str]:
-    """Lines on what the reference lacks, and on types that are not used for training."""
+    """Lines on what the reference lacks, types that it knows otherwise, and types that are not used for training."""
     notes = []
     if figures["missing_types"]:
         notes.append(f"Not in the reference: {', '.join(figures['missing_types'])}: no cell can get these types")
     for found in figures["unknown_types"]:
         share = found["cells"] / max(1, figures["cells"])
         notes.append(
-            f"{share:.1%} of the cells are of a type that the reference lacks ({found['name']}; most similar: "
+            f"{share:.1%} of the cells are of a type that the reference lacks (most similar: "
             f"{found['near']}; genes: {', '.join(found['genes'])})"
         )
+    for name, share in figures["unlike"].items():
+        if share is not None and share > _MANY_UNLIKE:
+            notes.append(
+                f"{share:.0%} of the cells that would be {name} are less like that type than reference cells as deep "
+                "(xenium.cell_types.unlike_share): no label"
+            )
     for name in figures["unused_types"]:
         notes.append(
             f"{name} is not used for training: estimated precision {figures['precision'][name]:.2f}, below "

@@ -33,12 +33,16 @@ def table(counts, **obs):
 
 
 @cache
-def sample(cells=1500, depth=60.0, seed=1):
-    """Cells of known type (obs["truth"]); their platform reads the genes with `FACTORS`."""
+def sample(cells=1500, depth=60.0, seed=1, patient=0.0):
+    """Cells of known type (obs["truth"]); their platform reads the genes with `FACTORS`.
+
+    `patient` is the standard deviation by which the logarithms of the malignant cells' genes differ from the reference.
+    """
     rng = np.random.default_rng(seed)
     kinds = rng.choice(ST_TYPES, cells, p=list(TISSUE.values()))
     labels = np.array([next(k for k, v in expression.SUBTYPES.items() if v.type == kind) for kind in kinds])
     share = np.stack([PROFILES[label] for label in labels]) * FACTORS
+    share[kinds == "Malignant"] *= np.exp(patient * np.random.default_rng(8).standard_normal(len(GENES)))
     mean = share / share.sum(axis=1, keepdims=True) * depth * rng.lognormal(0, 0.4, (cells, 1))
     return table(rng.poisson(mean * rng.gamma(4, 0.25, mean.shape)), truth=kinds)
 
@@ -106,6 +110,27 @@ def test_cells_of_a_type_that_the_reference_lacks_have_no_label(kind):
     assert found.unknown[0]["cells"] == pytest.approx(own.sum(), rel=0.1)
     subtype = [gene for v in expression.SUBTYPES.values() if v.type == kind for gene in v.genes]
     assert set(found.unknown[0]["genes"][:4]) <= {*expression.MARKERS[kind], *expression.SHARED_MARKERS, *subtype}
+
+
+def test_several_types_at_once_are_found():
+    cells, lacking = sample(), ("T", "NK", "Malignant")
+    reference = whole_reference()[~whole_reference().obs["type"].isin(lacking).to_numpy()].copy()
+    found = annotate(cells, reference, SETTINGS, 0)
+    own = cells.obs["truth"].isin(lacking).to_numpy()
+    labelled = (found.table["label"] >= 0).to_numpy()
+    assert labelled[own].mean() <= 0.02
+    assert labelled[(certain(found) == truth(cells)) & ~own].mean() > 0.95
+    numbers = sorted((item["cells"] for item in found.unknown), reverse=True)
+    assert numbers == pytest.approx(cells.obs["truth"].value_counts()[["Malignant", "T", "NK"]].tolist(), rel=0.1)
+
+
+def test_cells_of_another_patient_keep_their_type():
+    """Malignant cells whose genes are shifted by a standard deviation of 0.4 stay Malignant."""
+    cells = sample(patient=0.4)
+    own = cells.obs["truth"].to_numpy() == "Malignant"
+    found = annotate(cells, whole_reference(), SETTINGS, 0)
+    assert found.unknown == []
+    assert (found.table["label"].to_numpy() == truth(cells))[own].mean() > 0.85
 
 
 def test_the_search_for_other_types_can_be_switched_off():
@@ -190,7 +215,8 @@ def test_few_cells_are_annotated_without_a_search():
     cells = sample()[:60].copy()
     found = annotate(cells, whole_reference(), SETTINGS, 0)
     assert found.unknown == []
-    assert (found.table["label"] >= 0).mean() > 0.8
+    right = certain(found) == truth(cells)
+    assert (found.table["label"] >= 0)[right].mean() > 0.9
 
 
 def test_page_with_everything(complete, tmp_path):
@@ -199,6 +225,13 @@ def test_page_with_everything(complete, tmp_path):
     notes = cell_type_notes(figures)
     assert len(notes) == 2
     assert "Not in the reference: T" in notes[0]
-    assert "of a type that the reference lacks (unknown 1; most similar: " in notes[1]
+    assert "of a type that the reference lacks (most similar: " in notes[1]
     cell_types_figure(figures, "test")
-    assert cell_type_notes(quality(sample(), whole_reference(), complete, SETTINGS, 0)) == []
+    whole = quality(sample(), whole_reference(), complete, SETTINGS, 0)
+    assert cell_type_notes(whole) == []
+    assert 0.0 < whole["unlike"]["T"] < 0.1
+    strange = cell_type_notes({**whole, "unlike": {**whole["unlike"], "Malignant": 0.64}})
+    assert strange == [
+        "64% of the cells that would be Malignant are less like that type than reference cells as deep "
+        "(xenium.cell_types.unlike_share): no label"
+    ]

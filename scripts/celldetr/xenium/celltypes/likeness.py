@@ -4,7 +4,8 @@ The likeness of a cell is the cosine of the square roots of its counts and of it
 the noise of counts alike). It is compared with what held-out cells of that type reach when they are thinned to the same
 number of transcripts. Two corrections make cells of the sample and of the reference comparable: a factor for each gene
 (the platforms read genes with different efficiency), and a shift that is common to all types (transcripts of
-neighbours). Both are medians over types, so that one type full of foreign cells does not move them.
+neighbours). Both are medians over types, so that one type full of foreign cells does not move them; with fewer than
+three types there are no factors, and the shift is the median over cells.
 """
 
 import logging
@@ -59,12 +60,15 @@ def likeness(
         depth = np.log(np.maximum(amount[rows], 1))
         low, middle = (np.interp(depth, curve[:, 0], curve[:, column]) for column in (1, 2))
         score[rows] = (_cosine(cells.X[rows], share * factors) - middle) / np.maximum(middle - low, 1e-9)
+    labelled = (labels >= 0) & np.isfinite(score)
     medians = [
-        float(np.nanmedian(score[labels == label]))
-        for label in np.unique(labels[labels >= 0])
-        if np.isfinite(score[labels == label]).sum() >= _MIN_CELLS
+        float(np.median(score[labelled & (labels == label)]))
+        for label in np.unique(labels[labelled])
+        if (labelled & (labels == label)).sum() >= _MIN_CELLS
     ]
-    shift = min(0.0, float(np.median(medians))) if len(medians) >= _MIN_TYPES else 0.0
+    if len(medians) < _MIN_TYPES:  # of a small sample, or one of few types
+        medians = score[labelled].tolist()
+    shift = min(0.0, float(np.median(medians))) if medians else 0.0
     log.info("likeness to the own type: common shift %.2f, to be below the limit takes %.2f", shift, shift - 1)
     return Likeness(score - shift, factors)
 

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
+from pandas import DataFrame
 from sklearn.metrics import confusion_matrix, f1_score
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
 from celldetr.xenium.celltypes.annotate import Annotation
 from celldetr.xenium.celltypes.annotators import two_passes
-from celldetr.xenium.celltypes.labels import FRACTIONS, best, label_cells, reason_counts
+from celldetr.xenium.celltypes.labels import FRACTIONS, IMPRECISE, REASONS, UNLIKE, best, label_cells, reason_counts
 from celldetr.xenium.celltypes.profiles import known_part, log_normalise, on_genes, thin, totals, type_profiles
 
 _MARKERS_PER_TYPE = 3
@@ -25,8 +26,9 @@ def quality(
     """Compute all figures of quality, as JSON values; arguments as those of `annotate`, and its result.
 
     ``reasons`` are reason -> cells, ``labels`` type -> cells, ``composition`` shares of the cells, ``prior`` shares of
-    the transcripts; ``missing_types``, ``unknown_types``, ``precision`` and ``unused_types`` are those of `Annotation`,
-    the others those of `agreement`, `marker_figures` and `reannotate`.
+    the transcripts, ``unlike`` type -> share of its certain cells that are unlike it; ``missing_types``,
+    ``unknown_types``, ``precision`` and ``unused_types`` are those of `Annotation`, the others those of `agreement`,
+    `marker_figures` and `reannotate`.
     """
     table, genes = annotation.table, annotation.genes
     reasons = reason_counts(table)
@@ -44,6 +46,7 @@ def quality(
         "labels": _by_type(numbers),
         "composition": {"sample": _by_type(numbers / numbers.sum()), "reference": _by_type(whole / whole.sum())},
         "prior": _by_type(annotation.prior.to_numpy()),
+        "unlike": _unlike(table),
         "missing_types": list(annotation.missing),
         "unknown_types": annotation.unknown,
         "precision": annotation.precision,
@@ -53,6 +56,13 @@ def quality(
         "markers": marker_figures(here, known_part(known), labels),
         "reannotation": reannotate(known, totals(here), settings, seed),
     }
+
+
+def _unlike(table: DataFrame) -> dict[str, float | None]:
+    """Share of the certain cells of each type that are unlike it, among those and the labelled ones."""
+    first, reason = best(table[list(FRACTIONS)]), table["reason"].to_numpy()
+    certain = np.isin(reason, (REASONS[0], UNLIKE, IMPRECISE))
+    return {name: _mean((reason == UNLIKE)[certain & (first == label)]) for label, name in enumerate(ST_TYPES)}
 
 
 def agreement(annotation: Annotation) -> dict[str, Any]:

@@ -26,12 +26,13 @@ log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 _SEARCHED = 20_000  # random cells among which free profiles are searched
 _MIN_TRANSCRIPTS = 5  # of these cells
-_MIN_CELLS = 20  # of a type that gives a start, and of a free profile
+_MIN_CELLS = 20  # of a type that gives a start, of a free profile, and of a type that is reported
 _START_SHARE = 30  # percent of a type's cells, those least like it, that a free profile starts from
 _STEPS = 20  # of expectation maximisation
 _SMOOTHING = 0.02  # share of the background in a profile
 _REPEATABLE = 0.5  # largest distance of the profiles of both halves, relative to that from the most similar type
-_MOST_KNOWN = 0.15  # largest share of held-out cells of the most similar type that the profile explains better
+_MOST_KNOWN = 0.15  # largest share of held-out cells of the most similar type that the profile explains better,
+_EXCESS = 3.0  # or a third of the share of the sample's cells of that type
 _TESTED = 300  # held-out cells per type, drawn with replacement
 _MIN_POSTERIOR = 0.2  # from which on a cell counts as one of an unknown type
 _GENES_SHOWN = 5
@@ -42,7 +43,7 @@ class UnknownTypes:
     """Cells of types that the reference lacks."""
 
     cells: NDArray[np.bool_]  # (N,)
-    found: list[dict[str, Any]]  # for people: near (most similar type), distance, share of the cells, genes
+    found: list[dict[str, Any]]  # for people: near (most similar type), distance (from it), genes, cells (number)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,17 @@ class _KnownCells:
         return float((self._counts[name] @ np.log(_smooth(profile / self._factors)) > self._fits[name]).mean())
 
 
+@dataclass(frozen=True)
+class _Search:
+    """Cells among which free profiles are searched."""
+
+    counts: sparse.csr_matrix  # (N, G)
+    first: NDArray[np.int8]  # (N,) type with the largest fraction
+    starts: list[NDArray[np.bool_]]  # masks (N,) of cells that a free profile may start from
+    half: NDArray[np.bool_]  # (N,)
+    tests: _KnownCells
+
+
 def unknown_types(
     cells: AnnData,
     first: NDArray[np.int8],
@@ -94,34 +106,32 @@ def unknown_types(
     fixed = np.stack([_smooth(share * factors) for share in label_profiles(known).to_numpy()])
     types = {str(name): _smooth(share.to_numpy() * factors) for name, share in type_profiles(known).iterrows()}
     generator = np.random.default_rng(seed)
-    tests = _KnownCells(reference, totals(cells), factors, generator)
     rows = np.flatnonzero((totals(cells) >= _MIN_TRANSCRIPTS) & (first >= 0))
     rows = np.sort(generator.permutation(rows)[:_SEARCHED])
     free: list[Array] = []
-    found: list[dict[str, Any]] = []
     if len(rows) >= 2 * _MIN_CELLS and len(types) > 1:
         counts = sparse.csr_matrix(cells.X[rows], dtype=np.float64)
-        fits = counts @ np.log(fixed).T
         half = generator.random(len(rows)) < 0.5
-        starts = _starts(first[rows], score[rows])
+        tests = _KnownCells(reference, totals(cells), factors, generator)
+        search = _Search(counts, first[rows], _starts(first[rows], score[rows]), half, tests)
+        centres, fits = dict(types), counts @ np.log(fixed).T
         while len(free) < settings.unknown_types:
-            other = _next(counts, fits, starts, half, types, tests, settings.unknown_distance)
-            if other is None:
+            profile = _next(search, fits, centres, settings.unknown_distance)
+            if profile is None:
                 break
-            mixture, near, distance = other
-            name = f"unknown {len(free) + 1}"
-            found.append(_describe(mixture, near, distance, types, cells, name))
-            free.append(mixture.profile)
-            types[name] = mixture.profile
-            fits = np.column_stack([fits, counts @ np.log(mixture.profile)])
+            free.append(profile)
+            centres[f"unknown {len(free)}"] = profile
+            fits = np.column_stack([fits, counts @ np.log(profile)])
     member = _members(cells, fixed, free, rows)
-    for index, item in enumerate(found):
-        item["cells"] = int((member == index).sum())
-        log.warning(
-            "%d cells (%.1f %%) are of a type that the reference lacks; most similar: %s (distance %.2f); genes: %s",
-            item["cells"], 100 * item["cells"] / max(1, len(member)), item["near"], item["distance"],
-            ", ".join(item["genes"]),
-        )  # fmt: skip
+    found = []
+    for index, profile in enumerate(free):
+        number = int((member == index).sum())
+        if number >= _MIN_CELLS:  # later profiles may replace a mixture of several types that was found first
+            found.append({**_describe(profile, types, cells), "cells": number})
+            log.warning(
+                "%d cells (%.1f %%) are of a type that the reference lacks; most similar: %s; genes: %s",
+                number, 100 * number / len(member), found[-1]["near"], ", ".join(found[-1]["genes"]),
+            )  # fmt: skip
     return UnknownTypes(member >= 0, found)
 
 
@@ -135,22 +145,19 @@ def _starts(first: NDArray[np.int8], score: Array) -> list[NDArray[np.bool_]]:
     return masks
 
 
-def _next(
-    counts: sparse.csr_matrix,
-    fits: Array,
-    starts: list[NDArray[np.bool_]],
-    half: NDArray[np.bool_],
-    types: Mapping[str, Array],
-    tests: "_KnownCells",
-    least: float,
-) -> tuple[_Mixture, str, float] | None:
-    """Of the free profiles that count as another type the best one, its most similar type and its distance from it.
+def _next(search: _Search, fits: Array, types: Mapping[str, Array], least: float) -> Array | None:
+    """Of the free profiles (G,) beside fixed ones that count as another type the best one; None if there is none.
 
-    The distance is the squared Hellinger distance, without the part that noise adds (an inner product between halves),
-    relative to that between the most similar type and its most similar one.
+    `fits` (N, C) are log-likelihoods of the fixed profiles, `types` name -> profile those found so far and those of the
+    reference. The distance from the most similar of these is the squared Hellinger distance, without the part that
+    noise adds (an inner product between halves), relative to that between the most similar one and its own neighbour.
     """
+    counts, starts = search.counts, search.starts
     candidates = [mixture for start in starts if (mixture := _mixture(counts, fits, start)).weights.sum() >= _MIN_CELLS]
-    halves = [[_mixture(counts[part], fits[part], start[part]).profile for start in starts] for part in (half, ~half)]
+    halves = [
+        [_mixture(counts[part], fits[part], start[part]).profile for start in starts]
+        for part in (search.half, ~search.half)
+    ]
     for whole in sorted(candidates, key=lambda mixture: -mixture.fit):
         near = min(types, key=lambda name: _hellinger(whole.profile, types[name]))
         centre = types[near]
@@ -159,8 +166,10 @@ def _next(
             continue
         distance = float((np.sqrt(one) - np.sqrt(centre)) @ (np.sqrt(two) - np.sqrt(centre))) / 2
         distance /= min(_hellinger(centre, other) for name, other in types.items() if name != near)
-        if distance >= least and tests.explained(near, whole.profile) <= _MOST_KNOWN:
-            return whole, near, distance
+        own = whole.weights[search.first == ST_TYPES.index(near)] if near in ST_TYPES else np.zeros(0)
+        most = max(_MOST_KNOWN, (own > 0.5).mean() / _EXCESS if len(own) else 0.0)
+        if distance >= least and search.tests.explained(near, whole.profile) <= most:
+            return whole.profile
     return None
 
 
@@ -205,14 +214,13 @@ def _members(cells: AnnData, fixed: Array, free: list[Array], rows: NDArray[np.i
     return member
 
 
-def _describe(
-    mixture: _Mixture, near: str, distance: float, types: Mapping[str, Array], cells: AnnData, name: str
-) -> dict[str, Any]:
-    """Name of a free profile, its most similar type, and the genes that tell it from all types."""
-    highest = np.max(list(types.values()), axis=0)
-    gain = mixture.profile * np.log(mixture.profile / highest)
+def _describe(profile: Array, types: Mapping[str, Array], cells: AnnData) -> dict[str, Any]:
+    """Type of the reference that is most similar to a free profile, and the genes that tell it from all of them."""
+    near = min(types, key=lambda name: _hellinger(profile, types[name]))
+    neighbour = min(_hellinger(types[near], other) for name, other in types.items() if name != near)
+    gain = profile * np.log(profile / np.max(list(types.values()), axis=0))
     genes = [str(cells.var_names[index]) for index in np.argsort(-gain)[:_GENES_SHOWN] if gain[index] > 0]
-    return {"name": name, "near": near, "distance": round(distance, 3), "genes": genes}
+    return {"near": near, "distance": round(_hellinger(profile, types[near]) / neighbour, 3), "genes": genes}
 
 
 def _smooth(share: Array) -> Array:
