@@ -1,9 +1,10 @@
 """The training: one loop from the first step to the model file. Read `Training` from top to bottom.
 
 A step is a batch of patches, its losses, their gradients summed over the processes, and an update. An epoch takes every
-training patch once, then validates, writes a line of the log and the state of the run (checkpoints/last.ckpt), which a
-thread writes while the next epoch begins. Everything random in a step is a function of the seed and the step (dropout:
-and the process), so a run that continues from its state ends with the same weights, on a CPU to the bit.
+training patch once (or as many, drawn by weights), then validates, writes a line of the log and the state of the run
+(checkpoints/last.ckpt), which a thread writes while the next epoch begins. Everything random in a step is a function of
+the seed and the step (dropout: and the process), so a run that continues from its state ends with the same weights, on
+a CPU to the bit.
 
 On SIGTERM (scancel, the end of a job) or SIGUSR1 (a cluster's warning before it) the handler, `StopSignals` in
 processes.py, only notes the signal; a step or validation that is under way is finished. Before its next step `fit` sees
@@ -256,6 +257,7 @@ class Training:
 
     def validate(self) -> dict[str, Any]:
         """Validate on all validation patches, shared by the processes."""
+        self.group.share_buffers(self.model)
         batches = self.validation_batches()
         self.stage.start_validation()
         self.validate_batches(load_batches(batches, range(len(batches)), self.settings))

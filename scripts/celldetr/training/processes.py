@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -72,6 +72,12 @@ class Group:
         for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))  # keeps its memory layout, on which the fused optimiser relies
             parameter.grad = gradient
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers of the first one, whose statistics of normalisation are saved."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
 
 
 class StopSignals:

@@ -32,7 +32,8 @@ class SegmentationStage(Stage):
     """Losses and validation of a segmentation system; see `celldetr.training.stage.Stage`.
 
     Several processes share a batch: each takes the losses of its images, and the gradient is the mean over the
-    processes. On GPUs the statistics of batch normalisation are those of the whole batch, on a CPU those of a process.
+    processes. On GPUs the statistics of batch normalisation are those of the whole batch, on a CPU those of a process,
+    as in the ResNet of a Mask R-CNN without pretrained weights; those of the first process are kept.
     """
 
     reads_instances = True

@@ -171,6 +171,28 @@ def test_two_processes_have_the_losses_of_one(store, slide, tmp_path, make):
             assert two["val"][name] == pytest.approx(value, rel=1e-3), name
 
 
+STATISTICS = """
+import sys, torch
+from celldetr.training.processes import Group
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+norm = torch.nn.BatchNorm1d(2)
+norm(torch.tensor([[0.0, 1.0], [2.0, 3.0]]) + 10 * rank)
+before = norm.running_mean.tolist()
+Group(rank, 2).share_buffers(norm)
+print(before, norm.running_mean.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_processes_validate_with_the_statistics_that_are_saved(tmp_path):
+    command = (sys.executable, "-c", STATISTICS)
+    jobs = [subprocess.Popen([*command, str(rank), tmp_path / "meet"], stdout=-1, text=True) for rank in (0, 1)]
+    first, second = (job.communicate(timeout=120)[0].split("] ") for job in jobs)
+    assert first[0] != second[0]
+    assert first[1] == second[1] == f"{first[0]}]\n"
+
+
 @pytest.mark.slow
 def test_an_error_in_a_process_is_the_error_of_the_run(store, tmp_path):
     experiment = make_experiment(gpus=2, lr=1e30, backbone_lr=1e30, warmup_steps=0, gradient_clip=0.0)
