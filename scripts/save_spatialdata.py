@@ -17,7 +17,7 @@ def main(snakemake):
     names = dict(enumerate(ST_TYPES))
     cells.insert(0, "type", cells["label"].map(names).fillna("unlabelled"))
     registration = read_registration(given.registration, snakemake.wildcards.sample)
-    write_spatialdata(snakemake.output[0], given.outs, given.he, registration.matrix, cells)
+    write_spatialdata(snakemake.output[0], given.outs, given.he, registration.matrix, cells, registration.field)
 
 
 if "snakemake" in globals():

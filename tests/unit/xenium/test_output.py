@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
 from celldetr.xenium.output import READ_MEMBERS, choose_members, dapi_path, read_counts, read_nuclei, read_pixel_size
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.spatial import write_spatialdata
 
 VERSIONS = {"1.0.1": True, "1.5.0": True, "2.0.0": False, "3.0.0": True, "4.0.0": True}  # False: no label_id
@@ -78,6 +79,33 @@ def test_a_saved_sample_is_aligned(truth, tmp_path):
     assert np.median(nearest) < 0.5
     motion = spatialdata.transformations.get_transformation(sample.images["he"])
     assert np.allclose(motion.to_affine_matrix(("x", "y"), ("x", "y")), truth.matrix)
+
+
+def test_outlines_and_transcripts_follow_the_field_onto_the_he(tmp_path):
+    options = {"size_um": (90, 70), "rim_um": 0, "he_mpp": 0.5, "alignment": None}
+    truth = write_xenium(tmp_path, seed=3, affine=AffinePlan(rotation_deg=20, shift_um=(5, 9)), **options)
+    rng, number = np.random.default_rng(0), 300
+    spots = pd.DataFrame({"transcript_id": np.arange(number, dtype=np.uint64), "cell_id": truth.cell_ids[0]})
+    spots["feature_name"] = rng.choice(truth.genes, number)
+    for axis, name in enumerate(("x_location", "y_location", "z_location")):
+        spots[name] = (rng.random(number) * (90, 70, 5)[axis]).astype(np.float32)
+    spots.assign(overlaps_nucleus=np.uint8(0), qv=np.float32(40)).to_parquet(truth.outs / "transcripts.parquet")
+    values = np.stack([np.full((9, 9), 3.0), np.full((9, 9), -2.0)])
+    field = DisplacementField(x=-100, y=-100, spacing=50, coefficients=values)
+    cells = pd.DataFrame({"type": truth.types}, index=truth.cell_ids.tolist())
+    write_spatialdata(tmp_path / "a.zarr", truth.outs, truth.he_image, truth.matrix, cells, field)
+    sample = spatialdata.read_zarr(tmp_path / "a.zarr")
+    back = np.linalg.inv(truth.matrix)
+    for name in ("nucleus_boundaries", "cell_boundaries"):
+        plain, moved = (shapely.get_coordinates(sample.shapes[key].geometry) for key in (name, f"{name}_he"))
+        expected = (plain + (3, -2)) / truth.pixel_size @ back[:2, :2].T + back[:2, 2]
+        assert np.allclose(moved, expected, atol=1e-3)
+        motion = spatialdata.transformations.get_transformation(sample.shapes[f"{name}_he"])
+        assert np.allclose(motion.to_affine_matrix(("x", "y"), ("x", "y")), truth.matrix)
+    points = sample.points["transcripts"].compute()
+    expected = (points[["x", "y"]].to_numpy() + (3, -2)) / truth.pixel_size @ back[:2, :2].T + back[:2, 2]
+    assert np.allclose(points[["x_he", "y_he"]], expected, atol=1e-2)
+    assert "global" in spatialdata.transformations.get_transformation(sample.points["transcripts"], get_all=True)
 
 
 @pytest.mark.parametrize(
