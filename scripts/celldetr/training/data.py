@@ -5,7 +5,6 @@ at any step and with any number of processes. Every epoch has ceil(N / batch siz
 with the first patches of the epoch's order.
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -230,13 +229,6 @@ class PatchData:
     def name(self, patch: int) -> str:
         """Store and index of a patch, for errors."""
         return f"{self.names[self.store_of[patch]]}:{self.patch_of[patch]}"
-
-    def fingerprint(self) -> str:
-        """Hash of the selection of patches and of their nuclei."""
-        digest = hashlib.sha256("\n".join(self.names).encode())
-        for values in (self.store_of, self.patch_of, self.ptr, self.boxes, self.labels):
-            digest.update(np.ascontiguousarray(values).tobytes())
-        return digest.hexdigest()[:16]
 
 
 class TrainingBatches(Dataset[Batch]):
