@@ -96,7 +96,7 @@ def test_losses_fall_and_planted_nuclei_are_found(small):
     expected = box_targets(truth, 1)[0]["boxes"].numpy()
     distance = np.abs(found.boxes[:, None] - expected).max(axis=2)
     assert (distance.min(axis=0) < 5).sum() >= 4
-    assert len(found.boxes) <= 6
+    assert len(found.boxes) <= 2 * len(expected)
 
 
 def test_boxes_are_computed_in_float32_beside_bfloat16(small):
