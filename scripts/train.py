@@ -9,10 +9,11 @@ from celldetr.config.experiment import Experiment
 from celldetr.runtime.rule import run_rule
 from celldetr.training.loop import train
 from celldetr.training.run import run_of_rule
+from celldetr.training.stages import STAGES
 
 
 def main(snakemake):
-    train(run_of_rule(snakemake, Experiment.from_dict))
+    train(run_of_rule(snakemake, Experiment.from_dict, STAGES))
 
 
 if "snakemake" in globals():

@@ -11,7 +11,7 @@ from celldetr.training.segmentation import SegmentationStage
 
 
 def main(snakemake):
-    train(run_of_rule(snakemake, SegmentationExperiment.from_dict, SegmentationStage))
+    train(run_of_rule(snakemake, SegmentationExperiment.from_dict, {"segmentation": SegmentationStage}))
 
 
 if "snakemake" in globals():

@@ -61,7 +61,7 @@ def train_small(name, store, folder, patches=108, segmentation=None, **training)
     )
     parts = ["train"] * (patches - 8) + ["val"] * 8
     split = pd.DataFrame({"store": store.path.stem, "patch": range(patches), "part": parts})
-    return train(Run(experiment, (store.path,), split, folder, stage=SegmentationStage))
+    return train(Run(experiment, SegmentationStage, (store.path,), split, folder))
 
 
 def scored(model, store, path, centres="box"):

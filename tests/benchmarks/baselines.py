@@ -47,6 +47,7 @@ from celldetr.training.loop import Training, train
 from celldetr.training.processes import Group
 from celldetr.training.run import Run
 from celldetr.training.segmentation import SegmentationStage
+from celldetr.training.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = {"celldetr_s": "sequential", "celldetr_p": "parallel"}
@@ -142,7 +143,7 @@ def measure(experiment: TrainedExperiment, stores: Mapping[int, PatchStore], spl
     """Train a system, or take its finished run, and score it on the test fold."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     segments, files = isinstance(experiment, SegmentationExperiment), tuple(store.path for store in stores.values())
-    run = Run(experiment, files, split, out, stage=SegmentationStage if segments else None)
+    run = Run(experiment, SegmentationStage if segments else STAGES[experiment.stage], files, split, out)
     file, test, path = train(run), stores[2], out / "fold2.parquet"
     how: dict[str, Any] = {"batch_size": 16, "device": device, "precision": "tf32" if device == "cuda" else "fp32"}
     load, scoring = load_system if segments else load_model, ScoringSettings()

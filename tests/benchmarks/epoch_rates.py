@@ -17,6 +17,7 @@ from ladder import draw_store, experiment_of, options, prepare
 from celldetr.config.experiment import Experiment
 from celldetr.training.loop import train
 from celldetr.training.run import Run
+from celldetr.training.stages import STAGES
 
 
 def main() -> None:
@@ -42,8 +43,10 @@ def main() -> None:
         )
         parts = ["train"] * patches + ["val"] * args.batch
         split = pd.DataFrame({"store": "drawn", "patch": range(len(parts)), "part": parts})
+        experiment = Experiment.from_dict(told)
         run = Run(
-            Experiment.from_dict(told),
+            experiment,
+            STAGES[experiment.stage],
             (store.path,),
             split,
             folder / "run",

@@ -39,6 +39,7 @@ from celldetr.training.loop import Training
 from celldetr.training.matching import Matching
 from celldetr.training.processes import Group
 from celldetr.training.run import Run
+from celldetr.training.stages import STAGES
 
 BATCHES = 8
 
@@ -134,7 +135,8 @@ class Steps:
         told["model"]["kernel"] = "reference" if sampling == "plain" else "auto"
         experiment = Experiment.from_dict(told)
         split = pd.DataFrame({"store": "drawn", "patch": range(store.n_patches), "part": "train"})
-        run = Run(experiment, (store.path,), split, Path(tempfile.mkdtemp(dir=folder)), threads=args.threads)
+        stage, out = STAGES[experiment.stage], Path(tempfile.mkdtemp(dir=folder))
+        run = Run(experiment, stage, (store.path,), split, out, threads=args.threads)
         torch.manual_seed(0)
         self.training = training = Training(run, args.device, Group())
         self.stage = training.stage

@@ -18,6 +18,7 @@ from celldetr.training import loop
 from celldetr.training.data import PatchData, Targets
 from celldetr.training.loop import Run, Training
 from celldetr.training.matching import Matching, costs
+from celldetr.training.stages import STAGES
 
 CLASSES = ("round", "long")
 SIZE = 32
@@ -119,7 +120,7 @@ def make_crowded_store(path, n_patches, seed=0):
 def make_stage(store, experiment, train=8, val=0):
     """Build the stage of an experiment on the first patches of a store."""
     data = [PatchData([store], make_split(store, train, val), part) for part in ("train", "val")]
-    return loop.STAGES[experiment.stage](experiment, CellDETR(experiment.model), *data, ScoringSettings())
+    return STAGES[experiment.stage](experiment, CellDETR(experiment.model), *data, ScoringSettings())
 
 
 def random_detections(counts, queries=7, classes=1, layers=2, seed=0):
@@ -145,7 +146,8 @@ def match(logits, boxes, targets):
 
 def train(experiment, stores, split, run_dir, **options):
     """Train a run; options as those of `celldetr.training.loop.Run`."""
-    return loop.train(Run(experiment, tuple(store.path for store in stores), split, Path(run_dir), **options))
+    stage = options.pop("stage", None) or STAGES[experiment.stage]
+    return loop.train(Run(experiment, stage, tuple(store.path for store in stores), split, Path(run_dir), **options))
 
 
 def read_log(run_dir):

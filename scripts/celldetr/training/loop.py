@@ -57,11 +57,6 @@ from celldetr.training.processes import Group, StopSignals, launch
 from celldetr.training.run import Run, check, identified
 from celldetr.training.run_log import RunLog, write_log
 from celldetr.training.run_state import BackgroundWriter, read_state, run_lock, snapshot, write_state
-from celldetr.training.ssl import SslStage
-from celldetr.training.stage import Stage
-from celldetr.training.supervised import SupervisedStage
-
-STAGES: Mapping[str, type[Stage]] = {"supervised": SupervisedStage, "st": SupervisedStage, "ssl": SslStage}
 
 COMPILING_PAYS = 5_000
 """Steps of a run from which on ``compile: auto`` compiles: minutes against the 50 ms a step that it is to save."""
@@ -113,7 +108,7 @@ class Training:
         precision = resolve_precision(settings.precision, device)
         allow_tf32(precision != "fp32")
         self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-        stores, kind = [open_store(path) for path in run.stores], run.stage or STAGES[run.experiment.stage]
+        stores, kind = [open_store(path) for path in run.stores], run.stage
         how: dict[str, Any] = {"cache": settings.cache, "device": device, "instances": kind.reads_instances}
         train, val = (PatchData(stores, run.split, part, **how) for part in ("train", "val"))
         weights = kind.patch_weights(run.experiment, train)

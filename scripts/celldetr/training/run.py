@@ -34,6 +34,7 @@ class Run:
     """What is trained, on what, and where; it can be sent to other processes."""
 
     experiment: TrainedExperiment  # model and recipe
+    stage: type[Stage]  # losses and validation
     stores: tuple[Path, ...]  # patch stores that `split` names
     split: pd.DataFrame  # columns store, patch, part; parts train and val are used
     run_dir: Path  # folder for model.pt, log.jsonl, provenance.json, checkpoints/ and tensorboard/
@@ -43,7 +44,6 @@ class Run:
     scoring: ScoringSettings = ScoringSettings()  # which detections count in validation, as in the test
     threads: int = 1  # CPU threads of all processes together
     accelerator: str = "auto"  # cuda, cpu, or auto: a GPU if there is one
-    stage: type[Stage] | None = None  # None: that of CellDETR which `experiment` names
     code: str = ""  # hash of the code (`celldetr.runtime.provenance.source_hash`)
     identity: Mapping[str, Any] = field(default_factory=dict)  # see `identified`
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -60,14 +60,19 @@ class Run:
 
 
 def run_of_rule(
-    snakemake: Any, read: Callable[[Mapping[str, Any]], TrainedExperiment], stage: type[Stage] | None = None
+    snakemake: Any, read: Callable[[Mapping[str, Any]], TrainedExperiment], stages: Mapping[str, type[Stage]]
 ) -> Run:
-    """Make the run of a training rule from its inputs, parameters and resources; `read` makes the experiment."""
+    """Make the run of a training rule from its inputs, parameters and resources.
+
+    `read` makes the experiment of the parameters; `stages` has its stage by name.
+    """
     given, params = snakemake.input, snakemake.params
     initial, backbone = ([*map(Path, files), None][0] for files in (given.initial, given.backbone))
     recipe = {**params.experiment["training"], "workers": snakemake.resources.workers}
+    experiment = read({**params.experiment, "training": recipe})
     return Run(
-        read({**params.experiment, "training": recipe}),
+        experiment,
+        stages[experiment.stage],
         tuple(map(Path, given.stores)),
         read_split(given.split, [open_store(path) for path in given.stores]),
         Path(snakemake.output.model).parent,
@@ -76,7 +81,6 @@ def run_of_rule(
         trained_on=params.trained_on,
         scoring=ScoringSettings.from_dict(params.scoring),
         threads=snakemake.threads,
-        stage=stage,
         code=params.code,
     )
 
