@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import VALUES, mutations, refused, tries
 
-from celldetr.config.experiment import Experiment
 from celldetr.config.workflow import Config
 from celldetr.runtime.errors import ConfigError
 
@@ -39,7 +38,7 @@ def check(values, places):
         for name, block in found.experiments.items():
             if block.stage != "zero_shot":
                 told = found.experiment(name)
-                assert Experiment.from_dict(told.to_dict()) == told
+                assert type(told).from_dict(told.to_dict()) == told
         return False
     assert isinstance(error, ConfigError)
     text = str(error)
