@@ -116,24 +116,7 @@ def read_given_cells(
         large; or the cells do not fit the slide.
     """
     file, mpp, keys = Path(path), float(image.mpp or 0), keys or Keys()
-    to_level0 = file_to_level0(unit, mpp, image.origin)
-    if read_format(file, f"{EXPECTED}, or a label image")[0] == "image":
-        _refuse_with_labels(file, unit, diameter_um, keys)
-        objects = read_label_image(file, image.size, mpp, nuclei_mpp=nuclei_mpp, most_um=_LARGEST_UM, keys=keys)
-    elif nuclei_mpp is not None:
-        raise InputError(
-            f"{file}: got no label image, and {keys('nuclei_mpp')}{keys.where}, which is for label images; leave it out"
-        )
-    else:
-        objects = read_objects(file, um=to_level0[0, 0] * mpp, diameter_um=diameter_um)
-    if objects.word != "label" and np.array_equal(objects.ids, numbers(len(objects))):
-        log.info("%s: the cells are numbered in the order of the file", file)
-    if objects.unit:
-        if {unit, objects.unit} == {"px", "um"} and unit != "px":
-            raise InputError(
-                f"{file}: got columns in {objects.unit}, and {keys('nuclei_unit')} {unit}{keys.where}; leave it out"
-            )
-        to_level0[:2, :2] = file_to_level0(objects.unit, mpp, (0, 0))[:2, :2]
+    objects, to_level0 = _read_file(file, image, mpp, unit, diameter_um, nuclei_mpp, keys)
     cells = _split_lists(_without_others(objects), to_level0[0, 0] * mpp)
     _require_areas(cells, cell_outlines, keys)
     outlines, solid = place_outlines(cells.shapes, to_level0, mpp, mpp)
@@ -162,6 +145,37 @@ def read_given_cells(
         repaired,
     )
     return given
+
+
+def _read_file(
+    file: Path,
+    image: Pyramid,
+    mpp: float,
+    unit: str,
+    diameter_um: float | None,
+    nuclei_mpp: float | None,
+    keys: Keys,
+) -> tuple[CellObjects, NDArray[np.float64]]:
+    """Read the objects of a file, and the matrix (3, 3) from its coordinates to px of level 0."""
+    to_level0 = file_to_level0(unit, mpp, image.origin)
+    if read_format(file, f"{EXPECTED}, or a label image")[0] == "image":
+        _refuse_with_labels(file, unit, diameter_um, keys)
+        objects = read_label_image(file, image.size, mpp, nuclei_mpp=nuclei_mpp, most_um=_LARGEST_UM, keys=keys)
+    elif nuclei_mpp is not None:
+        raise InputError(
+            f"{file}: got no label image, and {keys('nuclei_mpp')}{keys.where}, which is for label images; leave it out"
+        )
+    else:
+        objects = read_objects(file, um=to_level0[0, 0] * mpp, diameter_um=diameter_um)
+    if objects.word != "label" and np.array_equal(objects.ids, numbers(len(objects))):
+        log.info("%s: the cells are numbered in the order of the file", file)
+    if objects.unit:
+        if {unit, objects.unit} == {"px", "um"} and unit != "px":
+            raise InputError(
+                f"{file}: got columns in {objects.unit}, and {keys('nuclei_unit')} {unit}{keys.where}; leave it out"
+            )
+        to_level0[:2, :2] = file_to_level0(objects.unit, mpp, (0, 0))[:2, :2]
+    return objects, to_level0
 
 
 def _refuse_with_labels(file: Path, unit: str, diameter_um: float | None, keys: Keys) -> None:
