@@ -14,10 +14,10 @@ CLASS_COLOURS = {
     "Myeloid": "#4FC8FF",
     "Malignant": "#19DDA0",
     "NK": "#F7EC3C",
-    "Mast": "#FFFFFF",
+    "Mast": "#8CFF66",
     "Fibroblast": "#D55E00",
     "Epithelial": "#0057C2",
-    "Endothelial": "#F4A6D0",
+    "Endothelial": "#E00060",
     "B": "#999933",
     "Plasma": "#AAAAAA",
 }

@@ -45,7 +45,7 @@ _PARTS = """
 {% endmacro %}
 {% macro key(colours) %}
 <p class="key">Boxes:{% for name, colour in colours %}
-<span style="background:{{ colour }}; outline: 1px solid #999"></span>{{ name }}{% endfor %}</p>
+<span style="background:{{ colour }}; outline: 1px solid #1a1a1a"></span>{{ name }}{% endfor %}</p>
 {% endmacro %}
 {% macro gallery(pictures) %}
 {% for caption, data in pictures %}<figure><img width="SIDE" height="SIDE" alt="{{ caption }}"
@@ -92,8 +92,8 @@ def patch_picture(
     draw = ImageDraw.Draw(picture)
     for box, label in zip(boxes * scale, labels, strict=True):
         low, high = box[:2], np.maximum(box[2:] - 1, box[:2])
-        draw.rectangle([*(low - 1), *(high + 1)], outline=CASING, width=4)  # so that pale colours stand out on tissue
-        draw.rectangle([*low, *high], outline=colours[label], width=2)
+        draw.rectangle([*(low - 1), *(high + 1)], outline=CASING, width=5)  # so that pale colours stand out on tissue
+        draw.rectangle([*low, *high], outline=colours[label], width=3)
     return embed(picture)
 
 
