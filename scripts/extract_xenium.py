@@ -30,10 +30,19 @@ def main(snakemake):
     )
     write_rows(output.summary_tsv, found.rows)
     with open_pyramid(sample.he, found.grid.image_mpp) as image:
-        picture = overview(image, found.grid, found.tissue)
+        picture = overview(image, found.grid, found.tissue, found.unsegmented)
     title = f"Patches of {sample.name} ({sample.tissue})"
     store = open_store(output.store)
-    write_report(output.summary_html, store, title=title, source=sample.he.name, picture=picture, rows=found.rows)
+    write_report(
+        output.summary_html,
+        store,
+        title=title,
+        source=sample.he.name,
+        picture=picture,
+        rows=found.rows,
+        left_out=len(found.unsegmented) > 0,
+        warnings=found.warnings,
+    )
 
 
 if "snakemake" in globals():

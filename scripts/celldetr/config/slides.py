@@ -29,6 +29,11 @@ class PatchSettings(SlidePatchSettings):
     """Which patches of a sample with cell types are taken."""
 
     min_labelled: NotNegativeInt = Field(5, description="fewest nuclei with a cell type in a patch")
+    max_unsegmented: Share = Field(
+        0.35,
+        description="largest share of the nuclei visible in a patch that Xenium did not segment: detection would learn "
+        "them as background; 1: no limit",
+    )
 
 
 class DetectionSettings(Settings):

@@ -13,7 +13,7 @@ from scipy import ndimage
 from celldetr.config.colours import class_colours
 from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
 from celldetr.report.slide_pictures import thumbnail
-from celldetr.report.style import PATCH_COLOUR, TISSUE_COLOUR
+from celldetr.report.style import LEFT_OUT_COLOUR, PATCH_COLOUR, TISSUE_COLOUR
 from celldetr.runtime.files import atomic, write_tsv
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import read_patch
@@ -27,10 +27,12 @@ _OUTLINED = 3  # patches with outlines
 _OVERVIEW = 1400  # px; longest side of the picture of the slide
 
 _BODY = """
+{% for text in warnings %}<p class="warning">{{ text }}</p>{% endfor %}
 <p>{{ patches }} patches of {{ size }} px at {{ mpp }} um per px, from {{ source }}.</p>
 {{ table(["what", "", "count"], rows, 2) }}
 <h2>The slide</h2>
-<p>Green outline: tissue. Blue squares: patches that were taken.</p>
+<p>Green outline: tissue. Blue squares: patches that were taken.{% if left_out %} Red squares: patches that were left
+out, as Xenium did not segment many of the nuclei that are visible in them.{% endif %}</p>
 <img alt="the slide with its tissue and patches" src="data:image/jpeg;base64,{{ overview }}">
 {% if outlines %}<h2>Outlines of nuclei</h2>{{ gallery(outlines) }}{% endif %}
 <h2>Patches</h2>
@@ -54,10 +56,12 @@ def write_report(
     picture: Image.Image,
     rows: Sequence[tuple[str, str, int]],
     outlines: Sequence[tuple[str, str]] = (),
+    left_out: bool = False,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write the page: counts, the `overview` of the slide in file `source`, and some patches with their boxes.
 
-    `outlines` are captions and pictures of `outline_pictures`.
+    `outlines` are captions and pictures of `outline_pictures`; `left_out` explains the red squares of the `picture`.
     """
     shown = np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int))
     values: dict[str, Any] = {
@@ -69,6 +73,8 @@ def write_report(
         "rows": [(kind, name, f"{count:,}") for kind, name, count in rows],
         "overview": embed(picture),
         "outlines": outlines,
+        "left_out": left_out,
+        "warnings": warnings,
         "colours": list(zip((*store.classes, "no label"), class_colours(store.classes), strict=True)),
         "pictures": patch_pictures(store, shown, "patch {index} at {x}, {y} px: {nuclei} nuclei"),
     }
@@ -89,8 +95,8 @@ def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
         picture.save(temporary, "PNG")
 
 
-def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
-    """Draw the whole slide with the outline of its tissue and its patches."""
+def overview(image: Pyramid, grid: PatchGrid, tissue: Raster, left_out: PatchGrid | None = None) -> Image.Image:
+    """Draw the whole slide with the outline of its tissue, its patches and, in red, patches that were left out."""
     pixels = thumbnail(image, _OVERVIEW)
     scale = max(1.0, max(image.size) / _OVERVIEW)
     rows, columns = (
@@ -103,8 +109,9 @@ def overview(image: Pyramid, grid: PatchGrid, tissue: Raster) -> Image.Image:
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     ratio = grid.mpp / grid.image_mpp / scale
-    for x, y in grid.corners * ratio:
-        draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=PATCH_COLOUR)
+    for patches, colour in ((grid, PATCH_COLOUR), (left_out, LEFT_OUT_COLOUR)):
+        for x, y in () if patches is None else patches.corners * ratio:
+            draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=colour)
     return picture
 
 

@@ -30,8 +30,11 @@ class SlideNuclei:
 
     def on_slide(self, size: tuple[float, float]) -> "SlideNuclei":
         """Nuclei whose box overlaps a slide of this width and height, px."""
-        inside = on_slide(self.boxes, size)
-        return SlideNuclei(self.outlines[inside], self.labels[inside])
+        return self.select(on_slide(self.boxes, size))
+
+    def select(self, chosen: NDArray[np.bool_]) -> "SlideNuclei":
+        """Return the nuclei that are `chosen` (M,)."""
+        return SlideNuclei(self.outlines[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,7 @@ class Raster:
     def share(self, corners: NDArray[np.floating], side: float) -> NDArray[np.float64]:
         """Fraction (N,) of each square that is inside, for first corners (N, 2) and a side in level-0 px."""
         height, width = self.inside.shape
-        integral = np.zeros((height + 1, width + 1))
-        integral[1:, 1:] = self.inside.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
+        integral = self._integral()
         low = np.asarray(corners, dtype=np.float64) / self.cell
         high = low + side / self.cell
 
@@ -55,9 +54,30 @@ class Raster:
         area += upto(low[:, 0], low[:, 1]) - upto(high[:, 0], low[:, 1])
         return np.clip(area * (self.cell / side) ** 2, 0, 1)
 
+    def touches(self, boxes: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Whether boxes (N, 4), xyxy in level-0 px, touch a cell that is inside."""
+        limits = np.array(self.inside.shape[::-1])
+        x0, y0 = np.clip(np.floor(boxes[:, :2] / self.cell), 0, limits - 1).astype(int).T
+        x1, y1 = np.clip(np.ceil(boxes[:, 2:] / self.cell), [[1, 1]], limits).astype(int).T
+        sums = self._integral()
+        return np.asarray(sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] > 0)
+
+    def _integral(self) -> NDArray[np.float64]:
+        """Sum the cells above and to the left of each corner of a cell: (H + 1, W + 1)."""
+        found: NDArray[np.float64] = np.pad(self.inside, ((1, 0), (1, 0))).cumsum(0, dtype=np.float64).cumsum(1)
+        return found
+
 
 def tissue_mask(image: Pyramid, mpp: float) -> Raster:
+    """Find the tissue of a colour image, see `tissue_maps`."""
+    return tissue_maps(image, mpp)[0]
+
+
+def tissue_maps(image: Pyramid, mpp: float) -> tuple[Raster, Raster]:
     """Find the tissue of a colour image with level-0 pixels of `mpp` um; the image is read block by block.
+
+    Returns the tissue, and the cells of the map with any stain, in which alone a nucleus can lie: thin walls of fat and
+    shreds are stained and too small to be tissue; lumina and the rim of the tissue, which is smooth, have no stain.
 
     Raises
     ------
@@ -75,7 +95,8 @@ def tissue_mask(image: Pyramid, mpp: float) -> Raster:
     counts = zip(image.size, colours.shape[1::-1], strict=True)
     right, below = (max(0, int(np.ceil(side / cell)) - count) for side, count in counts)
     colours = np.pad(colours, ((0, below), (0, right), (0, 0)), mode="edge")
-    return Raster(_find(colours, cell * mpp), cell, cell * mpp)
+    tissue, stained = _find(colours, cell * mpp)
+    return Raster(tissue, cell, cell * mpp), Raster(stained, cell, cell * mpp)
 
 
 def _cell_means(image: Pyramid, mpp: float) -> tuple[NDArray[np.float32], float]:
@@ -98,8 +119,8 @@ def _cell_means(image: Pyramid, mpp: float) -> tuple[NDArray[np.float32], float]
     return means, factor * grid.downsample
 
 
-def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
-    """Tissue (H, W) in a map of mean colours (H, W, 3) with cells of `mpp` um."""
+def _find(colours: NDArray[np.float32], mpp: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Tissue, and stained cells, (H, W) each, in a map of mean colours (H, W, 3) with cells of `mpp` um."""
     white = _white(colours.reshape(-1, 3))
     density = -np.log(np.clip(colours, 1, None) / white)
     pen = ndimage.binary_dilation(_pen(density), iterations=_PEN_RIM)
@@ -107,7 +128,8 @@ def _find(colours: NDArray[np.float32], mpp: float) -> NDArray[np.bool_]:
     spread = smooth.max(axis=-1) - smooth.min(axis=-1)
     smallest = min(_SMALLEST_UM2 / mpp**2, spread.size / 2)  # all of an image may be smaller
     stained = _without_small(~pen & (spread > _threshold(spread[~pen])), smallest)
-    return ~_without_small(~stained, smallest) & ~pen
+    tissue = ~_without_small(~stained, smallest) & ~pen
+    return tissue, np.ptp(density, axis=-1) > _SPREAD[0]
 
 
 def _white(colours: NDArray[np.float32]) -> NDArray[np.floating]:

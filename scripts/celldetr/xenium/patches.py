@@ -1,5 +1,6 @@
 """Patches of a registered Xenium sample: map its nuclei onto the H&E, label them by cell type, cut the patches."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,20 @@ from celldetr.slides.boxes import SlideNuclei, place_outlines
 from celldetr.slides.cutting import cut_patches
 from celldetr.slides.grid import PatchGrid, patch_grid
 from celldetr.slides.pyramid import open_pyramid
-from celldetr.slides.tissue import Raster, imaged, tissue_mask
+from celldetr.slides.tissue import Raster, imaged, tissue_maps
 from celldetr.store import NO_LABEL, class_counts
 from celldetr.xenium.celltypes.labels import FRACTIONS, IMPRECISE, UNKNOWN, best, read_cells, read_metadata
 from celldetr.xenium.output import dapi_path, read_nuclei
 from celldetr.xenium.registration.affine import apply
 from celldetr.xenium.registration.result import Registration, read_registration
+from celldetr.xenium.unsegmented import visible_nuclei
+
+log = logging.getLogger(__name__)
+
+_FAILED = "in a region whose registration fails"
+_UNSEGMENTED = "in which Xenium did not segment many of the visible nuclei"
+_MANY_ON_GLASS = 0.02  # share of the nuclei on the H&E
+_MANY_UNSEGMENTED = 0.2  # share of the patches
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,9 @@ class Extraction:
 
     grid: PatchGrid
     tissue: Raster
+    unsegmented: PatchGrid  # patches left out, as Xenium segmented too few of the nuclei that the H&E shows in them
     rows: list[tuple[str, str, int]]  # kind, name, count: the summary
+    warnings: list[str]
 
 
 def extract_sample(
@@ -68,8 +79,9 @@ def extract_sample(
     placed, dropped = place_nuclei(read_nuclei(sample.outs), cells, registration, mpp)
     dapi_image = open_pyramid(dapi_path(sample.outs), registration.pixel_size, plane=0)
     with open_pyramid(sample.he, he_mpp) as image, dapi_image as dapi:
-        tissue = tissue_mask(image, he_mpp)
-        nuclei = placed.on_slide((image.size[0] * he_mpp / mpp, image.size[1] * he_mpp / mpp))
+        tissue, stained = tissue_maps(image, he_mpp)
+        on_slide = placed.on_slide((image.size[0] * he_mpp / mpp, image.size[1] * he_mpp / mpp))
+        nuclei = on_slide.select(stained.touches(on_slide.boxes * (mpp / he_mpp)))
         grid = patch_grid(
             image.size,
             he_mpp,
@@ -83,15 +95,18 @@ def extract_sample(
         )
         where = {"file": sample.he.name, "size": list(image.size), "mpp": he_mpp}
     failed = _failed_patches(grid, registration)
-    grid = grid.without(failed, "in a region whose registration fails") if len(failed) else grid
+    judged = grid.without(failed, _FAILED) if len(failed) else grid
+    seen = visible_nuclei(sample.he, judged, nuclei, workers)
+    poor = np.flatnonzero(seen.share > settings.max_unsegmented)
+    grid = judged.without(poor, _UNSEGMENTED) if len(poor) else judged
     if not len(grid):
-        raise InputError(
-            f"{sample.name}: got no patch; the grid has "
-            + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
-            + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
-            "types, or lower xenium.patches.min_tissue and min_labelled"
-        )
-    dropped |= {"nuclei outside of the H&E image": len(placed) - len(nuclei), **grid.dropped(len(nuclei))}
+        raise _no_patch(sample.name, grid, nuclei)
+    dropped |= {
+        "nuclei outside of the H&E image": len(placed) - len(on_slide),
+        "nuclei on blank glass of the H&E image": len(on_slide) - len(nuclei),
+        **grid.dropped(len(nuclei)),
+    }
+    warnings = _warnings(sample.name, len(on_slide) - len(nuclei), len(on_slide), len(poor), len(judged))
     attrs = {
         "image": where,
         "dropped": dropped,
@@ -114,8 +129,9 @@ def extract_sample(
         attrs=attrs,
         workers=workers,
     )
-    rows = [*_summary(grid, nuclei.labels, dropped), *type_rows(cells, read_metadata(sample.cells))]
-    return Extraction(grid, tissue, rows)
+    missing = int(np.delete(seen.missing, poor).sum())
+    rows = _summary(grid, nuclei.labels, dropped, missing) + type_rows(cells, read_metadata(sample.cells))
+    return Extraction(grid, tissue, judged.only(poor), rows, warnings)
 
 
 def place_nuclei(
@@ -167,14 +183,44 @@ def _failed_patches(grid: PatchGrid, registration: Registration) -> NDArray[np.i
     return np.flatnonzero(registration.failed(apply(registration.he_to_um(), centres)))
 
 
-def _summary(grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """Rows (kind, name, count); `labels` are those of all nuclei on the H&E."""
+def _no_patch(name: str, grid: PatchGrid, nuclei: SlideNuclei) -> InputError:
+    return InputError(
+        f"{name}: got no patch; the grid has "
+        + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
+        + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
+        "types, lower xenium.patches.min_tissue and min_labelled, or raise max_unsegmented"
+    )
+
+
+def _warnings(name: str, on_glass: int, nuclei: int, unsegmented: int, patches: int) -> list[str]:
+    """Sentences for the user, also in the log, if a sample loses many of its nuclei or patches."""
+    found = []
+    if on_glass > _MANY_ON_GLASS * nuclei:
+        found.append(
+            f"{on_glass:,} of {nuclei:,} nuclei ({on_glass / nuclei:.0%}) lie on blank glass of the H&E image and have "
+            "no box: does the image lack a part of the section?"
+        )
+    if unsegmented > _MANY_UNSEGMENTED * patches:
+        found.append(
+            f"{unsegmented:,} of {patches:,} patches ({unsegmented / patches:.0%}) are left out, as Xenium did not "
+            "segment many of the nuclei that the H&E image shows in them (xenium.patches.max_unsegmented)"
+        )
+    for text in found:
+        log.warning("%s: %s", name, text)
+    return found
+
+
+def _summary(
+    grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int], missing: int
+) -> list[tuple[str, str, int]]:
+    """Rows (kind, name, count); `labels` are those of all nuclei on the H&E, `missing` were seen without an outline."""
     inside = labels[grid.boxes.nuclei]
     return [
         ("total", "patches", len(grid)),
         ("total", "nuclei in patches", len(inside)),
         ("total", "cut nuclei in patches", int(grid.boxes.cut.sum())),
         ("total", "labelled nuclei in patches", int((inside != NO_LABEL).sum())),
+        ("total", "clearly visible in patches but not segmented", missing),
         ("total", "nuclei on the H&E", len(labels)),
         *(("class", name, count) for name, count in class_counts(inside, ST_TYPES).items()),
         *(("dropped", name, count) for name, count in dropped.items()),

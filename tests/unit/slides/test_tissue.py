@@ -6,7 +6,7 @@ from scipy import ndimage
 from slide_files import write_image
 
 from celldetr.slides.pyramid import open_pyramid
-from celldetr.slides.tissue import Raster, imaged, tissue_mask
+from celldetr.slides.tissue import Raster, imaged, tissue_maps, tissue_mask
 
 TISSUE, GLASS = (205, 150, 190), (242, 243, 242)
 
@@ -97,3 +97,24 @@ def test_fields_that_were_not_imaged_are_found(tmp_path):
     columns = 600 - (np.arange(160) + 0.5) * 8 * 0.5
     expected = (rows[:, None] < 500) & (columns >= 0) & (columns < 600)
     assert (found != expected).mean() < 0.01
+
+
+def test_a_nucleus_can_lie_wherever_there_is_stain_but_not_on_glass(tmp_path):
+    """Thin walls of fat and shreds are too small to be tissue, yet their nuclei are real."""
+    rng = np.random.default_rng(0)
+    image = np.full((1200, 1200, 3), GLASS, float)  # 0.5 um per px
+    image[:, :300] = TISSUE
+    image[600:603, 300:] = TISSUE  # a wall of 1.5 um
+    places = np.array([[320, 594], [700, 594], [1100, 594], [900, 200], [294, 900]])  # walls, a shred, the rim
+    for x, y in places:
+        image[y : y + 12, x : x + 12] = (110, 75, 150)
+    with open_pyramid(write_image(tmp_path / "he.tif", np.clip(image + rng.normal(0, 4, image.shape), 0, 255))) as he:
+        tissue, stained = tissue_maps(he, 0.5)
+    boxes = np.concatenate([places, places + 12], axis=1)
+    assert stained.touches(boxes).all()
+    assert tissue.touches(boxes).tolist() == [True, False, False, False, True]
+    blank = rng.integers((400, 20), (1180, 540), (300, 2))
+    blank = blank[(np.abs(blank - places[3]) > 60).any(axis=1)]
+    assert not stained.touches(np.concatenate([blank, blank + 12], axis=1)).any()
+    beyond = np.array([[-50.0, -50, -20, -20], [1300, 1300, 1320, 1320]])  # the nearest cell counts
+    assert stained.touches(beyond).tolist() == [True, False]

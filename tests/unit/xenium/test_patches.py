@@ -1,11 +1,14 @@
 """Patches of a Xenium sample: planted nuclei come back with the labels of their cells, and what is lost is counted."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import shapely
+import tifffile
+from slide_files import write_image
 
 import extract_xenium
 from celldetr.config.classes import ST_TYPES
@@ -13,7 +16,7 @@ from celldetr.example.xenium.sample import AffinePlan, write_xenium
 from celldetr.runtime.errors import InputError
 from celldetr.store import open_store
 from celldetr.xenium.celltypes.labels import FRACTIONS, read_cells, write_cells
-from celldetr.xenium.output import read_nuclei
+from celldetr.xenium.output import NUCLEI, read_nuclei
 from celldetr.xenium.patches import place_nuclei
 from celldetr.xenium.registration.affine import apply
 from celldetr.xenium.registration.field import DisplacementField
@@ -143,6 +146,53 @@ def test_every_nucleus_is_in_a_patch_or_counted(sample, store):
     assert set(store.patches["group"]) == {"donor 1"}
 
 
+def changed(sample, **files):
+    """Return the sample with other files in place of the true ones."""
+    truth = {**vars(sample.truth), **files}
+    return SimpleNamespace(**{**vars(sample), "truth": SimpleNamespace(**truth)})
+
+
+def test_nuclei_on_blank_glass_have_no_box_and_are_counted(sample, store, tmp_path, caplog):
+    """The H&E lacks its right part; all that lies elsewhere has the boxes that it had."""
+    truth = sample.truth
+    image = tifffile.imread(truth.he_image, level=0)
+    edge = image.shape[1] * 6 // 10
+    image[:, edge:] = (243, 243, 244)
+    torn = write_image(tmp_path / "torn.ome.tif", image, levels=1)
+    found = run(changed(sample, he_image=torn), tmp_path)
+    lost = (truth.nuclei_he[..., 0].min(axis=1) > edge + 8 / truth.he_mpp).sum()
+    partly = (truth.nuclei_he[..., 0].max(axis=1) > edge).sum()
+    assert 20 < lost <= found.attrs["dropped"]["nuclei on blank glass of the H&E image"] <= partly
+    right = found.patches["x"].to_numpy()[np.repeat(np.arange(len(found)), np.diff(found.box_ptr))]
+    assert (right + found.boxes[:, 0] * MPP / truth.he_mpp < edge + 8 / truth.he_mpp).all()
+    assert store.attrs["dropped"]["nuclei on blank glass of the H&E image"] == 0
+    warning = "lie on blank glass of the H&amp;E image"
+    assert warning in found.path.with_suffix(".html").read_text()
+    assert warning not in store.path.with_suffix(".html").read_text()
+    assert "lie on blank glass" in caplog.text
+
+
+def test_patches_that_xenium_did_not_segment_are_left_out_and_shown(sample, store, tmp_path, caplog):
+    reason = "in which Xenium did not segment many of the visible nuclei"
+    assert reason not in store.attrs["patches_passed_over"]
+    outs = shutil.copytree(sample.truth.outs, tmp_path / "outs")
+    corners = pd.read_parquet(outs / NUCLEI)
+    cells = corners["cell_id"].unique()
+    kept = cells[np.random.default_rng(1).random(len(cells)) < 0.5]
+    corners[corners["cell_id"].isin(kept)].to_parquet(outs / NUCLEI)
+    half = changed(sample, outs=outs)
+    everything = run(half, tmp_path, max_unsegmented=1)
+    some = run(half, tmp_path)
+    assert len(some) + some.attrs["patches_passed_over"][reason] == len(everything)
+    assert len(some) < 0.6 * len(everything)
+    page = some.path.with_suffix(".html").read_text()
+    assert "Red squares" in page
+    assert "Xenium did not segment" in caplog.text
+    assert "Red squares" not in store.path.with_suffix(".html").read_text()
+    table = pd.read_csv(some.path.with_suffix(".tsv"), sep="\t").set_index(["kind", "name"])["count"]
+    assert table["not taken", f"patches {reason}"] == some.attrs["patches_passed_over"][reason]
+
+
 def test_no_patch_reaches_beyond_the_xenium_image(sample, store):
     truth = sample.truth
     assert store.attrs["patches_passed_over"]["beyond the imaged area"] > 0
@@ -175,7 +225,8 @@ def test_the_summary_adds_up(store):
 
 
 def test_no_patch_is_an_error_with_the_reasons(sample, tmp_path):
-    with pytest.raises(InputError, match="got no patch; .*with too few labelled nuclei.*look at the registration"):
+    text = "got no patch; .*with too few labelled nuclei.*look at the registration.*raise max_unsegmented"
+    with pytest.raises(InputError, match=text):
         run(sample, tmp_path, min_labelled=10_000)
     assert not (tmp_path / "s1.zarr").exists()
 
