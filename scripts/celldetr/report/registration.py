@@ -1,31 +1,33 @@
 """Picture of a registration for a quick visual check: the whole section, three details, the distances of nuclei."""
 
-from dataclasses import dataclass, replace
+import textwrap
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import shapely
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from celldetr.config.xenium import RegistrationSettings
-from celldetr.report.style import styled
+from celldetr.report.style import cased, styled
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import control_shifts
 from celldetr.xenium.registration.maps import Grid, colour, sample, window
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, densest, read_window
-from celldetr.xenium.registration.result import Registration
+from celldetr.xenium.registration.result import RegionQuality, Registration
 
 _DETAILS = 3
 _DETAIL = 90.0  # um along the side of a detail
 _THUMBNAIL = 900  # samples along the longer side of the whole section
-_OUTLINE, _PASSED, _FAILED = "#00E5FF", "#1B7F3B", "#C62828"
+_LARGEST_NUCLEUS = 15.0  # um from its centroid to its rim
+_MARGIN = 20.0  # um read around a window, so that its H&E nuclei are those of the gate
+_LINE = 175  # characters of a line above the panels
+_OUTLINE, _PASSED, _FAILED, _WARNING = "#00E5FF", "#1B7F3B", "#C62828", "#A85500"
 _DENSITY, _CHANCE, _BEFORE = "#0B3D91", "#999999", "#FF8F00"
 _ARROWS = 16  # along the longer side of the section
 
@@ -41,43 +43,82 @@ class _Scene:
     settings: RegistrationSettings
 
 
+@dataclass(frozen=True)
+class _Detail:
+    """A square of a region that is shown enlarged."""
+
+    centre: NDArray[np.float64]  # (2,) um
+    region: RegionQuality
+
+
 @styled
 def registration_figure(
     registration: Registration, he: Pyramid, outlines: NDArray[np.object_], settings: RegistrationSettings, *, name: str
 ) -> Figure:
-    """Draw the H&E in the Xenium frame with the nuclei of sample `name` (as given to `register`) over it."""
+    """Draw the H&E in the Xenium frame with the nuclei of sample `name` (as given to `register`) over it.
+
+    The registration may be one that does not pass.
+    """
     nuclei = DapiNuclei(outlines)
     scene = _Scene(registration, he, nuclei, nuclei.regions(settings), settings)
-    figure = Figure(figsize=(15, 9.6), layout="constrained")
-    grid = figure.add_gridspec(2, _DETAILS)
+    lines = _head(registration, name)
+    head = 0.24 * len(lines)  # inches
+    figure = Figure(figsize=(15, 9.2 + head), layout="constrained")
+    grid = figure.add_gridspec(3, _DETAILS, height_ratios=(max(head, 0.1), 4.6, 4.6))
+    _write_head(figure.add_subplot(grid[0, :]), lines)
     details = _choose_details(scene)
-    _draw_section(figure.add_subplot(grid[0, : _DETAILS - 1]), scene, details)
-    _draw_distances(figure.add_subplot(grid[0, _DETAILS - 1]), scene)
-    for number, region in enumerate(details, 1):
-        _draw_detail(figure.add_subplot(grid[1, number - 1]), scene, region, number)
-    quality = registration.quality
-    verdict, paint = ("passes", _PASSED) if quality.passed else ("FAILS", _FAILED)
-    title = f"{name}: registration {verdict} ({registration.origin})\n{quality.summary()}"
-    if registration.distortion:
-        title += f"\nlocal distortion {registration.distortion.summary()}"
-    figure.suptitle(title, color=paint, fontsize=12)
+    _draw_section(figure.add_subplot(grid[1, : _DETAILS - 1]), scene, details)
+    _draw_distances(figure.add_subplot(grid[1, _DETAILS - 1]), scene)
+    for number, detail in enumerate(details, 1):
+        _draw_detail(figure.add_subplot(grid[2, number - 1]), scene, detail, number)
     return figure
 
 
-def _choose_details(scene: _Scene) -> list[Region]:
-    """Choose up to three dense regions far from each other; centre each on its densest place."""
-    counts = np.array([len(region.outlines) for region in scene.regions])
-    centres = np.array([region.centre for region in scene.regions])
-    dense = np.flatnonzero(counts >= np.median(counts))
-    chosen = [int(dense[counts[dense].argmax()])]
-    while len(chosen) < min(_DETAILS, len(dense)):
-        apart = np.linalg.norm(centres[dense, None] - centres[chosen], axis=2).min(axis=1)
-        chosen.append(int(dense[apart.argmax()]))
-    regions = [scene.regions[index] for index in chosen]
-    return [
-        replace(region, centre=densest(shapely.get_coordinates(shapely.centroid(region.outlines)), _DETAIL))
-        for region in regions
-    ]
+def _head(registration: Registration, name: str) -> list[tuple[str, str]]:
+    """Lines above the panels, and their colours: verdict, figures, why it fails, warnings."""
+    quality = registration.quality
+    verdict, paint = ("passes", _PASSED) if quality.passed else ("FAILS", _FAILED)
+    texts = [(f"{name}: registration {verdict} ({registration.origin})", paint), (quality.summary(), paint)]
+    if registration.distortion:
+        texts.append((f"local distortion: {registration.distortion.summary()}", paint))
+    texts += [(failure, _FAILED) for failure in quality.failures]
+    texts += [(f"Warning: {text}", _WARNING) for text in registration.warnings]
+    return [(line, paint) for text, paint in texts for line in textwrap.wrap(text, _LINE)]
+
+
+def _write_head(axes: Axes, lines: list[tuple[str, str]]) -> None:
+    axes.axis("off")
+    for number, (line, paint) in enumerate(lines):
+        place = (0.5, 1 - (number + 0.5) / len(lines))
+        axes.text(*place, line, color=paint, fontsize=11, ha="center", va="center", transform=axes.transAxes)
+
+
+def _choose_details(scene: _Scene) -> list[_Detail]:
+    """Choose up to three regions: of most nuclei, of the largest distance, and far from both."""
+    regions = scene.registration.quality.regions
+    centres = np.array([(region.x, region.y) for region in regions])
+    counts = np.array([region.nuclei for region in regions])
+    distances = np.array([-1 if region.distance is None else region.distance for region in regions])
+    chosen = [int(counts.argmax())]
+    if len(regions) > 1:
+        distances[chosen] = -2
+        chosen.append(int(distances.argmax()))
+    while len(chosen) < min(_DETAILS, len(regions)):
+        apart = np.linalg.norm(centres[:, None] - centres[chosen], axis=2).min(axis=1)
+        dense = (counts >= np.median(counts)) & (apart > 0)
+        chosen.append(int(np.where(dense | (not dense.any()), apart, -1).argmax()))
+    return [_detail(scene, regions[index]) for index in chosen]
+
+
+def _detail(scene: _Scene, region: RegionQuality) -> _Detail:
+    """Densest square of what was examined of a region; it does not reach into the next region."""
+    low, high = np.array(region.cell).reshape(2, 2)
+    points = scene.nuclei.centroids
+    near = np.abs(points - (region.x, region.y)).max(axis=1) < scene.settings.window / 2
+    near &= np.all((points >= low) & (points < high), axis=1)
+    centre = densest(points[near], _DETAIL) if near.any() else (low + high) / 2
+    half = np.minimum(_DETAIL, high - low) / 2
+    return _Detail(np.clip(centre, low + half, high - half), region)
 
 
 def _show(axes: Axes, scene: _Scene, grid: Grid) -> None:
@@ -95,7 +136,7 @@ def _extent(grid: Grid) -> tuple[float, float, float, float]:
     return grid.x, grid.x + grid.width * grid.spacing, grid.y + grid.height * grid.spacing, grid.y
 
 
-def _draw_section(axes: Axes, scene: _Scene, details: list[Region]) -> None:
+def _draw_section(axes: Axes, scene: _Scene, details: list[_Detail]) -> None:
     """Whole section: contours of the density of nuclei, regions with their distance, and frames of the details."""
     points = scene.nuclei.centroids
     low, high = points.min(axis=0), points.max(axis=0)
@@ -107,22 +148,38 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[Region]) -> None:
     density, x, y = _density(points, grid)
     if density.max() > 0:
         axes.contour(x, y, density, levels=density.max() * np.array([0.1, 0.4, 0.7]), colors=_DENSITY, linewidths=0.8)
-    for region, figures in zip(scene.regions, scene.registration.quality.regions, strict=False):
-        text = "-" if figures.distance is None else f"{figures.distance:.1f}"
-        box = {"color": _PASSED if figures.passed else _FAILED}
-        axes.text(
-            region.centre[0], region.centre[1], text, color="white", fontsize=8, ha="center", va="center", bbox=box
-        )
     if scene.registration.field is not None:
         _draw_arrows(axes, scene, scene.registration.field)
-    for number, region in enumerate(details, 1):
-        left, top = region.centre - _DETAIL / 2
-        axes.add_patch(Rectangle((left, top), _DETAIL, _DETAIL, fill=False, linewidth=1.5, zorder=4))
-        corner, bold = (left + _DETAIL, top), FontProperties(size=12, weight="bold")
-        axes.annotate(str(number), corner, xytext=(3, 3), textcoords="offset points", fontproperties=bold)
+    for number, detail in enumerate(details, 1):
+        left, top = detail.centre - _DETAIL / 2
+        axes.add_patch(
+            Rectangle(
+                (left, top), _DETAIL, _DETAIL, fill=False, linewidth=1.5, zorder=6, path_effects=cased(3, "white")
+            )
+        )
+        text: Any = {"fontsize": 11, "fontweight": "bold", "va": "top", "zorder": 7, "path_effects": cased(3, "white")}
+        axes.annotate(str(number), (left, top), xytext=(3, -2), textcoords="offset points", **text)
+    for region in scene.registration.quality.regions:
+        _draw_region(axes, region, [detail.centre for detail in details if detail.region is region])
     axes.set_title(
-        "H&E in the Xenium frame (um); contours: density of DAPI nuclei; numbers: median distance, um", fontsize=9
+        f"H&E in the Xenium frame (um); contours: density of its {len(scene.nuclei.centroids):,} DAPI nuclei\n"
+        "Regions with their median distance, um; red: fails, gives no patches",
+        fontsize=9,
     )
+
+
+def _draw_region(axes: Axes, region: RegionQuality, details: list[NDArray[np.float64]]) -> None:
+    """Frame of a region, and its distance in a corner away from the square that is enlarged."""
+    x0, y0, x1, y1 = region.cell
+    paint = _PASSED if region.passed else _FAILED
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=paint, linewidth=0.8, zorder=3))
+    x, y = details[0] if details else ((x0 + x1) / 2, (y0 + y1) / 2)
+    across, down = x <= (x0 + x1) / 2, y < (y0 + y1) / 2
+    corner, offset = (x1 if across else x0, y1 if down else y0), (-4 if across else 4, 4 if down else -4)
+    text = "-" if region.distance is None else f"{region.distance:.1f}"
+    style: Any = {"color": "white", "fontsize": 8, "zorder": 8, "bbox": {"color": paint, "pad": 1.5}}
+    sides: Any = {"ha": "right" if across else "left", "va": "bottom" if down else "top"}
+    axes.annotate(text, corner, xytext=offset, textcoords="offset points", **sides, **style)
 
 
 def _draw_arrows(axes: Axes, scene: _Scene, field: DisplacementField) -> None:
@@ -152,22 +209,24 @@ def _density(
     return ndimage.gaussian_filter(counts, 2), (x[:-1] + x[1:]) / 2, (y[:-1] + y[1:]) / 2
 
 
-def _draw_detail(axes: Axes, scene: _Scene, region: Region, number: int) -> None:
-    _show(axes, scene, window(region.centre, _DETAIL, 0.25))
-    rings = [np.asarray(part.exterior.coords)[:, :2] for part in region.outlines]
-    title = f"{number}: outlines of the DAPI nuclei on the H&E (um)"
+def _draw_detail(axes: Axes, scene: _Scene, detail: _Detail, number: int) -> None:
+    _show(axes, scene, window(detail.centre, _DETAIL, 0.25))
+    reach = _DETAIL / 2 + _LARGEST_NUCLEUS
+    shown = scene.nuclei.outlines[np.abs(scene.nuclei.centroids - detail.centre).max(axis=1) < reach]
+    rings = [np.asarray(part.exterior.coords)[:, :2] for part in shown]
     if scene.registration.field is not None:
         axes.add_collection(LineCollection(rings, colors=_BEFORE, linewidths=0.9))
-        title = f"{number}: DAPI nuclei on the H&E (um); orange: without displacements"
     moved = [scene.registration.on_affine(ring) for ring in rings]
     axes.add_collection(LineCollection(moved, colors=_OUTLINE, linewidths=1.0))
-    axes.set_title(title, fontsize=9)
+    before = "; orange: without displacements" if scene.registration.field is not None else ""
+    place = str(number) if detail.region.passed else f"{number} (region fails)"
+    axes.set_title(f"{place}: DAPI nuclei on the H&E (um){before}", fontsize=9)
 
 
 def _draw_distances(axes: Axes, scene: _Scene) -> None:
     """Distances from H&E nuclei to the nearest DAPI nucleus, as registered and shifted."""
     to_um, settings, field = scene.registration.he_to_um(), scene.settings, scene.registration.field
-    windows = [read_window(scene.he, to_um, region, settings, 0.0, field) for region in scene.regions]
+    windows = [read_window(scene.he, to_um, region, settings, _MARGIN, field) for region in scene.regions]
     blobs = np.concatenate(clear_blobs(windows))
     bins = np.linspace(0, 15, 46).tolist()
     if len(blobs):
@@ -179,7 +238,7 @@ def _draw_distances(axes: Axes, scene: _Scene) -> None:
         axes.hist(far, bins, weights=np.full(len(far), 1 / len(far)), color=_CHANCE, label="shifted (chance)")
         axes.hist(near, bins, weights=np.full(len(near), 1 / len(near)), label="as registered", **line)
         if field is not None:
-            straight = [read_window(scene.he, to_um, region, settings, 0.0) for region in scene.regions]
+            straight = [read_window(scene.he, to_um, region, settings, _MARGIN) for region in scene.regions]
             before = scene.nuclei.tree.query(np.concatenate(clear_blobs(straight)))[0]
             weights = np.full(len(before), 1 / len(before))
             axes.hist(before, bins, weights=weights, histtype="step", color=_BEFORE, label="without displacements")
@@ -187,4 +246,6 @@ def _draw_distances(axes: Axes, scene: _Scene) -> None:
     axes.axvline(settings.max_distance, color="black", linestyle=":", linewidth=1)
     axes.set_xlabel("to the nearest DAPI nucleus (um); dotted: limit")
     axes.set_ylabel("share of H&E nuclei")
-    axes.set_title(f"{len(blobs)} H&E nuclei, {len(scene.nuclei.centroids)} DAPI nuclei", fontsize=9)
+    quality = scene.registration.quality
+    title = f"{quality.he_nuclei:,} H&E nuclei in {len(quality.regions)} windows of {settings.window:g} um"
+    axes.set_title(title, fontsize=9)

@@ -18,11 +18,12 @@ from celldetr.runtime.errors import InputError
 from celldetr.slides.pyramid import Level, Pyramid, open_pyramid
 from celldetr.slides.stains import hematoxylin
 from celldetr.xenium.registration.affine import affine, apply, decompose, inverse, rotation, scaling
-from celldetr.xenium.registration.alignment import Alignment
+from celldetr.xenium.registration.alignment import Alignment, read_alignment
 from celldetr.xenium.registration.estimate import make_maps
 from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import Grid, colour, sample
+from celldetr.xenium.registration.messages import Refused
 from celldetr.xenium.registration.nuclei import DapiNuclei
 from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import Registration, read_registration
@@ -208,12 +209,47 @@ def test_a_right_file_is_kept_and_refining_is_a_setting(scene):
 @pytest.mark.parametrize(
     ("change", "what"), [(inverse, "the inverse"), (lambda matrix: matrix @ SWAP, "x and y of the H&E swapped")]
 )
-def test_a_wrong_file_is_caught_named_and_undone(scene, change, what):
+def test_a_wrong_file_is_caught_named_and_undone(scene, change, what, caplog):
     found = run(scene, change(scene.matrix))
-    assert any(what in warning for warning in found.warnings), found.warnings
+    [warning] = found.warnings  # none of what the wrong matrix would mean
+    assert what in warning
+    assert warning in caplog.text
+    assert warning in drawn(found, scene)
+    repaired, refined = found.attempts[-2:]
+    assert (found.origin == "file, repaired and refined") == np.array_equal(found.matrix, refined.matrix)
+    assert (found.origin == "file, repaired") == np.array_equal(found.matrix, repaired.matrix)
     assert found.attempts[0].name == "file"
     assert not found.quality_before.passed
     assert median_error(found.matrix, scene) < 0.5
+
+
+def test_a_repaired_file_that_refinement_does_not_improve_is_not_called_refined(scene, monkeypatch):
+    monkeypatch.setattr("celldetr.xenium.registration.register._Run.refine", lambda self, to_um: to_um)
+    assert run(scene, inverse(scene.matrix), local="never").origin == "file, repaired"
+
+
+def drawn(found, scene):
+    """All texts of the picture of a registration, without line breaks."""
+    figure = registration_figure(found, scene.he, scene.nuclei, SETTINGS, name="lung")
+    return " ".join(text.get_text().replace("\n", " ") for axes in figure.axes for text in axes.texts)
+
+
+@pytest.mark.parametrize("number", [8, 4])
+def test_a_wrong_keypoint_is_named_in_log_and_picture(scene, caplog, number):
+    """Also one of four, whose fit of all does not tell which one it is."""
+    moving = np.random.default_rng(1).uniform(0.1, 0.9, (number, 2)) * scene.he.size
+    fixed = apply(scene.matrix, moving)
+    fixed[2] += 200  # px, 60 um
+    path = Path(scene.he.path).with_name("keypoints.csv")
+    header = "fixedX,fixedY,alignmentX,alignmentY"
+    np.savetxt(path, np.hstack([fixed, moving]), delimiter=",", header=header, comments="")
+    chosen = RegistrationSettings(regions=3, window=120, angle_step=15)
+    found = register(scene.he, scene.dapi, scene.nuclei, PIXEL, read_alignment(path), chosen, name="lung", seed=0)
+    assert median_error(found.matrix, scene) < 0.5
+    [warning] = [text for text in found.warnings if "keypoint" in text]
+    assert f"1 of {number} keypoints (number 3) lie up to 60 um" in warning
+    assert warning in caplog.text
+    assert warning in drawn(found, scene)
 
 
 @pytest.mark.parametrize("case", ["far off", "another sample"])
@@ -221,22 +257,34 @@ def test_the_images_decide_if_the_file_cannot_be_refined(scene, case):
     found = run(scene, moved(scene, (-90, 120), 3.0) if case == "far off" else planted(-60, 1.288, (-50, 30))[0])
     assert not found.quality_before.passed
     assert found.origin == "estimated" or case == "far off"
+    assert any("does not fit" in text for text in found.warnings) == (found.origin == "estimated")
     assert median_error(found.matrix, scene) < 0.5
 
 
-def test_images_that_do_not_belong_together_are_refused_with_all_figures(scene):
+def test_images_that_do_not_belong_together_are_refused_in_three_lines(scene, caplog):
+    caplog.set_level("INFO")
     stranger = scene._replace(nuclei=ellipses(np.random.default_rng(99)))
-    with pytest.raises(InputError) as error:
+    with pytest.raises(Refused) as error:
         run(stranger, scene.matrix, regions=2, window=80, scale_range=(1.28, 1.3))
-    message = str(error.value)
-    for part in ("lung: no registration passes", "file: median distance", "estimated: ", "max_distance", "Is "):
-        assert part in message
+    best, why, what = str(error.value).split("\n")
+    attempts = error.value.best.attempts
+    assert f"lung: no registration passes; best of {len(attempts)} attempts" in best
+    assert error.value.best.quality.summary() in best
+    assert "max_distance" in why
+    assert all(word in what for word in (str(scene.he.path), "0.2737 um per px", "he_mpp", "alignment", "use: no"))
+    assert {"file", "estimated"} <= {item.name for item in attempts}
+    for item in attempts:  # all of them are in the log, with figures and limits
+        assert all(part in caplog.text for part in (item.quality.summary(), *item.quality.failures))
+    assert not error.value.best.quality.passed
+    assert "registration FAILS" in drawn(error.value.best, stranger)
 
 
 def test_a_right_file_wins_over_a_wrong_pixel_size_of_the_image(scene):
     found = run(scene._replace(he=open_pyramid(scene.he.path, 0.5)), scene.matrix, refine="never")
     assert found.origin == "file"
-    assert any("got 0.5 um per px, but the matrix means 0.2737" in warning for warning in found.warnings)
+    [warning] = found.warnings  # none on the file, which is right
+    assert "got 0.5 um per px, but the matrix means 0.2737: correct he_mpp in the sheet" in warning
+    assert warning in drawn(found, scene)
 
 
 def test_a_smooth_distortion_is_corrected_and_comes_back_from_the_file(tmp_path):
@@ -259,8 +307,8 @@ def test_a_smooth_distortion_is_corrected_and_comes_back_from_the_file(tmp_path)
         with pytest.raises(InputError, match="with the displacement field"):
             read_registration(tmp_path / "r.json", "lung")
     figure = registration_figure(found, scene.he, scene.nuclei, SETTINGS, name="lung")
-    assert "local distortion corrected" in figure._suptitle.get_text()
-    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert any("local distortion: corrected" in text.get_text() for text in figure.axes[0].texts)
+    labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
     assert labels == ["shifted (chance)", "as registered", "without displacements"]
     without = run(scene, scene.matrix, local="never")
     assert (without.field, without.distortion) == (None, None)
@@ -332,14 +380,27 @@ def test_a_registration_that_failed_or_contradicts_itself_is_refused(written, tm
 
 
 def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
+    """Before, it refuses the image of another section: that attempt is drawn beside the outputs until one passes."""
     plan = {"affine": AffinePlan(12.0), "file_error": AffinePlan(0.5, (15.0, -12.0)), "alignment": "keypoints"}
     truth = write_xenium(tmp_path, seed=3, size_um=(300, 260), rim_um=30, **plan)
-    files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment]}
-    source = SimpleNamespace(**files, get=files.get)
-    params = SimpleNamespace(settings={"regions": 3, "window": 120}, he_mpp=None, sample="lung", seed=1)
+    other = write_xenium(tmp_path / "other", seed=4, size_um=(300, 260), rim_um=30, alignment=None)
     names = {"json": "r.json", "picture": "r.png", "provenance": "p.json"}
     output = SimpleNamespace(**{key: tmp_path / name for key, name in names.items()})
-    register_xenium.main(SimpleNamespace(input=source, params=params, output=output))
+    refused = tmp_path / "registration_refused.png"
+
+    def script(**changes):
+        files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment], **changes}
+        source = SimpleNamespace(**files, get=files.get)
+        settings = {"regions": 3, "window": 120, "scale_range": [1.8, 2.0], "angle_step": 15}
+        params = SimpleNamespace(settings=settings, he_mpp=None, sample="lung", seed=1)
+        register_xenium.main(SimpleNamespace(input=source, params=params, output=output))
+
+    with pytest.raises(InputError, match=f"^lung: no registration passes(.*\n){{2}}.*Look at {refused}"):
+        script(he=other.he_image, alignment=[])
+    assert Image.open(refused).size[0] > 1000
+    assert not any((tmp_path / name).exists() for name in names.values())
+    script()
+    assert not refused.exists()
     found = read_registration(output.json, "lung")
     points = np.concatenate(truth.nuclei_he)
     off = apply(found.he_to_um(), points) - apply(scaling(PIXEL) @ truth.matrix, points)

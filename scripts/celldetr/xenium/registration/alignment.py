@@ -3,7 +3,7 @@
 import csv
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Alignment:
 
     matrix: Floats  # (3, 3), H&E level-0 px -> Xenium px
     residuals: Floats  # (n,) distance of each keypoint to the fit, Xenium px; empty if the file holds a matrix
+    keypoints: Floats = field(default_factory=lambda: np.empty((0, 4)))  # (n, 4) x, y: Xenium px, then H&E px
 
 
 def read_alignment(path: str | os.PathLike[str]) -> Alignment:
@@ -66,7 +67,7 @@ def _fit_keypoints(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) 
         if spread[1] < 1e-3 * spread[0] or spread[0] == 0:
             raise InputError(f"{path}: the {name} keypoints lie on a line; expected points spread over the tissue")
     matrix = as_matrix(fit_affine(moving, fixed), str(path))
-    return Alignment(matrix, np.linalg.norm(apply(matrix, moving) - fixed, axis=1))
+    return Alignment(matrix, np.linalg.norm(apply(matrix, moving) - fixed, axis=1), points)
 
 
 def _numbers(rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> Floats:

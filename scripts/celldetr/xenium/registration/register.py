@@ -18,13 +18,13 @@ from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import inside
 from celldetr.xenium.registration.measure import he_nuclei, window_shifts
+from celldetr.xenium.registration.messages import Refused, best_attempt, origin_of, refusal, warnings_of
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region
 from celldetr.xenium.registration.refine import refine_nuclei, refine_windows
-from celldetr.xenium.registration.result import Attempt, Keypoints, Origin, Quality, Registration
+from celldetr.xenium.registration.result import Attempt, Keypoints, Quality, Registration
 
 log = logging.getLogger(__name__)
 
-_WRONG_KEYPOINT = 20.0  # um
 _SANE_SCALES = (0.2, 10.0)  # Xenium px per H&E px, of matrices that are worth a check
 _SCALE_STEP = 0.05  # relative step of the search for the scale
 _NEAR, _NEAR_Z = (
@@ -32,6 +32,7 @@ _NEAR, _NEAR_Z = (
     10.0,
 )  # share of the chance level, and z of the contrast, of a matrix that is right but for a field
 _MIN_IN_DAPI = 0.9  # share of the nuclei inside their own image
+_HELD = " as if it held "  # in the name of an attempt, before a mistake of the file
 
 
 def register(
@@ -48,8 +49,8 @@ def register(
     """Find a matrix from the H&E (whose `mpp` may be None) to the Xenium image that passes the gate.
 
     `outlines` are the DAPI nuclei (n,), polygons in um of the Xenium frame; `pixel_size` is um per Xenium px; `name` is
-    the sample's, for messages; `seed` that of the robust fits. Raises InputError if no matrix passes (with the figures
-    of every attempt), or the nuclei are not those of the image.
+    the sample's, for messages; `seed` that of the robust fits. Raises Refused if no matrix passes (the log has all
+    attempts), InputError if the nuclei are not those of the image.
     """
     try:
         nuclei = DapiNuclei(outlines)
@@ -61,15 +62,20 @@ def register(
             f"{name}: got {share:.0%} of the nuclei inside the DAPI image {dapi.path}, expected {_MIN_IN_DAPI:.0%} or "
             "more; are image, nuclei and pixel size of the same run?"
         )
-    run = _Run(he, dapi, nuclei, pixel_size, settings, seed)
+    run = _Run(he, dapi, nuclei, pixel_size, settings, seed, alignment)
     found = run.from_file(alignment) if alignment else None
     found = run.bend(found) if found else run.rescue()
     if found is None:
         found = run.from_images()
         found = run.bend(found) if found else run.rescue()
     if found is None:
-        raise InputError(f"{name}: no registration passes. Tried:\n{run.report()}")
-    return found
+        best = best_attempt(run.attempts)
+        text = refusal(name, run.attempts, alignment, he, dapi, pixel_size, settings)
+        raise Refused(text, run.result(best))
+    warnings = warnings_of(found, alignment, run.mistake, he, dapi, settings)
+    for text in warnings:
+        log.warning("warning: %s", text)
+    return found.model_copy(update={"warnings": tuple(warnings)})
 
 
 @dataclass
@@ -82,10 +88,10 @@ class _Run:
     pixel_size: float
     settings: RegistrationSettings
     seed: int
+    alignment: Alignment | None
     attempts: list[Attempt] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     before: Quality | None = None
-    keypoints: Keypoints | None = None
+    mistake: str | None = None  # of the file, undone in the last result
 
     @cached_property
     def regions(self) -> list[Region]:
@@ -105,14 +111,15 @@ class _Run:
         quality = check(to_um, self.he, self.nuclei, self.regions, self.settings, field)
         digest = field.digest if field else None
         attempt = Attempt(name=name, matrix=scaling(1 / self.pixel_size) @ to_um, quality=quality, field=digest)
-        log.info("%s: %s; %s", name, "passes" if quality.passed else "fails", quality.summary())
+        verdict = "passes" if quality.passed else f"fails: {'; '.join(quality.failures)}"
+        log.info("%s: %s; all figures: %s", name, verdict, quality.summary())
         self.attempts.append(attempt)
         return attempt
 
-    def accept(self, origin: Origin, name: str, to_um: Floats) -> Registration | None:
+    def accept(self, name: str, to_um: Floats) -> Registration | None:
         """Registration by a matrix; None if it does not pass."""
         attempt = self.check(name, to_um)
-        return self._result(origin, attempt) if attempt.quality.passed else None
+        return self.result(attempt) if attempt.quality.passed else None
 
     def refine(self, to_um: Floats) -> Floats:
         to_um = refine_windows(to_um, self.he, self.dapi, self.pixel_size, self.regions, self.seed)
@@ -122,11 +129,10 @@ class _Run:
 
     def from_file(self, alignment: Alignment) -> Registration | None:
         """Registration by the file's matrix or one near it; None if none passes."""
-        if len(alignment.residuals):
-            self._judge_keypoints(alignment.residuals)
+        if keypoints := self._keypoints():
+            log.info("alignment file: keypoints and their fit, um: %s", keypoints.to_dict())
         matrix, to_um = alignment.matrix, self.to_um(alignment.matrix)
         plausible = check_plausible(matrix, self.he.mpp, self.pixel_size, self.settings, self.he.size, self.dapi.size)
-        self.warnings += [f"alignment file: {text}" for text in (*plausible.notes, *plausible.problems)]
         low, high = _SANE_SCALES
         if low < decompose(matrix).scale < high:
             # check even an implausible matrix: the pixel size of the H&E may be wrong instead
@@ -136,40 +142,31 @@ class _Run:
                 return self._refine_passing(first)
         if plausible.problems:
             return self._undo_mistake(plausible)
-        found = self.accept("file, refined", "file, refined", self.refine(to_um)) or self._undo_mistake(plausible)
+        found = self.accept("file, refined", self.refine(to_um)) or self._undo_mistake(plausible)
         nearby = [] if found else estimate_nearby(self.maps, to_um, self.seed)
-        tries = (self.accept("file, refined", "file, refined on maps", self.refine(candidate)) for candidate in nearby)
+        tries = (self.accept("file, refined on maps", self.refine(candidate)) for candidate in nearby)
         return found or next(filter(None, tries), None)
-
-    def _judge_keypoints(self, residuals: Floats) -> None:
-        """Keep the fit of the keypoints; residuals (n,) in Xenium px."""
-        typical, worst = (float(value) * self.pixel_size for value in (np.median(residuals), residuals.max()))
-        self.keypoints = Keypoints(number=len(residuals), median=typical, worst=worst)
-        log.info("alignment file: %d keypoints, %.1f um from the fit, at most %.1f", len(residuals), typical, worst)
-        if worst > _WRONG_KEYPOINT:
-            number = int(residuals.argmax()) + 1
-            self.warnings.append(f"alignment file: keypoint {number} is {worst:.1f} um from the fit of all: correct it")
 
     def _refine_passing(self, first: Attempt) -> Registration:
         """Refine a file that passes, as far as `refine` and `min_gain` ask for it."""
         if self.settings.refine == "never":
-            return self._result("file", first)
+            return self.result(first)
         second = self.check("file, refined", self.refine(self.to_um(first.matrix)))
         gain = (first.quality.distance or 0) - (second.quality.distance or np.inf)
         wanted = self.settings.refine == "always" or gain >= self.settings.min_gain
         if second.quality.passed and wanted:
-            return self._result("file, refined", second)
-        return self._result("file", first)
+            return self.result(second)
+        return self.result(first)
 
     def _undo_mistake(self, plausible: Plausibility) -> Registration | None:
         """Registration by the file's matrix with a likely mistake undone; None if none passes."""
         for what, corrected in plausible.mistakes.items():
-            attempt = self.check(f"file, if it holds {what}", self.to_um(corrected))
+            attempt = self.check(f"file, repaired{_HELD}{what}", self.to_um(corrected))
             if attempt.quality.passed:
-                self.warnings.append(f"alignment file: it holds {what}; that was undone: correct the file")
-                refined = self.check(f"{attempt.name}, refined", self.refine(self.to_um(attempt.matrix)))
+                name = f"file, repaired and refined{_HELD}{what}"
+                refined = self.check(name, self.refine(self.to_um(attempt.matrix)))
                 better = (refined.quality.distance or np.inf) < (attempt.quality.distance or np.inf)
-                return self._result("file, refined", refined if refined.quality.passed and better else attempt)
+                return self.result(refined if refined.quality.passed and better else attempt)
         return None
 
     def from_images(self) -> Registration | None:
@@ -181,7 +178,7 @@ class _Run:
         if self.he.mpp:
             tries.insert(0, ("estimated", [1.0]))
         found = (
-            self.accept("estimated", name, self.refine(candidate))
+            self.accept(name, self.refine(candidate))
             for name, factors in tries
             for candidate in estimate(self.maps, factors, self.settings, self.seed)
         )
@@ -213,8 +210,7 @@ class _Run:
         if not near:
             return None
         best = min(near, key=lambda item: item.quality.distance or np.inf)
-        origin: Origin = "file, refined" if best.name.startswith("file") else "estimated"
-        found = self.bend(self._result("file" if best.name == "file" else origin, best))
+        found = self.bend(self.result(best))
         return found if found.quality.passed else None
 
     def _is_near(self, quality: Quality) -> bool:
@@ -223,29 +219,22 @@ class _Run:
             return False
         return quality.distance < _NEAR * quality.chance and (quality.z or 0) > _NEAR_Z
 
-    def _result(self, origin: Origin, attempt: Attempt) -> Registration:
-        effective, known = decompose(attempt.matrix).scale * self.pixel_size, self.he.mpp
-        if known and abs(effective / known - 1) > self.settings.scale_tolerance:
-            text = f"H&E: got {known:g} um per px, but the matrix means {effective:.4g}; correct the pixel size"
-            self.warnings.append(text)
+    def result(self, attempt: Attempt) -> Registration:
+        """Registration by an attempt, which may not pass."""
+        self.mistake = attempt.name.partition(_HELD)[2] or None
         return Registration(
             matrix=attempt.matrix,
             pixel_size=self.pixel_size,
-            origin=origin,
+            origin=origin_of(attempt.name),
             quality=attempt.quality,
             quality_before=self.before,
-            keypoints=self.keypoints,
+            keypoints=self._keypoints(),
             attempts=tuple(self.attempts),
-            warnings=tuple(self.warnings),
         )
 
-    def report(self) -> str:
-        """Figures of all attempts, and advice, for the error."""
-        size = f"{self.he.mpp:g} um per px" if self.he.mpp else "um per px unknown"
-        lines = [
-            *(f"{item.name}: {'; '.join(item.quality.failures)} ({item.quality.summary()})" for item in self.attempts),
-            *self.warnings,
-            f"Is {self.he.path} ({size}) the H&E of this very section? Give its um per px, set keypoints by hand "
-            "(alignment file), or leave the sample out.",
-        ]
-        return "\n".join(f"  {line}" for line in lines)
+    def _keypoints(self) -> Keypoints | None:
+        """Fit of the keypoints of the file, if it holds some."""
+        if self.alignment is None or not len(self.alignment.residuals):
+            return None
+        off = self.alignment.residuals * self.pixel_size
+        return Keypoints(number=len(off), median=float(np.median(off)), worst=float(off.max()))

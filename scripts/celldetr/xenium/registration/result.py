@@ -19,7 +19,7 @@ from celldetr.xenium.registration.distortion import Distortion
 from celldetr.xenium.registration.field import DisplacementField
 
 _FORMAT = "celldetr registration 2"
-Origin = Literal["file", "file, refined", "estimated"]
+Origin = Literal["file", "file, refined", "file, repaired", "file, repaired and refined", "estimated"]
 Matrix = Annotated[
     Floats, BeforeValidator(as_matrix), PlainSerializer(lambda matrix: matrix.tolist(), return_type=list)
 ]
@@ -61,7 +61,7 @@ class Quality(_Figures):
 
 
 class Attempt(Settings):
-    """One matrix that was checked."""
+    """One matrix that was checked; its name begins with its origin."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -86,7 +86,7 @@ class Registration(Settings):
 
     matrix: Matrix = Field(description="(3, 3), H&E level-0 px (x, y, 1) -> Xenium px")
     pixel_size: float = Field(gt=0, description="um per Xenium px")
-    origin: Origin = Field(description="Source of the matrix")
+    origin: Origin = Field(description="Source of the matrix; repaired: a mistake of the file was undone")
     quality: Quality
     quality_before: Quality | None = Field(None, description="Quality of the file's matrix; None without a file")
     keypoints: Keypoints | None = Field(None, description="None if the file holds a matrix")
