@@ -285,14 +285,14 @@ def locate(path: str, root: Path) -> Path:
 
 
 def used_samples(paths: XeniumSettings | None, root: Path) -> tuple[dict[str, XeniumRow], dict[str, ReferenceRow]]:
-    """Read both sheets; return the samples in use and the references that they need; none without sheets.
+    """Read both sheets; return the samples in use and the references that they need; none without a sheet.
 
     Raises
     ------
     ConfigError
         A sheet is not valid (`read_sheet`), no sample is in use, or the reference of a sample has no row.
     """
-    if paths is None:
+    if paths is None or paths.samples is None:
         return {}, {}
     used = _used(paths.samples, root, XeniumRow, "sample")
     sheet = locate(paths.references, root)

@@ -1,6 +1,6 @@
 """Settings of Xenium samples: registration, cell types, patches and their split."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -112,13 +112,41 @@ class XeniumSplitSettings(Settings):
         return self
 
 
+class SthelarSettings(Settings):
+    """STHELAR (Giraud-Sauveur et al. 2026): Xenium sections as labelled patches, from Hugging Face."""
+
+    samples: str = Field("config/sthelar.tsv", description="sheet of the sections")
+    types: str = Field("config/sthelar_types.tsv", description="table of the cell type of each of its categories")
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] = Field(
+        "FelicieGS/STHELAR_40x", description="data set on Hugging Face"
+    )
+    revision: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(
+        "main", description="its commit, tag or branch; what a branch stood for is kept beside the files"
+    )
+    folder: str | None = Field(None, description="a copy of the data set on this machine, instead of the repository")
+    min_dice: Share = Field(
+        0.0, description="smallest Dice of a patch: its nuclei against those that the authors' CellViT found"
+    )
+    min_jaccard: Share = Field(0.0, description="smallest Jaccard index of a patch, likewise")
+    min_bpq: Share = Field(0.0, description="smallest binary panoptic quality of a patch, likewise")
+
+
 class XeniumSettings(Settings):
     """Xenium samples with their H&E images."""
 
-    samples: str = Field("config/xenium.tsv", description="sheet of the samples")
+    samples: str | None = Field(
+        "config/xenium.tsv", description="sheet of the samples; null: none, the sections of STHELAR alone"
+    )
     references: str = Field("config/references.tsv", description="sheet of the scRNA-seq references")
     cells_per_type: Count = Field(2000, description="cells of each type that are taken from a reference")
     registration: RegistrationSettings = Field(RegistrationSettings(), description="registration of the H&E image")
     cell_types: CellTypeSettings = Field(CellTypeSettings(), description="cell types from expression")
     patches: PatchSettings = Field(PatchSettings(), description="which patches are taken")
     split: XeniumSplitSettings = Field(XeniumSplitSettings(), description="which patches train, validate and test")
+    sthelar: SthelarSettings | None = Field(None, description="sections of STHELAR as further samples; null: none")
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.samples is None and self.sthelar is None:
+            raise ValueError("samples: got null, expected a sheet, or a block sthelar")
+        return self

@@ -27,7 +27,7 @@ Choose = Callable[[Sequence[str]], Sequence[str]]
 """Names in the archive -> names wanted; raises InputError if one that is needed is missing."""
 
 
-class _NoRanges(Exception):
+class NoRanges(Exception):
     """The server does not send parts of files."""
 
 
@@ -104,11 +104,11 @@ def _from_folder(folder: Path, staging: Path, choose: Choose) -> None:
 
 def _from_server(url: str, staging: Path, choose: Choose, marker: str, size: int | None, sha256: str | None) -> None:
     try:
-        with requests.Session() as session, _RemoteFile(url, session) as file:
+        with requests.Session() as session, RemoteFile(url, session) as file:
             if size is not None and file.size != size:
                 raise InputError(f"got an archive of {file.size} bytes, expected {size}: another file or version")
             _extract(file, staging, choose, marker)
-    except _NoRanges:
+    except NoRanges:
         log.warning("%s: the server sends whole files only; getting the archive", url)
         archive = fetch([url], staging / ".archive", size=size, sha256=sha256)
         with archive.open("rb") as whole:
@@ -152,8 +152,8 @@ def _crc(path: Path) -> int:
     return value
 
 
-class _RemoteFile(AbstractBufferedFile):
-    """A file on a server, read in blocks by range requests; raises `_NoRanges` if the server does not answer these.
+class RemoteFile(AbstractBufferedFile):
+    """A file on a server, read in blocks by range requests; raises `NoRanges` if the server does not answer these.
 
     The buffer is fsspec's, the requests are ours: fsspec's own HTTP file does not repeat a failed request, does not
     notice that the file changes while it is read, and ignores the proxies and certificates of the environment.
@@ -173,7 +173,7 @@ class _RemoteFile(AbstractBufferedFile):
         with get(self._url, {"Range": f"bytes={start}-{end - 1}"}, self._session) as response:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
             if response.status_code != 206 or span is None or int(span[1]) != start:
-                raise _NoRanges
+                raise NoRanges
             version = response.headers.get("ETag") or response.headers.get("Last-Modified"), int(span[2])
             if self._version not in (None, version):
                 raise InputError("the file on the server changed while it was read; start again")

@@ -4,6 +4,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from celldetr.fetch import http
 
@@ -85,3 +87,18 @@ def web(monkeypatch):
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def use_hub(monkeypatch, tmp_path):
+    """Let `huggingface_hub` ask another address, which it reads from HF_ENDPOINT when it is imported."""
+
+    def use(url):
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setattr(_http.time, "sleep", lambda _: None)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret123")
+
+    return use

@@ -4,7 +4,6 @@ import hashlib
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import _http
 
 from celldetr.fetch.huggingface import REPOSITORY, fetch_hest, nuclei_path, slide_path
 from celldetr.runtime.errors import InputError
@@ -12,21 +11,6 @@ from celldetr.runtime.errors import InputError
 DATA = b"II*\0" + bytes(range(256)) * 300
 SHA = hashlib.sha256(DATA).hexdigest()
 TOKEN = "hf_secret123"
-
-
-@pytest.fixture
-def use_hub(monkeypatch, tmp_path):
-    """Let `huggingface_hub` ask another address, which it reads from HF_ENDPOINT when it is imported."""
-
-    def use(url):
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
-        monkeypatch.setattr(_http.time, "sleep", lambda _: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-
-    return use
 
 
 @pytest.fixture
