@@ -9,6 +9,7 @@ from strategies import damages, refused, tries
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow, read_sheet
+from celldetr.config.sthelar import SthelarRow
 from celldetr.runtime.errors import ConfigError
 from celldetr.xenium.celltypes.reference import LEFT_OUT, read_mapping
 
@@ -17,6 +18,7 @@ SHEETS = {
     "xenium": (XeniumRow, "sample"),
     "slides": (SlideRow, "slide"),
     "references": (ReferenceRow, "reference"),
+    "sthelar": (SthelarRow, "sample"),
 }
 FILES = [
     (name, (ROOT / "config" / folder / f"{name}.tsv").read_bytes()) for name in SHEETS for folder in (".", "example")

@@ -61,6 +61,7 @@ SMALL = {
         "images": [16, 12, 16],
         "reference_cells": 1000,
         "xenium": {"drawn_1": {"size_um": [330, 260]}, "drawn_2": {"size_um": [330, 260]}},
+        "sthelar": {"drawn_s0": [3, 2]},
         "slides": {"drawn_slide_1": [300, 240], "drawn_slide_2": [300, 240]},
     },
     "slides": {"total": 40},

@@ -93,6 +93,15 @@ def test_xenium_samples_are_registered_labelled_and_split_without_shared_tissue(
     assert open_store(folder / "test.zarr").n_patches == (split["part"] == "test").sum()
 
 
+def test_a_section_of_sthelar_is_a_sample_like_the_others(results):
+    store = open_store(results / "xenium" / "drawn_s0" / "drawn_s0.zarr")
+    assert store.classes == ST_TYPES
+    assert store.attrs["image"]["mpp"] == pytest.approx(0.274, rel=0.03)  # measured
+    split = pd.read_csv(results / "xenium" / "split.tsv", sep="\t")
+    assert (split["store"] == "drawn_s0").sum() == store.n_patches
+    assert "drawn_s0" in set(pd.read_csv(results / "figures" / "figure5a.tsv", sep="\t")["sample"])
+
+
 def test_a_sample_is_saved_as_spatialdata(results):
     saved = results / "xenium" / "drawn_1" / "spatialdata.zarr"
     assert {"images", "shapes", "tables"} <= {path.name for path in saved.iterdir()}

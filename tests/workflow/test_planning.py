@@ -108,6 +108,15 @@ def test_profiles_plan_from_a_clone_as_typed(tmp_path):
     assert "make_example" in jobs_of(run("snakemake", "--profile", "example", "--directory", tmp_path, "-n", "all"))
 
 
+def test_sthelar_is_planned_beside_the_samples_or_alone(tmp_path):
+    shipped = {"sthelar": {"revision": "0123abc"}}
+    jobs = jobs_of(plan(tmp_path, {"xenium": shipped}, "results/xenium/split.tsv", base=paper()))
+    assert (jobs["download_sthelar"], jobs["extract_sthelar"], jobs["extract_xenium"]) == (25, 25, 4)
+    jobs = jobs_of(plan(tmp_path, {"xenium": {**shipped, "samples": None}}, base=paper()))
+    assert (jobs["extract_sthelar"], jobs["split_xenium"], jobs["figure5b"]) == (25, 1, 1)
+    assert not {"extract_xenium", "register_xenium"} & set(jobs)
+
+
 def test_what_goes_beyond_the_paper_runs_when_it_is_listed(tmp_path):
     table = {"ours": ["celldetr_plus"], "others": []}
     jobs = jobs_of(plan(tmp_path, {"tables": {"table1": table}}, base=paper()))

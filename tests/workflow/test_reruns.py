@@ -23,6 +23,8 @@ INTERMEDIATES = {
     "results/xenium/drawn_1/registration.json": "register_xenium",
     "results/xenium/drawn_2/cells.parquet": "annotate_xenium",
     "results/xenium/drawn_1/drawn_1.zarr": "extract_xenium",
+    "results/raw/sthelar/drawn_s0": "download_sthelar",
+    "results/xenium/drawn_s0/drawn_s0.zarr": "extract_sthelar",
     "results/xenium/test.zarr": "split_xenium",
     "results/slides/drawn_slide_2/detected.parquet": "detect_slide",
     "results/slides/drawn_slide_1/drawn_slide_1.zarr": "extract_slide",
@@ -52,7 +54,7 @@ CELLS = {"find_cells", "join_cells"} | FILES_OF_CELLS
 EVERY_MODEL = AFTER_TRAINING | AFTER_SLIDES | FIGURES | DETECTED | CELLS
 SEGMENTS = {"train_segmentation", "predict_segmentation"} if OTHERS else set()
 AFTER_SEGMENTS = SEGMENTS | {"learning_curves", "score", "table", "overlays"} if OTHERS else set()
-STORES = {"convert_pannuke", "extract_xenium", "extract_slide"}
+STORES = {"convert_pannuke", "extract_xenium", "extract_sthelar", "extract_slide"}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,7 @@ def test_an_edit_of_code_repeats_what_it_affects(planner, name):
         ({"xenium": {"registration": {"regions": 3}}}, {"register_xenium", "extract_xenium"} | AFTER_XENIUM),
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM),
         ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_XENIUM - {"figure5a"}),
+        ({"xenium": {"sthelar": {"min_dice": 0.5}}}, {"extract_sthelar"} | AFTER_XENIUM),
         ({"cells": {"nucleus_threshold": 0.02}}, CELLS),
         ({"cells": {"class_threshold": 0.02}}, {"join_cells"} | FILES_OF_CELLS),
         ({"cells": {"jobs": 3}}, CELLS),

@@ -56,6 +56,7 @@ try:
         used_samples,
         used_slides,
     )
+    from celldetr.config.sthelar import used_sthelar
     from celldetr.runtime.errors import ConfigError, masked
     from celldetr.runtime.provenance import source_hash
 except ImportError as error:
@@ -67,9 +68,10 @@ except ImportError as error:
 try:
     CONFIG = load_config(config, ROOT, workflow.configfiles)
     SAMPLES, REFERENCES = used_samples(CONFIG.xenium, ROOT)
+    STHELAR = used_sthelar(CONFIG.xenium, SAMPLES, ROOT)
     SLIDES = used_slides(CONFIG.slides.sheet if CONFIG.slides else None, ROOT)
     CELLS = cell_slides(CONFIG.cells, SAMPLES, SLIDES, ROOT)
-    CONFIG.check_groups(SAMPLES, SLIDES)
+    CONFIG.check_groups({**SAMPLES, **STHELAR}, SLIDES)
 except ConfigError as error:
     raise WorkflowError(
         f"The configuration is not valid:\n{masked(str(error))}"
@@ -178,8 +180,13 @@ def folds_of(split: str, *parts: str) -> list[int]:
 
 
 def sample_store(sample: str) -> str:
-    """Patch store of a Xenium sample."""
+    """Patch store of a Xenium sample or a section of STHELAR."""
     return f"results/xenium/{sample}/{sample}.zarr"
+
+
+def sample_stores() -> list[str]:
+    """Patch stores of all Xenium samples and sections of STHELAR."""
+    return [sample_store(sample) for sample in (*SAMPLES, *STHELAR)]
 
 
 def sample_source(wildcards, what: str) -> dict:
@@ -278,7 +285,7 @@ def train_stores(wildcards) -> list[str]:
             f"{wildcards.experiment} has no split {wildcards.split}, only {CONFIG.splits(wildcards.experiment)}"
         )
     if stage_of(wildcards.experiment) == "st":
-        return [sample_store(sample) for sample in SAMPLES]
+        return sample_stores()
     if stage_of(wildcards.experiment) == "ssl":
         return [slide_store(slide) for slide in SLIDES]
     return [fold_store(fold) for fold in folds_of(wildcards.split, "train", "val")]
@@ -397,11 +404,10 @@ def all_results() -> list[str]:
             ]
     wanted += [path.replace("model.pt", "curves.png") for path in trained_models()]
     wanted += expand("results/pannuke/fold{fold}_summary.html", fold=FOLDS)
-    if SAMPLES:
+    wanted += expand("results/xenium/{sample}/registration.png", sample=SAMPLES)
+    if SAMPLES or STHELAR:
         wanted += expand(
-            "results/xenium/{sample}/{file}",
-            sample=SAMPLES,
-            file=["registration.png", "patches.html"],
+            "results/xenium/{sample}/patches.html", sample=[*SAMPLES, *STHELAR]
         )
         wanted += [f"results/figures/figure5a.{kind}" for kind in ("png", "svg")]
     if experiment_of("st") is not None:

@@ -276,7 +276,7 @@ rule extract_xenium:
 
 rule split_xenium:
     input:
-        stores=[sample_store(sample) for sample in SAMPLES],
+        stores=sample_stores(),
     output:
         split="results/xenium/split.tsv",
         test=directory("results/xenium/test.zarr"),
@@ -334,7 +334,7 @@ rule save_spatialdata:
 
 rule figure5a:
     input:
-        stores=[sample_store(sample) for sample in SAMPLES],
+        stores=sample_stores(),
     output:
         png=report(
             "results/figures/figure5a.png",
@@ -354,7 +354,10 @@ rule figure5a:
         mem_mb=2000,
         runtime=10,
     params:
-        titles={sample: f"{sample} ({row.tissue})" for sample, row in SAMPLES.items()},
+        titles={
+            sample: f"{sample} ({row.tissue})"
+            for sample, row in {**SAMPLES, **STHELAR}.items()
+        },
         code=code("figure5a"),
     message:
         "Drawing figure 5a"

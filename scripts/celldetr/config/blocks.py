@@ -144,6 +144,9 @@ class ExampleSettings(Settings):
 
     images: tuple[Count, Count, Count] = Field(description="number of images in each of the three folds")
     xenium: dict[Name, ExampleSampleSettings] = Field(default_factory=dict, description="Xenium samples by name")
+    sthelar: dict[Name, tuple[SmallCount, SmallCount]] = Field(
+        default_factory=dict, description="sections of STHELAR by name: patches across and down"
+    )
     slides: dict[Name, tuple[Positive, Positive]] = Field(
         default_factory=dict, description="slides by name: width and height of the tissue, um"
     )

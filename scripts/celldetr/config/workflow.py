@@ -6,6 +6,7 @@ the JSON schemas of workflow/schemas; a test compares them.
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +37,7 @@ from celldetr.config.pannuke import FOLDS, PanNukeSettings, SourceSettings, fold
 from celldetr.config.segmentation import SegmentationExperiment
 from celldetr.config.sheets import CellRow, ReferenceRow, SlideRow, XeniumRow
 from celldetr.config.slides import SlideSettings
+from celldetr.config.sthelar import SthelarRow
 from celldetr.config.xenium import XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
@@ -107,7 +109,8 @@ class Config(Settings):
                 raise ValueError(
                     f"{where}.margin_um: got {margin}, expected less than half the side of a patch ({half:g} um)"
                 )
-        if self.cells is not None and self.cells.sheet is None and self.slides is None and self.xenium is None:
+        no_samples = self.xenium is None or self.xenium.samples is None
+        if self.cells is not None and self.cells.sheet is None and self.slides is None and no_samples:
             raise ValueError("cells.sheet: got null, but there are no slides and no Xenium samples; expected a sheet")
         for fold in FOLDS if self.example is not None else ():
             if all("://" in url for url in self.pannuke.fold(fold).urls):
@@ -244,7 +247,7 @@ class Config(Settings):
                             "that has not seen it"
                         )
 
-    def check_groups(self, samples: dict[str, XeniumRow], slides: dict[str, SlideRow]) -> None:
+    def check_groups(self, samples: Mapping[str, XeniumRow | SthelarRow], slides: Mapping[str, SlideRow]) -> None:
         """Refuse to test cell types on a donor whose slides pretrained the model.
 
         Raises
@@ -346,6 +349,7 @@ def schemas() -> dict[str, str]:
     kinds: dict[str, type[Settings]] = {
         "config": Config,
         "xenium": XeniumRow,
+        "sthelar": SthelarRow,
         "references": ReferenceRow,
         "slides": SlideRow,
         "cells": CellRow,

@@ -20,7 +20,9 @@ from celldetr.config.sheets import (
     used_slides,
 )
 from celldetr.config.slides import SlideSettings
+from celldetr.config.sthelar import used_sthelar
 from celldetr.config.workflow import schemas
+from celldetr.config.xenium import SthelarSettings, XeniumSettings
 from celldetr.runtime.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -110,6 +112,34 @@ def test_mistakes_in_samples_are_named(tmp_path, change, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)
     assert str(path) in str(error.value)
+
+
+def test_sections_of_sthelar_are_no_sample_twice(tmp_path):
+    """Two sections of the shipped sheet are samples of the paper: they are off, and refused if they are turned on."""
+    settings = XeniumSettings(sthelar=SthelarSettings())
+    samples, _ = used_samples(settings, ROOT)
+    used = used_sthelar(settings, samples, ROOT)
+    assert len(used) == 25
+    alone = XeniumSettings(samples=None, sthelar=SthelarSettings(samples=str(tmp_path / "on.tsv")))
+    text = (ROOT / "config" / "sthelar.tsv").read_text(encoding="utf-8")
+    (tmp_path / "on.tsv").write_text(text.replace("\tno\t", "\tyes\t"), encoding="utf-8")
+    rows = used_sthelar(alone, {}, ROOT)
+    assert len(rows) == len({row.section for row in rows.values()}) == 27
+    by_section = {row.section: row for row in rows.values()}
+    shared = {name: row.group for name, row in read_sheet(ROOT / "config/xenium.tsv", XeniumRow, "sample").items()}
+    assert all(by_section[name].group == group for name, group in shared.items() if name in by_section)
+    with pytest.raises(ConfigError, match=r"lung_s1: .* is the sample Xenium_V1_Human_Lung_Cancer_Addon_FFPE of"):
+        used_sthelar(alone, samples, ROOT)
+    write(tmp_path / "on.tsv", {"sample": "A", "use": "yes", "tissue": "lung", "group": "g"})
+    with pytest.raises(ConfigError, match="sample: got 'A', also a name in"):
+        used_sthelar(alone, {"a": XeniumRow.model_validate(ROW)}, ROOT)
+    write(tmp_path / "on.tsv", {"sample": "A", "use": "no", "tissue": "lung", "group": "g"})
+    with pytest.raises(ConfigError, match="column use: got 'yes' in no row"):
+        used_sthelar(alone, {}, ROOT)
+    assert used_sthelar(XeniumSettings(), {}, ROOT) == {}
+    assert used_samples(alone, ROOT) == ({}, {})
+    with pytest.raises(ValueError, match="samples: got null, expected a sheet, or a block sthelar"):
+        XeniumSettings(samples=None)
 
 
 @pytest.mark.parametrize(
