@@ -16,7 +16,7 @@ from celldetr.report.style import CASING, cased, styled
 from celldetr.runtime.errors import InputError
 
 _COLUMNS = 3  # pairs of panels beside each other
-_LINE, _CASED = 1.0, 1.7  # widths of a line and of the dark one below it, points
+_LINE, _CASED = 1.2, 2.4  # widths of a line and of the dark one below it, points
 
 
 def choose_patches(box_ptr: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
