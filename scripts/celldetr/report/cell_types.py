@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from celldetr.config.classes import ST_TYPES
-from celldetr.report.style import MUTED_COLOUR, REFERENCE_COLOUR, SAMPLE_COLOUR, styled
+from celldetr.report.style import LINE_COLOUR, MUTED_COLOUR, REFERENCE_COLOUR, SAMPLE_COLOUR, styled
 
-_BESIDE: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7, "color": MUTED_COLOUR}
+_BESIDE: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7, "color": LINE_COLOUR}
 _MANY_UNLIKE = 0.2  # share of a type's cells
 _NOTE_WIDTH = 140  # characters of a line above the panels
 
@@ -29,10 +29,10 @@ def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
     grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.15, 1.25))
     _labels(figure.add_subplot(grid[0, 0]), figures)
     _reasons(figure.add_subplot(grid[0, 1]), figures["reasons"])
-    _composition(figure.add_subplot(grid[0, 2]), figures["composition"])
+    _composition(figure.add_subplot(grid[0, 2]), figures)
     _markers(figure, figure.add_subplot(grid[1, :]), figures["markers"])
-    _confusion(figure.add_subplot(grid[2, :2]), figures["reannotation"])
-    _agreement(figure.add_subplot(grid[2, 2]), figures["agreement"])
+    _confusion(figure.add_subplot(grid[2, :2]), figures)
+    _agreement(figure.add_subplot(grid[2, 2]), figures)
     for axes in figure.axes:
         axes.title.set_fontsize(10)
         axes.spines[["top", "right"]].set_visible(False)
@@ -64,20 +64,26 @@ def cell_type_notes(figures: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+def _without_cells(figures: Mapping[str, Any], name: str) -> str:
+    """Why a type has no labelled cells; empty if it has some."""
+    if name in figures["missing_types"]:
+        return "not in the reference"
+    if name in figures["unused_types"]:
+        return f"not used: precision {figures['precision'][name]:.2f}"
+    return "" if figures["labels"][name] else "0 cells"
+
+
 def _labels(axes: Axes, figures: Mapping[str, Any]) -> None:
     numbers = figures["labels"]
     axes.bar(range(len(numbers)), list(numbers.values()), color=SAMPLE_COLOUR)
     for place, (name, number) in enumerate(numbers.items()):
         precision = figures["precision"][name]
-        if name in figures["missing_types"]:
-            axes.text(place, 0.8, "not in the reference", **_BESIDE)
-            continue
-        below = "" if precision is None else f"\n{precision:.2f}"
-        axes.text(place, max(number, 0.8), f"{number:,}{below}", ha="center", va="bottom", fontsize=7)
+        share = "" if precision is None else f" ({precision:.2f})"
+        axes.text(place, max(number, 0.7) * 1.2, _without_cells(figures, name) or f"{number:,}{share}", **_BESIDE)
     axes.set_yscale("log")
-    axes.set_ylim(0.7, max(10, *numbers.values()) * 6)
+    axes.set_ylim(0.7, max(10, *numbers.values()) ** 1.4)
     axes.set_ylabel("cells (log)")
-    axes.set_title("Labelled cells; below, estimated precision")
+    axes.set_title("Labelled cells (estimated precision)")
     _names(axes)
 
 
@@ -95,15 +101,19 @@ def _reasons(axes: Axes, reasons: Mapping[str, int]) -> None:
     axes.set_title("Labelled, or why not")
 
 
-def _composition(axes: Axes, composition: Mapping[str, Mapping[str, float]]) -> None:
+def _composition(axes: Axes, figures: Mapping[str, Any]) -> None:
     for shift, (name, colour) in zip(
         (-0.2, 0.2), (("sample", SAMPLE_COLOUR), ("reference", REFERENCE_COLOUR)), strict=True
     ):
-        shares = [composition[name][kind] for kind in ST_TYPES]
+        shares = [figures["composition"][name][kind] for kind in ST_TYPES]
         axes.bar(np.arange(len(ST_TYPES)) + shift, shares, 0.4, color=colour, label=name)
+    bottom = axes.get_ylim()[1] / 100
+    for place, kind in enumerate(ST_TYPES):
+        missing = kind in figures["missing_types"]
+        axes.text(place if missing else place - 0.2, bottom, _without_cells(figures, kind), **_BESIDE)
     axes.set_ylabel("share of labelled cells")
-    axes.set_title("Composition")
-    axes.legend(frameon=False)
+    axes.set_title("Composition", pad=22)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.1)
     _names(axes)
 
 
@@ -129,7 +139,8 @@ def _markers(figure: Figure, axes: Axes, markers: Mapping[str, Any]) -> None:
     figure.colorbar(points, ax=axes, label="mean, relative to the largest", fraction=0.02, pad=0.01)
 
 
-def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
+def _confusion(axes: Axes, figures: Mapping[str, Any]) -> None:
+    test, missing = figures["reannotation"], figures["missing_types"]
     counts = np.array(test["confusion"])
     rows = counts.sum(axis=1)
     shares = counts / np.maximum(rows, 1)[:, None]
@@ -137,8 +148,9 @@ def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
     for row, column in zip(*np.nonzero(counts), strict=True):
         paint = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=paint, fontsize=8)
-    f1 = {kind: "–" if value is None else f"{value:.2f}" for kind, value in test["f1"].items()}
-    axes.set_yticks(range(len(ST_TYPES)), [f"{kind}  (F1 {f1[kind]})" for kind in ST_TYPES])
+    f1 = {kind: "0 cells" if value is None else f"F1 {value:.2f}" for kind, value in test["f1"].items()}
+    f1 |= dict.fromkeys(missing, "not in the reference")
+    axes.set_yticks(range(len(ST_TYPES)), [f"{kind}  ({f1[kind]})" for kind in ST_TYPES])
     axes.set_xlabel("type with the largest fraction")
     axes.set_ylabel("true type")
     score = "–" if test["macro_f1"] is None else f"{test['macro_f1']:.2f}"
@@ -146,12 +158,14 @@ def _confusion(axes: Axes, test: Mapping[str, Any]) -> None:
     _names(axes)
 
 
-def _agreement(axes: Axes, agreement: Mapping[str, Any]) -> None:
+def _agreement(axes: Axes, figures: Mapping[str, Any]) -> None:
+    agreement = figures["agreement"]
     shares = [agreement["by_type"][kind] or 0 for kind in ST_TYPES]
     axes.bar(range(len(ST_TYPES)), shares, color=SAMPLE_COLOUR)
     for place, kind in enumerate(ST_TYPES):
         if agreement["by_type"][kind] is None:
-            axes.text(place, 0.02, "no cells", **_BESIDE)
+            missing = kind in figures["missing_types"]
+            axes.text(place, 0.02, "not in the reference" if missing else "0 cells", **_BESIDE)
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share of cells")
     overall = "–" if agreement["overall"] is None else f"{agreement['overall']:.0%}"

@@ -338,3 +338,21 @@ def test_figures_and_picture(annotation, sample, reference, tmp_path):
     assert (tmp_path / "qc.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="got the suffix '', expected png or svg"):
         save(cell_types_figure(figures, "test"), tmp_path / "qc")
+
+
+def test_the_picture_says_why_a_type_has_no_cells_and_hides_no_bar(annotation, sample, reference):
+    figures = quality(sample, reference, annotation, SETTINGS, 0)
+    figures["labels"] |= {"T": 0, "NK": 0}
+    figures["precision"] |= {"T": None, "NK": 0.52}
+    figures["unused_types"] = ["NK"]
+    figures["composition"]["sample"] |= dict.fromkeys(ST_TYPES, 0.5)  # bars as high as the panel
+    figure = cell_types_figure(figures, "test")
+    figure.draw_without_rendering()
+    labels, composition = ([text.get_text() for text in figure.axes[number].texts] for number in (0, 2))
+    for texts in (labels, composition):
+        assert [texts[ST_TYPES.index(name)] for name in ("T", "NK")] == ["0 cells", "not used: precision 0.52"]
+        assert texts.count("not in the reference") == len(ST_TYPES) - len(TISSUE)
+    panel = figure.axes[2]
+    legend = panel.get_legend().get_window_extent()
+    assert not [bar for bar in panel.patches if bar.get_window_extent().overlaps(legend)]
+    assert not panel.title.get_window_extent().overlaps(legend)

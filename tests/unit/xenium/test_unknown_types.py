@@ -226,7 +226,11 @@ def test_page_with_everything(complete, tmp_path):
     assert len(notes) == 2
     assert "Not in the reference: T" in notes[0]
     assert "of a type that the reference lacks (most similar: " in notes[1]
-    cell_types_figure(figures, "test")
+    figure = cell_types_figure(figures, "test")
+    shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    for number in (0, 2, 6):  # labels, composition, agreement
+        assert shown[number].count("not in the reference") == 1
+    assert "T  (not in the reference)" in [text.get_text() for text in figure.axes[5].get_yticklabels()]
     whole = quality(sample(), whole_reference(), complete, SETTINGS, 0)
     assert cell_type_notes(whole) == []
     assert 0.0 < whole["unlike"]["T"] < 0.1
