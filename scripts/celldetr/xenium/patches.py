@@ -94,19 +94,20 @@ def extract_sample(
             imaged=imaged(dapi, registration.pixel_size, tissue, registration.matrix),
         )
         where = {"file": sample.he.name, "size": list(image.size), "mpp": he_mpp}
+    on_glass = len(on_slide) - len(nuclei)
     failed = _failed_patches(grid, registration)
     judged = grid.without(failed, _FAILED) if len(failed) else grid
     seen = visible_nuclei(sample.he, judged, nuclei, workers)
     poor = np.flatnonzero(seen.share > settings.max_unsegmented)
     grid = judged.without(poor, _UNSEGMENTED) if len(poor) else judged
     if not len(grid):
-        raise _no_patch(sample.name, grid, nuclei)
+        raise _no_patch(sample.name, grid, nuclei, on_glass)
     dropped |= {
         "nuclei outside of the H&E image": len(placed) - len(on_slide),
-        "nuclei on blank glass of the H&E image": len(on_slide) - len(nuclei),
+        "nuclei on blank glass of the H&E image": on_glass,
         **grid.dropped(len(nuclei)),
     }
-    warnings = _warnings(sample.name, len(on_slide) - len(nuclei), len(on_slide), len(poor), len(judged))
+    warnings = _warnings(sample.name, on_glass, len(on_slide), len(poor), len(judged))
     attrs = {
         "image": where,
         "dropped": dropped,
@@ -183,12 +184,13 @@ def _failed_patches(grid: PatchGrid, registration: Registration) -> NDArray[np.i
     return np.flatnonzero(registration.failed(apply(registration.he_to_um(), centres)))
 
 
-def _no_patch(name: str, grid: PatchGrid, nuclei: SlideNuclei) -> InputError:
+def _no_patch(name: str, grid: PatchGrid, nuclei: SlideNuclei, on_glass: int) -> InputError:
     return InputError(
         f"{name}: got no patch; the grid has "
         + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
-        + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E: look at the registration and the cell "
-        "types, lower xenium.patches.min_tissue and min_labelled, or raise max_unsegmented"
+        + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E, {on_glass} more on its blank "
+        "glass: look at the registration and the cell types, lower xenium.patches.min_tissue and min_labelled, or "
+        "raise max_unsegmented"
     )
 
 
