@@ -43,6 +43,7 @@ def main(snakemake):
                 settings,
                 name=params.sample,
                 seed=params.seed,
+                workers=snakemake.threads,
             )
         except Refused as error:
             save(registration_figure(error.best, he, nuclei, settings, name=params.sample), refused, dpi=PREVIEW_DPI)

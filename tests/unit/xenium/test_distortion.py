@@ -6,6 +6,7 @@ from scipy.spatial import cKDTree
 from xenium_scene import wave
 
 from celldetr.runtime.errors import InputError
+from celldetr.xenium.registration import distortion
 from celldetr.xenium.registration.distortion import WindowShifts, estimate_field
 from celldetr.xenium.registration.field import DisplacementField, FieldFit
 
@@ -54,6 +55,18 @@ def test_planted_fields_come_back(largest, length):
     assert figures.after < figures.before
     assert figures.squares_helped > 0.8 * figures.squares
     assert figures.largest == pytest.approx(np.linalg.norm(bend(nuclei), axis=1).max(), rel=0.2)
+
+
+def test_threads_and_the_short_search_for_the_stiffness_give_the_same_field(monkeypatch):
+    """On a large section one part of the H&E nuclei chooses the stiffness."""
+    points = section(wave(4, 300))
+    first, figures = estimate_field(*points, seed=0)
+    second, same = estimate_field(*points, seed=0, workers=3)
+    assert (first.digest, figures) == (second.digest, same)
+    monkeypatch.setattr(distortion, "_MANY", 1000)
+    short, _ = estimate_field(*points, seed=0)
+    assert np.abs(short.displacement(points[-1]) - first.displacement(points[-1])).max() < 0.3
+    assert np.percentile(errors(short, points[-1], wave(4, 300)), 95) < 1
 
 
 @pytest.mark.parametrize(("noise", "seed"), [(0.1, 0), (1.0, 1)])

@@ -23,6 +23,7 @@ from celldetr.xenium.registration.estimate import make_maps
 from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import Grid, colour, sample
+from celldetr.xenium.registration.measure import he_nuclei, window_shifts
 from celldetr.xenium.registration.messages import Refused
 from celldetr.xenium.registration.nuclei import DapiNuclei
 from celldetr.xenium.registration.register import register
@@ -314,6 +315,18 @@ def test_a_smooth_distortion_is_corrected_and_comes_back_from_the_file(tmp_path)
     assert (without.field, without.distortion) == (None, None)
 
 
+def test_threads_measure_the_same(scene):
+    nuclei, to_um = DapiNuclei(scene.nuclei), scaling(PIXEL) @ scene.matrix
+    one, three = (window_shifts(to_um, scene.he, scene.dapi, nuclei, PIXEL, workers) for workers in (1, 3))
+    assert len(one.score) > 20
+    assert np.median(np.linalg.norm(one.shifts, axis=1)) < 0.5
+    for name in ("centres", "shifts", "score"):
+        assert np.array_equal(getattr(one, name), getattr(three, name))
+    blobs, again = (he_nuclei(to_um, scene.he, nuclei, SETTINGS, workers) for workers in (1, 3))
+    assert np.array_equal(blobs, again)
+    assert np.median(nuclei.tree.query(blobs)[0]) < 0.5
+
+
 def test_a_distortion_that_hides_the_right_matrix_from_the_gate_is_corrected(tmp_path):
     scene = make_scene(tmp_path, seed=2, angle=12, bend=wave(6, 300))
     with pytest.raises(InputError, match="no registration passes"):
@@ -393,7 +406,7 @@ def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
         source = SimpleNamespace(**files, get=files.get)
         settings = {"regions": 3, "window": 120, "scale_range": [1.8, 2.0], "angle_step": 15}
         params = SimpleNamespace(settings=settings, he_mpp=None, sample="lung", seed=1)
-        register_xenium.main(SimpleNamespace(input=source, params=params, output=output))
+        register_xenium.main(SimpleNamespace(input=source, params=params, output=output, threads=2))
 
     with pytest.raises(InputError, match=f"^lung: no registration passes(.*\n){{2}}.*Look at {refused}"):
         script(he=other.he_image, alignment=[])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from scipy import ndimage, sparse
 from scipy.interpolate import BSpline
-from scipy.sparse.linalg import splu
+from scipy.sparse.linalg import cg
 
 from celldetr.config.base import Settings
 from celldetr.runtime.errors import InputError
@@ -22,6 +22,7 @@ KNOTS = 50.0  # um between knots: six for the shortest wave that is followed
 _DIGITS = 3  # of a coefficient, um
 _DECAY = 100.0  # um; length over which the field falls to nothing beside the nuclei
 _LARGEST = 50.0  # um; of a coefficient in a file
+_PRECISION = 1e-7  # relative residual of a fit; coefficients are then right to their last digit
 
 
 def _as_coefficients(values: object) -> Floats:
@@ -130,8 +131,11 @@ class FieldFit:
         """Fit the field to shifts (m, 2), um, with weights (m,), of the points `which` (m,)."""
         rows = self.design[which]
         weighted = rows.T.multiply(weights).tocsr()
-        solution = splu((weighted @ rows + self.penalty).tocsc()).solve(weighted @ shifts)
-        coefficients = np.round(solution.T.reshape(2, self.rows, self.columns), _DIGITS)
+        matrix, right = (weighted @ rows + self.penalty).tocsr(), weighted @ shifts
+        # conjugate gradients, since factors of the matrix of a large section take more time and memory
+        diagonal = sparse.diags_array(1 / matrix.diagonal())
+        solution = [cg(matrix, column, rtol=_PRECISION, M=diagonal)[0] for column in right.T]
+        coefficients = np.round(np.reshape(solution, (2, self.rows, self.columns)), _DIGITS)
         return DisplacementField(
             x=float(self.low[0]), y=float(self.low[1]), spacing=self.spacing, coefficients=coefficients
         )

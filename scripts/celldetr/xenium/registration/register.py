@@ -45,12 +45,13 @@ def register(
     *,
     name: str,
     seed: int,
+    workers: int = 1,
 ) -> Registration:
     """Find a matrix from the H&E (whose `mpp` may be None) to the Xenium image that passes the gate.
 
     `outlines` are the DAPI nuclei (n,), polygons in um of the Xenium frame; `pixel_size` is um per Xenium px; `name` is
-    the sample's, for messages; `seed` that of the robust fits. Raises Refused if no matrix passes (the log has all
-    attempts), InputError if the nuclei are not those of the image.
+    the sample's, for messages; `seed` that of the robust fits; `workers` are threads. Raises Refused if no matrix passes
+    (the log has all attempts), InputError if the nuclei are not those of the image.
     """
     try:
         nuclei = DapiNuclei(outlines)
@@ -62,7 +63,7 @@ def register(
             f"{name}: got {share:.0%} of the nuclei inside the DAPI image {dapi.path}, expected {_MIN_IN_DAPI:.0%} or "
             "more; are image, nuclei and pixel size of the same run?"
         )
-    run = _Run(he, dapi, nuclei, pixel_size, settings, seed, alignment)
+    run = _Run(he, dapi, nuclei, pixel_size, settings, seed, workers, alignment)
     found = run.from_file(alignment) if alignment else None
     found = run.bend(found) if found else run.rescue()
     if found is None:
@@ -88,6 +89,7 @@ class _Run:
     pixel_size: float
     settings: RegistrationSettings
     seed: int
+    workers: int
     alignment: Alignment | None
     attempts: list[Attempt] = field(default_factory=list)
     before: Quality | None = None
@@ -189,9 +191,10 @@ class _Run:
         if self.settings.local == "never":
             return found
         to_um = found.he_to_um()
-        windows = window_shifts(to_um, self.he, self.dapi, self.nuclei, self.pixel_size)
-        blobs = he_nuclei(to_um, self.he, self.nuclei, self.settings)
-        field, distortion = estimate_field(windows, blobs, self.nuclei.centroids, seed=self.seed)
+        windows = window_shifts(to_um, self.he, self.dapi, self.nuclei, self.pixel_size, self.workers)
+        blobs = he_nuclei(to_um, self.he, self.nuclei, self.settings, self.workers)
+        points = windows, blobs, self.nuclei.centroids
+        field, distortion = estimate_field(*points, seed=self.seed, workers=self.workers)
         if distortion:
             log.info("local distortion: %s", distortion.summary())
         if field is None:
