@@ -50,8 +50,8 @@ def register(
     """Find a matrix from the H&E (whose `mpp` may be None) to the Xenium image that passes the gate.
 
     `outlines` are the DAPI nuclei (n,), polygons in um of the Xenium frame; `pixel_size` is um per Xenium px; `name` is
-    the sample's, for messages; `seed` that of the robust fits; `workers` are threads. Raises Refused if no matrix passes
-    (the log has all attempts), InputError if the nuclei are not those of the image.
+    the sample's, for messages; `seed` that of the robust fits; `workers` are threads. Raises Refused if no matrix
+    passes (the log has all attempts), InputError if the nuclei are not those of the image.
     """
     try:
         nuclei = DapiNuclei(outlines)
