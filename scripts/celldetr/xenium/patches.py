@@ -107,7 +107,8 @@ def extract_sample(
         "nuclei on blank glass of the H&E image": on_glass,
         **grid.dropped(len(nuclei)),
     }
-    warnings = _warnings(sample.name, on_glass, len(on_slide), len(poor), len(judged))
+    counted = _warnings(sample.name, on_glass, len(on_slide), len(poor), len(judged))
+    warnings = [*registration.warnings, *counted]
     attrs = {
         "image": where,
         "dropped": dropped,

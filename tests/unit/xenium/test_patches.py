@@ -41,9 +41,8 @@ def sample(tmp_path_factory):
     region = RegionQuality(x=1, y=1, cell=(0, 0, 1, 1), nuclei=9, **figures)
     quality = Quality(failures=(), z=9, regions_passed=1, regions=(region,), **figures)
     attempt = Attempt(name="file", matrix=truth.matrix, quality=quality)
-    registration = Registration(
-        matrix=truth.matrix, pixel_size=truth.pixel_size, origin="file", quality=quality, attempts=(attempt,)
-    )
+    given = {"matrix": truth.matrix, "pixel_size": truth.pixel_size, "warnings": ("correct the file",)}
+    registration = Registration(**given, origin="file", quality=quality, attempts=(attempt,))
     registration.write(folder / "registration.json", "s1")
     labels = np.array([ST_TYPES.index(name) if name in ST_TYPES else -1 for name in truth.types.tolist()])
     fractions = pd.get_dummies(pd.Categorical(truth.types, ST_TYPES), dtype=np.float32).set_axis(FRACTIONS, axis=1)
@@ -101,6 +100,7 @@ def test_planted_nuclei_come_back_with_their_types(sample, store):
     table = pd.read_csv(store.path.with_suffix(".tsv"), sep="\t").set_index("name")["count"]
     assert abs(table["cut nuclei in patches"] - cut) <= 2  # by rounding of the file's corners
     assert table["parts of nuclei at the edge of a patch that show too little"] > 0
+    assert '<p class="warning">correct the file</p>' in store.path.with_suffix(".html").read_text()
 
 
 def test_nuclei_follow_the_field_of_displacements(sample):
