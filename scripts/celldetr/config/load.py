@@ -32,8 +32,13 @@ def load_config(given: Mapping[str, Any], root: Path, files: Iterable[str | os.P
     ConfigError
         As `Settings.from_dict`, or with a file and its lines.
     """
-    for file in files:
-        _refuse_repeated_keys(Path(file))
+    for file in map(Path, files):
+        if file.resolve().is_relative_to(Path("results").resolve()):
+            raise ConfigError(
+                f"--configfile: got {file}, a result; expected configurations alone: write targets before this option, "
+                "or after --"
+            )
+        _refuse_repeated_keys(file)
     paper = yaml.safe_load((root / "config" / "config.yaml").read_text(encoding="utf-8"))
     config = dict(given) if given.get("base") == "none" else merge(paper, given)
     for key in ("experiments", "tables"):

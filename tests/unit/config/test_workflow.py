@@ -402,6 +402,14 @@ def test_a_key_that_a_file_gives_twice_is_named_with_its_lines(tmp_path, text, m
         load_config({}, ROOT, [tmp_path / "my.yaml"])
 
 
+def test_a_result_that_snakemake_took_for_a_configuration_is_named(tmp_path, monkeypatch):
+    """Of the targets behind --configfile, Snakemake itself refuses all that are not JSON of names and values."""
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "results" / "xenium" / "lung" / "registration.json"
+    with pytest.raises(ConfigError, match=r"registration\.json, a result; .* write targets before this option, or aft"):
+        load_config({"sample": "lung"}, ROOT, [tmp_path / "my.yaml", target])
+
+
 def test_keys_that_differ_or_are_merged_are_no_repetition(tmp_path):
     (tmp_path / "my.yaml").write_text("a: &a {x: 1}\nb: {<<: *a, x: 2}\nc: [*a, *a, {x: 3}]\n")
     assert load_config({}, ROOT, [*FILES, tmp_path / "my.yaml"]) == load_config({}, ROOT)
