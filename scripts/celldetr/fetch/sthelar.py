@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,13 +191,19 @@ def _rows(file: pq.ParquetFile, section: str, columns: Sequence[str], out: Path)
         return 0
     schema, count = pa.schema([file.schema_arrow.field(name) for name in columns]), 0
     with atomic(out) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=list(columns)):
+        for batch in _batches(file, groups, columns):
             table = pa.Table.from_batches([batch]).select(list(columns))
             table = table.filter(pc.equal(table[SECTION].cast(pa.string()), section))
             if table.num_rows:
                 writer.write_table(table)
                 count += table.num_rows
     return count
+
+
+def _batches(file: pq.ParquetFile, groups: Iterable[int], columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Yield a few rows at a time; row group by row group, as PyArrow would hold all that it is asked for at once."""
+    for group in groups:
+        yield from file.iter_batches(_ROWS, row_groups=[group], columns=columns and list(columns))
 
 
 def _may_hold(file: pq.ParquetFile, group: int, section: str) -> bool:
@@ -214,5 +220,5 @@ def _sections(file: pq.ParquetFile) -> list[str]:
 
 def _whole(file: pq.ParquetFile, out: Path) -> None:
     with atomic(out) as temporary, pq.ParquetWriter(temporary, file.schema_arrow, compression="zstd") as writer:
-        for batch in file.iter_batches():
+        for batch in _batches(file, range(file.num_row_groups), None):
             writer.write_batch(batch)

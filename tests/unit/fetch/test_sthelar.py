@@ -147,3 +147,23 @@ def test_places_without_a_patch_are_no_error(copy, drawn, tmp_path):
     path = copy / "data/train-00000-of-00002.parquet"
     rewrite(path, lambda table: table.filter(pa.compute.not_equal(table["file_name"], "s0_1.png")))
     assert len(fetched(fetch_section("s0", tmp_path / "s0", **HUB, folder=str(copy)))) == len(drawn[0].names) - 1
+
+
+def test_memory_holds_a_few_rows_of_a_large_file(made, drawn, tmp_path, monkeypatch):
+    """PyArrow would hold all row groups that it is asked for at once."""
+    folder = shutil.copytree(made, tmp_path / "copy")
+    rows = patch_table(drawn[0])
+    many = pa.concat_tables([rows] * 20)
+    names = pa.array([f"s0_{number}.png" for number in range(len(many))])
+    for path in (folder / "data").iterdir():
+        pq.write_table(many.set_column(0, "file_name", names), path, row_group_size=len(rows))
+    places = pa.concat_tables([pq.read_table(folder / "patches_overview_sthelar40x.parquet")] * 60)
+    pq.write_table(places, folder / "patches_overview_sthelar40x.parquet")
+    held, write = [], pq.ParquetWriter.write_table
+    monkeypatch.setattr(
+        pq.ParquetWriter, "write_table", lambda *given: held.append(pa.total_allocated_bytes()) or write(*given)
+    )
+    before = pa.total_allocated_bytes()
+    fetch_section("s0", tmp_path / "s0", **HUB, folder=str(folder))
+    assert len(held) > 40
+    assert max(held) - before < many.nbytes / 4

@@ -102,10 +102,7 @@ def extract_section(
         small for our patches, the table of types lacks a label, or no patch is left.
     """
     section, cells = read_section(folder, name), read_cells(folder, types)
-    probes = [_probe(section, row) for row in section.sample(("file_name", "image", "cell_id_map"), _PROBES)]
-    check_ids(probes, cells, name)
-    check_maps(probes, name)
-    source_mpp = pixel_size(probes, cells, source_mpp, name, mpp)
+    source_mpp = _checked(section, cells, source_mpp, mpp)
     try:
         place = window(size, mpp, source_mpp)
     except InputError as error:
@@ -126,6 +123,14 @@ def extract_section(
     passed = sorted(set(section.places.values()) - {patch.corner for patch in patches})
     picture = SectionMap(section.size, np.array(passed, np.int64).reshape(-1, 2), taken, place.side, thumbnails)
     return SectionExtraction(_summary(patches, cells, chooser), picture, source_mpp)
+
+
+def _checked(section: Section, cells: SectionCells, given: float | None, mpp: float) -> float:
+    """Check some patches from all over the section, and return um per px of STHELAR."""
+    probes = [_probe(section, row) for row in section.sample(("file_name", "image", "cell_id_map"), _PROBES)]
+    check_ids(probes, cells, section.name)
+    check_maps(probes, section.name)
+    return pixel_size(probes, cells, given, section.name, mpp)
 
 
 def _probe(section: Section, row: Mapping[str, Any]) -> Probe:

@@ -55,12 +55,12 @@ class Section:
     source: Mapping[str, str]
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield number and values of each patch, in order; memory holds a few."""
+        """Yield number and values of each patch, in order; memory holds a row group, which has few."""
         number = 0
         for path in self.files:
             with _opened(path) as file:
-                for batch in file.iter_batches(batch_size=64, columns=list(columns)):
-                    for row in batch.to_pylist():
+                for group in range(file.num_row_groups):
+                    for row in file.read_row_group(group, list(columns)).to_pylist():
                         yield number, row
                         number += 1
 
