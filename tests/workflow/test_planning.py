@@ -109,7 +109,7 @@ def test_profiles_plan_from_a_clone_as_typed(tmp_path):
 
 
 def test_sthelar_is_planned_beside_the_samples_or_alone(tmp_path):
-    shipped = {"sthelar": {"revision": "0123abc"}}
+    shipped = {"sthelar": {}}
     jobs = jobs_of(plan(tmp_path, {"xenium": shipped}, "results/xenium/split.tsv", base=paper()))
     assert (jobs["download_sthelar"], jobs["extract_sthelar"], jobs["extract_xenium"]) == (25, 25, 4)
     jobs = jobs_of(plan(tmp_path, {"xenium": {**shipped, "samples": None}}, base=paper()))

@@ -26,7 +26,9 @@ if CONFIG.example is not None and CONFIG.example.sthelar:
 
 rule download_sthelar:
     input:
-        [CONFIG.xenium.sthelar.folder] if CONFIG.xenium.sthelar.folder else [],
+        lambda wildcards: (
+            [CONFIG.xenium.sthelar.folder] if CONFIG.xenium.sthelar.folder else []
+        ),
     output:
         directory("results/raw/sthelar/{sample}"),
     log:
@@ -41,10 +43,12 @@ rule download_sthelar:
         mem_mb=2000,
         runtime=480,
     params:
-        source={
-            key: getattr(CONFIG.xenium.sthelar, key)
-            for key in ("repository", "revision", "folder")
-        },
+        source=as_it_is(
+            {
+                key: getattr(CONFIG.xenium.sthelar, key)
+                for key in ("repository", "revision", "folder")
+            }
+        ),
     message:
         "Downloading the patches of {wildcards.sample} of STHELAR"
     script:
@@ -54,7 +58,7 @@ rule download_sthelar:
 rule extract_sthelar:
     input:
         section="results/raw/sthelar/{sample}",
-        types=own_file(CONFIG.xenium.sthelar.types),
+        types=lambda wildcards: own_file(CONFIG.xenium.sthelar.types),
     output:
         store=directory("results/xenium/{sample}/{sample}.zarr"),
         summary_tsv="results/xenium/{sample}/patches.tsv",

@@ -121,7 +121,8 @@ class SthelarSettings(Settings):
         "FelicieGS/STHELAR_40x", description="data set on Hugging Face"
     )
     revision: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(
-        "main", description="its commit, tag or branch; what a branch stood for is kept beside the files"
+        "e32a8cdd50eff2d38e237f3729e9ac85bbb5203b",
+        description="its commit, tag or branch; what a branch stood for is kept beside the files",
     )
     folder: str | None = Field(None, description="a copy of the data set on this machine, instead of the repository")
     min_dice: Share = Field(
