@@ -1,9 +1,11 @@
 """A section with planted truth: an H&E image, drawn or real, and the DAPI image and nuclei that Xenium sees of it."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import shapely
 from PIL import Image
 from skimage.measure import find_contours, regionprops
@@ -15,6 +17,7 @@ from celldetr.example.tissue import SceneNuclei, grow_scene
 from celldetr.slides.pyramid import open_pyramid
 from celldetr.xenium.registration.affine import affine, apply, rotation, scaling
 
+DAPI = "morphology_focus/morphology_focus_0000.ome.tif"
 WHITE = 243
 RIM = 20.0  # um of the Xenium frame around the section
 NOISE = 0.2  # um; standard deviation of the places of segmented nuclei
@@ -30,8 +33,8 @@ class Section:
     outlines: np.ndarray  # (n,) polygons, px of the H&E as it was before a fold: where Xenium has the nuclei
     classes: np.ndarray  # (n,) index into PANNUKE_CLASSES
     shown: np.ndarray  # (n,) polygons, px of this H&E
-    visible: np.ndarray  # (n,) the H&E shows the nucleus
-    in_place: np.ndarray  # (n,) so does it, and not beyond a fold
+    visible: np.ndarray  # (n,) the H&E shows at least half of the nucleus
+    in_place: np.ndarray  # (n,) it shows all of it, and not beyond a fold
 
     @property
     def centres(self):
@@ -55,13 +58,13 @@ class Planted:
 
     he_path: Path
     mpp: float
-    dapi_path: Path
+    outs: Path  # folder with the DAPI image and the boundaries of the segmented nuclei
     nuclei: np.ndarray  # (m,) segmented outlines, um of the Xenium frame
     matrix: np.ndarray  # (3, 3) H&E px -> Xenium px, without the displacements
     true: np.ndarray  # (k,) outlines of all nuclei without noise, um of the Xenium frame
     shown: np.ndarray  # (k,) the same nuclei, px of the H&E
-    visible: np.ndarray  # (k,) the H&E shows them
-    in_place: np.ndarray  # (k,) and not beyond a fold
+    visible: np.ndarray  # (k,) the H&E shows at least half of them
+    in_place: np.ndarray  # (k,) it shows all, and not beyond a fold
 
     @property
     def centres(self):
@@ -70,7 +73,7 @@ class Planted:
 
     def open(self, mpp=None):
         """Open both images; `mpp` replaces the H&E's."""
-        return open_pyramid(self.he_path, mpp or self.mpp), open_pyramid(self.dapi_path, plane=0)
+        return open_pyramid(self.he_path, mpp or self.mpp), open_pyramid(self.outs / DAPI, plane=0)
 
     def boxes(self, registration):
         """Distance of centres (k,), um, and intersection over union of boxes (k,), by a registration and in truth."""
@@ -144,8 +147,9 @@ def blanked(section, visible):
     y, x = ((np.arange(count) + 0.5) * section.mpp for count in section.image.shape[:2])
     image = np.where(visible(x[None, :], y[:, None])[..., None], section.image, np.uint8(WHITE))
     corners, owner = shapely.get_coordinates(section.outlines, return_index=True)
-    hidden = np.bincount(owner, ~visible(*(corners * section.mpp).T), minlength=len(section.outlines))
-    return replace(section, image=image, visible=hidden == 0, in_place=hidden == 0)
+    seen = visible(*(corners * section.mpp).T)
+    share = np.bincount(owner, seen) / np.bincount(owner)
+    return replace(section, image=image, visible=share >= 0.5, in_place=share == 1)
 
 
 def folded(section, at, width):
@@ -176,6 +180,11 @@ def fields(rng, section, sides=(60, 120), apart=60):
     return centres + rng.uniform(-apart / 3, apart / 3, centres.shape), rng.uniform(*sides, len(centres)) / 2
 
 
+def cell_ids(nuclei):
+    """Ids (n,) of the cells of segmented nuclei."""
+    return np.array([f"cell-{number}" for number in range(len(nuclei))], dtype=object)
+
+
 def plant(folder, section, *, seed, angle=12.0, shear=0.005, flip=False, bend=None, segmented=None):
     """Write the H&E, the DAPI image of its nuclei, and place these in a turned Xenium frame.
 
@@ -195,9 +204,9 @@ def plant(folder, section, *, seed, angle=12.0, shear=0.005, flip=False, bend=No
     rings = [np.asarray(shape.exterior.coords)[:-1] / PIXEL for shape in true]
     labels = label_image(rings, tuple(np.ceil(frame[::-1] / PIXEL).astype(int)))
     count = len(rings)
-    nuclei = SceneNuclei(section.classes, *(np.zeros((count, 2)),) * 2, np.zeros(count), np.zeros((count, 1, 2)))
+    styles = SceneNuclei(section.classes, *(np.zeros((count, 2)),) * 2, np.zeros(count), np.zeros((count, 1, 2)))
     hull = np.asarray(shapely.convex_hull(shapely.multipoints(np.concatenate(rings))).exterior.coords)
-    dapi = draw_dapi(rng, nuclei, labels, hull, PIXEL)
+    dapi = draw_dapi(rng, styles, labels, hull, PIXEL)
     found = rng.random(count) < FOUND
     if segmented is not None:
         found &= segmented(section.centres)
@@ -205,12 +214,19 @@ def plant(folder, section, *, seed, angle=12.0, shear=0.005, flip=False, bend=No
     noisy = np.array(
         [shapely.transform(shape, lambda p, by=by: p + by) for shape, by in zip(true, jitter, strict=True)]
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    nuclei = shapely.simplify(noisy[found], 0.1)
+    outs = folder / "outs"
+    (outs / DAPI).parent.mkdir(parents=True)
+    write_image(outs / DAPI, dapi, PIXEL)
+    (outs / "experiment.xenium").write_text(json.dumps({"pixel_size": PIXEL}))
+    corners, owner = shapely.get_coordinates(nuclei, return_index=True)
+    table = {"cell_id": cell_ids(nuclei)[owner], "vertex_x": corners[:, 0], "vertex_y": corners[:, 1]}
+    pd.DataFrame({**table, "label_id": owner + 1}).to_parquet(outs / "nucleus_boundaries.parquet", index=False)
     return Planted(
         he_path=write_image(folder / "he.tif", section.image, section.mpp),
         mpp=section.mpp,
-        dapi_path=write_image(folder / "dapi.tif", dapi, PIXEL),
-        nuclei=shapely.simplify(noisy[found], 0.1),
+        outs=outs,
+        nuclei=nuclei,
         matrix=scaling(1 / PIXEL) @ to_um,
         true=true,
         shown=section.shown,
