@@ -1,5 +1,6 @@
 """STHELAR: planted nuclei come back in place and with their types; what does not fit is refused by name."""
 
+import contextlib
 import dataclasses
 import io
 import shutil
@@ -9,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy import sparse
 
@@ -16,14 +19,14 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.config.slides import PatchSettings
 from celldetr.config.sthelar import CELLS, PLACES
 from celldetr.config.xenium import XeniumSplitSettings
-from celldetr.example.sthelar import SIDE, STEP, draw_section, write_sthelar
+from celldetr.example.sthelar import SIDE, STEP, _png, draw_section, write_sthelar
 from celldetr.fetch.sthelar import fetch_section
 from celldetr.report.sthelar import draw_section as draw_map
 from celldetr.report.sthelar import write_section_page
 from celldetr.runtime.errors import ConfigError, InputError
 from celldetr.store import NO_LABEL, open_store
 from celldetr.xenium.split import xenium_split
-from celldetr.xenium.sthelar.nuclei import nuclei_of, read_ids, window
+from celldetr.xenium.sthelar.nuclei import nuclei_of, read_ids, read_image, window
 from celldetr.xenium.sthelar.patches import extract_section
 from celldetr.xenium.sthelar.types import read_types
 
@@ -164,8 +167,8 @@ def test_the_page_shows_the_section(raw, extract, tmp_path):
 
 def test_blocks_of_overlapping_patches_share_no_tissue(raw, extract):
     _, store = extract(raw)
-    settings = XeniumSplitSettings(by="block", train=0.5, val=0.0, test=0.5, block_um=140)
-    part = xenium_split([store], settings, 0).table.set_index("patch")["part"]
+    rules = XeniumSplitSettings(by="block", train=0.5, val=0.0, test=0.5, block_um=140)
+    part = xenium_split([store], rules, 0).table.set_index("patch")["part"]
     corners = store.patches[["x", "y"]].to_numpy()
     side = 256 * 0.25 / store.attrs["image"]["mpp"]
     assert set(part) == {"train", "test"}
@@ -341,6 +344,24 @@ def test_a_map_that_claims_to_be_huge_takes_no_memory():
         read_ids(content)
     assert tracemalloc.get_traced_memory()[1] < 1e7
     tracemalloc.stop()
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), what=st.sampled_from(["map", "image"]))
+def test_damaged_bytes_are_refused_or_read(drawn, data, what):
+    content, read = (npz(drawn.maps[0]), read_ids) if what == "map" else (_png(drawn.images[0]), read_image)
+    place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 400))
+    damaged = content[:place] + data.draw(st.sampled_from([b"", b"\xff", b"\x00" * 40])) + content[place + 1 :]
+    with contextlib.suppress(InputError):
+        read(damaged)
+
+
+def test_a_map_whose_indices_lie_outside_is_refused():
+    buffer = io.BytesIO()
+    parts = {"data": np.ones(1, int), "indices": np.array([10**6]), "indptr": np.r_[0, np.ones(SIDE, int)]}
+    np.savez(buffer, **parts, format=np.array(b"csr"), shape=np.array([SIDE, SIDE]))
+    with pytest.raises(InputError, match="cell_id_map: cannot be read"):
+        read_ids(buffer.getvalue())
 
 
 @pytest.mark.parametrize(
