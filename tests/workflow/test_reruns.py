@@ -135,6 +135,7 @@ def test_an_edit_of_code_repeats_what_it_affects(planner, name):
         ({"xenium": {"cell_types": {"min_margin": 0.3}}}, {"annotate_xenium", "extract_xenium"} | AFTER_XENIUM),
         ({"xenium": {"split": {"block_um": 96.0}}}, AFTER_XENIUM - {"figure5a"}),
         ({"xenium": {"sthelar": {"min_dice": 0.5}}}, {"extract_sthelar"} | AFTER_XENIUM),
+        ({"xenium": {"patches": {"min_tissue": 0.3}}}, {"extract_xenium"} | AFTER_XENIUM),
         ({"cells": {"nucleus_threshold": 0.02}}, CELLS),
         ({"cells": {"class_threshold": 0.02}}, {"join_cells"} | FILES_OF_CELLS),
         ({"cells": {"jobs": 3}}, CELLS),

@@ -56,7 +56,7 @@ try:
         used_samples,
         used_slides,
     )
-    from celldetr.config.sthelar import used_sthelar
+    from celldetr.config.sthelar import PATCH_KEYS, used_sthelar
     from celldetr.runtime.errors import ConfigError, masked
     from celldetr.runtime.provenance import source_hash
 except ImportError as error:

@@ -81,7 +81,7 @@ rule extract_sthelar:
         mem_mb=4000,
         runtime=120,
     params:
-        settings=CONFIG.xenium.patches.to_dict(),
+        settings={key: getattr(CONFIG.xenium.patches, key) for key in PATCH_KEYS},
         limits={
             "Dice": CONFIG.xenium.sthelar.min_dice,
             "Jaccard": CONFIG.xenium.sthelar.min_jaccard,

@@ -13,6 +13,9 @@ from celldetr.runtime.errors import ConfigError
 PLACES, CELLS, SOURCE = "places.parquet", "cells.parquet", "source.json"
 """Files of a section that was fetched, beside ``patches-*.parquet``."""
 
+PATCH_KEYS = ("min_visible", "min_nuclei", "min_labelled", "max_patches")
+"""Keys of ``xenium.patches`` that apply to sections: the places of their patches are given."""
+
 
 class SthelarRow(Settings):
     """A section of STHELAR: its patches."""

@@ -20,6 +20,7 @@ from PIL import Image
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.slides import PatchSettings
+from celldetr.config.sthelar import PATCH_KEYS
 from celldetr.runtime.errors import InputError
 from celldetr.store import NO_LABEL, StoreWriter, class_counts, encode_image
 from celldetr.xenium.sthelar.checks import Probe, check_ids, check_maps, pixel_size
@@ -93,7 +94,7 @@ def extract_section(
     source_mpp
         um per px of STHELAR; None: measured.
     settings
-        Of them `min_visible`, `min_nuclei`, `min_labelled` and `max_patches` apply: the patches are given.
+        `PATCH_KEYS` of them apply.
 
     Raises
     ------
@@ -114,7 +115,12 @@ def extract_section(
         "dropped": dict(chooser.dropped),
         "patches_passed_over": dict(chooser.passed_over),
         # a stride of one pixel: the places of the patches are known to a pixel, not as steps of a grid
-        "settings": {**settings.to_dict(), "limits": dict(limits), "stride": 1 / size, "seed": seed},
+        "settings": {
+            **{key: getattr(settings, key) for key in PATCH_KEYS},
+            "limits": dict(limits),
+            "stride": 1 / size,
+            "seed": seed,
+        },
         "sthelar": {**section.source, "types": Path(types.path).name},
     }
     with StoreWriter(out, patch_size=size, classes=ST_TYPES, mpp=mpp, attrs=attrs) as writer:
