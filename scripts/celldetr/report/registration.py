@@ -247,5 +247,5 @@ def _draw_distances(axes: Axes, scene: _Scene) -> None:
     axes.set_xlabel("to the nearest DAPI nucleus (um); dotted: limit")
     axes.set_ylabel("share of H&E nuclei")
     quality = scene.registration.quality
-    title = f"{quality.he_nuclei:,} H&E nuclei in {len(quality.regions)} windows of {settings.window:g} um"
-    axes.set_title(title, fontsize=9)
+    examined = f"windows of {settings.window:g} um: {len(quality.regions)}"
+    axes.set_title(f"{quality.he_nuclei:,} H&E nuclei ({examined})", fontsize=9)
