@@ -14,6 +14,7 @@ from celldetr.xenium.registration.affine import affine, apply, decompose, invers
 
 PIXEL = 0.2125  # um per Xenium px
 EXTENT = np.array([400.0, 300.0])  # um of the section; from 384 um on the search has a coarser map
+WHOLE = (shapely.box(4, 4, *(EXTENT - 4)),)
 SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 Scene = namedtuple("Scene", "he dapi nuclei matrix")
 
@@ -54,13 +55,13 @@ def write_image(path, image, mpp=None):
     return path
 
 
-def draw_he(rng, nuclei, to_px, size):
-    """H&E in which 8 % of the nuclei are missing."""
+def draw_he(rng, nuclei, to_px, size, visible, tissue):
+    """H&E of `tissue` (polygons, um) on glass, in which a share of the nuclei is visible."""
     picture = Image.new("RGB", size, (246, 243, 246))
     pen = ImageDraw.Draw(picture)
-    rim = np.array([(4, 4), (EXTENT[0] - 4, 4), EXTENT - 4, (4, EXTENT[1] - 4)])
-    pen.polygon([tuple(corner) for corner in apply(to_px, rim)], fill=(231, 188, 211))
-    for shape in nuclei[rng.random(len(nuclei)) > 0.08]:
+    for part in tissue:
+        pen.polygon([tuple(corner) for corner in apply(to_px, np.asarray(part.exterior.coords))], fill=(231, 188, 211))
+    for shape in nuclei[rng.random(len(nuclei)) < visible]:
         paint = tuple((np.array([108, 80, 150]) + rng.integers(-25, 26, 3)).tolist())
         pen.polygon([tuple(corner) for corner in apply(to_px, np.asarray(shape.exterior.coords))], fill=paint)
     smooth = ndimage.gaussian_filter(np.asarray(picture, dtype=np.float32), (1.2, 1.2, 0))
@@ -90,13 +91,16 @@ def wave(largest, length, seed=3):
     return lambda points: scale * field(points)
 
 
-def make_scene(folder, seed=0, known=True, bend=None, **plan):
+def make_scene(folder, seed=0, known=True, bend=None, visible=0.92, tissue=WHOLE, **plan):
     """Draw and write a scene; `bend` gives the displacements (n, 2), um, of what the H&E shows of points (n, 2)."""
     rng = np.random.default_rng(seed)
     nuclei = ellipses(rng)
+    nuclei = nuclei[shapely.within(nuclei, shapely.union_all(tissue))]
     matrix, size = planted(**plan)
     mpp = decompose(matrix).scale * PIXEL
     shown = shapely.transform(nuclei, lambda points: points + bend(points)) if bend else nuclei
-    he = write_image(folder / f"he{seed}.tif", draw_he(rng, shown, inverse(scaling(PIXEL) @ matrix), size))
+    he = write_image(
+        folder / f"he{seed}.tif", draw_he(rng, shown, inverse(scaling(PIXEL) @ matrix), size, visible, tissue)
+    )
     dapi = write_image(folder / f"dapi{seed}.tif", draw_dapi(rng, nuclei), PIXEL)
     return Scene(open_pyramid(he, mpp if known else None), open_pyramid(dapi, plane=0), nuclei, matrix)

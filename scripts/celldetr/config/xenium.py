@@ -13,15 +13,14 @@ class RegistrationSettings(Settings):
 
     refine: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="refinement of a matrix that passes; auto: kept if it is better by min_gain; always: kept if it "
-        "passes too; never: not tried",
+        description="refinement of a matrix that passes; auto: kept if it brings "
+        "nuclei clearly closer; always: kept if it passes too; never: not tried",
     )
     local: Literal["auto", "never"] = Field(
         "auto",
         description="smooth field of local displacements on top of the matrix; auto: kept where it brings nuclei that "
         "the fit did not see closer; never: not tried",
     )
-    min_gain: float = Field(0.2, ge=0, description="fall of the median distance that refine: auto asks for, um")
     scale_tolerance: float = Field(
         0.05, gt=0, lt=0.5, description="largest relative difference between the scale and the ratio of pixel sizes"
     )
@@ -30,13 +29,21 @@ class RegistrationSettings(Settings):
     )
     angle_step: float = Field(5.0, ge=0.5, le=15, description="step of the search over the full circle, degrees")
     max_distance: float = Field(
-        3.0, gt=0, description="gate: largest median distance from an H&E nucleus to the nearest DAPI nucleus, um"
+        3.0,
+        gt=0,
+        description="gate: largest median distance between H&E and DAPI nuclei that are each other's nearest, um",
     )
     max_chance: float = Field(0.7, gt=0, le=1, description="gate: largest ratio of that median to that after a shift")
     min_contrast: float = Field(
         0.15, ge=0, description="gate: hematoxylin inside nuclei minus that after a shift, in standard deviations"
     )
-    min_inside: float = Field(0.5, ge=0, le=1, description="gate: share of the nuclei that lie inside the H&E image")
+    min_inside: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="gate: share of the nuclei inside the H&E image, and of the regions there where both images show "
+        "nuclei",
+    )
     min_regions: float = Field(0.6, ge=0, le=1, description="gate: share of the regions that pass on their own")
     control_shift: float = Field(20.0, gt=0, description="length of the shift that gives the control positions, um")
     regions: int = Field(5, ge=1, le=20, description="regions along the longer side of the sample")

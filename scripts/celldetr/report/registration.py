@@ -16,16 +16,15 @@ from celldetr.config.xenium import RegistrationSettings
 from celldetr.report.style import cased, styled
 from celldetr.slides.pyramid import Pyramid
 from celldetr.xenium.registration.field import DisplacementField
-from celldetr.xenium.registration.gate import control_shifts
+from celldetr.xenium.registration.gate import pair_nuclei, read_windows
 from celldetr.xenium.registration.maps import Grid, colour, sample, window
-from celldetr.xenium.registration.nuclei import DapiNuclei, Region, clear_blobs, densest, read_window
+from celldetr.xenium.registration.nuclei import DapiNuclei, Region, densest
 from celldetr.xenium.registration.result import RegionQuality, Registration
 
 _DETAILS = 3
 _DETAIL = 90.0  # um along the side of a detail
 _THUMBNAIL = 900  # samples along the longer side of the whole section
 _LARGEST_NUCLEUS = 15.0  # um from its centroid to its rim
-_MARGIN = 20.0  # um read around a window, so that its H&E nuclei are those of the gate
 _LINE = 175  # characters of a line above the panels
 _OUTLINE, _PASSED, _FAILED, _WARNING = "#00E5FF", "#1B7F3B", "#C62828", "#A85500"
 _DENSITY, _CHANCE, _BEFORE = "#0B3D91", "#999999", "#FF8F00"
@@ -224,28 +223,30 @@ def _draw_detail(axes: Axes, scene: _Scene, detail: _Detail, number: int) -> Non
 
 
 def _draw_distances(axes: Axes, scene: _Scene) -> None:
-    """Distances from H&E nuclei to the nearest DAPI nucleus, as registered and shifted."""
-    to_um, settings, field = scene.registration.he_to_um(), scene.settings, scene.registration.field
-    windows = [read_window(scene.he, to_um, region, settings, _MARGIN, field) for region in scene.regions]
-    blobs = np.concatenate(clear_blobs(windows))
+    """Distances between H&E and DAPI nuclei that are each other's nearest, as registered and shifted."""
+    settings, field = scene.settings, scene.registration.field
+    near, far = _pairs(scene, field)
     bins = np.linspace(0, 15, 46).tolist()
-    if len(blobs):
-        near = scene.nuclei.tree.query(blobs)[0]
-        shifts = control_shifts(settings.control_shift)
-        far = np.concatenate([scene.nuclei.tree.query(blobs + shift)[0] for shift in shifts])
+    if len(near) and len(far):
         paint = _PASSED if scene.registration.quality.passed else _FAILED
         line: Any = {"histtype": "step", "color": paint, "linewidth": 2}
         axes.hist(far, bins, weights=np.full(len(far), 1 / len(far)), color=_CHANCE, label="shifted (chance)")
         axes.hist(near, bins, weights=np.full(len(near), 1 / len(near)), label="as registered", **line)
         if field is not None:
-            straight = [read_window(scene.he, to_um, region, settings, _MARGIN) for region in scene.regions]
-            before = scene.nuclei.tree.query(np.concatenate(clear_blobs(straight)))[0]
+            before, _ = _pairs(scene, None)
             weights = np.full(len(before), 1 / len(before))
             axes.hist(before, bins, weights=weights, histtype="step", color=_BEFORE, label="without displacements")
         axes.legend(frameon=False, fontsize=9)
     axes.axvline(settings.max_distance, color="black", linestyle=":", linewidth=1)
-    axes.set_xlabel("to the nearest DAPI nucleus (um); dotted: limit")
-    axes.set_ylabel("share of H&E nuclei")
+    axes.set_xlabel("between nuclei that are each other's nearest (um); dotted: limit of the median")
+    axes.set_ylabel("share of pairs of H&E and DAPI nuclei")
     quality = scene.registration.quality
     examined = f"windows of {settings.window:g} um: {len(quality.regions)}"
     axes.set_title(f"{quality.he_nuclei:,} H&E nuclei ({examined})", fontsize=9)
+
+
+def _pairs(scene: _Scene, field: DisplacementField | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Distances of the pairs of nuclei in all windows, um, as the gate sees them: as registered, and shifted."""
+    windows = read_windows(scene.registration.he_to_um(), scene.he, scene.regions, scene.settings, field)
+    pairs = pair_nuclei(windows, scene.nuclei, scene.settings)
+    return np.concatenate([item.distance for item in pairs]), np.concatenate([item.chance for item in pairs])

@@ -15,6 +15,7 @@ from celldetr.xenium.registration.alignment import Alignment, Plausibility, chec
 from celldetr.xenium.registration.distortion import estimate_field
 from celldetr.xenium.registration.estimate import MapPair, estimate, estimate_nearby, make_maps
 from celldetr.xenium.registration.field import DisplacementField
+from celldetr.xenium.registration.gain import gain
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import inside
 from celldetr.xenium.registration.measure import he_nuclei, window_shifts
@@ -149,15 +150,18 @@ class _Run:
         return found or next(filter(None, tries), None)
 
     def _refine_passing(self, first: Attempt) -> Registration:
-        """Refine a file that passes, as far as `refine` and `min_gain` ask for it."""
+        """Refine a file that passes, as far as `refine` asks for it."""
         if self.settings.refine == "never":
             return self.result(first)
         second = self.check("file, refined", self.refine(self.to_um(first.matrix)))
-        gain = (first.quality.distance or 0) - (second.quality.distance or np.inf)
-        wanted = self.settings.refine == "always" or gain >= self.settings.min_gain
-        if second.quality.passed and wanted:
-            return self.result(second)
-        return self.result(first)
+        wanted = second.quality.passed and (self.settings.refine == "always" or self._better(first, second))
+        return self.result(second if wanted else first)
+
+    def _better(self, first: Attempt, second: Attempt) -> bool:
+        """Whether the second matrix is clearly better than the first one."""
+        found = gain(self.to_um(first.matrix), self.to_um(second.matrix), self.he, self.regions, self.settings)
+        log.info("%s instead of %s: %s", second.name, first.name, found.summary())
+        return found.significant
 
     def _undo_mistake(self, plausible: Plausibility) -> Registration | None:
         """Registration by the file's matrix with a likely mistake undone; None if none passes."""
@@ -166,8 +170,8 @@ class _Run:
             if attempt.quality.passed:
                 name = f"file, repaired and refined{_HELD}{what}"
                 refined = self.check(name, self.refine(self.to_um(attempt.matrix)))
-                better = (refined.quality.distance or np.inf) < (attempt.quality.distance or np.inf)
-                return self.result(refined if refined.quality.passed and better else attempt)
+                better = refined.quality.passed and self._better(attempt, refined)
+                return self.result(refined if better else attempt)
         return None
 
     def from_images(self) -> Registration | None:

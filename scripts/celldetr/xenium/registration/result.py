@@ -27,8 +27,10 @@ Matrix = Annotated[
 
 class _Figures(Settings):
     passed: bool
-    distance: float | None = Field(description="Median distance from an H&E nucleus to the nearest DAPI nucleus, um")
-    chance: float | None = Field(description="The same for shifted H&E nuclei, um; mean over 8 directions")
+    distance: float | None = Field(
+        description="Median distance between H&E and DAPI nuclei that are each other's nearest, um"
+    )
+    chance: float | None = Field(description="The same after shifts of the H&E nuclei in 8 directions, um")
     contrast: float | None = Field(description="Hematoxylin inside nuclei minus that at shifted positions, deviations")
     inside: float = Field(description="Share of the DAPI nuclei that lie inside the H&E image")
     he_nuclei: int = Field(description="H&E nuclei found in the window, or in all windows")
@@ -42,21 +44,28 @@ class RegionQuality(_Figures):
     cell: tuple[float, float, float, float] = Field(description="x0, y0, x1, y1, um: the area that it stands for")
     nuclei: int = Field(description="DAPI nuclei in the window")
 
+    @property
+    def judged(self) -> bool:
+        """Whether both images show nuclei there, so that the region counts in `regions_passed`."""
+        return self.inside >= 0.5 and self.distance is not None
+
 
 class Quality(_Figures):
     """Figures of a check over all regions, and its verdict."""
 
     failures: tuple[str, ...] = Field(description="Figures that miss their limit, each with the limit")
     z: float | None = Field(description="Mean contrast over its standard error")
-    regions_passed: float = Field(description="Share that passes, of the regions inside the H&E image")
+    regions_passed: float = Field(description="Share that passes, of the regions where both images show nuclei")
     regions: tuple[RegionQuality, ...]
 
     def summary(self) -> str:
         """Figures in one line."""
+        judged = sum(region.judged for region in self.regions)
         return (
             f"median distance {_text(self.distance)} um (chance {_text(self.chance)} um), contrast "
             f"{_text(self.contrast)} (z {_text(self.z, 0)}), {self.inside:.0%} of the nuclei inside the H&E, "
-            f"{self.regions_passed:.0%} of {len(self.regions)} regions pass"
+            f"{self.regions_passed:.0%} of {judged} regions pass"
+            + (f" ({len(self.regions) - judged} more lack nuclei in one image)" if judged < len(self.regions) else "")
         )
 
 
@@ -165,7 +174,7 @@ def _contradictions(found: Registration, content: Mapping[str, Any], sample: str
         yield f"of sample {name!r}, expected that of {sample!r}"
     if not quality.passed or quality.failures:
         yield f"that does not pass ({'; '.join(quality.failures) or quality.summary()})"
-    judged = [region.passed for region in quality.regions if region.inside >= 0.5]
+    judged = [region.passed for region in quality.regions if region.judged]
     written = {**content.get("parts", {}), "he_mpp": content.get("he_mpp"), "regions_passed": quality.regions_passed}
     computed = {
         **asdict(decompose(found.matrix)),
