@@ -142,7 +142,11 @@ def find_blobs(stain: Values) -> tuple[Floats, Floats]:
     Returns positions (n, 2), x and y in samples from the corner of the map, and contrasts (n,) to the surroundings.
     """
     sigmas = np.array(_SIGMAS) / SPACING
-    responses = np.stack([-(sigma**2) * ndimage.gaussian_laplace(stain, sigma) for sigma in sigmas])
+    smooth, layers = stain, []
+    for sigma, before in zip(sigmas, (0, *sigmas), strict=False):  # each scale from the one before: short filters
+        smooth = ndimage.gaussian_filter(smooth, np.sqrt(sigma**2 - before**2))
+        layers.append(-(sigma**2) * ndimage.laplace(smooth))
+    responses = np.stack(layers)
     scale, response = responses.argmax(axis=0), responses.max(axis=0)
     size = 2 * round(_APART / SPACING) + 1
     row, column = np.nonzero((response == ndimage.maximum_filter(response, size)) & (response > _FLOOR))
