@@ -1,6 +1,11 @@
 """Tiers of the tests: each test has a marker named after its folder, one of `TIERS`."""
 
+import os
+import shutil
 from pathlib import Path
+
+if shutil.which("nvidia-smi") is None:  # Triton reads it once, whoever imports it first
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["small_run"]
 

@@ -10,7 +10,7 @@ import cluster as slurm
 import pytest
 import yaml
 from on_slurm import Workflow, ask, end, jobs, wait_for
-from small_run import FEWEST, small_config
+from small_run import FEWEST, OTHERS, small_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -20,6 +20,7 @@ STOPPED = re.compile(r"stopped by SIGUSR1 after step (\d+)")
 WITH_GPU = {
     *("rule_train", "rule_predict", "rule_attention", "rule_frozen_features", "rule_similarity", "rule_detect_slide"),
     "rule_find_cells",
+    *(f"rule_{verb}_segmentation" for verb in ("train", "predict") if OTHERS),
 }
 GROUPS = {
     *("rule_pannuke_convert_pannuke_split_pannuke", "rule_slides_extract_slide", "rule_tables_score_table"),
@@ -107,7 +108,7 @@ def test_the_whole_workflow_runs_on_a_cluster_with_accounting(complete):
     for number in (1, 2, 3):
         assert (complete.folder / "results" / f"table{number}.tsv").is_file()
     assert set(ask("sacct", "-X", "-n", "-P", "-o", "State").split()) == {"COMPLETED"}
-    assert len([job for job in of(complete) if "rule_train" in job]) == 3
+    assert len([job for job in of(complete) if "rule_train" in job]) == 3 + len(OTHERS)
 
 
 def test_jobs_ask_for_what_they_need(complete):

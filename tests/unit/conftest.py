@@ -1,13 +1,8 @@
 """What all unit tests share."""
 
-import os
-import shutil
 import sys
 
 import pytest
-
-if shutil.which("nvidia-smi") is None:  # Triton reads it once, whoever imports it first
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
