@@ -238,8 +238,8 @@ def _draw_distances(axes: Axes, scene: _Scene) -> None:
             axes.hist(before, bins, weights=weights, histtype="step", color=_BEFORE, label="without displacements")
         axes.legend(frameon=False, fontsize=9)
     axes.axvline(settings.max_distance, color="black", linestyle=":", linewidth=1)
-    axes.set_xlabel("between nuclei that are each other's nearest (um); dotted: limit of the median")
-    axes.set_ylabel("share of pairs of H&E and DAPI nuclei")
+    axes.set_xlabel("between mutually nearest nuclei (um); dotted: limit of the median")
+    axes.set_ylabel("share of the pairs")
     quality = scene.registration.quality
     examined = f"windows of {settings.window:g} um: {len(quality.regions)}"
     axes.set_title(f"{quality.he_nuclei:,} H&E nuclei ({examined})", fontsize=9)
