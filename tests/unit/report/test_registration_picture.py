@@ -44,6 +44,15 @@ def test_no_square_lies_over_the_number_of_a_region(drawn):
     assert not [1 for number in boxes_of(numbers) for other in boxes_of([*squares, *tags]) if number.overlaps(other)]
 
 
+def test_no_label_or_title_is_cut_off_at_the_edge_of_the_picture(drawn):
+    _, figure = drawn
+    texts = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts)]
+    shown = [box for text, box in zip(texts, boxes_of(texts), strict=True) if text.get_text()]
+    assert len(shown) > 10
+    edges = figure.bbox.extents
+    assert all((box.extents[:2] >= edges[:2]).all() and (box.extents[2:] <= edges[2:]).all() for box in shown)
+
+
 def test_an_enlarged_square_lies_in_one_region_and_says_whether_it_fails(drawn):
     found, figure = drawn
     for axes in figure.axes[3:]:
