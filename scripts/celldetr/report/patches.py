@@ -109,9 +109,11 @@ def overview(image: Pyramid, grid: PatchGrid, tissue: Raster, left_out: PatchGri
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     ratio = grid.mpp / grid.image_mpp / scale
-    for patches, colour in ((grid, PATCH_COLOUR), (left_out, LEFT_OUT_COLOUR)):
+    # thick, as neighbours share their edges: a thin red line would not tell which of them it belongs to
+    for patches, colour, width in ((grid, PATCH_COLOUR, 1), (left_out, LEFT_OUT_COLOUR, 4)):
         for x, y in () if patches is None else patches.corners * ratio:
-            draw.rectangle([x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1], outline=colour)
+            box = (x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1)
+            draw.rectangle(box, outline=colour, width=width)
     return picture
 
 
