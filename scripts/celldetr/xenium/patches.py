@@ -206,8 +206,9 @@ def _warnings(name: str, on_glass: int, nuclei: int, unsegmented: int, patches: 
     if unsegmented > _MANY_UNSEGMENTED * patches:
         found.append(
             f"{unsegmented:,} of {patches:,} patches ({unsegmented / patches:.0%}) are left out, as Xenium did not "
-            "segment many of the nuclei that the H&E image shows in them (xenium.patches.max_unsegmented), or as the "
-            "registration is wrong there by 3 um or more: look at registration.png"
+            "segment many of the nuclei that the H&E image shows in them (xenium.patches.max_unsegmented), as the "
+            "registration is wrong there by 3 um or more, or as dark spots there are no nuclei (ink, pigment): look at "
+            "the red squares and at registration.png"
         )
     for text in found:
         log.warning("%s: %s", name, text)
