@@ -26,7 +26,7 @@ _DETAIL = 90.0  # um along the side of a detail
 _THUMBNAIL = 900  # samples along the longer side of the whole section
 _LARGEST_NUCLEUS = 15.0  # um from its centroid to its rim
 _LINE = 175  # characters of a line above the panels
-_OUTLINE, _PASSED, _FAILED, _WARNING = "#00E5FF", "#1B7F3B", "#C62828", "#A85500"
+_OUTLINE, _PASSED, _FAILED, _UNJUDGED, _WARNING = "#00E5FF", "#1B7F3B", "#C62828", "#777777", "#A85500"
 _DENSITY, _CHANCE, _BEFORE = "#0B3D91", "#999999", "#FF8F00"
 _ARROWS = 16  # along the longer side of the section
 
@@ -162,7 +162,7 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[_Detail]) -> None:
         _draw_region(axes, region, [detail.centre for detail in details if detail.region is region])
     axes.set_title(
         f"H&E in the Xenium frame (um); contours: density of its {len(scene.nuclei.centroids):,} DAPI nuclei\n"
-        "Regions with their median distance, um; red: fails, gives no patches",
+        "Regions with their median distance, um; red: fails, gives no patches; grey: too few nuclei to judge",
         fontsize=9,
     )
 
@@ -170,7 +170,7 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[_Detail]) -> None:
 def _draw_region(axes: Axes, region: RegionQuality, details: list[NDArray[np.float64]]) -> None:
     """Frame of a region, and its distance in a corner away from the square that is enlarged."""
     x0, y0, x1, y1 = region.cell
-    paint = _PASSED if region.passed else _FAILED
+    paint = (_PASSED if region.passed else _FAILED) if region.judged else _UNJUDGED
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color=paint, linewidth=0.8, zorder=3))
     x, y = details[0] if details else ((x0 + x1) / 2, (y0 + y1) / 2)
     across, down = x <= (x0 + x1) / 2, y < (y0 + y1) / 2
@@ -218,8 +218,8 @@ def _draw_detail(axes: Axes, scene: _Scene, detail: _Detail, number: int) -> Non
     moved = [scene.registration.on_affine(ring) for ring in rings]
     axes.add_collection(LineCollection(moved, colors=_OUTLINE, linewidths=1.0))
     before = "; orange: without displacements" if scene.registration.field is not None else ""
-    place = str(number) if detail.region.passed else f"{number} (region fails)"
-    axes.set_title(f"{place}: DAPI nuclei on the H&E (um){before}", fontsize=9)
+    verdict = ("" if detail.region.passed else " (region fails)") if detail.region.judged else " (region not judged)"
+    axes.set_title(f"{number}{verdict}: DAPI nuclei on the H&E (um){before}", fontsize=9)
 
 
 def _draw_distances(axes: Axes, scene: _Scene) -> None:
