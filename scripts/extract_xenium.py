@@ -29,10 +29,10 @@ def main(snakemake):
         workers=snakemake.threads,
     )
     write_rows(output.summary_tsv, found.rows)
-    with open_pyramid(sample.he, found.grid.image_mpp) as image:
-        picture = overview(image, found.grid, found.tissue, found.unsegmented)
-    title = f"Patches of {sample.name} ({sample.tissue})"
     store = open_store(output.store)
+    with open_pyramid(sample.he, found.grid.image_mpp) as image:
+        picture = overview(image, found.grid, found.tissue, store.patches["complete"].to_numpy())
+    title = f"Patches of {sample.name} ({sample.tissue})"
     write_report(
         output.summary_html,
         store,
@@ -40,7 +40,6 @@ def main(snakemake):
         source=sample.he.name,
         picture=picture,
         rows=found.rows,
-        left_out=len(found.unsegmented) > 0,
         warnings=found.warnings,
     )
 

@@ -100,7 +100,7 @@ def collate(items: list[tuple[torch.Tensor, Targets]]) -> Batch:
     boxes = [torch.cat([t.boxes, whole.expand(1, slots - t.boxes.shape[1], 4)], dim=1) for t in targets]
     labels = [torch.nn.functional.pad(t.labels, (0, slots - t.labels.shape[1]), value=-1) for t in targets]
     counts = torch.cat([t.counts for t in targets])
-    joined = Targets(torch.cat(boxes), torch.cat(labels), counts)
+    joined = Targets(torch.cat(boxes), torch.cat(labels), counts, torch.ones(len(counts), dtype=torch.bool))
     patches, everything = torch.arange(len(images)).numpy(), slice(0, len(images))
     return Batch(torch.cat(images), joined, patches, 0, everything, counts.numpy().copy())
 

@@ -136,7 +136,8 @@ def random_detections(counts, queries=7, classes=1, layers=2, seed=0):
     labels = torch.randint(classes, (len(counts), slots), generator=generator)
     labels[torch.arange(slots) >= torch.tensor(counts)[:, None]] = -1
     found = boxes(layers, len(counts), queries)
-    return logits, found, Targets(boxes(len(counts), slots), labels, torch.tensor(counts))
+    complete = torch.ones(len(counts), dtype=torch.bool)
+    return logits, found, Targets(boxes(len(counts), slots), labels, torch.tensor(counts), complete)
 
 
 def match(logits, boxes, targets):

@@ -31,8 +31,8 @@ class PatchSettings(SlidePatchSettings):
     min_labelled: NotNegativeInt = Field(5, description="fewest nuclei with a cell type in a patch")
     max_unsegmented: Share = Field(
         0.35,
-        description="largest share of the nuclei visible in a patch that Xenium did not segment: detection would learn "
-        "them as background; 1: no limit",
+        description="largest share of the nuclei visible in a patch that Xenium did not segment; above, what else is "
+        "detected is no mistake in training, and the patch is in no validation or test; 1: no limit",
     )
 
 

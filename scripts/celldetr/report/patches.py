@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import shapely
+from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw
 from scipy import ndimage
 
 from celldetr.config.colours import class_colours
 from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
 from celldetr.report.slide_pictures import thumbnail
-from celldetr.report.style import LEFT_OUT_COLOUR, PATCH_COLOUR, TISSUE_COLOUR
+from celldetr.report.style import INCOMPLETE_COLOUR, PATCH_COLOUR, TISSUE_COLOUR
 from celldetr.runtime.files import atomic, write_tsv
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import read_patch
@@ -31,8 +32,9 @@ _BODY = """
 <p>{{ patches }} patches of {{ size }} px at {{ mpp }} um per px, from {{ source }}.</p>
 {{ table(["what", "", "count"], rows, 2) }}
 <h2>The slide</h2>
-<p>Green outline: tissue. Blue squares: patches that were taken.{% if left_out %} Red squares: patches that were left
-out, as Xenium did not segment many of the nuclei that are visible in them.{% endif %}</p>
+<p>Green outline: tissue. Blue squares: patches that were taken.{% if incomplete %} Red squares: those of them in which
+Xenium did not segment many of the visible nuclei. They train boxes and cell types, but not what is background, and are
+in no validation or test.{% endif %}</p>
 <img alt="the slide with its tissue and patches" src="data:image/jpeg;base64,{{ overview }}">
 {% if outlines %}<h2>Outlines of nuclei</h2>{{ gallery(outlines) }}{% endif %}
 <h2>Patches</h2>
@@ -56,12 +58,11 @@ def write_report(
     picture: Image.Image,
     rows: Sequence[tuple[str, str, int]],
     outlines: Sequence[tuple[str, str]] = (),
-    left_out: bool = False,
     warnings: Sequence[str] = (),
 ) -> None:
     """Write the page: counts, the `overview` of the slide in file `source`, and some patches with their boxes.
 
-    `outlines` are captions and pictures of `outline_pictures`; `left_out` explains the red squares of the `picture`.
+    `outlines` are captions and pictures of `outline_pictures`.
     """
     shown = np.unique(np.linspace(0, len(store) - 1, min(_SHOWN, len(store))).astype(int))
     values: dict[str, Any] = {
@@ -73,7 +74,7 @@ def write_report(
         "rows": [(kind, name, f"{count:,}") for kind, name, count in rows],
         "overview": embed(picture),
         "outlines": outlines,
-        "left_out": left_out,
+        "incomplete": not store.patches["complete"].all(),
         "warnings": warnings,
         "colours": list(zip((*store.classes, "no label"), class_colours(store.classes), strict=True)),
         "pictures": patch_pictures(store, shown, "patch {index} at {x}, {y} px: {nuclei} nuclei"),
@@ -95,8 +96,8 @@ def save_picture(path: str | os.PathLike[str], picture: Image.Image) -> None:
         picture.save(temporary, "PNG")
 
 
-def overview(image: Pyramid, grid: PatchGrid, tissue: Raster, left_out: PatchGrid | None = None) -> Image.Image:
-    """Draw the whole slide with the outline of its tissue, its patches and, in red, patches that were left out."""
+def overview(image: Pyramid, grid: PatchGrid, tissue: Raster, complete: NDArray[np.bool_] | None = None) -> Image.Image:
+    """Draw the whole slide with the outline of its tissue and its patches (N); those not `complete` (N,) are red."""
     pixels = thumbnail(image, _OVERVIEW)
     scale = max(1.0, max(image.size) / _OVERVIEW)
     rows, columns = (
@@ -110,8 +111,9 @@ def overview(image: Pyramid, grid: PatchGrid, tissue: Raster, left_out: PatchGri
     draw = ImageDraw.Draw(picture)
     ratio = grid.mpp / grid.image_mpp / scale
     # thick, as neighbours share their edges: a thin red line would not tell which of them it belongs to
-    for patches, colour, width in ((grid, PATCH_COLOUR, 1), (left_out, LEFT_OUT_COLOUR, 4)):
-        for x, y in () if patches is None else patches.corners * ratio:
+    whole = np.ones(len(grid), dtype=bool) if complete is None else complete
+    for patches, colour, width in ((whole, PATCH_COLOUR, 1), (~whole, INCOMPLETE_COLOUR, 4)):
+        for x, y in grid.corners[patches] * ratio:
             box = (x, y, x + grid.size * ratio - 1, y + grid.size * ratio - 1)
             draw.rectangle(box, outline=colour, width=width)
     return picture

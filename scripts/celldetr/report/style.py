@@ -19,7 +19,7 @@ SERIES_COLOURS = ("#0057C2", "#D55E00", "#009E73", "#CC79A7", "#999933")  # line
 CASING = "#1A1A1A"  # of lines in class colours, which are too pale for tissue and for white paper
 LINE_COLOUR, MUTED_COLOUR = "#444444", "#999999"
 SAMPLE_COLOUR, REFERENCE_COLOUR = "#0072B2", "#E69F00"  # cell types: a Xenium sample, and its reference
-TISSUE_COLOUR, PATCH_COLOUR, LEFT_OUT_COLOUR = "#009E73", "#0050C8", "#D00000"  # on the overview of a slide
+TISSUE_COLOUR, PATCH_COLOUR, INCOMPLETE_COLOUR = "#009E73", "#0050C8", "#D00000"  # on the overview of a slide
 ATTENTION_COLOURS = ("#1B2A6B", "#2A7FB8", "#7FD3C4", "#FFF59A")  # from low to high weight
 STYLE: Any = {  # rc parameters
     "font.family": "sans-serif",

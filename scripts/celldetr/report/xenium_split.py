@@ -15,7 +15,8 @@ PAPER_PATCHES, PAPER_CELLS = 21_000, 380_000
 _BODY = """
 {% for warning in warnings %}<p class="warning">{{ warning }}.</p>{% endfor %}
 <p>Split by {{ by }}: {{ patches }} patches and {{ nuclei }} nuclei ({{ labelled }} with a label) in
-{{ samples }} samples; {{ left_out }} patches on borders between blocks are left out. The paper has
+{{ samples }} samples; {{ left_out }} patches are left out: on borders between blocks, or in validation or test with
+visible nuclei that have no box. The paper has
 {{ paper_patches }} patches and over {{ paper_cells }} labelled cells.</p>
 {{ table(["what"] + parts + ["all"], rows) }}
 <h2>Samples</h2>

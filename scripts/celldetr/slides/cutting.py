@@ -53,13 +53,15 @@ def cut_patches(
     group: str,
     tissue: str,
     attrs: Mapping[str, Any],
+    complete: NDArray[np.bool_] | None = None,
     workers: int = 1,
     skip: bool = False,
 ) -> PatchGrid:
     """Write the patches of a grid to a store, and return the grid of what was written.
 
     `labels` (M,) are the classes of the slide's nuclei; for `classes` to `attrs` see `StoreWriter`: attributes
-    `patches_passed_over` and damaged patches are added. With `skip`, patches that cannot be decoded are left out. Each
+    `patches_passed_over` and damaged patches are added. `complete` (N,) are the patches of which all nuclei are known;
+    None: all. With `skip`, patches that cannot be decoded are left out. Each
     of the `workers` (threads) holds a few blocks of patches and some tiles; the bytes do not depend on their number.
 
     Raises
@@ -70,6 +72,7 @@ def cut_patches(
     damaged: dict[int, str] = {}  # the threads fill it
     level0 = grid.level0
     names = {"source": source, "group": group, "tissue": tissue}
+    complete = np.ones(len(grid), dtype=bool) if complete is None else complete
 
     def read(image: Pyramid, numbers: range) -> tuple[list[int], list[EncodedImage]]:
         lost = damaged if skip else None
@@ -88,7 +91,8 @@ def cut_patches(
                 [grid.boxes.boxes[chosen] for chosen in members],
                 [labels[grid.boxes.nuclei[chosen]] for chosen in members],
                 centroids=[grid.boxes.centroids[chosen] for chosen in members],
-                patches={**{key: [name] * len(members) for key, name in names.items()}, "x": x, "y": y},
+                patches={key: [name] * len(members) for key, name in names.items()}
+                | {"x": x, "y": y, "complete": complete[numbers]},
             )
             if writer.n_patches % _LOGGED < len(members):
                 log.info("%d of %d patches", writer.n_patches, len(grid))

@@ -50,11 +50,7 @@ class PatchGrid:
         """Leave patches out; `passed_over` counts them under the reason."""
         kept = np.setdiff1d(np.arange(len(self)), list(patches))
         passed_over = {**self.passed_over, reason: self.passed_over.get(reason, 0) + len(patches)}
-        return replace(self.only(kept), passed_over=passed_over)
-
-    def only(self, patches: NDArray[np.int64]) -> "PatchGrid":
-        """Return some of the patches, in the given order."""
-        return replace(self, corners=self.corners[patches], boxes=self.boxes.select(patches))
+        return replace(self, corners=self.corners[kept], boxes=self.boxes.select(kept), passed_over=passed_over)
 
     def dropped(self, nuclei: int) -> dict[str, int]:
         """Reason -> how many nuclei, of as many on the slide, and parts of nuclei have no box."""

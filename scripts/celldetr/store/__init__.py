@@ -7,7 +7,8 @@
     labels     int8    (M,)          index into `classes`; -1 = nucleus without a label
     centroids  float32 (M, 2)        mean x, y of the pixel centres of the nucleus, px; NaN = unknown
     box_ptr    int64   (N + 1,)      nuclei of patch i are box_ptr[i]:box_ptr[i + 1]
-    patches/   source, group, tissue (text) and x, y (int64): (N,) each
+    patches/   source, group, tissue (text) and x, y (int64): (N,) each; optional complete (bool): False where nuclei
+               are visible that have no box
     attributes                       format, classes, mpp, counts per class, what was dropped and why, provenance, and
                                      digest: SHA-256 of the content, the identity of the store
 

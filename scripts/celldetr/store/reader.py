@@ -24,7 +24,10 @@ TEXT_COLUMNS = ("source", "group", "tissue")
 NUMBER_COLUMNS = ("x", "y")
 COLUMNS = (*TEXT_COLUMNS, *NUMBER_COLUMNS)
 ARRAYS = ("boxes", "labels", "centroids", "box_ptr", *(f"patches/{name}" for name in COLUMNS))
-"""All but the images and the instance maps."""
+"""All but the images and the instance maps, and what is optional."""
+COMPLETE = "complete"
+"""Optional column: whether all nuclei that a patch shows have a box; a store without it has complete patches alone."""
+_OPTIONAL = f"patches/{COMPLETE}"
 INSTANCES = "instances_digest"
 """Attribute that a store with instance maps has, and no other."""
 _IDENTITY = ("images_digest", "classes", "mpp", "counts", "image", "settings")  # attributes that the digest covers
@@ -58,7 +61,7 @@ class PatchStore:
     centroids: NDArray[np.float32]
     box_ptr: NDArray[np.int64]
     patches: pd.DataFrame
-    """One row per patch: `COLUMNS`."""
+    """One row per patch: `COLUMNS` and `COMPLETE`."""
 
     def __len__(self) -> int:
         return self.n_patches
@@ -176,6 +179,7 @@ def open_store(path: str | os.PathLike[str]) -> PatchStore:
             "were changed after the store was written: delete it and make it again"
         )
     table = pd.DataFrame({name: content.pop(f"patches/{name}") for name in COLUMNS})
+    table[COMPLETE] = content.pop(f"patches/{COMPLETE}", np.ones(len(table), dtype=bool))
     return PatchStore(
         path=path,
         attrs=attrs,
@@ -197,7 +201,7 @@ def content_digest(images: Sequence[int], arrays: Mapping[str, NDArray[Any]], at
     images
         Shape of the images.
     arrays
-        `ARRAYS` by name.
+        `ARRAYS`, and `COMPLETE` of a store that has it, by name.
     attrs
         All; those are covered that are read later, and `images_digest` and, if there are instance maps,
         `instances_digest`: the SHA-256 over the SHA-256 of each image and map.
@@ -207,10 +211,10 @@ def content_digest(images: Sequence[int], arrays: Mapping[str, NDArray[Any]], at
         identity[INSTANCES] = attrs[INSTANCES]
     head = [list(images), identity]
     found = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-    for name in ARRAYS:
+    for name in [*ARRAYS, *([_OPTIONAL] if _OPTIONAL in arrays else [])]:
         array = arrays[name]
         found.update(f"{name} {array.shape}".encode())
-        found.update(array.tobytes() if array.dtype.kind in "if" else json.dumps(array.tolist()).encode())
+        found.update(array.tobytes() if array.dtype.kind in "ifb" else json.dumps(array.tolist()).encode())
     return found.hexdigest()
 
 
@@ -230,7 +234,8 @@ def _open(path: Path) -> tuple[zarr.Array, dict[str, zarr.Array], dict[str, Any]
         if found != FORMAT:
             raise InputError(f"{path}: attribute format: got {found!r}, expected {FORMAT}; make the store again")
         by_patch = ("images", "instances") if INSTANCES in group.attrs else ("images",)
-        arrays: dict[str, Any] = {name: group[name] for name in (*by_patch, *ARRAYS)}
+        whole = [*ARRAYS, *([_OPTIONAL] if _OPTIONAL in group else [])]
+        arrays: dict[str, Any] = {name: group[name] for name in (*by_patch, *whole)}
     except (KeyError, OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be opened as a patch store ({error!r}); make it again") from error
     for name, array in arrays.items():
@@ -241,4 +246,4 @@ def _open(path: Path) -> tuple[zarr.Array, dict[str, zarr.Array], dict[str, Any]
             raise InputError(
                 f"{path}: {name}: got {files} of {expected} files; the store is incomplete: delete it and make it again"
             )
-    return arrays["images"], {name: arrays[name] for name in ARRAYS}, dict(group.attrs)
+    return arrays["images"], {name: arrays[name] for name in whole}, dict(group.attrs)

@@ -19,6 +19,7 @@ from celldetr.runtime.errors import InputError
 from celldetr.runtime.files import atomic
 from celldetr.store.reader import (
     COLUMNS,
+    COMPLETE,
     FORMAT,
     INSTANCES,
     NO_LABEL,
@@ -111,7 +112,8 @@ class StoreWriter:
             (B, S, S) uint16: 0 background, k the k-th box of the patch (from 1). For all patches of a store or none.
             A nucleus that others cover may have no pixel; attribute `nuclei_without_pixels` counts these.
         patches
-            ``source``, ``group``, ``tissue``, ``x``, ``y``: B values each.
+            ``source``, ``group``, ``tissue``, ``x``, ``y``: B values each; ``complete``, if some patches show nuclei
+            that have no box.
 
         Raises
         ------
@@ -135,6 +137,7 @@ class StoreWriter:
             else zip(instances, self._pool.map(encode_instances, instances), strict=True)
         )
         columns = [patches[name] for name in COLUMNS]
+        columns.append(patches[COMPLETE] if COMPLETE in patches else [True] * len(boxes))
         for image, box, label, centroid, given, *row in zip(
             encoded, boxes, labels, centroids, maps, *columns, strict=True
         ):
@@ -203,8 +206,10 @@ class StoreWriter:
         ptr = np.cumsum([len(labels) for _, labels, _ in self._nuclei], dtype=np.int64)
         self._check_nuclei(boxes, labels, centroids, ptr)
         arrays = {"boxes": boxes, "labels": labels.astype(np.int8), "centroids": centroids, "box_ptr": ptr}
-        table = pd.DataFrame(self._rows, columns=list(COLUMNS))
+        table = pd.DataFrame(self._rows, columns=[*COLUMNS, COMPLETE]).astype({COMPLETE: bool})
         arrays |= {f"patches/{name}": table[name].to_numpy(np.int64) for name in NUMBER_COLUMNS}
+        if not table[COMPLETE].all():
+            arrays[f"patches/{COMPLETE}"] = table[COMPLETE].to_numpy()
         group = zarr.open_group(self._temporary, mode="a", zarr_format=3)
         for name, array in arrays.items():
             group.create_array(name, data=array, **_STORED)

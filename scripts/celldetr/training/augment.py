@@ -11,6 +11,7 @@ those that drew it: no shape depends on the random numbers, and `torch.compile` 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ def augment_targets(targets: Targets, draws: Draws) -> Targets:
         boxes[rows] = _warp_boxes(boxes[rows], torch.from_numpy(draws.displacement)[rows])
     for flipped, coordinate in ((draws.flip_x, 0), (draws.flip_y, 1)):
         boxes[torch.from_numpy(flipped), :, coordinate] = 1 - boxes[torch.from_numpy(flipped), :, coordinate]
-    return Targets(boxes, targets.labels, targets.counts)
+    return replace(targets, boxes=boxes)
 
 
 def augment_images(pixels: Tensor, draws: Draws, settings: AugmentationSettings, *, compiled: bool = False) -> Tensor:

@@ -45,6 +45,7 @@ class Targets:
     boxes: Tensor  # (B, R, 4) float32, cxcywh in [0, 1]; the whole image at padding, so that no size is 0
     labels: Tensor  # (B, R) int64; -1 at padding and at nuclei without a label
     counts: Tensor  # nuclei of each image (B,) int64, on the CPU
+    complete: Tensor  # (B,) bool, False where nuclei are visible that have no box: what else is found is no mistake
 
     @property
     def valid(self) -> Tensor:
@@ -80,8 +81,10 @@ class Batch:
         """Move images and nuclei to a device, in place."""
         targets = self.targets
         self.images = to_device(self.images, device)
-        boxes, labels = (to_device(values, device) for values in (targets.boxes, targets.labels))
-        self.targets = Targets(boxes, labels, targets.counts)
+        boxes, labels, complete = (
+            to_device(values, device) for values in (targets.boxes, targets.labels, targets.complete)
+        )
+        self.targets = Targets(boxes, labels, targets.counts, complete)
         if self.instances is not None:
             self.instances = to_device(self.instances, device)
         return self
@@ -143,9 +146,7 @@ class PatchData:
         self.ptr = np.cumsum([0, *(len(labels) for _, labels in found)], dtype=np.int64)
         self.boxes = np.concatenate([np.empty((0, 4), np.float32), *(boxes for boxes, _ in found)])
         self.labels = np.concatenate([np.empty(0, np.int8), *(labels for _, labels in found)])
-        tissues = [store.patches["tissue"].to_numpy() for store in self.stores]
-        rows_of = zip(self.store_of, self.patch_of, strict=True)
-        self.tissues = np.array([tissues[store][patch] for store, patch in rows_of], dtype=object)
+        self.tissues, self.complete = self._column("tissue", object), self._column("complete", bool)
         self._reads_instances = instances
         if instances:
             self._check_instances()
@@ -155,6 +156,13 @@ class PatchData:
 
     def __len__(self) -> int:
         return len(self.patch_of)
+
+    def _column(self, name: str, dtype: type) -> NDArray[Any]:
+        """Values (N,) of a column of the stores."""
+        columns = [store.patches[name].to_numpy() for store in self.stores]
+        return np.array(
+            [columns[store][patch] for store, patch in zip(self.store_of, self.patch_of, strict=True)], dtype=dtype
+        )
 
     def read(self, patches: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """Images (B, S, S, 3) uint8 of patches (B,), and their instance maps (B, S, S) int16 if they are read."""
@@ -220,6 +228,7 @@ class PatchData:
             xyxy_to_cxcywh(torch.from_numpy(boxes) / max(self.patch_size, 1)),
             torch.from_numpy(labels),
             torch.from_numpy(counts.copy()),
+            torch.from_numpy(self.complete[patches]),
         )
 
     def counts(self, patches: NDArray[np.int64]) -> NDArray[np.int64]:

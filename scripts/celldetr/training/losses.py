@@ -36,7 +36,7 @@ def detection_losses(
     ----------
     logits
         (L, B, Q, C); C = 1 is the nucleus logit, else one logit per class. With classes, a query that is matched to an
-        unlabelled nucleus is left out of the focal loss.
+        unlabelled nucleus is left out of the focal loss. So is one without a match in an image that is not complete.
     boxes
         (L, B, Q, 4), cxcywh in [0, 1].
     query
@@ -54,7 +54,8 @@ def detection_losses(
     alike = torch.ones_like(label) if classes == 1 else label == torch.arange(classes, device=label.device)
     positive = logits.new_zeros((*logits.shape[:2], queries + 1, classes), dtype=torch.float32)
     positive = positive.scatter(2, spare.expand_as(alike), alike.float())[:, :, :queries]
-    by_query = focal(logits, positive).sum(dim=-1)
+    found_more = (positive.amax(dim=-1) == 0) & ~targets.complete[:, None]
+    by_query = focal(logits, positive).sum(dim=-1).masked_fill(found_more, 0)
     if classes > 1:
         ignored = torch.zeros_like(by_query[:, :, :1], dtype=torch.bool).expand(-1, -1, queries + 1)
         by_query = by_query.masked_fill(ignored.scatter(2, spare[..., 0], label[..., 0] < 0)[:, :, :queries], 0)

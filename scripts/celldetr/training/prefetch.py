@@ -54,7 +54,8 @@ class Prefetcher:
                     return
                 batch = prepare(batch_or_end, self._device, self._settings, compiled=self._compiled)
             steps.wait_stream(self._stream)
-            for tensor in (batch.images, batch.targets.boxes, batch.targets.labels, batch.instances):
+            targets = batch.targets
+            for tensor in (batch.images, targets.boxes, targets.labels, targets.complete, batch.instances):
                 if tensor is not None:
                     tensor.record_stream(steps)  # its memory is not reused before the step has read it
             yield batch

@@ -30,7 +30,6 @@ from celldetr.xenium.unsegmented import visible_nuclei
 log = logging.getLogger(__name__)
 
 _FAILED = "in a region whose registration fails"
-_UNSEGMENTED = "in which Xenium did not segment many of the visible nuclei"
 _MANY_ON_GLASS = 0.02  # share of the nuclei on the H&E
 _MANY_UNSEGMENTED = 0.2  # share of the patches
 
@@ -54,7 +53,6 @@ class Extraction:
 
     grid: PatchGrid
     tissue: Raster
-    unsegmented: PatchGrid  # patches left out, as Xenium segmented too few of the nuclei that the H&E shows in them
     rows: list[tuple[str, str, int]]  # kind, name, count: the summary
     warnings: list[str]
 
@@ -96,10 +94,7 @@ def extract_sample(
         where = {"file": sample.he.name, "size": list(image.size), "mpp": he_mpp}
     on_glass = len(on_slide) - len(nuclei)
     failed = _failed_patches(grid, registration)
-    judged = grid.without(failed, _FAILED) if len(failed) else grid
-    seen = visible_nuclei(sample.he, judged, nuclei, workers)
-    poor = np.flatnonzero(seen.share > settings.max_unsegmented)
-    grid = judged.without(poor, _UNSEGMENTED) if len(poor) else judged
+    grid = grid.without(failed, _FAILED) if len(failed) else grid
     if not len(grid):
         raise _no_patch(sample.name, grid, nuclei, on_glass)
     dropped |= {
@@ -107,8 +102,9 @@ def extract_sample(
         "nuclei on blank glass of the H&E image": on_glass,
         **grid.dropped(len(nuclei)),
     }
-    counted = _warnings(sample.name, on_glass, len(on_slide), len(poor), len(judged))
-    warnings = [*registration.warnings, *counted]
+    seen = visible_nuclei(sample.he, grid, nuclei, workers)
+    complete = seen.share <= settings.max_unsegmented
+    warnings = [*registration.warnings, *_warnings(sample.name, on_glass, len(on_slide), complete)]
     attrs = {
         "image": where,
         "dropped": dropped,
@@ -129,11 +125,11 @@ def extract_sample(
         group=sample.group,
         tissue=sample.tissue,
         attrs=attrs,
+        complete=complete,
         workers=workers,
     )
-    missing = int(np.delete(seen.missing, poor).sum())
-    rows = _summary(grid, nuclei.labels, dropped, missing) + type_rows(cells, read_metadata(sample.cells))
-    return Extraction(grid, tissue, judged.only(poor), rows, warnings)
+    rows = _summary(grid, nuclei.labels, dropped, complete, int(seen.missing.sum()))
+    return Extraction(grid, tissue, rows + type_rows(cells, read_metadata(sample.cells)), warnings)
 
 
 def place_nuclei(
@@ -190,14 +186,13 @@ def _no_patch(name: str, grid: PatchGrid, nuclei: SlideNuclei, on_glass: int) ->
         f"{name}: got no patch; the grid has "
         + ", ".join(f"{count} {reason}" for reason, count in grid.passed_over.items())
         + f"; {class_counts(nuclei.labels, ST_TYPES)} nuclei lie on the H&E, {on_glass} more on its blank "
-        "glass: look at the registration and the cell types, lower xenium.patches.min_tissue and min_labelled, or "
-        "raise max_unsegmented"
+        "glass: look at the registration and the cell types, or lower xenium.patches.min_tissue and min_labelled"
     )
 
 
-def _warnings(name: str, on_glass: int, nuclei: int, unsegmented: int, patches: int) -> list[str]:
-    """Sentences for the user, also in the log, if a sample loses many of its nuclei or patches."""
-    found = []
+def _warnings(name: str, on_glass: int, nuclei: int, complete: NDArray[np.bool_]) -> list[str]:
+    """Sentences for the user, also in the log, if a sample loses many of its nuclei, or has many incomplete patches."""
+    found, unsegmented, patches = [], int((~complete).sum()), len(complete)
     if on_glass > _MANY_ON_GLASS * nuclei:
         found.append(
             f"{on_glass:,} of {nuclei:,} nuclei ({on_glass / nuclei:.0%}) lie on blank glass of the H&E image and have "
@@ -205,9 +200,9 @@ def _warnings(name: str, on_glass: int, nuclei: int, unsegmented: int, patches: 
         )
     if unsegmented > _MANY_UNSEGMENTED * patches:
         found.append(
-            f"{unsegmented:,} of {patches:,} patches ({unsegmented / patches:.0%}) are left out, as Xenium did not "
-            "segment many of the nuclei that the H&E image shows in them (xenium.patches.max_unsegmented), as the "
-            "registration is wrong there by 3 um or more, or as dark spots there are no nuclei (ink, pigment): look at "
+            f"{unsegmented:,} of {patches:,} patches ({unsegmented / patches:.0%}) show many nuclei without a box, and "
+            "are in no validation or test: Xenium did not segment them (xenium.patches.max_unsegmented), the "
+            "registration is wrong there by 3 um or more, or dark spots there are no nuclei (ink, pigment): look at "
             "the red squares and at registration.png"
         )
     for text in found:
@@ -216,7 +211,7 @@ def _warnings(name: str, on_glass: int, nuclei: int, unsegmented: int, patches: 
 
 
 def _summary(
-    grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int], missing: int
+    grid: PatchGrid, labels: NDArray[np.int8], dropped: Mapping[str, int], complete: NDArray[np.bool_], missing: int
 ) -> list[tuple[str, str, int]]:
     """Rows (kind, name, count); `labels` are those of all nuclei on the H&E, `missing` were seen without an outline."""
     inside = labels[grid.boxes.nuclei]
@@ -225,6 +220,7 @@ def _summary(
         ("total", "nuclei in patches", len(inside)),
         ("total", "cut nuclei in patches", int(grid.boxes.cut.sum())),
         ("total", "labelled nuclei in patches", int((inside != NO_LABEL).sum())),
+        ("total", "patches in which Xenium did not segment many of the visible nuclei", int((~complete).sum())),
         ("total", "clearly visible in patches but not segmented", missing),
         ("total", "nuclei on the H&E", len(labels)),
         *(("class", name, count) for name, count in class_counts(inside, ST_TYPES).items()),

@@ -2,7 +2,8 @@
 
 Patches of one slide look alike, and neighbours share tissue. A split by slide keeps whole slides (or donors) together;
 a split by block keeps squares of tissue together and leaves out the patches on the border between two parts. The split
-of the paper is random, patch by patch.
+of the paper is random, patch by patch. Patches that show nuclei without a box are for training alone: who finds these
+nuclei would seem wrong.
 """
 
 import logging
@@ -30,7 +31,7 @@ class XeniumSplit:
 
     table: pd.DataFrame  # store, patch (index in the store), part; a row per patch that is in a part
     by: str  # slide, block or random
-    left_out: Mapping[str, int]  # store -> patches in no part: they touch the border of a block of another part
+    left_out: Mapping[str, int]  # store -> patches in no part: not complete, or at a border of blocks
     warnings: tuple[str, ...]  # for the user
 
 
@@ -59,12 +60,15 @@ def xenium_split(stores: Sequence[PatchStore], settings: XeniumSplitSettings, se
     else:
         groups = patches["group"].tolist() if by == "slide" else [str(index) for index in range(len(patches))]
         part, left_out = _parts(groups, shares, seed, by), np.zeros(len(patches), dtype=bool)
+    incomplete = ~patches["complete"].to_numpy() & (part != "train")
+    left_out |= incomplete
     table = patches.loc[~left_out, ["store", "patch"]].assign(part=part[~left_out])[list(COLUMNS)]
     for name in wanted:
         if not (table["part"] == name).any():
             raise InputError(
-                f"split by {by}: got no patches for {name!r}, {int(left_out.sum())} lie on borders between blocks; cut "
-                "more patches, or change xenium.split.block_um and margin_um"
+                f"split by {by}: got no patches for {name!r}; {int((left_out & ~incomplete).sum())} lie on borders "
+                f"between blocks, and {int(incomplete.sum())} show nuclei without a box, so they are for training "
+                "alone; cut more patches, or change xenium.split.block_um and margin_um"
             )
     counts = patches["store"][left_out].value_counts()
     return XeniumSplit(

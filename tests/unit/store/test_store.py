@@ -310,6 +310,25 @@ def test_the_digest_covers_every_pixel_of_the_instances(tmp_path):
     assert len(digests) == 4
 
 
+def test_incomplete_patches_are_kept_and_a_store_without_them_is_as_before(tmp_path):
+    images, boxes, labels, centroids, columns = make(tmp_path / "a.zarr", [2, 1, 2])
+    stores = {}
+    for name, complete in {"all.zarr": [True, True, True], "some.zarr": [True, False, True]}.items():
+        with StoreWriter(tmp_path / name, patch_size=SIZE, classes=CLASSES, mpp=0.5, attrs={"dropped": {}}) as writer:
+            patches = {**columns, "complete": complete}
+            writer.append(images, boxes, labels, centroids=centroids, patches=patches)
+        stores[name] = open_store(tmp_path / name)
+        assert stores[name].patches["complete"].tolist() == complete
+    before = open_store(tmp_path / "a.zarr")
+    assert before.patches["complete"].all()
+    assert before.digest == stores["all.zarr"].digest != stores["some.zarr"].digest
+    select([(stores["some.zarr"], [1, 0]), (before, [1])], tmp_path / "mixed.zarr")
+    assert open_store(tmp_path / "mixed.zarr").patches["complete"].tolist() == [False, True, True]
+    shutil.rmtree(tmp_path / "some.zarr" / "patches" / "complete")
+    with pytest.raises(InputError, match="digest"):
+        open_store(tmp_path / "some.zarr")
+
+
 def test_a_store_without_instances_says_what_to_do(tmp_path):
     make(tmp_path / "a.zarr", [1, 2])
     with pytest.raises(InputError, match=r"a\.zarr: instances: got none, .*convert_pannuke .*delete an older store"):

@@ -64,10 +64,8 @@ def scene(batch=6, seed=0):
             inside = ((x - at[0]) / half[0]) ** 2 + ((y - at[1]) / half[1]) ** 2 <= 1
             pixels[image, inside] = 63 * (slot + 1)
             boxes[image, slot] = [*(at - half), *(at + half)]
-    targets = Targets(
-        xyxy_to_cxcywh(torch.from_numpy(boxes) / SIZE), torch.arange(4).expand(batch, 4), torch.full((batch,), 4)
-    )
-    return torch.from_numpy(pixels), targets
+    labels, counts, complete = torch.arange(4).expand(batch, 4), torch.full((batch,), 4), torch.arange(batch) % 2 == 0
+    return torch.from_numpy(pixels), Targets(xyxy_to_cxcywh(torch.from_numpy(boxes) / SIZE), labels, counts, complete)
 
 
 def seen_boxes(image):
@@ -120,7 +118,8 @@ def test_elastic_loses_no_nucleus_at_the_edge_and_keeps_sizes_positive():
     settings = only(elastic=1.0)
     corners = torch.tensor([[0, 0, 1, 1], [95, 95, 96, 96], [0, 40, 3, 50], [0, 0, 96, 96]], dtype=torch.float32)
     boxes = xyxy_to_cxcywh(corners / SIZE).expand(20, 4, 4).clone()
-    targets = Targets(boxes, torch.zeros(20, 4, dtype=torch.long), torch.full((20,), 4))
+    counts, complete = torch.full((20,), 4), torch.ones(20, dtype=torch.bool)
+    targets = Targets(boxes, torch.zeros(20, 4, dtype=torch.long), counts, complete)
     _, moved = augment(scene(20)[0], targets, draw(settings, 1, 1, 20), settings)
     ends = cxcywh_to_xyxy(moved.boxes)
     assert (moved.boxes[..., 2:] > 0).all()
@@ -222,7 +221,7 @@ def test_processes_see_their_share_of_the_same_images(parts):
     size = 8 // parts
     for part in range(parts):
         mine = slice(part * size, (part + 1) * size)
-        cut = Targets(targets.boxes[mine], targets.labels[mine], targets.counts[mine])
+        cut = Targets(*(values[mine] for values in vars(targets).values()))
         some, moved = augment(images[mine], cut, draws.of(mine), settings)
         assert torch.allclose(some, whole[mine], atol=1e-6)
         assert torch.allclose(moved.boxes, boxes.boxes[mine], atol=1e-6)

@@ -33,7 +33,8 @@ def make_targets(counts, seed=0):
     for row, count in enumerate(counts):
         draws = torch.rand(count, 4, generator=generator)
         boxes[row, :count] = torch.cat((0.2 + 0.6 * draws[:, :2], 0.1 + 0.2 * draws[:, 2:]), dim=1)
-    return Targets(boxes, torch.full((len(counts), slots), -1), torch.tensor(counts))
+    complete = torch.ones(len(counts), dtype=torch.bool)
+    return Targets(boxes, torch.full((len(counts), slots), -1), torch.tensor(counts), complete)
 
 
 def views_of(counts, seed=0, *, once=False, slots=None):
@@ -129,7 +130,9 @@ def test_an_image_alone_gives_what_it_gives_beside_others_and_in_more_slots(mode
     together = lay_out(targets, uniforms, once=True)
     projected = projected_of(model, features, together)
     alone = lay_out(
-        Targets(targets.boxes[:1, :2], targets.labels[:1, :2], targets.counts[:1]), uniforms[:1, :4], once=True
+        Targets(targets.boxes[:1, :2], targets.labels[:1, :2], targets.counts[:1], targets.complete[:1]),
+        uniforms[:1, :4],
+        once=True,
     )
     single = projected_of(model, features._replace(memory=features.memory[:1]), alone)
     assert torch.allclose(single[0], projected[0, :4], atol=1e-5)

@@ -1,13 +1,19 @@
 """Batches of patches: order, shares of processes, nuclei as padded tensors."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_training import make_split, make_store
 from torch.utils.data import DataLoader
 
+from celldetr.config.experiment import TrainingSettings
 from celldetr.training import data as data_module
 from celldetr.training.data import PatchData, TrainingBatches, ValidationBatches
+from celldetr.training.prefetch import prepare
 
 
 def test_an_epoch_has_every_patch_and_another_order_than_the_next(store):
@@ -51,6 +57,21 @@ def test_the_sizes_of_some_epochs_are_found(monkeypatch, store):
     assert {val[number].targets.labels.shape for number in val.numbers_of_sizes()} == {
         val[number].targets.labels.shape for number in range(4)
     }
+
+
+def test_patches_that_are_not_complete_stay_so_on_their_way_to_the_losses(store, tmp_path):
+    known = np.arange(len(store)) % 3 > 0
+    path = shutil.copytree(store.path, tmp_path / "b.zarr")
+    names = [name for name in (store.path.stem, "b") for _ in range(len(store))]
+    split = pd.DataFrame({"store": names, "patch": [*range(len(store))] * 2, "part": "train"})
+    marked = replace(store, path=path, patches=store.patches.assign(complete=known))
+    data = PatchData([store, marked], split, "train")
+    assert data.complete.tolist() == [*[True] * len(store), *known]
+    settings = TrainingSettings(epochs=1, batch_size=4)
+    for step in range(3):
+        batch = prepare(TrainingBatches(data, 4, seed=3)[step], "cpu", settings)
+        assert batch.targets.complete.tolist() == data.complete[batch.patches].tolist()
+    assert not all(ValidationBatches(data, 28)[0].targets.complete)
 
 
 def test_targets_are_the_boxes_of_the_store(store):

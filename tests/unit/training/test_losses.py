@@ -1,6 +1,7 @@
 """Losses of supervised training."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_losses_of_a_batch_are_sums_over_its_images():
     for name, value in together.items():
         parts = 0
         for image in range(3):
-            one = Targets(*(x[image : image + 1] for x in (targets.boxes, targets.labels, targets.counts)))
+            one = Targets(*(x[image : image + 1] for x in vars(targets).values()))
             cut = logits[:, image : image + 1], boxes[:, image : image + 1], one
             alone = match(*cut)
             parts = parts + detection_losses(*cut, alone, 5.0)[name]
@@ -81,7 +82,7 @@ def test_queries_without_a_nucleus_are_pushed_down_and_matched_ones_up():
 
 def test_unlabelled_nuclei_count_for_detection_and_not_for_classes():
     logits, boxes, targets = case(counts=(2,), layers=1, classes=3)
-    unlabelled = Targets(targets.boxes, torch.full_like(targets.labels, -1), targets.counts)
+    unlabelled = replace(targets, labels=torch.full_like(targets.labels, -1))
     found = match(logits, boxes, unlabelled)
     losses = detection_losses(logits, boxes, unlabelled, found, 2.0)
     assert losses["l1"].item() > 0
@@ -133,3 +134,20 @@ def test_class_loss_takes_the_weights():
     weighted = float(class_loss(logits, labels, 2.0, torch.tensor([2.0, 0.5, 1.0])))
     expected = (2 * one[0] + 0.5 * one[1] + one[2] + 0.5 * one[4] + 2 * one[5]) / 2
     assert weighted == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_what_else_is_found_is_no_mistake_in_an_image_that_is_not_complete(classes):
+    """Queries without a match have no loss there; matched ones, and all of the other images, have the same."""
+    logits, boxes, targets = case(classes=classes)
+    found = match(logits, boxes, targets)
+    partial = replace(targets, complete=torch.tensor([False, False, True]))
+    whole, some = (detection_losses(logits, boxes, nuclei, found, 1.0) for nuclei in (targets, partial))
+    gradients = [torch.autograd.grad(losses["nucleus"].sum(), logits)[0] for losses in (whole, some)]
+    matched = torch.zeros(logits.shape[:3], dtype=torch.bool)
+    for layer, image, _, query in zip(*torch.nonzero(found >= 0).T, found[found >= 0], strict=True):
+        matched[layer, image, query] = True
+    kept = matched | targets.complete.new_tensor([False, False, True])[:, None]
+    assert torch.equal(gradients[1], gradients[0] * kept[..., None])
+    assert (gradients[0] != 0).all()
+    assert all(torch.equal(whole[name], some[name]) for name in ("l1", "giou"))

@@ -1,6 +1,7 @@
 """Matching of queries to nuclei."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_an_image_is_matched_alone_as_in_a_batch():
         alone = match(
             logits[:, image : image + 1],
             boxes[:, image : image + 1],
-            Targets(*(values[image : image + 1] for values in (targets.boxes, targets.labels, targets.counts))),
+            Targets(*(values[image : image + 1] for values in vars(targets).values())),
         )
         assert torch.equal(together[:, image], alone[:, 0])
 
@@ -79,9 +80,9 @@ def test_a_nucleus_without_a_label_takes_its_cheapest_class():
     logits, boxes, targets = random_detections([1], classes=3, layers=1)
     by_class = []
     for label in range(3):
-        labelled = Targets(targets.boxes, torch.full_like(targets.labels, label), targets.counts)
+        labelled = replace(targets, labels=torch.full_like(targets.labels, label))
         by_class.append(costs(logits, boxes, labelled, SETTINGS))
-    unlabelled = Targets(targets.boxes, torch.full_like(targets.labels, -1), targets.counts)
+    unlabelled = replace(targets, labels=torch.full_like(targets.labels, -1))
     got = costs(logits, boxes, unlabelled, SETTINGS)
     assert torch.allclose(got, torch.stack(by_class).amin(dim=0))
 

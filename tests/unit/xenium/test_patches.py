@@ -172,25 +172,25 @@ def test_nuclei_on_blank_glass_have_no_box_and_are_counted(sample, store, tmp_pa
     assert "lie on blank glass" in caplog.text
 
 
-def test_patches_that_xenium_did_not_segment_are_left_out_and_shown(sample, store, tmp_path, caplog):
-    reason = "in which Xenium did not segment many of the visible nuclei"
-    assert reason not in store.attrs["patches_passed_over"]
+def test_patches_that_xenium_did_not_segment_are_marked_and_shown(sample, store, tmp_path, caplog):
+    assert store.patches["complete"].all()
     outs = shutil.copytree(sample.truth.outs, tmp_path / "outs")
     corners = pd.read_parquet(outs / NUCLEI)
     cells = corners["cell_id"].unique()
     kept = cells[np.random.default_rng(1).random(len(cells)) < 0.5]
     corners[corners["cell_id"].isin(kept)].to_parquet(outs / NUCLEI)
     half = changed(sample, outs=outs)
-    everything = run(half, tmp_path, max_unsegmented=1)
-    some = run(half, tmp_path)
-    assert len(some) + some.attrs["patches_passed_over"][reason] == len(everything)
-    assert len(some) < 0.6 * len(everything)
-    page = some.path.with_suffix(".html").read_text()
+    assert run(half, tmp_path, max_unsegmented=1).patches["complete"].all()
+    found = run(half, tmp_path)
+    incomplete = ~found.patches["complete"]
+    assert incomplete.mean() > 0.4
+    page = found.path.with_suffix(".html").read_text()
     assert "Red squares" in page
     assert "Xenium did not segment" in caplog.text
     assert "Red squares" not in store.path.with_suffix(".html").read_text()
-    table = pd.read_csv(some.path.with_suffix(".tsv"), sep="\t").set_index(["kind", "name"])["count"]
-    assert table["not taken", f"patches {reason}"] == some.attrs["patches_passed_over"][reason]
+    table = pd.read_csv(found.path.with_suffix(".tsv"), sep="\t").set_index(["kind", "name"])["count"]
+    reason = "patches in which Xenium did not segment many of the visible nuclei"
+    assert table["total", reason] == incomplete.sum() < table["total", "patches"]
 
 
 def test_no_patch_reaches_beyond_the_xenium_image(sample, store):
@@ -225,7 +225,7 @@ def test_the_summary_adds_up(store):
 
 
 def test_no_patch_is_an_error_with_the_reasons(sample, tmp_path):
-    text = "got no patch; .*with too few labelled nuclei.*look at the registration.*raise max_unsegmented"
+    text = "got no patch; .*with too few labelled nuclei.*look at the registration"
     with pytest.raises(InputError, match=text):
         run(sample, tmp_path, min_labelled=10_000)
     assert not (tmp_path / "s1.zarr").exists()

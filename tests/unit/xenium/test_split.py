@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 SIZE, MPP, SLIDE_MPP = 8, 2.0, 0.7  # a patch is 16 um wide
 
 
-def make_store(path, corners, group="g", seed=0, step=SIZE):
+def make_store(path, corners, group="g", seed=0, step=SIZE, incomplete=0):
     """Write a store of patches with corners (N, 2) on a grid of steps, in patch px; patch i has i % 4 nuclei."""
     rng = np.random.default_rng(seed)
     corners = np.asarray(corners).reshape(-1, 2)
@@ -34,7 +35,8 @@ def make_store(path, corners, group="g", seed=0, step=SIZE):
             rng.integers(0, 255, (count, SIZE, SIZE, 3), dtype=np.uint8),
             [[[1, 1, 4, 4]] * len(row) for row in labels],
             labels,
-            patches={"source": [path.stem] * count, "group": groups, "tissue": ["Lung"] * count, "x": x, "y": y},
+            patches={"source": [path.stem] * count, "group": groups, "tissue": ["Lung"] * count, "x": x, "y": y}
+            | {"complete": rng.random(count) >= incomplete},
         )
     return open_store(path)
 
@@ -104,6 +106,22 @@ def test_a_random_split_is_by_patch_and_warns(tmp_path):
     assert any("several parts" in warning for warning in split.warnings)
     assert split.table.equals(split_of([store], by="random").table)
     assert not split.table.equals(split_of([store], by="random", seed=1).table)
+
+
+@pytest.mark.parametrize("by", ["random", "block", "slide"])
+def test_incomplete_patches_are_for_training_alone(tmp_path, by):
+    stores = [
+        make_store(tmp_path / f"s{i}.zarr", grid(12, 12), group=f"d{i}", seed=i, incomplete=0.3) for i in range(3)
+    ]
+    split = split_of(stores, by=by)
+    complete = {store.path.stem: store.patches["complete"].to_numpy() for store in stores}
+    rows = [complete[store][patch] for store, patch in zip(split.table["store"], split.table["patch"], strict=True)]
+    known = pd.Series(rows).groupby(split.table["part"]).mean()
+    assert known["val"] == known["test"] == 1
+    assert 0.5 < known["train"] < 0.9
+    assert len(split.table) + sum(split.left_out.values()) == sum(map(len, stores))
+    with pytest.raises(InputError, match="no patches for 'val'; 0 lie on .*, and 80 show nuclei without a box"):
+        split_of([make_store(tmp_path / "none.zarr", grid(20, 10), incomplete=1)], by="random")
 
 
 def test_impossible_splits_are_refused(tmp_path):
