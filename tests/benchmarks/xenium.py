@@ -3,9 +3,9 @@
 Usage: python tests/benchmarks/xenium.py [--real FOLDER] [--counts FILE] [--size W H] [--seed N] [--only NAME ...]
 
 It measures the library that Python finds, so the table before a change comes from the same program:
-  git worktree add /tmp/before f500e62
-  PYTHONPATH=/tmp/before/scripts python tests/benchmarks/xenium.py   # before
-  PYTHONPATH=scripts python tests/benchmarks/xenium.py               # now
+  git worktree add ../before f500e62
+  PYTHONPATH=../before/scripts python tests/benchmarks/xenium.py   # before
+  PYTHONPATH=scripts python tests/benchmarks/xenium.py             # now
 The oldest revision that it runs on is f500e62.
 
 Registration: a section of `--size` um, drawn (as the example), or with `--real` a mosaic of real H&E tiles
