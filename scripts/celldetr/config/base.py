@@ -30,6 +30,21 @@ PRECISION = "auto: bf16 on GPUs that have it, tf32 on other GPUs, fp32 on a CPU;
 
 MOST_VALUES = 100_000
 _VALUES = "expected numbers, text, lists and mappings with text keys, without cycles"
+_NO_GAIN = "it did not help on real tissue; remove the key"
+REMOVED = {
+    "registration.min_gain": "a refinement is kept if it brings nuclei clearly closer (refine: auto); remove the key",
+    "evaluation.radius": "it was in px; give radius_um, in um, instead",
+    "model.fast": "give model.kernel and training.precision instead",
+    "model.sampling": "give model.kernel instead",
+    "model.query_selection": _NO_GAIN,
+    "training.average": _NO_GAIN,
+    "training.denoising": _NO_GAIN,
+    "training.recompute": "give training.activation_checkpointing instead",
+    "losses.class_scale": "losses.classes is the whole weight; multiply it by what class_scale was, and remove that",
+    "losses.repeats": _NO_GAIN,
+    "readout": "give frozen_features instead",
+}
+"""Ends of keys that earlier revisions had -> what to do."""
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -112,6 +127,9 @@ def _explain(cls: type[BaseModel], problem: Mapping[str, Any], where: str) -> st
     key = ".".join([part for part in (where, *path) if part]) or "config"
     kind, got = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
+        for old, remedy in REMOVED.items():
+            if f".{key}".endswith(f".{old}"):
+                return f"{key}: this key was removed: {remedy}"
         near = difflib.get_close_matches(path[-1], sorted(_keys(cls)), n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "json_invalid":

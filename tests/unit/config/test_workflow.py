@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from celldetr.config.base import merge
+from celldetr.config.base import REMOVED, merge
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
 from celldetr.config.experiment import Experiment
 from celldetr.config.load import load_config
@@ -113,6 +113,12 @@ def test_overrides_reach_their_experiment_alone():
     assert config.experiment("celldetr_s") == Config.from_dict(read()).experiment("celldetr_s")
 
 
+def test_no_key_that_counts_as_removed_is_there():
+    present = set(re.findall(r'"(\w+)": \{', schemas()["config.schema.json"]))
+    assert {"min_contrast", "radius_um"} < present
+    assert not {old.rpartition(".")[2] for old in REMOVED} & present
+
+
 def test_settings_survive_json():
     experiment = Config.from_dict(read()).experiment("celldetr_p")
     assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
@@ -163,6 +169,9 @@ FAIL_LATE = [  # accepted, these would fail after hours of work, or give somethi
     [
         ("training.epocs", 3, "training.epocs: unknown key; did you mean 'epochs'?"),
         ("sead", 3, "sead: unknown key; did you mean 'seed'?"),
+        ("xenium.registration.min_gain", 0.2, "xenium.registration.min_gain: this key was removed: a refinement"),
+        ("experiments.celldetr_s.training.recompute", True, "training.recompute: this key was removed: give training."),
+        ("readout", {"k": 20}, "readout: this key was removed: give frozen_features instead"),
         (
             "training.lr",
             "1e-4",
