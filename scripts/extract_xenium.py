@@ -37,7 +37,7 @@ def main(snakemake):
         output.summary_html,
         store,
         title=title,
-        source=sample.he.name,
+        source=params.given["he"]["path"] or sample.he.name,
         picture=picture,
         rows=found.rows,
         warnings=found.warnings,

@@ -46,7 +46,9 @@ def main(snakemake):
                 workers=snakemake.threads,
             )
         except Refused as error:
-            save(registration_figure(error.best, he, nuclei, settings, name=params.sample), refused, dpi=PREVIEW_DPI)
+            text = str(error).replace(str(source.he), params.given["he"]["path"] or str(source.he))
+            figure = registration_figure(error.best, he, nuclei, settings, name=params.sample, refusal=text)
+            save(figure, refused, dpi=PREVIEW_DPI)
             raise InputError(f"{error} Look at {refused}: it shows that attempt.") from error
         figure = registration_figure(registration, he, nuclei, settings, name=params.sample)
         save(figure, output.picture, dpi=PREVIEW_DPI)

@@ -199,6 +199,19 @@ def sample_source(wildcards, what: str) -> dict:
     }
 
 
+def given_files(name: str, row, **columns: str) -> dict:
+    """What the user calls raw files, for messages: input of the rule (and its column of the sheet) -> path, place."""
+    found = {}
+    for file, column in columns.items():
+        sources = getattr(row, column)
+        own = sources[0] if len(sources) == 1 and local_files(sources) else None
+        found[file] = {
+            "path": own,
+            "place": f"row {name} of the sheet, column {column}",
+        }
+    return found
+
+
 def alignment_file(wildcards) -> list[str]:
     """Alignment file of a Xenium sample, if it has one."""
     path = f"results/raw/xenium/{wildcards.sample}/alignment.csv"

@@ -166,6 +166,13 @@ rule register_xenium:
         he_mpp=lambda wildcards: SAMPLES[wildcards.sample].he_mpp,
         sample=lambda wildcards: wildcards.sample,
         seed=CONFIG.seed,
+        given=lambda wildcards: given_files(
+            wildcards.sample,
+            SAMPLES[wildcards.sample],
+            outs="outs",
+            he="he",
+            alignment="alignment",
+        ),
         code=code("register_xenium"),
     message:
         "Registering the H&E image of {wildcards.sample} to its Xenium output"
@@ -194,6 +201,9 @@ rule prepare_reference:
         cells=lambda wildcards: REFERENCES[wildcards.reference].cells,
         cells_per_type=CONFIG.xenium.cells_per_type,
         seed=CONFIG.seed,
+        given=lambda wildcards: given_files(
+            wildcards.reference, REFERENCES[wildcards.reference], h5ad="file"
+        ),
         code=code("prepare_reference"),
     message:
         "Preparing the scRNA-seq reference {wildcards.reference}"
@@ -228,6 +238,9 @@ rule annotate_xenium:
     params:
         settings=CONFIG.xenium.cell_types.to_dict(),
         seed=CONFIG.seed,
+        given=lambda wildcards: given_files(
+            wildcards.sample, SAMPLES[wildcards.sample], outs="outs"
+        ),
         code=code("annotate_xenium"),
     message:
         "Assigning cell types to the cells of {wildcards.sample}"
@@ -267,6 +280,9 @@ rule extract_xenium:
         tissue=lambda wildcards: SAMPLES[wildcards.sample].tissue,
         group=lambda wildcards: SAMPLES[wildcards.sample].group,
         seed=CONFIG.seed,
+        given=lambda wildcards: given_files(
+            wildcards.sample, SAMPLES[wildcards.sample], outs="outs", he="he"
+        ),
         code=code("extract_xenium"),
     message:
         "Cutting {wildcards.sample} into patches"
@@ -325,6 +341,9 @@ rule save_spatialdata:
         mem_mb=16000,
         runtime=240,
     params:
+        given=lambda wildcards: given_files(
+            wildcards.sample, SAMPLES[wildcards.sample], outs="outs", he="he"
+        ),
         code=code("save_spatialdata"),
     message:
         "Writing {wildcards.sample} as one SpatialData object"

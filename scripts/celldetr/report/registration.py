@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -52,17 +53,23 @@ class _Detail:
 
 @styled
 def registration_figure(
-    registration: Registration, he: Pyramid, outlines: NDArray[np.object_], settings: RegistrationSettings, *, name: str
+    registration: Registration,
+    he: Pyramid,
+    outlines: NDArray[np.object_],
+    settings: RegistrationSettings,
+    *,
+    name: str,
+    refusal: str = "",
 ) -> Figure:
     """Draw the H&E in the Xenium frame with the nuclei of sample `name` (as given to `register`) over it.
 
-    The registration may be one that does not pass.
+    The registration may be one that does not pass; `refusal` is what the user is told of it.
     """
     nuclei = DapiNuclei(outlines)
     scene = _Scene(registration, he, nuclei, nuclei.regions(settings), settings)
-    lines = _head(registration, name)
+    lines = _wrapped([(line, _FAILED) for line in refusal.splitlines()] or _head(registration, name))
     head = 0.24 * len(lines)  # inches
-    figure = Figure(figsize=(15, 9.2 + head), layout="constrained")
+    figure = Figure(figsize=(15, 9.2 + head), layout=ConstrainedLayoutEngine(h_pad=0.1))
     grid = figure.add_gridspec(3, _DETAILS, height_ratios=(max(head, 0.1), 4.6, 4.6))
     _write_head(figure.add_subplot(grid[0, :]), lines)
     details = _choose_details(scene)
@@ -74,14 +81,17 @@ def registration_figure(
 
 
 def _head(registration: Registration, name: str) -> list[tuple[str, str]]:
-    """Lines above the panels, and their colours: verdict, figures, why it fails, warnings."""
+    """Texts above the panels, and their colours: verdict, figures, why it fails, warnings."""
     quality = registration.quality
     verdict, paint = ("passes", _PASSED) if quality.passed else ("FAILS", _FAILED)
     texts = [(f"{name}: registration {verdict} ({registration.origin})", paint), (quality.summary(), paint)]
     if registration.distortion:
         texts.append((f"local distortion: {registration.distortion.summary()}", paint))
     texts += [(failure, _FAILED) for failure in quality.failures]
-    texts += [(f"Warning: {text}", _WARNING) for text in registration.warnings]
+    return texts + [(f"Warning: {text}", _WARNING) for text in registration.warnings]
+
+
+def _wrapped(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(line, paint) for text, paint in texts for line in textwrap.wrap(text, _LINE)]
 
 
@@ -147,8 +157,13 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[_Detail]) -> None:
     density, x, y = _density(points, grid)
     if density.max() > 0:
         axes.contour(x, y, density, levels=density.max() * np.array([0.1, 0.4, 0.7]), colors=_DENSITY, linewidths=0.8)
+    title = (
+        f"H&E in the Xenium frame (um); contours: density of the {len(points):,} DAPI nuclei\n"
+        "Regions with their median distance, um; red: fails, gives no patches; grey: too few nuclei to judge"
+    )
     if scene.registration.field is not None:
-        _draw_arrows(axes, scene, scene.registration.field)
+        longest = _draw_arrows(axes, scene, scene.registration.field)
+        title += f"\nArrows: displacements, enlarged; the longest is {longest:.1f} um"
     for number, detail in enumerate(details, 1):
         left, top = detail.centre - _DETAIL / 2
         axes.add_patch(
@@ -160,11 +175,7 @@ def _draw_section(axes: Axes, scene: _Scene, details: list[_Detail]) -> None:
         axes.annotate(str(number), (left, top), xytext=(3, -2), textcoords="offset points", **text)
     for region in scene.registration.quality.regions:
         _draw_region(axes, region, [detail.centre for detail in details if detail.region is region])
-    axes.set_title(
-        f"H&E in the Xenium frame (um); contours: density of its {len(scene.nuclei.centroids):,} DAPI nuclei\n"
-        "Regions with their median distance, um; red: fails, gives no patches; grey: too few nuclei to judge",
-        fontsize=9,
-    )
+    axes.set_title(title, fontsize=9)
 
 
 def _draw_region(axes: Axes, region: RegionQuality, details: list[NDArray[np.float64]]) -> None:
@@ -181,8 +192,8 @@ def _draw_region(axes: Axes, region: RegionQuality, details: list[NDArray[np.flo
     axes.annotate(text, corner, xytext=offset, textcoords="offset points", **sides, **style)
 
 
-def _draw_arrows(axes: Axes, scene: _Scene, field: DisplacementField) -> None:
-    """Displacements, enlarged, where there are nuclei."""
+def _draw_arrows(axes: Axes, scene: _Scene, field: DisplacementField) -> float:
+    """Displacements, enlarged, where there are nuclei; returns the longest, um."""
     points = scene.nuclei.centroids
     low, high = points.min(axis=0), points.max(axis=0)
     step = float((high - low).max()) / _ARROWS
@@ -192,8 +203,8 @@ def _draw_arrows(axes: Axes, scene: _Scene, field: DisplacementField) -> None:
     shifts = field.displacement(places)
     longest = float(np.linalg.norm(shifts, axis=1).max())
     options: Any = {"angles": "xy", "scale_units": "xy", "scale": longest / step, "width": 0.004, "color": _BEFORE}
-    arrows = axes.quiver(*places.T, *shifts.T, zorder=5, **options)
-    axes.quiverkey(arrows, 0.9, 0.02, longest, f"{longest:.1f} um", labelpos="N", fontproperties={"size": 9})
+    axes.quiver(*places.T, *shifts.T, zorder=5, **options)
+    return longest
 
 
 def _density(

@@ -9,8 +9,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -39,17 +40,25 @@ _MORE_GPU_MEMORY = (
 )
 
 
+@dataclass(frozen=True)
+class _Name:
+    """What the user calls an input, and where."""
+
+    path: str
+    place: str
+
+
 class _Tee(io.TextIOBase):
     """A text stream that writes to the terminal and to the log, without the credentials of URLs.
 
-    A log on a full disk does not stop the rule.
+    Files are called what the user calls them (`names`). A log on a full disk does not stop the rule.
     """
 
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
-        self.terminal, self.log = terminal, log
+    def __init__(self, terminal: TextIO, log: TextIO, names: Mapping[str, _Name]) -> None:
+        self.terminal, self.log, self.names = terminal, log, names
 
     def write(self, text: str) -> int:
-        shown = masked(text)
+        shown = masked(_renamed(text, self.names))
         self.terminal.write(shown)
         self.terminal.flush()
         with contextlib.suppress(OSError):
@@ -72,7 +81,9 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
     main
         The work of the script.
     snakemake
-        The object that Snakemake gives to a script (`input`, `output`, `params`, `log`, `threads`, `resources`).
+        The object that Snakemake gives to a script (`input`, `output`, `params`, `log`, `threads`, `resources`). With
+        params.given (name of an input -> ``path``, as the user wrote it, or null if it is no local file, and ``place``,
+        where they wrote it) the log and the message have that path, and a message says where it is from.
     """
     path = Path(snakemake.log[0])
     try:
@@ -80,24 +91,26 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         path.write_text("")
         log = path.open("a", encoding="utf-8")  # the processes of a training run append to it, too
     except OSError as error:
-        _fail(error)
+        _fail(error, {})
     os.environ[LOG_VARIABLE] = str(path.absolute())
     watched = faulthandler.is_enabled()
     if not watched:
         faulthandler.enable(log)
+    names = dict[str, _Name]()
     try:
         with (
-            contextlib.redirect_stdout(_Tee(sys.stdout, log)),
-            contextlib.redirect_stderr(_Tee(sys.stderr, log)),
+            contextlib.redirect_stdout(_Tee(sys.stdout, log, names)),
+            contextlib.redirect_stderr(_Tee(sys.stderr, log, names)),
         ):
             logging.basicConfig(
                 stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
             )
             try:
                 _check_times(getattr(snakemake, "input", ()), path.stat().st_mtime)
+                names |= _given_names(snakemake)
                 main(snakemake)
             except Exception as error:
-                _fail(error)
+                _fail(error, names)
     finally:
         del os.environ[LOG_VARIABLE]
         if not watched:
@@ -106,12 +119,30 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
             log.close()
 
 
-def _fail(error: Exception) -> NoReturn:
+def _given_names(snakemake: Any) -> dict[str, _Name]:
+    """Return the paths of inputs that are the user's files -> names."""
+    found = {}
+    for key, given in getattr(getattr(snakemake, "params", None), "given", {}).items():
+        paths = snakemake.input.get(key, ())
+        for path in [paths] if isinstance(paths, str) else paths:
+            found[path] = _Name(given["path"] or path, given["place"])
+    return found
+
+
+def _renamed(text: str, names: Mapping[str, _Name]) -> str:
+    for path, name in names.items():
+        text = text.replace(path, name.path)
+    return text
+
+
+def _fail(error: Exception, names: Mapping[str, _Name]) -> NoReturn:
     message = explain(error)
     if message is None:
         traceback.print_exception(error)
     else:
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
+        places = [f"{name.path}: {name.place}" for path, name in names.items() if path in message]
+        origin = f" ({'; '.join(places)})" if places else ""
+        print(f"error: {message}{origin}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
     sys.exit(1)
 
 

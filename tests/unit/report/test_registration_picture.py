@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
+from matplotlib.quiver import Quiver
+from scipy.spatial import cKDTree
 from xenium_scene import PIXEL, make_scene
 
 from celldetr.config.xenium import RegistrationSettings
 from celldetr.report.registration import registration_figure
 from celldetr.xenium.registration.affine import affine, scaling
+from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.nuclei import DapiNuclei
 from celldetr.xenium.registration.result import Registration
@@ -75,3 +78,29 @@ def test_the_lines_above_say_the_verdict_the_reasons_and_the_warnings(drawn):
     assert set(found.quality.failures) <= set(lines)
     assert lines[-1] == "Warning: look here"
     assert f"{found.quality.he_nuclei:,} H&E nuclei" in figure.axes[2].get_title()
+
+
+def test_a_refusal_stands_above_the_panels_as_the_user_reads_it_in_the_log(drawn, tmp_path):
+    found, _ = drawn
+    scene = make_scene(tmp_path, seed=4, angle=25, scale=1.288)
+    text = "lung: no registration passes\nWhy: far\nWhat to do: " + "look " * 60
+    figure = registration_figure(found, scene.he, scene.nuclei, SETTINGS, name="lung", refusal=text)
+    lines = [line.get_text() for line in figure.axes[0].texts]
+    assert len(lines) == 4
+    assert " ".join(lines) == text.replace("\n", " ").strip()
+
+
+def test_the_longest_arrow_is_as_long_as_the_picture_says(drawn, tmp_path):
+    """Displacements of 3 um to the right and 4 um down, and where nuclei lie."""
+    found, _ = drawn
+    scene = make_scene(tmp_path, seed=4, angle=25, scale=1.288)
+    values = np.stack([np.full((16, 16), 3.0), np.full((16, 16), 4.0)])
+    field = DisplacementField(x=-200, y=-200, spacing=50, coefficients=values)
+    figure = registration_figure(
+        found.model_copy(update={"field": field}), scene.he, scene.nuclei, SETTINGS, name="lung"
+    )
+    assert "the longest is 5.0 um" in figure.axes[1].get_title()
+    (arrows,) = [part for part in figure.axes[1].collections if isinstance(part, Quiver)]
+    assert (arrows.U > 0).all()
+    assert (arrows.V > 0).all()  # y points down, as that of the axes
+    assert cKDTree(DapiNuclei(scene.nuclei).centroids).query(arrows.XY)[0].max() < 15

@@ -58,6 +58,29 @@ def test_rule_frame_writes_the_log_and_exits_with_1(tmp_path, capsys, error, mes
     assert shown in capsys.readouterr().err
 
 
+def test_messages_and_the_log_call_files_what_the_user_calls_them(tmp_path, capsys):
+    """A link or a copy below results/raw is none of the user's files; but its time is."""
+    raw = {"he": "results/raw/s/he.tif", "outs": "results/raw/s/outs", "alignment": [], "cells": "results/c.parquet"}
+    place = "row s of the sheet, column "
+    given = {"he": {"path": "my/{a}.svs", "place": place + "he"}, "outs": {"path": None, "place": place + "outs"}}
+    given["alignment"] = {"path": "a.csv", "place": place + "alignment"}
+    job = SimpleNamespace(log=[str(tmp_path / "rule.log")], params=SimpleNamespace(given=given))
+    job.input = type("Inputs", (tuple,), {"get": raw.get})()
+
+    def main(snakemake):
+        logging.getLogger("x").warning("%s: large", raw["he"])
+        raise InputError(f"{raw['he']} and {raw['outs']}/dapi.tif do not fit")
+
+    with pytest.raises(SystemExit):
+        run_rule(main, job)
+    for shown in (capsys.readouterr().err, (tmp_path / "rule.log").read_text()):
+        assert "my/{a}.svs: large" in shown
+        assert (
+            "error: my/{a}.svs and results/raw/s/outs/dapi.tif do not fit (my/{a}.svs: row s of the sheet, column he; "
+            "results/raw/s/outs: row s of the sheet, column outs)\n"
+        ) in shown
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_credentials_of_urls_are_in_no_log(tmp_path, capsys):
     url, other = "https://me:p@ss@host/a.svs?sig=S3cret&x=1", "s3://me:S3cret@bucket/b?S3cret=1"

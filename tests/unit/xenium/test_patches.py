@@ -58,6 +58,7 @@ def run(sample, out, registration="registration.json", **changes):
     names = {"store": "s1.zarr", "summary_tsv": "s1.tsv", "summary_html": "s1.html"}
     settings = {"min_labelled": 1, "min_nuclei": 1, "min_tissue": 0.1, **changes}
     params = {"settings": settings, "patch_size": SIZE, "mpp": MPP, "tissue": "Lung", "group": "donor 1", "seed": 0}
+    params["given"] = {"he": {"path": "my/he.svs", "place": "row s1 of the sheet, column he"}}
     extract_xenium.main(
         SimpleNamespace(
             input=Named(files),
@@ -100,7 +101,9 @@ def test_planted_nuclei_come_back_with_their_types(sample, store):
     table = pd.read_csv(store.path.with_suffix(".tsv"), sep="\t").set_index("name")["count"]
     assert abs(table["cut nuclei in patches"] - cut) <= 2  # by rounding of the file's corners
     assert table["parts of nuclei at the edge of a patch that show too little"] > 0
-    assert '<p class="warning">correct the file</p>' in store.path.with_suffix(".html").read_text()
+    page = store.path.with_suffix(".html").read_text()
+    assert '<p class="warning">correct the file</p>' in page
+    assert "um per px, from my/he.svs" in page
 
 
 def test_nuclei_follow_the_field_of_displacements(sample):

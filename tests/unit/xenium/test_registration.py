@@ -410,7 +410,8 @@ def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
         files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment], **changes}
         source = SimpleNamespace(**files, get=files.get)
         settings = {"regions": 3, "window": 120, "scale_range": [1.8, 2.0], "angle_step": 15}
-        params = SimpleNamespace(settings=settings, he_mpp=None, sample="lung", seed=1)
+        given = {"he": {"path": "my/he.svs", "place": "row lung of the sheet, column he"}}
+        params = SimpleNamespace(settings=settings, he_mpp=None, sample="lung", seed=1, given=given)
         register_xenium.main(SimpleNamespace(input=source, params=params, output=output, threads=2))
 
     with pytest.raises(InputError, match=f"^lung: no registration passes(.*\n){{2}}.*Look at {refused}"):

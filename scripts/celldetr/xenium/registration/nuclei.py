@@ -71,7 +71,7 @@ class DapiNuclei:
         if not found:
             raise InputError(
                 f"got no window of {settings.window:g} um with {_MIN_NUCLEI} nuclei; expected denser tissue: raise "
-                "'window'"
+                "xenium.registration.window"
             )
         return found
 

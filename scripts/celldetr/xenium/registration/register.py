@@ -56,6 +56,7 @@ def register(
     """
     try:
         nuclei = DapiNuclei(outlines)
+        regions = nuclei.regions(settings)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     share = inside(dapi, scaling(1 / pixel_size), nuclei.centroids).mean()
@@ -64,7 +65,7 @@ def register(
             f"{name}: got {share:.0%} of the nuclei inside the DAPI image {dapi.path}, expected {_MIN_IN_DAPI:.0%} or "
             "more; are image, nuclei and pixel size of the same run?"
         )
-    run = _Run(he, dapi, nuclei, pixel_size, settings, seed, workers, alignment)
+    run = _Run(he, dapi, nuclei, regions, pixel_size, settings, seed, workers, alignment)
     found = run.from_file(alignment) if alignment else None
     found = run.bend(found) if found else run.rescue()
     if found is None:
@@ -87,6 +88,7 @@ class _Run:
     he: Pyramid
     dapi: Pyramid
     nuclei: DapiNuclei
+    regions: list[Region]
     pixel_size: float
     settings: RegistrationSettings
     seed: int
@@ -95,10 +97,6 @@ class _Run:
     attempts: list[Attempt] = field(default_factory=list)
     before: Quality | None = None
     mistake: str | None = None  # of the file, undone in the last result
-
-    @cached_property
-    def regions(self) -> list[Region]:
-        return self.nuclei.regions(self.settings)
 
     @cached_property
     def maps(self) -> list[MapPair]:
