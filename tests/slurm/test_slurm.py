@@ -24,7 +24,7 @@ WITH_GPU = {
 }
 GROUPS = {
     *("rule_pannuke_convert_pannuke_split_pannuke", "rule_slides_extract_slide", "rule_tables_score_table"),
-    *("rule_xenium_annotate_xenium_extract_xenium_register_xenium", "rule_pictures_learning_curves_overlays"),
+    *("rule_xenium_annotate_xenium_extract_xenium", "rule_pictures_learning_curves_overlays"),
 }
 
 
@@ -131,7 +131,7 @@ def test_jobs_ask_for_what_they_need(complete):
 def test_rules_share_jobs(complete):
     names = {name.split("_wildcards")[0] for name in of(complete)}
     assert names >= GROUPS
-    alone = ("convert_pannuke", "split_pannuke", "register_xenium", "extract_slide", "score", "table", "overlays")
+    alone = ("convert_pannuke", "split_pannuke", "annotate_xenium", "extract_slide", "score", "table", "overlays")
     assert not names & {f"rule_{rule}" for rule in alone}
 
 

@@ -74,6 +74,7 @@ rule extract_sthelar:
         "results/benchmarks/extract_sthelar/{sample}.tsv"
     wildcard_constraints:
         sample=one_of(map(re.escape, STHELAR)),
+    retries: 0  # what it refuses once, it refuses again; it needs little memory
     conda:
         "../../envs/spatial.yaml"
     threads: 4

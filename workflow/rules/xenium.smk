@@ -155,6 +155,7 @@ rule register_xenium:
         "results/logs/register_xenium/{sample}.log",
     benchmark:
         "results/benchmarks/register_xenium/{sample}.tsv"
+    retries: 0  # what it refuses once, it refuses again; it needs little memory
     conda:
         "../../envs/spatial.yaml"
     threads: 2
