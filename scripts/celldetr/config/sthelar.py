@@ -52,7 +52,9 @@ def used_sthelar(
     sheet = locate(settings.sthelar.samples, root)
     used = {name: row for name, row in read_sheet(sheet, SthelarRow, "sample").items() if row.use}
     if not used:
-        raise ConfigError(f"{sheet}: column use: got 'yes' in no row, expected at least one; or leave out sthelar")
+        raise ConfigError(
+            f"{sheet}: column use: got 'yes' in no row, expected at least one; or leave out the block xenium.sthelar"
+        )
     for name, row in used.items():
         same = [other for other, sample in samples.items() if row.section and _is_of(row.section, other, sample)]
         if same:

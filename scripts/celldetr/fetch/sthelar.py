@@ -168,7 +168,10 @@ def _read(source: _Source, name: str, action: Callable[[pq.ParquetFile], Any]) -
         with source.open(name) as file:
             return action(pq.ParquetFile(file))
     except NoRanges:
-        raise InputError(f"STHELAR: {name}: the server does not send parts of files; expected that it does") from None
+        raise InputError(
+            f"STHELAR: {name}: the server does not send parts of files; get a copy of the data set by other means and "
+            "give its path in xenium.sthelar.folder"
+        ) from None
     except TransferError as failure:
         raise InputError(
             f"STHELAR: {name}: {failure}; start again later (received data is kept), or get a copy of the data set by "

@@ -225,9 +225,11 @@ def cut_file(folder):
     path.write_bytes(path.read_bytes()[:-500])
 
 
+ROWS = "patches-00000.parquet"
 WRONG = {
     "no id column": (cells(lambda t: t.drop_columns("cell_id_int")), r"got no columns \['cell_id_int'\]"),
-    "no labels": (cells(lambda t: t.drop_columns("cells_label3")), r"got no columns \['cells_label3'\]"),
+    "no labels": (
+        cells(lambda t: t.drop_columns("cells_label3")), r"got no columns \['cells_label3'\], .* the columns of"),
     "an unknown label": (
         cells(lambda t: column(t, "cells_label3", pa.array([None, *t["cells_label3"].to_pylist()[1:]]))
               .slice(0).set_column(1, "cells_final_label_group", pa.array(["Neuron"] * len(t)))),
@@ -244,6 +246,12 @@ WRONG = {
     ),
     "a truncated file": (cut_file, r"patches-00000.parquet: cannot be read"),
     "a damaged image": (edit_rows("image", lambda v: {**v, "bytes": v["bytes"][:200]}), "png: image: cannot be"),
+    "a patch twice": (
+        lambda f: rewrite(f / ROWS, lambda t: pa.concat_tables([t, t.slice(0, 1)])), "_0.png: got this patch twice"),
+    "a patch of another section": (
+        lambda f: rewrite(f / ROWS, lambda t: column(t, "slide_id", pa.array(["lung_s1"] * len(t)))),
+        f"got a row of section 'lung_s1', expected rows of {NAME} alone",
+    ),
     "no image": (edit_rows("image", lambda v: None), "got NoneType, expected the bytes"),
     "images of another size": (edit_rows("image", lambda v: png(512)), "image: got 512 x 512 px, expected 256"),
     "maps of another size": (edit_rows("cell_id_map", lambda v: npz(np.eye(128, dtype=int))), r"got \(128, 128\) px"),

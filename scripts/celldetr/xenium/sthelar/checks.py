@@ -38,7 +38,8 @@ def check_ids(probes: Sequence[Probe], cells: SectionCells, name: str) -> None:
     if without > _UNKNOWN * len(ids):
         raise InputError(
             f"STHELAR: {name}: {without} of {len(ids)} nuclei of the maps have no row in the table of cells "
-            "(cell_id_int), expected few: the table is of another section, or of another revision"
+            "(cell_id_int), expected few: the table is of another section or another revision; remove the folder of "
+            "the section below results/raw/sthelar to get it again"
         )
 
 
@@ -72,7 +73,8 @@ def check_maps(probes: Sequence[Probe], name: str) -> None:
         better = "" if best == "as they are" else f"; {best} they would hold {contrast[best]:.3f}"
         raise InputError(
             f"STHELAR: {name}: the nuclei of the maps hold {own:.3f} more hematoxylin than the rest (optical density)"
-            f"{better}; expected the most as they are: images and maps do not fit"
+            f"{better}; expected the most as they are: images and maps do not fit; leave the section out (use: no), or "
+            "take another xenium.sthelar.revision"
         )
 
 

@@ -53,7 +53,8 @@ def window(size: int, mpp: float, source_mpp: float) -> Window:
     if side > SIDE + _SLACK:
         raise InputError(
             f"got patches of {SIDE} px of {source_mpp:.4g} um ({SIDE * source_mpp:.4g} um), expected at least "
-            f"{size * mpp:.4g} um, the side of our patches (patch.size times patch.mpp); is the pixel size right?"
+            f"{size * mpp:.4g} um, the side of our patches: lower patch.size or patch.mpp, or correct column mpp "
+            "of the sheet"
         )
     side = min(side, float(SIDE))
     return Window(size, (SIDE - side) / 2, side)

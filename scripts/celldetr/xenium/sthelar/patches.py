@@ -20,7 +20,7 @@ from PIL import Image
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.slides import PatchSettings
-from celldetr.config.sthelar import PATCH_KEYS
+from celldetr.config.sthelar import PATCH_KEYS, PLACES
 from celldetr.runtime.errors import InputError
 from celldetr.store import NO_LABEL, StoreWriter, class_counts, encode_image
 from celldetr.xenium.sthelar.checks import Probe, check_ids, check_maps, pixel_size
@@ -183,8 +183,12 @@ class _Chooser:
         names, found = set[str](), list[Patch]()
         for number, row in self.section.rows(("file_name", "slide_id", "cell_id_map", *self.limits)):
             with _named(self.section, row):
-                if row["file_name"] in names or row["slide_id"] != self.section.name:
-                    raise InputError(f"got a row of section {row['slide_id']!r}, expected one of each patch of its own")
+                if row["slide_id"] != self.section.name:
+                    raise InputError(
+                        f"got a row of section {row['slide_id']!r}, expected rows of {self.section.name} alone"
+                    )
+                if row["file_name"] in names:
+                    raise InputError("got this patch twice, expected each once")
                 names.add(row["file_name"])
                 if patch := self._look(number, row):
                     found.append(patch)
@@ -198,15 +202,18 @@ class _Chooser:
         if not found:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.passed_over.items() if count)
             raise InputError(
-                f"STHELAR: {self.section.name}: got no patch; of {len(names)}: {reasons}; lower xenium.patches."
-                "min_labelled or the limits of xenium.sthelar, or give more labels a type in its table"
+                f"STHELAR: {self.section.name}: got no patch; of {len(self.section.places)}: {reasons}; lower "
+                "min_nuclei or min_labelled of xenium.patches or the limits of xenium.sthelar (min_dice, min_jaccard, "
+                "min_bpq), or give more labels a type in the table xenium.sthelar.types"
             )
         return found
 
     def _look(self, number: int, row: Mapping[str, Any]) -> Patch | None:
         """Return a patch if it is taken, and count why it is not."""
         if row["file_name"] not in self.section.places:
-            raise InputError("got no place of this patch in the table of places")
+            raise InputError(
+                f"got no place of this patch in {PLACES}, expected one for each: the files are not of one revision"
+            )
         nuclei = nuclei_of(read_ids(_bytes(row["cell_id_map"])), self.place, self.settings.min_visible)
         index = self.cells.find(nuclei.ids)
         labels = self.cells.label(index)

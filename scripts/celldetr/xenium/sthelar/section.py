@@ -120,7 +120,7 @@ def read_cells(folder: Path, types: TypeTable) -> SectionCells:
     Raises InputError if columns are missing, an id stands twice, or the table of types has no row for some labels.
     """
     path = folder / CELLS
-    table = _table(path, (_ID, *types.columns), (_AREA,))
+    table = _table(path, (_ID, *types.columns), (_AREA,), f"the layout of STHELAR, with the columns of {types.path}")
     if table[_ID].dtype.kind not in "iu":
         raise InputError(f"{path}: {_ID}: got {table[_ID].dtype}, expected integers without gaps")
     ids = as_ids(table[_ID])
@@ -150,10 +150,12 @@ def read_cells(folder: Path, types: TypeTable) -> SectionCells:
     return SectionCells(ids[order], labels[order], areas, dict(untyped))
 
 
-def _table(path: Path, columns: Sequence[str], further: Sequence[str] = ()) -> pd.DataFrame:
+def _table(
+    path: Path, columns: Sequence[str], further: Sequence[str] = (), expected: str = "the layout of STHELAR"
+) -> pd.DataFrame:
     with _opened(path) as file:
         present = file.schema_arrow.names
         if missing := [name for name in columns if name not in present]:
-            raise InputError(f"{path}: got no columns {missing}, only {present}; expected the layout of STHELAR")
+            raise InputError(f"{path}: got no columns {missing}, only {present}; expected {expected}")
         frame: pd.DataFrame = file.read([*columns, *(name for name in further if name in present)]).to_pandas()
     return frame
