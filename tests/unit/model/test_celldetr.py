@@ -231,10 +231,11 @@ def test_both_kernels_give_the_same_model():
         same(found, expected)
 
 
-def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
+@pytest.mark.parametrize("half", [False, True])
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(half):
     kept, gradients = {}, {}
     for again in (True, False):
-        model = build("parallel", encoder_layers=4).train()
+        model = build("parallel", encoder_layers=4).float().train()
         use_activation_checkpointing(model, again)
         sizes = {}
 
@@ -242,9 +243,10 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
             sizes[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        precision = torch.autocast("cpu", torch.bfloat16, enabled=half)
+        with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             torch.manual_seed(1)
-            features = model.encode(images())
+            features = model.encode(images().float())
             logits, boxes = model.detect(features)
             embeddings = model.represent(features, boxes[-1])
         kept[again] = sum(sizes.values())
@@ -253,3 +255,25 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
     assert kept[True] < 0.4 * kept[False]
     for first, second in zip(gradients[True], gradients[False], strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_in_half_precision_is_one_graph_with_the_same_gradients():
+    backbone = small_settings("sequential").backbone.model_copy(update={"norm": "frozen_batch"})
+    model = build("sequential", backbone=backbone).float()
+    batch, given = images(2).float(), boxes(2, 3).float()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            return training_loss(model, batch, given, torch.ones(2, 3, dtype=torch.bool))
+
+    losses, gradients = [], []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):  # the first makes the tables
+        model.zero_grad()
+        losses.append(run())
+        losses[-1].backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    torch._dynamo.reset()
+    assert torch.equal(*losses)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
