@@ -48,7 +48,8 @@ def sample(value, shapes, locations, weights):
 
 
 def dropout(x, p=0.5, training=True, inplace=False):
-    """Drop out in one operator."""
+    """Drop out in one operator, as a GPU does if it is not done in place."""
+    assert not (inplace and training)
     return torch.native_dropout(x, p, training)[0] if training and p else x
 
 

@@ -69,7 +69,7 @@ def fold(part: nn.Module) -> list[ConvNorm]:
         moved = torch._foreach_mul([norm.running_mean for norm in frozen], scales)
         shifts = cast_together(torch._foreach_sub([norm.bias for norm in frozen], moved))
         weights = [weight * scale.view(-1, 1, 1, 1) for weight, scale in zip(weights, scales, strict=True)]
-    return list(map(ConvNorm, convolutions, norms, cast_together(weights), shifts))
+    return [ConvNorm(*layer) for layer in zip(convolutions, norms, cast_together(weights), shifts, strict=True)]
 
 
 def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
