@@ -30,8 +30,11 @@ from celldetr.xenium.unsegmented import visible_nuclei
 log = logging.getLogger(__name__)
 
 _FAILED = "in a region whose registration fails"
+_MISPLACED = "with many nuclei where the H&E shows none (a fold, a tear)"
+_MOST_MISPLACED = 0.2  # share of the nuclei of a patch
 _MANY_ON_GLASS = 0.02  # share of the nuclei on the H&E
 _MANY_UNSEGMENTED = 0.2  # share of the patches
+_MANY_MISPLACED = 0.05  # share of the patches
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,10 @@ def extract_sample(
     on_glass = len(on_slide) - len(nuclei)
     failed = _failed_patches(grid, registration)
     grid = grid.without(failed, _FAILED) if len(failed) else grid
+    seen = visible_nuclei(sample.he, grid, nuclei, workers)
+    misplaced = np.flatnonzero(seen.misplaced > _MOST_MISPLACED)
+    if len(misplaced):
+        grid, seen = grid.without(misplaced, _MISPLACED), seen.select(np.setdiff1d(np.arange(len(grid)), misplaced))
     if not len(grid):
         raise _no_patch(sample.name, grid, nuclei, on_glass)
     dropped |= {
@@ -102,9 +109,8 @@ def extract_sample(
         "nuclei on blank glass of the H&E image": on_glass,
         **grid.dropped(len(nuclei)),
     }
-    seen = visible_nuclei(sample.he, grid, nuclei, workers)
     complete = seen.share <= settings.max_unsegmented
-    warnings = [*registration.warnings, *_warnings(sample.name, on_glass, len(on_slide), complete)]
+    warnings = [*registration.warnings, *_warnings(sample.name, on_glass, len(on_slide), len(misplaced), complete)]
     attrs = {
         "image": where,
         "dropped": dropped,
@@ -190,13 +196,19 @@ def _no_patch(name: str, grid: PatchGrid, nuclei: SlideNuclei, on_glass: int) ->
     )
 
 
-def _warnings(name: str, on_glass: int, nuclei: int, complete: NDArray[np.bool_]) -> list[str]:
-    """Sentences for the user, also in the log, if a sample loses many of its nuclei, or has many incomplete patches."""
+def _warnings(name: str, on_glass: int, nuclei: int, misplaced: int, complete: NDArray[np.bool_]) -> list[str]:
+    """Sentences for the user, also in the log, if many nuclei or patches are lost, or many patches are incomplete."""
     found, unsegmented, patches = [], int((~complete).sum()), len(complete)
     if on_glass > _MANY_ON_GLASS * nuclei:
         found.append(
             f"{on_glass:,} of {nuclei:,} nuclei ({on_glass / nuclei:.0%}) lie on blank glass of the H&E image and have "
             "no box: does the image lack a part of the section?"
+        )
+    if misplaced > _MANY_MISPLACED * (patches + misplaced):
+        found.append(
+            f"{misplaced:,} of {patches + misplaced:,} patches ({misplaced / (patches + misplaced):.0%}) are left out: "
+            "where many of their nuclei should be the H&E shows none. Is it folded, torn or out of focus there, or the "
+            "registration wrong? Look at registration.png"
         )
     if unsegmented > _MANY_UNSEGMENTED * patches:
         found.append(

@@ -10,7 +10,7 @@ from celldetr.config.xenium import RegistrationSettings
 from celldetr.xenium.registration.affine import affine, apply, fit_affine, rotation, scaling
 from celldetr.xenium.registration.gain import compare
 from celldetr.xenium.registration.gate import check
-from celldetr.xenium.registration.nuclei import DapiNuclei, find_blobs
+from celldetr.xenium.registration.nuclei import DapiNuclei, blob_responses, find_blobs
 
 SETTINGS = RegistrationSettings(regions=3, window=120)
 MIDDLE = EXTENT / 2
@@ -110,8 +110,8 @@ def test_glass_has_no_nuclei_and_pale_ones_are_found():
     pale = 0.04 * ((x - 60.5) ** 2 + (y - 130.5) ** 2 < 8**2)  # a disc of 4 um radius, optical density
     noise = ndimage.gaussian_filter(rng.normal(0, 0.01, (200, 200)), 0.7)
     for glass in (0.0, 0.05, 0.2 * x / 200, 0.02 + noise):
-        assert len(find_blobs(np.full((200, 200), 0, np.float32) + np.float32(glass))[0]) == 0
-        found, strength = find_blobs((pale + glass).astype(np.float32))
+        assert len(find_blobs(blob_responses(np.full((200, 200), glass, np.float32)))[0]) == 0
+        found, strength = find_blobs(blob_responses((pale + glass).astype(np.float32)))
         assert found == pytest.approx(np.array([[61, 131]]), abs=0.6)
         assert 0.02 < strength[0] < 0.05
 

@@ -196,6 +196,28 @@ def test_patches_that_xenium_did_not_segment_are_marked_and_shown(sample, store,
     assert table["total", reason] == incomplete.sum() < table["total", "patches"]
 
 
+def test_patches_whose_nuclei_lie_elsewhere_are_left_out_counted_and_named(sample, store, tmp_path, caplog):
+    """Beyond a fold the section is 20 um off."""
+    outs = shutil.copytree(sample.truth.outs, tmp_path / "outs")
+    corners = pd.read_parquet(outs / NUCLEI)
+    middle = corners.groupby("cell_id", observed=True)["vertex_x"].transform("mean")
+    beyond = middle > 180
+    corners.loc[beyond, "vertex_y"] += 20
+    corners.to_parquet(outs / NUCLEI)
+    found = run(changed(sample, outs=outs), tmp_path)
+    lost = found.attrs["patches_passed_over"]["with many nuclei where the H&E shows none (a fold, a tear)"]
+    half = SIZE * MPP / sample.truth.he_mpp / 2
+    corners_px = [part.patches[["x", "y"]].to_numpy() for part in (store, found)]
+    places = [apply(sample.registration.he_to_um(), low + half)[:, 0] for low in corners_px]
+    before, after = ((x > 180 + SIZE * MPP).sum() for x in places)
+    assert lost >= before - after > 0.85 * before > 8
+    before, after = ((x < 180 - SIZE * MPP).sum() for x in places)
+    assert after > 0.9 * before > 8
+    assert "where many of their nuclei should be the H&amp;E shows none" in found.path.with_suffix(".html").read_text()
+    assert f"{lost} of " in caplog.text
+    assert "many nuclei where" not in str(store.attrs["patches_passed_over"])
+
+
 def test_no_patch_reaches_beyond_the_xenium_image(sample, store):
     truth = sample.truth
     assert store.attrs["patches_passed_over"]["beyond the imaged area"] > 0

@@ -1,5 +1,6 @@
-"""Visible nuclei that Xenium did not segment: their patches are found, and a complete section keeps all of its own."""
+"""Nuclei that Xenium or the H&E lacks: their patches are found, and a complete section keeps all of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import shapely
 from xenium_scene import PIXEL, make_scene
 
 from celldetr.config.slides import PatchSettings
-from celldetr.slides.boxes import SlideNuclei, place_outlines
+from celldetr.slides.boxes import SlideNuclei, place_outlines, visible_boxes
 from celldetr.slides.grid import PatchGrid, patch_grid
 from celldetr.slides.tissue import tissue_mask
 from celldetr.xenium.registration.affine import inverse, scaling
@@ -16,6 +17,7 @@ from celldetr.xenium.unsegmented import visible_nuclei
 
 SIZE, MPP = 192, 0.25
 LIMIT = PatchSettings().max_unsegmented
+MISPLACED = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,62 @@ def test_patches_are_left_out_in_the_third_that_was_not_segmented_and_nowhere_el
     assert not out[lost == 0].any()
 
 
+def moved(section, which, by):
+    """Share (N,) of the nuclei of each patch that count as misplaced, and that are, if some are moved by px."""
+    path, nuclei, grid, _ = section
+    outlines = nuclei.outlines.copy()
+    outlines[which] = shapely.transform(outlines[which], lambda points: points + by)
+    boxes = visible_boxes(outlines, grid.corners, SIZE, 0.1)
+    found = visible_nuclei(path, replace(grid, boxes=boxes), SlideNuclei(outlines, nuclei.labels), 1)
+    patch = np.repeat(np.arange(len(grid)), np.diff(boxes.ptr))
+    return found.misplaced, np.bincount(patch, which[boxes.nuclei], len(grid)) / np.bincount(patch, minlength=len(grid))
+
+
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_no_patch_is_left_out_for_few_nuclei_that_are_elsewhere(section, share):
+    found, _ = moved(section, np.random.default_rng(0).random(len(section[1])) < share, (40, 40))
+    assert found.max() <= MISPLACED
+
+
+def test_patches_beyond_a_fold_are_left_out_and_no_others(section):
+    """All that lies beyond a line is 14 um off."""
+    x = shapely.bounds(section[1].outlines)[:, 0]
+    found, off = moved(section, x > np.percentile(x, 67), (40, 40))
+    assert (off == 1).sum() > 4
+    assert (off == 0).sum() > 8
+    assert (found[off > 0.9] > MISPLACED).all()
+    assert (found[off < 0.05] <= MISPLACED).all()
+
+
+def test_few_nuclei_are_neighbours_of_each_other(section):
+    """As many as there are, down to one or none."""
+    for count in (5, 1, 0):
+        path, nuclei, grid, _ = section
+        few = nuclei.select(np.arange(len(nuclei)) < count)
+        boxes = visible_boxes(few.outlines, grid.corners, SIZE, 0.1)
+        assert visible_nuclei(path, replace(grid, boxes=boxes), few, 1).misplaced.max() <= 1
+
+
+def test_a_nucleus_in_overlapping_patches_is_one_neighbour(section):
+    """Else a nucleus would be judged by itself and two others."""
+    path, nuclei, grid, _ = section
+    twice = replace(
+        grid,
+        corners=np.repeat(grid.corners, 4, axis=0),
+        boxes=grid.boxes.select(np.repeat(np.arange(len(grid)), 4)),
+    )
+    away = np.random.default_rng(0).random(len(nuclei)) < 0.2
+    once, _ = moved(section, away, (40, 40))
+    again, _ = moved((path, nuclei, twice, None), away, (40, 40))
+    assert np.array_equal(np.repeat(once, 4), again)
+
+
 def test_nuclei_that_are_all_elsewhere_are_no_measure(section):
     """Nothing says how dark a nucleus is, and no patch is blamed."""
     path, nuclei, grid, _ = section
     away = SlideNuclei(shapely.transform(nuclei.outlines, lambda points: points + 1e5), nuclei.labels)
     found = visible_nuclei(path, grid, away, 1)
     assert found.seen.sum() == found.share.sum() == 0
+    assert 0 <= found.misplaced.min() <= found.misplaced.max() <= 1
     nothing = PatchGrid.bare(SIZE, MPP, grid.image_mpp, np.empty((0, 2), np.int64))
     assert len(visible_nuclei(path, nothing, nuclei, 1).share) == 0

@@ -129,24 +129,32 @@ def read_window(
     grid = window(region.centre, settings.window + 2 * margin, SPACING)
     to_px = inverse(to_um)
     stain = sample(he, grid, to_px, hematoxylin, field)
-    positions, strength = find_blobs(stain)
+    positions, strength = find_blobs(blob_responses(stain))
     blobs = positions * SPACING + (grid.x, grid.y)
     shown = inside(he, to_px, blobs)
     blobs, strength = blobs[shown], strength[shown]
     return StainWindow(grid, stain, blobs, strength, np.abs(blobs - region.centre).max(axis=1) < settings.window / 2)
 
 
-def find_blobs(stain: Values) -> tuple[Floats, Floats]:
-    """Find dark round blobs of the size of nuclei in hematoxylin (h, w) by the Laplacian of Gaussian at several scales.
+def blob_responses(stain: Values) -> Values:
+    """Contrast (scales, h, w) to its surroundings of what lies at each sample of hematoxylin (h, w), small scale first.
 
-    Returns positions (n, 2), x and y in samples from the corner of the map, and contrasts (n,) to the surroundings.
+    It is the Laplacian of Gaussian, highest in the middle of dark round blobs of the size of nuclei.
     """
     sigmas = np.array(_SIGMAS) / SPACING
     smooth, layers = stain, []
     for sigma, before in zip(sigmas, (0, *sigmas), strict=False):  # each scale from the one before: short filters
         smooth = ndimage.gaussian_filter(smooth, np.sqrt(sigma**2 - before**2))
         layers.append(-(sigma**2) * ndimage.laplace(smooth))
-    responses = np.stack(layers)
+    return np.stack(layers)
+
+
+def find_blobs(responses: Values) -> tuple[Floats, Floats]:
+    """Find dark round blobs of the size of nuclei in the result of `blob_responses`.
+
+    Returns positions (n, 2), x and y in samples from the corner of the map, and contrasts (n,) to the surroundings.
+    """
+    sigmas = np.array(_SIGMAS) / SPACING
     scale, response = responses.argmax(axis=0), responses.max(axis=0)
     size = 2 * round(_APART / SPACING) + 1
     row, column = np.nonzero((response == ndimage.maximum_filter(response, size)) & (response > _FLOOR))
