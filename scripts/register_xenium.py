@@ -4,9 +4,11 @@ Inputs: ``outs`` (output folder), ``he`` (image), ``alignment`` (file of 10x: H&
 Outputs: ``json`` (matrix (3, 3) H&E level-0 px -> Xenium px, figures of the gate), ``picture`` (PNG), ``provenance``.
 If no registration passes, the best attempt is drawn as ``registration_refused.png`` beside them: Snakemake removes the
 outputs of a job that fails, and this one is not declared.
-Params: settings, he_mpp (um per H&E px, or None: as in the file), sample (name), seed.
+Params: settings, he_mpp (um per H&E px, or None: as in the file), sample (name), seed,
+given (what the user calls the inputs).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from celldetr.config.xenium import RegistrationSettings
@@ -28,6 +30,9 @@ def main(snakemake):
     source, params, output = snakemake.input, snakemake.params, snakemake.output
     settings = RegistrationSettings.from_dict(params.settings, "registration")
     files = list(source.get("alignment", []))
+    alignment = read_alignment(files[0]) if files else None
+    if alignment and (own := params.given["alignment"]["path"]):
+        alignment = replace(alignment, name=f"alignment file {own}")
     nuclei = read_nuclei(source.outs).geometry.to_numpy()
     dapi = dapi_path(source.outs)
     refused = Path(output.picture).with_name(REFUSED)
@@ -39,7 +44,7 @@ def main(snakemake):
                 image,
                 nuclei,
                 read_pixel_size(source.outs),
-                read_alignment(files[0]) if files else None,
+                alignment,
                 settings,
                 name=params.sample,
                 seed=params.seed,

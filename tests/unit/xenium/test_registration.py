@@ -410,12 +410,16 @@ def test_the_script_registers_a_xenium_folder_and_draws_the_outlines(tmp_path):
         files = {"outs": truth.outs, "he": truth.he_image, "alignment": [truth.alignment], **changes}
         source = SimpleNamespace(**files, get=files.get)
         settings = {"regions": 3, "window": 120, "scale_range": [1.8, 2.0], "angle_step": 15}
-        given = {"he": {"path": "my/he.svs", "place": "row lung of the sheet, column he"}}
+        own = {"he": "my/he.svs", "alignment": "my/points.csv"}
+        given = {key: {"path": path, "place": f"row lung of the sheet, column {key}"} for key, path in own.items()}
         params = SimpleNamespace(settings=settings, he_mpp=None, sample="lung", seed=1, given=given)
         register_xenium.main(SimpleNamespace(input=source, params=params, output=output, threads=2))
 
-    with pytest.raises(InputError, match=f"^lung: no registration passes(.*\n){{2}}.*Look at {refused}"):
-        script(he=other.he_image, alignment=[])
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("9,0,0\n0,9,0\n0,0,1\n")
+    text = f"^lung: no registration passes.*\nWhy: .*; alignment file my/points.csv: scale 9 .*\n.*Look at {refused}"
+    with pytest.raises(InputError, match=text):
+        script(he=other.he_image, alignment=[wrong])
     assert Image.open(refused).size[0] > 1000
     assert not any((tmp_path / name).exists() for name in names.values())
     script()

@@ -30,6 +30,7 @@ class Alignment:
     matrix: Floats  # (3, 3), H&E level-0 px -> Xenium px
     residuals: Floats  # (n,) distance of each keypoint to the fit, Xenium px; empty if the file holds a matrix
     keypoints: Floats = field(default_factory=lambda: np.empty((0, 4)))  # (n, 4) x, y: Xenium px, then H&E px
+    name: str = "alignment file"  # for the user
 
 
 def read_alignment(path: str | os.PathLike[str]) -> Alignment:

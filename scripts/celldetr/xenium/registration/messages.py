@@ -48,12 +48,12 @@ def warnings_of(
     `mistake` is what the file holds instead of a matrix from the H&E to the Xenium image; None if it holds one.
     """
     texts = []
-    if mistake:
-        texts.append(f"alignment file: it holds {mistake}; that was undone: correct the file")
+    if alignment and mistake:
+        texts.append(f"{alignment.name}: it holds {mistake}; that was undone: correct the file")
     elif alignment:
         if found.origin == "estimated":
             text = "it does not fit; the alignment was estimated from the images: correct or remove the file"
-            texts.append(f"alignment file: {text}")
+            texts.append(f"{alignment.name}: {text}")
         texts += _wrong_keypoints(alignment, found)
     own_size, known = found.he_mpp, he.mpp
     if known and abs(own_size / known - 1) > settings.scale_tolerance:
@@ -72,7 +72,7 @@ def _wrong_keypoints(alignment: Alignment, found: Registration) -> list[str]:
         return []
     names = ", ".join(str(number + 1) for number in wrong[:_NAMED]) + (", ..." if len(wrong) > _NAMED else "")
     return [
-        f"alignment file: {len(wrong)} of {len(off)} keypoints (number {names}) lie up to {off.max():.0f} um beside "
+        f"{alignment.name}: {len(wrong)} of {len(off)} keypoints (number {names}) lie up to {off.max():.0f} um beside "
         "their place: correct them"
     ]
 
@@ -91,11 +91,11 @@ def refusal(
     reasons = list(best.quality.failures)
     if alignment:
         plausible = check_plausible(alignment.matrix, he.mpp, pixel_size, settings, he.size, dapi.size)
-        reasons += [f"alignment file: {text}" for text in (*plausible.problems, *plausible.notes)]
+        reasons += [f"{alignment.name}: {text}" for text in (*plausible.problems, *plausible.notes)]
         worst = alignment.residuals.max(initial=0) * pixel_size
         if worst > _WRONG_KEYPOINT:
             number = int(alignment.residuals.argmax()) + 1
-            reasons.append(f"alignment file: the keypoints do not fit together (number {number}: {worst:.0f} um)")
+            reasons.append(f"{alignment.name}: the keypoints do not fit together (number {number}: {worst:.0f} um)")
     size = f"{he.mpp:g} um per px" if he.mpp else "um per px unknown"
     return "\n".join(
         [
