@@ -1,9 +1,11 @@
 """Types that the sample has and the reference lacks: profiles that explain cells better than any of the reference.
 
-All cells are a mixture of the profiles of the reference's labels, which are fixed, and of free profiles, which are
-found one by one by expectation maximisation (multinomial mixture). A free profile counts as another type if it comes
-back from both halves of the cells, is far enough from the profile of the most similar type, and explains few held-out
-cells of that type: what is a state of a known type, or a difference between platforms, fails one of these.
+All cells are a mixture of the profiles of the reference's labels, which are fixed, each with and without transcripts of
+neighbours, and of free profiles, which are found one by one by expectation maximisation (multinomial mixture). A free
+profile counts as another type if it is far enough from the profile of the most similar type, and if few of its cells
+are expected to be of known types. These are counted among held-out cells of the reference, mixed as the sample is, by
+profiles of one half of the sample; the cells that it has, in the other half. What is noise, a state of a known type, or
+a mixture with neighbours, takes about as many cells from both.
 """
 
 import logging
@@ -30,11 +32,11 @@ _MIN_CELLS = 20  # of a type that gives a start, of a free profile, and of a typ
 _START_SHARE = 30  # percent of a type's cells, those least like it, that a free profile starts from
 _STEPS = 20  # of expectation maximisation
 _SMOOTHING = 0.02  # share of the background in a profile
-_REPEATABLE = 0.5  # largest distance of the profiles of both halves, relative to that from the most similar type
-_MOST_KNOWN = 0.15  # largest share of held-out cells of the most similar type that the profile explains better,
-_EXCESS = 3.0  # or a third of the share of the sample's cells of that type
+_NEIGHBOURS = (0.0, 0.3)  # shares of a cell's transcripts that are of its neighbours
+_MOST_KNOWN = 0.3  # largest share of the cells of a free profile that are expected to be of known types
+_MOST_LOST = 0.05  # largest share of the sample that these are
 _TESTED = 300  # held-out cells per type, drawn with replacement
-_MIN_POSTERIOR = 0.2  # from which on a cell counts as one of an unknown type
+_MIN_POSTERIOR = 0.5  # from which on a cell counts as one of an unknown type
 _GENES_SHOWN = 5
 
 
@@ -52,40 +54,40 @@ class _Mixture:
 
     profile: Array  # (G,)
     weights: Array  # (N,) posterior of the profile
-    fit: float  # log-likelihood
+    prior: Array  # (C + 1,) shares of the fixed profiles and of this one
 
 
-class _KnownCells:
-    """Held-out cells of each type of the reference, thinned to the sample."""
+@dataclass(frozen=True)
+class _Cells:
+    """Cells and how the profiles so far explain them."""
 
-    def __init__(self, reference: AnnData, transcripts: Array, factors: Array, generator: np.random.Generator) -> None:
-        logs = np.log([_smooth(share) for share in label_profiles(known_part(reference)).to_numpy()])
-        self._factors = factors
-        self._counts, self._fits = {}, {}
-        enough = transcripts[transcripts >= _MIN_TRANSCRIPTS]
-        for name in reference.obs["type"].unique() if len(enough) else ():
-            own = (reference.obs["type"] == name).to_numpy()
-            held = own & reference.obs["held_out"].to_numpy(dtype=bool)
-            rows = generator.choice(np.flatnonzero(held if held.any() else own), _TESTED)
-            counts = thin(reference.X[rows], enough, generator).astype(np.float64)
-            self._counts[str(name)], self._fits[str(name)] = counts, (counts @ logs.T).max(axis=1)
+    counts: sparse.csr_matrix  # (N, G)
+    fits: Array  # (N, C) log-likelihoods
 
-    def explained(self, name: str, profile: Array) -> float:
-        """Share of the cells of a type (0 if unknown) that a profile of the sample explains better than the labels."""
-        if name not in self._counts:
-            return 0.0
-        return float((self._counts[name] @ np.log(_smooth(profile / self._factors)) > self._fits[name]).mean())
+    def part(self, mask: NDArray[np.bool_]) -> "_Cells":
+        return _Cells(self.counts[mask], self.fits[mask])
+
+    def with_profile(self, profile: Array) -> "_Cells":
+        return _Cells(self.counts, np.column_stack([self.fits, self.counts @ np.log(profile)]))
+
+    def share(self, mixture: _Mixture) -> float:
+        """Share of the cells that are of the free profile of a mixture, which other cells may have given."""
+        posterior = _posterior(self.with_profile(mixture.profile).fits, mixture.prior)
+        return float((posterior[:, -1] >= _MIN_POSTERIOR).mean())
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Cells among which free profiles are searched."""
+    """Cells among which free profiles are searched, and known cells to compare them with."""
 
-    counts: sparse.csr_matrix  # (N, G)
-    first: NDArray[np.int8]  # (N,) type with the largest fraction
+    cells: _Cells
     starts: list[NDArray[np.bool_]]  # masks (N,) of cells that a free profile may start from
     half: NDArray[np.bool_]  # (N,)
-    tests: _KnownCells
+    known: list[tuple[float, _Cells]]  # share of a type in the sample, held-out cells of this type
+
+    def with_profile(self, profile: Array) -> "_Search":
+        known = [(share, cells.with_profile(profile)) for share, cells in self.known]
+        return _Search(self.cells.with_profile(profile), self.starts, self.half, known)
 
 
 def unknown_types(
@@ -103,7 +105,10 @@ def unknown_types(
     `score` (N,) and `factors` (G,) are those of `likeness`.
     """
     known = known_part(reference)
-    fixed = np.stack([_smooth(share * factors) for share in label_profiles(known).to_numpy()])
+    background = np.asarray(cells.X.sum(axis=0), dtype=np.float64).ravel()
+    background /= max(background.sum(), 1)
+    labels = [share * factors / (share * factors).sum() for share in label_profiles(known).to_numpy()]
+    fixed = np.stack([_smooth((1 - part) * own + part * background) for own in labels for part in _NEIGHBOURS])
     types = {str(name): _smooth(share.to_numpy() * factors) for name, share in type_profiles(known).iterrows()}
     generator = np.random.default_rng(seed)
     rows = np.flatnonzero((totals(cells) >= _MIN_TRANSCRIPTS) & (first >= 0))
@@ -112,16 +117,19 @@ def unknown_types(
     if len(rows) >= 2 * _MIN_CELLS and len(types) > 1:
         counts = sparse.csr_matrix(cells.X[rows], dtype=np.float64)
         half = generator.random(len(rows)) < 0.5
-        tests = _KnownCells(reference, totals(cells), factors, generator)
-        search = _Search(counts, first[rows], _starts(first[rows], score[rows]), half, tests)
-        centres, fits = dict(types), counts @ np.log(fixed).T
+        tests = []
+        for name in types:
+            held = _held_out(reference, name, totals(cells), factors, generator)
+            tests.append((float((first[rows] == ST_TYPES.index(name)).mean()), _Cells(held, held @ np.log(fixed).T)))
+        search = _Search(_Cells(counts, counts @ np.log(fixed).T), _starts(first[rows], score[rows]), half, tests)
+        centres = dict(types)
         while len(free) < settings.unknown_types:
-            profile = _next(search, fits, centres, settings.unknown_distance)
+            profile = _next(search, centres, settings.unknown_distance)
             if profile is None:
                 break
             free.append(profile)
             centres[f"unknown {len(free)}"] = profile
-            fits = np.column_stack([fits, counts @ np.log(profile)])
+            search = search.with_profile(profile)
     member = _members(cells, fixed, free, rows)
     found = []
     for index, profile in enumerate(free):
@@ -135,6 +143,17 @@ def unknown_types(
     return UnknownTypes(member >= 0, found)
 
 
+def _held_out(
+    reference: AnnData, name: str, transcripts: Array, factors: Array, generator: np.random.Generator
+) -> sparse.csr_matrix:
+    """Draw counts of held-out cells of a type with replacement, thinned to the sample."""
+    own = (reference.obs["type"] == name).to_numpy()
+    held = own & reference.obs["held_out"].to_numpy(dtype=bool)
+    rows = generator.choice(np.flatnonzero(held if held.any() else own), _TESTED)
+    enough = transcripts[transcripts >= _MIN_TRANSCRIPTS]
+    return thin(reference.X[rows], enough, generator, factors).astype(np.float64)
+
+
 def _starts(first: NDArray[np.int8], score: Array) -> list[NDArray[np.bool_]]:
     """Masks (N,) of the cells of each type that are least like it."""
     masks = []
@@ -145,55 +164,52 @@ def _starts(first: NDArray[np.int8], score: Array) -> list[NDArray[np.bool_]]:
     return masks
 
 
-def _next(search: _Search, fits: Array, types: Mapping[str, Array], least: float) -> Array | None:
-    """Of the free profiles (G,) beside fixed ones that count as another type the best one; None if there is none.
+def _next(search: _Search, types: Mapping[str, Array], least: float) -> Array | None:
+    """Of the free profiles (G,) beside those so far that count as another type the best one; None if there is none.
 
-    `fits` (N, C) are log-likelihoods of the fixed profiles, `types` name -> profile those found so far and those of the
-    reference. The distance from the most similar of these is the squared Hellinger distance, without the part that
-    noise adds (an inner product between halves), relative to that between the most similar one and its own neighbour.
+    `types` is name -> profile of the types of the reference and of those found so far. The distance from the most
+    similar of these is the squared Hellinger distance, without the part that noise adds (an inner product between
+    halves), relative to that between the most similar one and its own neighbour. The best one gains most cells.
     """
-    counts, starts = search.counts, search.starts
-    candidates = [mixture for start in starts if (mixture := _mixture(counts, fits, start)).weights.sum() >= _MIN_CELLS]
+    found, most = None, 0.0
+    parts = [search.cells.part(part) for part in (search.half, ~search.half)]
     halves = [
-        [_mixture(counts[part], fits[part], start[part]).profile for start in starts]
-        for part in (search.half, ~search.half)
+        [_mixture(cells, start[part]) for start in search.starts]
+        for cells, part in zip(parts, (search.half, ~search.half), strict=True)
     ]
-    for whole in sorted(candidates, key=lambda mixture: -mixture.fit):
+    for whole in (_mixture(search.cells, start) for start in search.starts):
         near = min(types, key=lambda name: _hellinger(whole.profile, types[name]))
         centre = types[near]
-        one, two = (min(part, key=lambda profile: _hellinger(profile, whole.profile)) for part in halves)
-        if _hellinger(one, two) > _REPEATABLE * _hellinger(whole.profile, centre):
-            continue
-        distance = float((np.sqrt(one) - np.sqrt(centre)) @ (np.sqrt(two) - np.sqrt(centre))) / 2
+        one, two = (min(part, key=lambda mixture: _hellinger(mixture.profile, whole.profile)) for part in halves)
+        distance = float((np.sqrt(one.profile) - np.sqrt(centre)) @ (np.sqrt(two.profile) - np.sqrt(centre))) / 2
         distance /= min(_hellinger(centre, other) for name, other in types.items() if name != near)
-        own = whole.weights[search.first == ST_TYPES.index(near)] if near in ST_TYPES else np.zeros(0)
-        most = max(_MOST_KNOWN, (own > 0.5).mean() / _EXCESS if len(own) else 0.0)
-        if distance >= least and search.tests.explained(near, whole.profile) <= most:
-            return whole.profile
-    return None
+        seen = (parts[1].share(one) + parts[0].share(two)) / 2
+        expected = sum(share * (cells.share(one) + cells.share(two)) / 2 for share, cells in search.known)
+        if distance < least or expected > _MOST_LOST or seen * len(search.half) < _MIN_CELLS:
+            continue
+        if seen - expected / _MOST_KNOWN > most:
+            found, most = whole.profile, seen - expected / _MOST_KNOWN
+    return found
 
 
-def _mixture(counts: sparse.csr_matrix, fits: Array, start: NDArray[np.bool_]) -> _Mixture:
-    """Fit a free profile beside fixed ones whose log-likelihoods are `fits` (N, C), from the cells of `start`."""
-    background = np.asarray(counts.sum(axis=0)).ravel() + 1
+def _mixture(cells: _Cells, start: NDArray[np.bool_]) -> _Mixture:
+    """Fit a free profile beside the profiles of the cells so far, from the cells of `start`."""
+    background = np.asarray(cells.counts.sum(axis=0)).ravel() + 1
     background /= background.sum()
-    weights = start.astype(np.float64)
-    prior = np.append(np.full(fits.shape[1], 0.9 / fits.shape[1]), 0.1)
-    profile, fit = background, -np.inf
+    weights, fixed = start.astype(np.float64), cells.fits.shape[1]
+    prior, profile = np.append(np.full(fixed, 0.9 / fixed), 0.1), background
     for _ in range(_STEPS):
-        drawn = np.asarray(weights @ counts).ravel()
+        drawn = np.asarray(weights @ cells.counts).ravel()
         profile = (1 - _SMOOTHING) * drawn / max(drawn.sum(), 1e-9) + _SMOOTHING * background
-        posterior, total = _posterior(np.column_stack([fits, counts @ np.log(profile)]), prior)
-        weights, fit = posterior[:, -1], float(total.sum())
-        prior = posterior.mean(axis=0)
-    return _Mixture(profile, weights, fit)
+        posterior = _posterior(cells.with_profile(profile).fits, prior)
+        weights, prior = posterior[:, -1], posterior.mean(axis=0)
+    return _Mixture(profile, weights, prior)
 
 
-def _posterior(fits: Array, prior: Array) -> tuple[Array, Array]:
-    """Posterior (N, C) and log-likelihood (N,) of cells in a mixture."""
+def _posterior(fits: Array, prior: Array) -> Array:
+    """Posterior (N, C) of cells in a mixture."""
     joint = fits + np.log(np.maximum(prior, 1e-5))
-    total = logsumexp(joint, axis=1)
-    return np.exp(joint - total[:, None]), total
+    return np.exp(joint - logsumexp(joint, axis=1)[:, None])
 
 
 def _members(cells: AnnData, fixed: Array, free: list[Array], rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -205,10 +221,10 @@ def _members(cells: AnnData, fixed: Array, free: list[Array], rows: NDArray[np.i
     fits = cells.X[rows] @ logs
     prior = np.full(logs.shape[1], 1 / logs.shape[1])
     for _ in range(_STEPS):
-        prior = _posterior(fits, prior)[0].mean(axis=0)
+        prior = _posterior(fits, prior).mean(axis=0)
     for begin in range(0, cells.n_obs, CHUNK_CELLS):
         chunk = slice(begin, begin + CHUNK_CELLS)
-        posterior = _posterior(cells.X[chunk] @ logs, prior)[0][:, len(fixed) :]
+        posterior = _posterior(cells.X[chunk] @ logs, prior)[:, len(fixed) :]
         member[chunk] = np.where(posterior.sum(axis=1) >= _MIN_POSTERIOR, posterior.argmax(axis=1), -1)
     member[totals(cells) == 0] = -1
     return member
