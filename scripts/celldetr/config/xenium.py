@@ -84,9 +84,9 @@ class CellTypeSettings(Settings):
         4, description="most types that are searched for which the sample has and the reference lacks; 0: none"
     )
     unknown_distance: Positive = Field(
-        0.25,
+        0.3,
         description="distance of such a type from the most similar type of the reference, as a share of that between "
-        "this one and its neighbour, from which on it counts",
+        "this one and its neighbour, from which on it counts; what is nearer is this type, as the sample has it",
     )
     min_precision: Share = Field(
         0.7, description="smallest estimated precision of a type whose labels are used for training"

@@ -1,11 +1,13 @@
 """Types that the sample has and the reference lacks: profiles that explain cells better than any of the reference.
 
-All cells are a mixture of the profiles of the reference's labels, which are fixed, each with and without transcripts of
-neighbours, and of free profiles, which are found one by one by expectation maximisation (multinomial mixture). A free
-profile counts as another type if it is far enough from the profile of the most similar type, and if few of its cells
-are expected to be of known types. These are counted among held-out cells of the reference, mixed as the sample is, by
-profiles of one half of the sample; the cells that it has, in the other half. What is noise, a state of a known type, or
-a mixture with neighbours, takes about as many cells from both.
+All cells are a mixture of the profiles of the reference's labels, each with and without transcripts of neighbours, and
+of free profiles, which are found one by one. A free profile is
+
+- noise if it does not come back from both halves of the cells;
+- an adaptation of a type to the sample (a state, another donor or platform) if it is near the profile of this type: it
+  joins the profiles of the reference, so that what differs more can be found beside it;
+- another type if it is far from all of them and few of its cells are expected to be of known types. These are counted
+  among held-out cells of the reference, mixed as the sample is.
 """
 
 import logging
@@ -17,26 +19,27 @@ import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.special import logsumexp
+from scipy.special import softmax
 
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.xenium import CellTypeSettings
+from celldetr.xenium.celltypes.mixture import Array, Cells, Mixture, fit_mixture, fit_shares, hellinger, smooth
 from celldetr.xenium.celltypes.profiles import CHUNK_CELLS, known_part, label_profiles, thin, totals, type_profiles
 
 log = logging.getLogger(__name__)
 
-Array = NDArray[np.float64]
 _SEARCHED = 20_000  # random cells among which free profiles are searched
 _MIN_TRANSCRIPTS = 5  # of these cells
-_MIN_CELLS = 20  # of a type that gives a start, of a free profile, and of a type that is reported
-_START_SHARE = 30  # percent of a type's cells, those least like it, that a free profile starts from
-_STEPS = 20  # of expectation maximisation
-_SMOOTHING = 0.02  # share of the background in a profile
-_NEIGHBOURS = (0.0, 0.3)  # shares of a cell's transcripts that are of its neighbours
-_MOST_KNOWN = 0.3  # largest share of the cells of a free profile that are expected to be of known types
-_MOST_LOST = 0.05  # largest share of the sample that these are
+_MIN_CELLS = 20  # of a free profile, and of a type that is reported
+_START_SHARES = (30, 10, 3)  # percent of a type's cells, those least like it, that free profiles start from
+_START_CELLS = 10  # at least
+_NEIGHBOURS = (0.0, 0.2)  # shares of a cell's transcripts that are of its neighbours
+_REPEATABLE = 0.5  # largest distance of the profiles of both halves, relative to that from the most similar type
+_MOST_KNOWN = 0.2  # largest share of the cells of another type that are expected to be of known types,
+_MOST_LOST = 0.01  # and of all cells, on top of it
 _TESTED = 300  # held-out cells per type, drawn with replacement
-_MIN_POSTERIOR = 0.5  # from which on a cell counts as one of an unknown type
+_CERTAIN = 0.5  # posterior from which on cells are counted to judge a profile,
+_MIN_POSTERIOR = 0.1  # and from which on a cell loses its label
 _GENES_SHOWN = 5
 
 
@@ -49,45 +52,24 @@ class UnknownTypes:
 
 
 @dataclass(frozen=True)
-class _Mixture:
-    """A free profile beside fixed ones."""
+class _Candidate:
+    """A free profile that comes back from both halves of the cells."""
 
     profile: Array  # (G,)
-    weights: Array  # (N,) posterior of the profile
-    prior: Array  # (C + 1,) shares of the fixed profiles and of this one
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Cells and how the profiles so far explain them."""
-
-    counts: sparse.csr_matrix  # (N, G)
-    fits: Array  # (N, C) log-likelihoods
-
-    def part(self, mask: NDArray[np.bool_]) -> "_Cells":
-        return _Cells(self.counts[mask], self.fits[mask])
-
-    def with_profile(self, profile: Array) -> "_Cells":
-        return _Cells(self.counts, np.column_stack([self.fits, self.counts @ np.log(profile)]))
-
-    def share(self, mixture: _Mixture) -> float:
-        """Share of the cells that are of the free profile of a mixture, which other cells may have given."""
-        posterior = _posterior(self.with_profile(mixture.profile).fits, mixture.prior)
-        return float((posterior[:, -1] >= _MIN_POSTERIOR).mean())
+    near: str  # most similar type, of the reference or found before
+    distance: float  # from it, as a share of that between this one and the type of the reference next to it
+    seen: float  # share of the cells that are of the profile
+    expected: float  # share of the cells that would be if the sample had known types alone
 
 
 @dataclass(frozen=True)
 class _Search:
     """Cells among which free profiles are searched, and known cells to compare them with."""
 
-    cells: _Cells
+    counts: sparse.csr_matrix  # (N, G)
     starts: list[NDArray[np.bool_]]  # masks (N,) of cells that a free profile may start from
     half: NDArray[np.bool_]  # (N,)
-    known: list[tuple[float, _Cells]]  # share of a type in the sample, held-out cells of this type
-
-    def with_profile(self, profile: Array) -> "_Search":
-        known = [(share, cells.with_profile(profile)) for share, cells in self.known]
-        return _Search(self.cells.with_profile(profile), self.starts, self.half, known)
+    known: list[tuple[float, sparse.csr_matrix]]  # share of a type in the sample, counts of held-out cells of this type
 
 
 def unknown_types(
@@ -108,8 +90,8 @@ def unknown_types(
     background = np.asarray(cells.X.sum(axis=0), dtype=np.float64).ravel()
     background /= max(background.sum(), 1)
     labels = [share * factors / (share * factors).sum() for share in label_profiles(known).to_numpy()]
-    fixed = np.stack([_smooth((1 - part) * own + part * background) for own in labels for part in _NEIGHBOURS])
-    types = {str(name): _smooth(share.to_numpy() * factors) for name, share in type_profiles(known).iterrows()}
+    fixed = [smooth((1 - part) * own + part * background) for own in labels for part in _NEIGHBOURS]
+    types = {str(name): smooth(share.to_numpy() * factors) for name, share in type_profiles(known).iterrows()}
     generator = np.random.default_rng(seed)
     rows = np.flatnonzero((totals(cells) >= _MIN_TRANSCRIPTS) & (first >= 0))
     rows = np.sort(generator.permutation(rows)[:_SEARCHED])
@@ -117,19 +99,15 @@ def unknown_types(
     if len(rows) >= 2 * _MIN_CELLS and len(types) > 1:
         counts = sparse.csr_matrix(cells.X[rows], dtype=np.float64)
         half = generator.random(len(rows)) < 0.5
-        tests = []
-        for name in types:
-            held = _held_out(reference, name, totals(cells), factors, generator)
-            tests.append((float((first[rows] == ST_TYPES.index(name)).mean()), _Cells(held, held @ np.log(fixed).T)))
-        search = _Search(_Cells(counts, counts @ np.log(fixed).T), _starts(first[rows], score[rows]), half, tests)
-        centres = dict(types)
-        while len(free) < settings.unknown_types:
-            profile = _next(search, centres, settings.unknown_distance)
-            if profile is None:
-                break
-            free.append(profile)
-            centres[f"unknown {len(free)}"] = profile
-            search = search.with_profile(profile)
+        tests = [
+            (
+                float((first[rows] == ST_TYPES.index(name)).mean()),
+                _held_out(reference, name, totals(cells), factors, generator),
+            )
+            for name in types
+        ]
+        search = _Search(counts, _starts(first[rows], score[rows]), half, tests)
+        fixed, free = _free_profiles(search, fixed, types, settings)
     member = _members(cells, fixed, free, rows)
     found = []
     for index, profile in enumerate(free):
@@ -155,96 +133,95 @@ def _held_out(
 
 
 def _starts(first: NDArray[np.int8], score: Array) -> list[NDArray[np.bool_]]:
-    """Masks (N,) of the cells of each type that are least like it."""
+    """Masks (N,) of the cells of each type that are least like it; a rare type is alone in the smallest of them."""
     masks = []
     for label in range(len(ST_TYPES)):
         own = (first == label) & np.isfinite(score)
-        if own.sum() >= _MIN_CELLS:
-            masks.append(own & (score <= np.percentile(score[own], _START_SHARE)))
+        for share in _START_SHARES:
+            if own.sum() * share >= 100 * _START_CELLS:
+                masks.append(own & (score <= np.percentile(score[own], share)))
     return masks
 
 
-def _next(search: _Search, types: Mapping[str, Array], least: float) -> Array | None:
-    """Of the free profiles (G,) beside those so far that count as another type the best one; None if there is none.
+def _free_profiles(
+    search: _Search, fixed: list[Array], types: Mapping[str, Array], settings: CellTypeSettings
+) -> tuple[list[Array], list[Array]]:
+    """Profiles (G,) of the reference, with those of its types as the sample has them, and of types that it lacks."""
+    adapted: dict[str, Array] = {}
+    free: dict[str, Array] = {}
+    while len(free) < settings.unknown_types:
+        candidates = _candidates(search, [*fixed, *adapted.values(), *free.values()], types, free)
+        far = [one for one in candidates if one.distance >= settings.unknown_distance]
+        others = [one for one in far if one.expected <= _MOST_KNOWN * one.seen + _MOST_LOST]
+        near = [one for one in candidates if one.distance < settings.unknown_distance and one.near in types]
+        near = [one for one in near if one.near not in adapted]
+        if others:
+            free[f"unknown {len(free) + 1}"] = max(others, key=lambda one: one.seen - one.expected).profile
+        elif near:
+            best = max(near, key=lambda one: one.seen)
+            adapted[best.near] = best.profile
+        else:
+            break
+    return [*fixed, *adapted.values()], list(free.values())
 
-    `types` is name -> profile of the types of the reference and of those found so far. The distance from the most
-    similar of these is the squared Hellinger distance, without the part that noise adds (an inner product between
-    halves), relative to that between the most similar one and its own neighbour. The best one gains most cells.
+
+def _candidates(
+    search: _Search, profiles: list[Array], types: Mapping[str, Array], free: Mapping[str, Array]
+) -> list[_Candidate]:
+    """Free profiles beside those so far; `types` are those of the reference, `free` the others found so far.
+
+    Distances are squared Hellinger distances; that from the most similar type is without the part that noise adds (an
+    inner product between halves).
     """
-    found, most = None, 0.0
-    parts = [search.cells.part(part) for part in (search.half, ~search.half)]
+    found = []
+    centres = {**types, **free}
+    shares = fit_shares(search.counts @ np.log(profiles).T)
+    cells = Cells(search.counts, profiles, shares)
+    parts = [Cells(search.counts[mask], profiles, shares) for mask in (search.half, ~search.half)]
+    known = [(share, Cells(counts, profiles, shares)) for share, counts in search.known]
     halves = [
-        [_mixture(cells, start[part]) for start in search.starts]
-        for cells, part in zip(parts, (search.half, ~search.half), strict=True)
+        [fit_mixture(part, start[mask]) for start in search.starts]
+        for part, mask in zip(parts, (search.half, ~search.half), strict=True)
     ]
-    for whole in (_mixture(search.cells, start) for start in search.starts):
-        near = min(types, key=lambda name: _hellinger(whole.profile, types[name]))
-        centre = types[near]
-        one, two = (min(part, key=lambda mixture: _hellinger(mixture.profile, whole.profile)) for part in halves)
-        distance = float((np.sqrt(one.profile) - np.sqrt(centre)) @ (np.sqrt(two.profile) - np.sqrt(centre))) / 2
-        distance /= min(_hellinger(centre, other) for name, other in types.items() if name != near)
-        seen = (parts[1].share(one) + parts[0].share(two)) / 2
-        expected = sum(share * (cells.share(one) + cells.share(two)) / 2 for share, cells in search.known)
-        if distance < least or expected > _MOST_LOST or seen * len(search.half) < _MIN_CELLS:
+    for whole in (fit_mixture(cells, start) for start in search.starts):
+        near = min(centres, key=lambda name: hellinger(whole.profile, centres[name]))
+        centre = centres[near]
+        one, two = (min(part, key=lambda mixture: hellinger(mixture.profile, whole.profile)) for part in halves)
+        seen = (_share(parts[1], one) + _share(parts[0], two)) / 2
+        noise = hellinger(one.profile, two.profile)
+        if seen * len(search.half) < _MIN_CELLS or noise > _REPEATABLE * hellinger(whole.profile, centre):
             continue
-        if seen - expected / _MOST_KNOWN > most:
-            found, most = whole.profile, seen - expected / _MOST_KNOWN
+        distance = float((np.sqrt(one.profile) - np.sqrt(centre)) @ (np.sqrt(two.profile) - np.sqrt(centre))) / 2
+        distance /= min(hellinger(centre, other) for name, other in types.items() if name != near)
+        expected = sum(share * (_share(held, one) + _share(held, two)) / 2 for share, held in known)
+        found.append(_Candidate(whole.profile, near, distance, seen, expected))
     return found
 
 
-def _mixture(cells: _Cells, start: NDArray[np.bool_]) -> _Mixture:
-    """Fit a free profile beside the profiles of the cells so far, from the cells of `start`."""
-    background = np.asarray(cells.counts.sum(axis=0)).ravel() + 1
-    background /= background.sum()
-    weights, fixed = start.astype(np.float64), cells.fits.shape[1]
-    prior, profile = np.append(np.full(fixed, 0.9 / fixed), 0.1), background
-    for _ in range(_STEPS):
-        drawn = np.asarray(weights @ cells.counts).ravel()
-        profile = (1 - _SMOOTHING) * drawn / max(drawn.sum(), 1e-9) + _SMOOTHING * background
-        posterior = _posterior(cells.with_profile(profile).fits, prior)
-        weights, prior = posterior[:, -1], posterior.mean(axis=0)
-    return _Mixture(profile, weights, prior)
+def _share(cells: Cells, mixture: Mixture) -> float:
+    """Share of cells that are of the free profile of a mixture."""
+    return float((cells.posterior(mixture) >= _CERTAIN).mean())
 
 
-def _posterior(fits: Array, prior: Array) -> Array:
-    """Posterior (N, C) of cells in a mixture."""
-    joint = fits + np.log(np.maximum(prior, 1e-5))
-    return np.exp(joint - logsumexp(joint, axis=1)[:, None])
-
-
-def _members(cells: AnnData, fixed: Array, free: list[Array], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _members(cells: AnnData, fixed: list[Array], free: list[Array], rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Free profile of each cell (N,), -1 for cells of the reference's types; the shares are fit on `rows`."""
     member = np.full(cells.n_obs, -1)
     if not free:
         return member
-    logs = np.log(np.concatenate([fixed, np.stack(free)])).T
-    fits = cells.X[rows] @ logs
-    prior = np.full(logs.shape[1], 1 / logs.shape[1])
-    for _ in range(_STEPS):
-        prior = _posterior(fits, prior).mean(axis=0)
+    logs = np.log([*fixed, *free]).T
+    shares = np.maximum(fit_shares(cells.X[rows] @ logs), 1e-5)
     for begin in range(0, cells.n_obs, CHUNK_CELLS):
         chunk = slice(begin, begin + CHUNK_CELLS)
-        posterior = _posterior(cells.X[chunk] @ logs, prior)[:, len(fixed) :]
-        member[chunk] = np.where(posterior.sum(axis=1) >= _MIN_POSTERIOR, posterior.argmax(axis=1), -1)
+        weights = softmax(cells.X[chunk] @ logs + np.log(shares), axis=1)[:, len(fixed) :]
+        member[chunk] = np.where(weights.sum(axis=1) >= _MIN_POSTERIOR, weights.argmax(axis=1), -1)
     member[totals(cells) == 0] = -1
     return member
 
 
 def _describe(profile: Array, types: Mapping[str, Array], cells: AnnData) -> dict[str, Any]:
-    """Type of the reference that is most similar to a free profile, and the genes that tell it from all of them."""
-    near = min(types, key=lambda name: _hellinger(profile, types[name]))
-    neighbour = min(_hellinger(types[near], other) for name, other in types.items() if name != near)
+    """Tell the most similar type of a free profile, its distance, and genes that tell it from all types."""
+    near = min(types, key=lambda name: hellinger(profile, types[name]))
+    neighbour = min(hellinger(types[near], other) for name, other in types.items() if name != near)
     gain = profile * np.log(profile / np.max(list(types.values()), axis=0))
     genes = [str(cells.var_names[index]) for index in np.argsort(-gain)[:_GENES_SHOWN] if gain[index] > 0]
-    return {"near": near, "distance": round(_hellinger(profile, types[near]) / neighbour, 3), "genes": genes}
-
-
-def _smooth(share: Array) -> Array:
-    """Profile that sums to 1 and has no zero."""
-    share = share / share.sum()
-    return (1 - _SMOOTHING) * share + _SMOOTHING / len(share)
-
-
-def _hellinger(one: Array, other: Array) -> float:
-    """Squared Hellinger distance of two profiles."""
-    return float(1 - np.sqrt(one * other).sum())
+    return {"near": near, "distance": round(hellinger(profile, types[near]) / neighbour, 3), "genes": genes}
