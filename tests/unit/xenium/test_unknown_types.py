@@ -124,6 +124,26 @@ def test_several_types_at_once_are_found():
     assert numbers == pytest.approx(cells.obs["truth"].value_counts()[["Malignant", "T", "NK"]].tolist(), rel=0.1)
 
 
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+def test_a_close_type_is_found_beside_one_that_differs_from_the_reference(drift):
+    """NK cells half way to T, few beside many T cells at 25 transcripts; the sample's T differ, too, by `drift`."""
+    rng = np.random.default_rng(1)
+    shares = {**TISSUE, "T": 0.32, "NK": 0.04, "Malignant": 0.12}
+    kinds = rng.choice(list(shares), 3000, p=list(shares.values()))
+    profiles = {v.type: PROFILES[label] for label, v in reversed(expression.SUBTYPES.items())}
+    profiles["T"] = profiles["T"] * np.exp(drift * np.random.default_rng(8).standard_normal(len(GENES)))
+    profiles["NK"] = (profiles["NK"] + profiles["T"]) / 2
+    share = np.stack([profiles[kind] for kind in kinds]) * FACTORS
+    mean = share / share.sum(axis=1, keepdims=True) * 25 * rng.lognormal(0, 0.4, (3000, 1))
+    cells = table(rng.poisson(mean * rng.gamma(4, 0.25, mean.shape)), truth=kinds)
+    found = annotate(cells, without("NK"), SETTINGS, 0)
+    labelled = (found.table["label"] >= 0).to_numpy()
+    assert (certain(found) >= 0)[kinds == "NK"].mean() > 0.7
+    assert labelled[kinds == "NK"].mean() <= 0.15
+    assert labelled[(certain(found) == truth(cells)) & (kinds != "NK")].mean() > 0.95
+    assert [item["near"] for item in found.unknown] == ["T"]
+
+
 def test_cells_of_another_patient_keep_their_type():
     """Malignant cells whose genes are shifted by a standard deviation of 0.4 stay Malignant."""
     cells = sample(patient=0.4)
