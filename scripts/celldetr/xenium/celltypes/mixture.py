@@ -12,7 +12,8 @@ from scipy import sparse
 from scipy.special import expit, logit, logsumexp
 
 Array = NDArray[np.float64]
-_STEPS = 20  # of expectation maximisation
+_STEPS = 20  # of expectation maximisation, at most
+_CONVERGED = 0.003  # share of its cells that a free profile exchanges in the last step
 _SMOOTHING = 0.02  # share of the background in a profile
 _FIRST_SHARE = 0.1  # of the free profile
 
@@ -61,8 +62,10 @@ def fit_mixture(cells: Cells, start: NDArray[np.bool_]) -> Mixture:
     for _ in range(_STEPS):
         drawn = np.asarray(weights @ cells.counts).ravel()
         profile = (1 - _SMOOTHING) * drawn / max(drawn.sum(), 1e-9) + _SMOOTHING * background
-        weights = cells.posterior(Mixture(profile, mixture.share))
+        last, weights = weights, cells.posterior(Mixture(profile, mixture.share))
         mixture = Mixture(profile, float(weights.mean()))
+        if np.abs(weights - last).sum() <= _CONVERGED * weights.sum():
+            break
     return mixture
 
 
