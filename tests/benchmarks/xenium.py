@@ -1,6 +1,7 @@
 """Registration and cell typing of Xenium samples against planted truth: one row for each thing that goes wrong.
 
-Usage: python tests/benchmarks/xenium.py [--real FOLDER] [--counts FILE] [--size W H] [--seed N] [--only NAME ...]
+Usage: python tests/benchmarks/xenium.py [--real FOLDER] [--counts FILE]
+  [--labelled FILE] [--transcripts N] [--size W H] [--seed N] [--only NAME ...]
 
 It measures the library that Python finds, so the table before a change comes from the same program:
   git worktree add ../before f500e62
@@ -21,7 +22,9 @@ nuclei. Xenium outlines 9 of 10 nuclei, 0.2 um off. Columns:
   how           origin of the matrix, "+ field" with local displacements, or refused
   s             seconds of CPU time
 Typing: cells with the planted expression of the example, or with `--counts` (cell_feature_matrix.h5) real cells, whose
-type is that of their markers, half of them as reference. Columns:
+type is that of their markers, half of them as reference. With `--labelled` (.h5ad of raw counts; obs: type, label,
+batch) the cells are drawn from the mean profiles that the labels have in one batch, each batch in turn, and the real
+cells of the others are the reference. Columns:
   labelled      share of all cells that has a label
   right         share of the labels that are right
   wrong         of the cells of the type that the reference lacks, share with a label: by the thresholds alone, and now
@@ -84,6 +87,7 @@ _DIRECTION = np.array([0.6, 0.8])  # of the errors of files
 _KEYPOINTS, _KEYPOINT_NOISE, _KEYPOINT_ERROR = 12, 0.5, 150.0  # number; um; um of the wrong one
 _TISSUE = dict(zip(ST_TYPES, (0.16, 0.10, 0.30, 0.04, 0.02, 0.12, 0.10, 0.06, 0.06, 0.04), strict=True))
 _FEWEST = 40  # real cells of a type
+_SPREAD = 300  # of Dirichlet draws around a profile, pseudo-counts
 _GATE = 3, 0.7  # transcripts of the markers of a type, and their share of those of all markers, in a real cell
 
 
@@ -273,6 +277,33 @@ def real_cells(path: Path, seed: int) -> tuple[anndata.AnnData, anndata.AnnData]
     return _table(whole.X[taken[~half]], truth[taken[~half]], var), reference
 
 
+def redrawn_cells(
+    cells: anndata.AnnData, batch: str, transcripts: float, seed: int, number: int = 4000
+) -> tuple[anndata.AnnData, anndata.AnnData]:
+    """Cells drawn from the mean profiles of a batch's labels, as many of each as it has; the real cells of the others.
+
+    The depth of cells varies by a lognormal factor of 0.45.
+    """
+    rng = np.random.default_rng([seed, 5])
+    own = (cells.obs["batch"] == batch).to_numpy()
+    parts, truth = [], []
+    for (kind, _), rows in cells.obs[own].groupby(["type", "label"], observed=True).groups.items():
+        counts = cells[rows].X.toarray()
+        profile = (counts / counts.sum(axis=1, keepdims=True)).mean(axis=0) + 1e-7
+        amount = round(number * len(rows) / own.sum())
+        shares = rng.dirichlet(_SPREAD * profile / profile.sum(), amount)
+        depths = rng.poisson(transcripts * rng.lognormal(0, 0.45, amount))
+        parts += [rng.multinomial(depth, share / share.sum()) for depth, share in zip(depths, shares, strict=True)]
+        truth += [kind] * amount
+    others = cells[~own]
+    reference = _table(others.X, others.obs["type"].to_numpy(dtype=str), cells.var)
+    reference.obs["type"] = pd.Categorical(reference.obs["truth"], categories=ST_TYPES)
+    reference.obs["label"] = others.obs["label"].to_numpy(dtype=str)
+    reference.obs["held_out"] = rng.random(reference.n_obs) < 0.3
+    reference.uns["composition"] = {kind: int((reference.obs["truth"] == kind).sum()) for kind in ST_TYPES}
+    return _table(sparse.csr_matrix(np.stack(parts)), np.array(truth), cells.var), reference
+
+
 def _table(counts: sparse.csr_matrix, truth: NDArray[np.str_], var: pd.DataFrame) -> anndata.AnnData:
     obs = pd.DataFrame({"truth": truth}, index=[f"cell{number}" for number in range(len(truth))])
     return anndata.AnnData(sparse.csr_matrix(counts, dtype=np.float32), obs=obs, var=var)
@@ -326,18 +357,26 @@ def registrations(options: argparse.Namespace, wanted: Callable[[str], bool]) ->
 
 
 def typings(options: argparse.Namespace, wanted: Callable[[str], bool]) -> None:
-    """Print the table of cell typing."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = real_cells(options.counts, options.seed) if options.counts else drawn_cells(Path(folder), options.seed)
-    cells, reference = made
-    print(f"\n{cells.n_obs} cells, {reference.n_obs} of the reference")
-    print(f"{'':36} {'labelled':>8} {'right':>6}  {'wrong':>11} {'lost':>5}  {'s':>5}  unused")
-    low = thinned(cells, 0.12, options.seed)
-    rows = [("complete reference", cells, ""), ("counts x 0.12", low, "")]
-    rows += [(f"without {kind}", cells, kind) for kind in ST_TYPES if (reference.obs["type"] == kind).any()]
-    for name, sample, lacking in rows:
-        if wanted(name):
-            print(f"{name:36} {run_types(sample, reference, lacking, options.seed)}", flush=True)
+    """Print the tables of cell typing."""
+    made: dict[str, tuple[anndata.AnnData, anndata.AnnData]] = {}
+    if options.labelled:
+        labelled = anndata.read_h5ad(options.labelled)
+        for batch in labelled.obs["batch"].unique():
+            made[f"{batch}: "] = redrawn_cells(labelled, batch, options.transcripts, options.seed)
+    elif options.counts:
+        made[""] = real_cells(options.counts, options.seed)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            made[""] = drawn_cells(Path(folder), options.seed)
+    for start, (cells, reference) in made.items():
+        print(f"\n{cells.n_obs} cells, {reference.n_obs} of the reference")
+        print(f"{'':36} {'labelled':>8} {'right':>6}  {'wrong':>11} {'lost':>5}  {'s':>5}  unused")
+        rows = [("complete reference", cells, "")]
+        rows += [("counts x 0.12", thinned(cells, 0.12, options.seed), "")]
+        rows += [(f"without {kind}", cells, kind) for kind in ST_TYPES if (reference.obs["type"] == kind).any()]
+        for name, sample, lacking in rows:
+            if wanted(start + name):
+                print(f"{start + name:36} {run_types(sample, reference, lacking, options.seed)}", flush=True)
 
 
 def main() -> None:
@@ -345,6 +384,8 @@ def main() -> None:
     parser.add_argument("--real", type=Path, help="folder of real H&E tiles and their instances")
     parser.add_argument("--mpp", type=float, default=0.25, help="um per px of the real tiles")
     parser.add_argument("--counts", type=Path, help="real cell_feature_matrix.h5")
+    parser.add_argument("--labelled", type=Path, help="real counts (.h5ad) of several batches; obs: type, label, batch")
+    parser.add_argument("--transcripts", type=float, default=60.0, help="per cell drawn from them")
     parser.add_argument("--size", type=float, nargs=2, default=(760.0, 560.0), help="width and height, um")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of the rows")
