@@ -227,7 +227,7 @@ def cut(pattern):
 
 DAMAGES = [  # files that users bring or that are downloaded
     ("download_xenium", damage_archive, "cell_feature_matrix.h5"),
-    ("register_xenium", cut("he_image.tif"), "he_image.tif"),
+    ("register_xenium", cut("he_image.tif"), "drawn_2_he_image"),
     ("prepare_reference", cut("drawn.h5ad"), "drawn.h5ad"),
     ("predict", cut("model.pt"), "model.pt"),
     ("attention", hostile_model, "could run code"),
