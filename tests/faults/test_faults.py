@@ -228,7 +228,7 @@ def cut(pattern):
 DAMAGES = [  # files that users bring or that are downloaded
     ("download_xenium", damage_archive, "cell_feature_matrix.h5"),
     ("register_xenium", cut("he_image.tif"), "drawn_2_he_image"),
-    ("prepare_reference", cut("drawn.h5ad"), "drawn.h5ad"),
+    ("prepare_reference", cut("drawn.h5ad"), "reference.h5ad"),
     ("predict", cut("model.pt"), "model.pt"),
     ("attention", hostile_model, "could run code"),
 ]

@@ -367,4 +367,12 @@ def _used(path: str, root: Path, kind: type[UsableRow], key: str) -> dict[str, U
                     f"{sheet}: {name}: got {source!r}, which is also that of {owners[source]}; expected each once: the "
                     "same tissue would train and test"
                 )
+        for source in given.get("he", ()):  # may show several samples, which then are of one donor
+            owner = owners.setdefault(source, name)
+            group = used[owner].to_dict()["group"]
+            if group != given["group"]:
+                raise ConfigError(
+                    f"{sheet}: {name}: group: got {given['group']!r}, but the H&E {source} is also that of {owner}, in "
+                    f"group {group!r}; expected one group: the same tissue would train and test"
+                )
     return used

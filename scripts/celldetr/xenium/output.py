@@ -28,12 +28,14 @@ log = logging.getLogger(__name__)
 SPECS = "experiment.xenium"
 NUCLEI = "nucleus_boundaries.parquet"
 COUNTS = "cell_feature_matrix.h5"
+CELLS = "cells.parquet"
+_LEAST_COMMON, _LEAST_ALIKE = 0.9, 0.8  # share of the cells, rank correlation of their totals
 _VERTEX = ("vertex_x", "vertex_y")
 _NO_NUCLEI = (
     "a segmentation imported into Xenium without nuclei is not supported: import its nuclei, too, or take the original "
     "output folder"
 )
-READ_MEMBERS = (SPECS, "cells.zarr.zip", "cells.parquet", COUNTS, NUCLEI, "cell_boundaries.parquet")
+READ_MEMBERS = (SPECS, "cells.zarr.zip", CELLS, COUNTS, NUCLEI, "cell_boundaries.parquet")
 """Files of the folder that are read, besides the DAPI image."""
 DAPI_IMAGES = (
     "morphology_focus/ch0000_dapi.ome.tif",  # 4
@@ -65,7 +67,7 @@ def read_counts(outs: str | os.PathLike[str]) -> AnnData:
     """Read the transcript counts of all cells, without control probes and other features that are no genes.
 
     Returns cells by genes: X (csr_matrix, float32) counts, obs index cell ids, var index gene symbols, var["gene_ids"].
-    Raises InputError if the file is missing or damaged.
+    Raises InputError if the file is missing or damaged, or its cells are not those of cells.parquet.
     """
     path = _member(outs, COUNTS)
     try:
@@ -77,7 +79,27 @@ def read_counts(outs: str | os.PathLike[str]) -> AnnData:
     if not table.n_obs or not table.n_vars:
         raise InputError(f"{path}: got {table.n_obs} cells and {table.n_vars} genes, expected some of each")
     counts = sparse.csr_matrix(table.X, dtype=np.float32)
+    _check_cells(path, pd.Series(counts.sum(axis=1).A1, index=table.obs_names))
     return AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=table.var[["gene_ids"]])
+
+
+def _check_cells(path: Path, totals: pd.Series) -> None:
+    """Compare totals, by cell id, with those of cells.parquet: numbers that are ids are alike in all runs."""
+    cells = path.with_name(CELLS)
+    try:
+        table = pq.read_table(cells, columns=["cell_id", "transcript_counts"]).to_pandas()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{cells}: cannot be read ({error}); expected cell_id, transcript_counts") from error
+    ids = [name.decode() if isinstance(name, bytes) else str(name) for name in table["cell_id"]]
+    own = pd.Series(table["transcript_counts"].to_numpy(), index=ids, name="cells")
+    both = totals.rename("counts").to_frame().join(own, how="inner")
+    alike = both["counts"].corr(both["cells"], method="spearman") if both.nunique().min() > 1 else 1.0
+    if len(both) < _LEAST_COMMON * len(totals) or alike < _LEAST_ALIKE:
+        raise InputError(
+            f"{path}: got counts of other cells than those of {cells}: {len(both):,} of {len(totals):,} ids are in "
+            f"both, and the rank correlation of their totals is {alike:.2f}, expected {_LEAST_ALIKE} or more; get both "
+            "from one run"
+        )
 
 
 def read_nuclei(outs: str | os.PathLike[str]) -> GeoDataFrame:

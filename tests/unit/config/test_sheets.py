@@ -261,6 +261,12 @@ def test_one_file_under_two_names_is_refused(tmp_path):
         used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)
     write(tmp_path / "s.tsv", ROW, {**ROW, "sample": "b", "use": "no"}, {**ROW, "sample": "c", "outs": "c.zip"})
     assert set(used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)[0]) == {"a", "c"}
+    both = {**ROW, "sample": "b", "outs": "b.zip"}
+    write(tmp_path / "s.tsv", ROW, both)  # two samples on one H&E
+    assert set(used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)[0]) == {"a", "b"}
+    write(tmp_path / "s.tsv", ROW, {**both, "group": "s2"})
+    with pytest.raises(ConfigError, match=r"b: group: got 's2', but the H&E .* is also that of a, in group"):
+        used_samples(SimpleNamespace(samples="s.tsv", references="r.tsv"), tmp_path)
     write(tmp_path / "slides.tsv", SLIDE, {**SLIDE, "slide": "b"})
     with pytest.raises(ConfigError, match=r"b: got 'a.tif', which is also that of a"):
         used_slides("slides.tsv", tmp_path)

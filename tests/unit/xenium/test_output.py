@@ -125,6 +125,19 @@ def test_a_missing_or_damaged_file_is_named(outs, name, read):
         read(outs)
 
 
+def test_counts_of_another_run_with_the_same_ids_are_refused(outs):
+    path = outs / "cells.parquet"
+    cells = pd.read_parquet(path)
+    cells.assign(transcript_counts=cells["transcript_counts"].sample(frac=1, random_state=1).to_numpy()).to_parquet(
+        path
+    )
+    with pytest.raises(InputError, match=r"cell_feature_matrix.h5: got counts of other cells.* 0\.\d\d, expected 0.8"):
+        read_counts(outs)
+    cells.assign(cell_id=[f"other{number}" for number in range(len(cells))]).to_parquet(path)
+    with pytest.raises(InputError, match=r"got counts of other cells.*: 0 of \d+ ids"):
+        read_counts(outs)
+
+
 def change_nuclei(outs, change):
     """Change the table of outlines and read it again."""
     path = outs / "nucleus_boundaries.parquet"

@@ -24,7 +24,7 @@ from celldetr.xenium.registration.field import DisplacementField
 from celldetr.xenium.registration.gate import check
 from celldetr.xenium.registration.maps import Grid, colour, sample
 from celldetr.xenium.registration.measure import he_nuclei, window_shifts
-from celldetr.xenium.registration.messages import Refused
+from celldetr.xenium.registration.messages import Refused, warnings_of
 from celldetr.xenium.registration.nuclei import DapiNuclei
 from celldetr.xenium.registration.register import register
 from celldetr.xenium.registration.result import Registration, read_registration
@@ -241,6 +241,11 @@ def drawn(found, scene):
     return " ".join(text.get_text().replace("\n", " ") for axes in figure.axes for text in axes.texts)
 
 
+def test_a_gray_image_in_place_of_the_stained_one_is_named(scene):
+    with pytest.raises(InputError, match=r"lung: .*: got an image with one channel, expected colour"):
+        register(scene.dapi, scene.dapi, scene.nuclei, PIXEL, None, SETTINGS, name="lung", seed=0)
+
+
 @pytest.mark.parametrize("number", [8, 4])
 def test_a_wrong_keypoint_is_named_in_log_and_picture(scene, caplog, number):
     """Also one of four, whose fit of all does not tell which one it is."""
@@ -316,6 +321,10 @@ def test_a_smooth_distortion_is_corrected_and_comes_back_from_the_file(tmp_path)
     assert any("local distortion: corrected" in text.get_text() for text in figure.axes[0].texts)
     labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
     assert labels == ["shifted (chance)", "as registered", "without displacements"]
+    assert found.warnings == ()
+    farther = found.model_copy(update={"distortion": found.distortion.model_copy(update={"largest": 9.0})})
+    [warning] = warnings_of(farther, None, None, scene.he, scene.dapi, SETTINGS)
+    assert "displacements of up to 9.0 um" in warning
     without = run(scene, scene.matrix, local="never")
     assert (without.field, without.distortion) == (None, None)
 

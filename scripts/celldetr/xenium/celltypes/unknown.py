@@ -95,7 +95,7 @@ def unknown_types(
     generator = np.random.default_rng(seed)
     rows = np.flatnonzero((totals(cells) >= _MIN_TRANSCRIPTS) & (first >= 0))
     rows = np.sort(generator.permutation(rows)[:_SEARCHED])
-    free: list[Array] = []
+    free: list[_Candidate] = []
     if len(rows) >= 2 * _MIN_CELLS and len(types) > 1:
         counts = sparse.csr_matrix(cells.X[rows], dtype=np.float64)
         half = generator.random(len(rows)) < 0.5
@@ -108,12 +108,12 @@ def unknown_types(
         ]
         search = _Search(counts, _starts(first[rows], score[rows]), half, tests)
         fixed, free = _free_profiles(search, fixed, types, settings)
-    member = _members(cells, fixed, free, rows)
+    member = _members(cells, fixed, [one.profile for one in free], rows)
     found = []
-    for index, profile in enumerate(free):
+    for index, one in enumerate(free):
         number = int((member == index).sum())
         if number >= _MIN_CELLS:  # later profiles may replace a mixture of several types that was found first
-            found.append({**_describe(profile, types, cells), "cells": number})
+            found.append({**_describe(one, types, cells), "cells": number})
             log.warning(
                 "%d cells (%.1f %%) are of a type that the reference lacks; most similar: %s; genes: %s",
                 number, 100 * number / len(member), found[-1]["near"], ", ".join(found[-1]["genes"]),
@@ -145,18 +145,19 @@ def _starts(first: NDArray[np.int8], score: Array) -> list[NDArray[np.bool_]]:
 
 def _free_profiles(
     search: _Search, fixed: list[Array], types: Mapping[str, Array], settings: CellTypeSettings
-) -> tuple[list[Array], list[Array]]:
-    """Profiles (G,) of the reference, with those of its types as the sample has them, and of types that it lacks."""
+) -> tuple[list[Array], list[_Candidate]]:
+    """Profiles (G,) of the reference, with those of its types as the sample has them, and types that it lacks."""
     adapted: dict[str, Array] = {}
-    free: dict[str, Array] = {}
+    free: dict[str, _Candidate] = {}
     while len(free) < settings.unknown_types:
-        candidates = _candidates(search, [*fixed, *adapted.values(), *free.values()], types, free)
+        others = {name: one.profile for name, one in free.items()}
+        candidates = _candidates(search, [*fixed, *adapted.values(), *others.values()], types, others)
         far = [one for one in candidates if one.distance >= settings.unknown_distance]
-        others = [one for one in far if one.expected <= _MOST_KNOWN * one.seen + _MOST_LOST]
+        lacking = [one for one in far if one.expected <= _MOST_KNOWN * one.seen + _MOST_LOST]
         near = [one for one in candidates if one.distance < settings.unknown_distance and one.near in types]
         near = [one for one in near if one.near not in adapted]
-        if others:
-            free[f"unknown {len(free) + 1}"] = max(others, key=lambda one: one.seen - one.expected).profile
+        if lacking:
+            free[f"unknown {len(free) + 1}"] = max(lacking, key=lambda one: one.seen - one.expected)
         elif near:
             best = max(near, key=lambda one: one.seen)
             adapted[best.near] = best.profile
@@ -218,10 +219,13 @@ def _members(cells: AnnData, fixed: list[Array], free: list[Array], rows: NDArra
     return member
 
 
-def _describe(profile: Array, types: Mapping[str, Array], cells: AnnData) -> dict[str, Any]:
-    """Tell the most similar type of a free profile, its distance, and genes that tell it from all types."""
-    near = min(types, key=lambda name: hellinger(profile, types[name]))
-    neighbour = min(hellinger(types[near], other) for name, other in types.items() if name != near)
-    gain = profile * np.log(profile / np.max(list(types.values()), axis=0))
+def _describe(found: _Candidate, types: Mapping[str, Array], cells: AnnData) -> dict[str, Any]:
+    """Tell the most similar type of a profile, its distance, and genes that tell it from all types."""
+    near = min(types, key=lambda name: hellinger(found.profile, types[name]))
+    distance = found.distance  # measured without noise, if from a type of the reference
+    if near != found.near:
+        neighbour = min(hellinger(types[near], other) for name, other in types.items() if name != near)
+        distance = hellinger(found.profile, types[near]) / neighbour
+    gain = found.profile * np.log(found.profile / np.max(list(types.values()), axis=0))
     genes = [str(cells.var_names[index]) for index in np.argsort(-gain)[:_GENES_SHOWN] if gain[index] > 0]
-    return {"near": near, "distance": round(hellinger(profile, types[near]) / neighbour, 3), "genes": genes}
+    return {"near": near, "distance": round(distance, 3), "genes": genes}

@@ -12,8 +12,9 @@ from celldetr.xenium.registration.affine import apply
 from celldetr.xenium.registration.alignment import Alignment, check_plausible
 from celldetr.xenium.registration.result import Attempt, Origin, Registration
 
-_WRONG_KEYPOINT = 20.0  # um
+_WRONG_KEYPOINT = 10.0  # um
 _NAMED = 5  # keypoints
+_TRIED = 6.5  # um; larger displacements were not found right where they were planted
 
 
 class Refused(InputError):
@@ -55,6 +56,11 @@ def warnings_of(
             text = "it does not fit; the alignment was estimated from the images: correct or remove the file"
             texts.append(f"{alignment.name}: {text}")
         texts += _wrong_keypoints(alignment, found)
+    if found.field is not None and found.distortion and found.distortion.largest > _TRIED:
+        texts.append(
+            f"local distortion: displacements of up to {found.distortion.largest:.1f} um; above about 6 um nuclei may "
+            "be misplaced in regions that pass: compare outlines and nuclei in the picture and in patches.html"
+        )
     own_size, known = found.he_mpp, he.mpp
     if known and abs(own_size / known - 1) > settings.scale_tolerance:
         text = f"got {known:g} um per px, but the matrix means {own_size:.4g}: correct he_mpp in the sheet"
@@ -89,19 +95,21 @@ def refusal(
     """Three lines on a sample without a registration that passes: the best attempt, why it fails, what to do."""
     best = best_attempt(attempts)
     reasons = list(best.quality.failures)
+    remedy = "correct its he_mpp in the sheet, or set keypoints by hand in Xenium Explorer and give them as alignment"
     if alignment:
         plausible = check_plausible(alignment.matrix, he.mpp, pixel_size, settings, he.size, dapi.size)
         reasons += [f"{alignment.name}: {text}" for text in (*plausible.problems, *plausible.notes)]
         worst = alignment.residuals.max(initial=0) * pixel_size
         if worst > _WRONG_KEYPOINT:
             number = int(alignment.residuals.argmax()) + 1
-            reasons.append(f"{alignment.name}: the keypoints do not fit together (number {number}: {worst:.0f} um)")
+            reasons.insert(0, f"{alignment.name}: the keypoints do not fit together (number {number}: {worst:.0f} um)")
+            remedy = f"correct keypoint {number}, or the others if it is right, or leave alignment empty"
     size = f"{he.mpp:g} um per px" if he.mpp else "um per px unknown"
     return "\n".join(
         [
             f"{name}: no registration passes; best of {len(attempts)} attempts ({best.name}): {best.quality.summary()}",
             f"Why: {'; '.join(reasons)}",
-            f"What to do: if {he.path} ({size}) is the H&E of this very section, correct its he_mpp in the sheet, or "
-            "set keypoints by hand in Xenium Explorer and give them as alignment; else leave the sample out (use: no).",
+            f"What to do: if {he.path} ({size}) is the H&E of this very section, {remedy}; else leave the sample out "
+            "(use: no).",
         ]
     )

@@ -52,8 +52,12 @@ def register(
 
     `outlines` are the DAPI nuclei (n,), polygons in um of the Xenium frame; `pixel_size` is um per Xenium px; `name` is
     the sample's, for messages; `seed` that of the robust fits; `workers` are threads. Raises Refused if no matrix
-    passes (the log has all attempts), InputError if the nuclei are not those of the image.
+    passes (the log has all attempts), InputError if the nuclei are not those of the image, or the H&E is not in colour.
     """
+    if he.channels != 3:
+        raise InputError(
+            f"{name}: {he.path}: got an image with one channel, expected colour (H&E); is it the DAPI image?"
+        )
     try:
         nuclei = DapiNuclei(outlines)
         regions = nuclei.regions(settings)
