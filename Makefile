@@ -63,7 +63,7 @@ example: $(STAMP) ## make the example data, train small models, write the tables
 	snakemake --profile example --cores $(CORES) --report report.html
 
 test: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 test-baselines: $(BASELINES)/.installed ## make .venv-baselines and run the tests of what it is for
 	OMP_NUM_THREADS=1 $(BASELINES)/bin/python -m pytest --numprocesses $(WORKERS) tests/baselines

@@ -106,9 +106,11 @@ def cast_together(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 def call_cast(module: nn.Module, *args: Any) -> Any:
     """Call a module; under autocast, the weights of all its layers are cast at once, not each where it is used.
 
-    They are its linear layers and convolutions, but for those that are `ExactLinear`.
+    They are its linear layers and convolutions, but for those that are `ExactLinear`. Layers that are computed again in
+    the backward pass cast their own: the weights would be those of the module again.
     """
-    if not torch.is_autocast_enabled(next(module.parameters()).device.type):
+    again = isinstance(module, CheckpointedLayers) and module.activation_checkpointing and torch.is_grad_enabled()
+    if again or not torch.is_autocast_enabled(next(module.parameters()).device.type):
         return module(*args)
     weights = {
         f"{path}.{name}": weight
