@@ -205,7 +205,8 @@ def widen(sheet, key, count, folder):
     written = ["\t".join(columns)]
     for number in range(count):
         row = {**used[number % len(used)], key: f"{key}_{number}", "group": f"group_{number}"}
-        row |= {"hest": f"TENX{number}"} if key == "slide" else {"outs": f"https://example.org/{number}.zip"}
+        own = {"outs": f"https://example.org/{number}.zip", "he": f"https://example.org/{number}.tif"}
+        row |= {"hest": f"TENX{number}"} if key == "slide" else own
         written.append("\t".join(row.get(column, "") for column in columns))
     path = folder / sheet
     path.write_text("\n".join(written) + "\n", encoding="utf-8")
