@@ -1,5 +1,6 @@
 """One job at a time trains a model; several processes share a run and end with it."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -135,21 +136,30 @@ def test_the_processes_of_a_killed_job_end_too(shared):
     assert read_checkpoint(state)["step"] > 0
 
 
-def kill_a_child():
-    """SIGKILL the second of two processes that this one starts, a moment later."""
-    children, until = [], time.monotonic() + 60
-    while len(children) < 2 and time.monotonic() < until:
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+def workers():
+    """Process numbers of the training processes that this one has started (it may start others, short ones)."""
+    found = []
+    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended
+            if b"celldetr.training.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def kill_a_worker():
+    """SIGKILL the second of two training processes that this one starts, a moment later."""
+    until = time.monotonic() + 60
+    while len(workers()) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(2)
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(workers()[1], signal.SIGKILL)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
 def test_one_of_two_processes_killed_ends_the_run_with_its_name(store, tmp_path):
     experiment = make_experiment(gpus=2, epochs=500)
-    threading.Thread(target=kill_a_child, daemon=True).start()
+    threading.Thread(target=kill_a_worker, daemon=True).start()
     start = time.monotonic()
     with pytest.raises(ProcessFailed, match="process [01] of the run was ended by SIGKILL"):
         train(experiment, [store], make_split(store, 8, 4), tmp_path / "run", accelerator="cpu")
