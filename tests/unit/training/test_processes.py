@@ -85,6 +85,16 @@ def test_no_locks_are_no_reason_to_stop(tmp_path, other, monkeypatch, caplog):
         assert "no file locks here" in caplog.text
 
 
+def workers(job):
+    """Process numbers of the training processes that a process has started (it may start others, short ones)."""
+    found = []
+    for child in Path(f"/proc/{job}/task/{job}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended
+            if b"celldetr.training.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
 @pytest.fixture
 def shared(store, tmp_path):
     """Start a run that two processes share, in a job of its own; wait for its first state."""
@@ -123,7 +133,7 @@ def test_a_signal_stops_all_processes_of_a_run(shared):
 @pytest.mark.skipif(not Path(f"/proc/{os.getpid()}/task").exists(), reason="no /proc here")
 def test_the_processes_of_a_killed_job_end_too(shared):
     job, state = shared
-    processes = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    processes = workers(job.pid)
     assert len(processes) == 2
     job.send_signal(signal.SIGKILL)
     job.wait()
@@ -131,28 +141,18 @@ def test_the_processes_of_a_killed_job_end_too(shared):
     while (left := [one for one in processes if Path(f"/proc/{one}").exists()]) and time.monotonic() < until:
         time.sleep(0.1)
     for process in left:
-        os.kill(int(process), signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
     assert left == [], "they outlived their job"
     assert read_checkpoint(state)["step"] > 0
-
-
-def workers():
-    """Process numbers of the training processes that this one has started (it may start others, short ones)."""
-    found = []
-    for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-        with contextlib.suppress(OSError):  # it has ended
-            if b"celldetr.training.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return found
 
 
 def kill_a_worker():
     """SIGKILL the second of two training processes that this one starts, a moment later."""
     until = time.monotonic() + 60
-    while len(workers()) < 2 and time.monotonic() < until:
+    while len(workers(os.getpid())) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(2)
-    os.kill(workers()[1], signal.SIGKILL)
+    os.kill(workers(os.getpid())[1], signal.SIGKILL)
 
 
 @pytest.mark.slow
