@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from small_model import small_model, small_settings
@@ -253,3 +257,19 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
     assert kept[True] < 0.4 * kept[False]
     for first, second in zip(gradients[True], gradients[False], strict=True):
         assert torch.equal(first, second)
+
+
+NARROW = """
+import torch
+from small_model import small_model
+torch.set_num_threads(2)
+model = small_model("baseline").train()
+for _ in range(10):
+    model.encode(torch.rand(3, 3, 64, 64)).memory.sum().backward()
+"""
+
+
+def test_a_narrow_backbone_trains_on_several_threads_of_a_cpu():
+    """In a process of its own: the memory was damaged where channels were last."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", NARROW], env=environment, check=True)
