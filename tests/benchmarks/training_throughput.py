@@ -1,12 +1,11 @@
 """Training images per second: from the way the published code is built, one improvement after the other.
 
 Usage: python tests/benchmarks/training_throughput.py [--mode MODE] [--device D] [--size PX] [--batch N] [--rounds N]
-[--compile yes|no] [--count] [--tiny]. The paper's model at full width, drawn patches, steps of the training loop. The
-first variant: `grid_sample` sampling in fp32, costs of all images by all boxes, one loader process that reads and
-augments image by image. The step is compiled, on CUDA also into captured graphs, if there is a GPU or with --compile
-yes: on a CPU that takes minutes. Prints images/s, the ratio to the first, peak memory (CUDA), where the time of the
-last uncompiled variant goes, and the share of the measured matrix-product ceiling that the last one reaches. --count
-prints the number of kernels that the compiler generates for a step, and nothing else.
+[--compile yes|no] [--tiny]. The paper's model at full width, drawn patches, steps of the training loop. The first
+variant: `grid_sample` sampling in fp32, costs of all images by all boxes, one loader process that reads and augments
+image by image. The step is compiled, on CUDA also into captured graphs, if there is a GPU or with --compile yes: on a
+CPU that takes minutes. Prints images/s, the ratio to the first, peak memory (CUDA), where the time of the last
+uncompiled variant goes, and the share of the measured matrix-product ceiling that the last one reaches.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ import pandas as pd
 import torch
 from ladder import Parts, Variant, ceiling, climb, draw_store, experiment_of, options, prepare, seconds_of
 from scipy.optimize import linear_sum_assignment
-from torch._inductor import metrics
+from torch._inductor import config as inductor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,7 +109,7 @@ class Steps:
 
     sampling: plain, portable, compiled, auto. matcher: all, own. loader: whether a process reads and augments images
     one by one. fused: the optimiser. ahead: whether batches are prepared beside the step, in fused kernels. compiling:
-    no, yes, graphs (captured, on CUDA).
+    no, yes, graphs (captured, on CUDA), combined (captured, small kernels that do not depend on each other in one).
     """
 
     def __init__(
@@ -173,7 +172,8 @@ class Steps:
             compile_all = self.stage.compile
             self.stage.compile = lambda device: compile_all("cpu")
         before = torch.cuda.memory_reserved() if self.device.startswith("cuda") else 0
-        self.training.warm_up()
+        with inductor.patch(combo_kernels=self.compiling == "combined"):
+            self.training.warm_up()
         self.training.optimizer.zero_grad()
         held = f", {(torch.cuda.memory_reserved() - before) / 1e9:.1f} GB more are reserved" if before else ""
         print(f"compiled ({self.compiling}) in {time.perf_counter() - start:.0f} s{held}", flush=True)
@@ -207,6 +207,7 @@ def rungs_of(args) -> list[tuple[str, dict[str, object]]]:
         rungs += [("compiled step, not in bf16", {"compiling": "yes", "bf16": False}), ("+ bf16", {"bf16": True})]
         if not on_cpu:
             rungs.append(("+ CUDA graphs", {"compiling": "graphs"}))
+            rungs.append(("+ small kernels in one", {"compiling": "combined"}))
     return rungs
 
 
@@ -225,33 +226,15 @@ def parts_of(steps: Steps, device: str) -> str:
     return parts.describe(seconds_of(lambda: [steps.step() for _ in range(3)], device))
 
 
-def count_kernels(args, store, folder: Path) -> None:
-    """Print how many kernels the compiler generates for one size of batches, beside products and convolutions.
-
-    On a CPU it counts the forms of a loop (vectors, scalars) one by one: compare a count with others of its kind.
-    """
-    steps = Steps(args, store, folder, bf16=True)
-    steps.step()  # makes the tables
-    batch = steps.next_batch()
-    steps.stage.compile(args.device)
-    metrics.reset()
-    steps.training.gradients(batch)
-    print(f"{metrics.generated_kernel_count} kernels are generated for a step of mode {args.mode}", flush=True)
-
-
 def main() -> None:
     """Climb."""
     parser = options(__doc__)
     parser.add_argument("--compile", choices=["yes", "no"], default="yes" if torch.cuda.is_available() else "no")
-    parser.add_argument("--count", action="store_true")
     args = parser.parse_args()
     prepare(args)
     with tempfile.TemporaryDirectory() as name:
         folder, classes = Path(name), experiment_of(args).model.classes
         store = draw_store(folder / "drawn.zarr", BATCHES * args.batch, args.size, args.nuclei, classes)
-        if args.count:
-            count_kernels(args, store, folder)
-            return
         where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.threads} CPU threads"
         print(f"torch {torch.__version__}, {where}, {args.mode}, {args.batch} patches of {args.size} px a step")
         given, ladder = {}, []

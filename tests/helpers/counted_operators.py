@@ -1,7 +1,8 @@
 """Count the operators of PyTorch that run, such as a GPU would launch; the sampling as one operator, as kernels are.
 
 It stands in for a GPU: dropout and attention are taken in the form of one operator each, as a GPU has them. Casts are
-those of autocast on a CPU.
+those of autocast on a CPU. An operator on lists of tensors counts once where a GPU takes the tensors together (in a few
+kernels, if they are many), and else as often as the lists are long.
 """
 
 import collections
@@ -47,8 +48,19 @@ def sample(value, shapes, locations, weights):
 
 
 def dropout(x, p=0.5, training=True, inplace=False):
-    """Drop out in one operator."""
+    """Drop out in one operator, as a GPU does if it is not done in place."""
+    assert not (inplace and training)
     return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
+def launches(name, arguments):
+    """Count an operator; tensors of lists are taken together if types and, from list to list, layouts are the same."""
+    if not name.startswith("_foreach"):
+        return 1
+    lists = [given for given in arguments if isinstance(given, list | tuple)]
+    same_types = all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
+    layouts = (tuple((tensor.shape, tensor.stride()) for tensor in tensors) for tensors in lists)
+    return 1 if same_types and len(set(layouts)) == 1 else len(lists[0])
 
 
 class Operators(TorchDispatchMode):
@@ -61,7 +73,7 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
         if not func.is_view and name not in NO_KERNEL and func.namespace != "profiler":
-            self.names[name] += 1
+            self.names[name] += launches(name, args)
         return func(*args, **(kwargs or {}))
 
 

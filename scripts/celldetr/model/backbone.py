@@ -1,19 +1,22 @@
 """Residual networks; parameters are named as in torchvision, so that its ResNet weights load unchanged."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, ones, zeros
 
 from celldetr.config.experiment import BackboneSettings
-from celldetr.model.device import CheckpointedLayers
+from celldetr.model.device import CheckpointedLayers, cast_together
 
 Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics, weight and bias: four buffers, applied by `conv_norm`."""
+    """Batch norm with fixed statistics, weight and bias: four buffers, applied by `fold`."""
 
     weight: Tensor
     bias: Tensor
@@ -27,11 +30,6 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_mean", zeros(channels))
         self.register_buffer("running_var", ones(channels))
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift of each channel, (C,) each."""
-        scale = self.weight * (self.running_var + 1e-5).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
 
 def group_norm(channels: int) -> nn.Module:
     """Group norm with eight channels per group, or the nearest number of groups that divides the channels."""
@@ -44,19 +42,40 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
     return layer
 
 
-def conv_norm(convolution: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """Convolve (an `nn.Conv2d`) and normalise maps (B, inputs, h, w).
+class ConvNorm(NamedTuple):
+    """A convolution, the norm behind it, and what they compute with."""
 
-    A frozen norm is folded into the weights of the convolution. This saves a pass over the result, which then need not
-    be kept for the backward pass either.
+    convolution: nn.Conv2d
+    norm: nn.Module
+    weight: Tensor
+    shift: Tensor | None
+    """(outputs,) of a frozen norm, whose scale is in the weight; None: another norm."""
+
+
+def fold(part: nn.Module) -> list[ConvNorm]:
+    """Take the convolutions of a part, each with the norm behind it, and fold frozen norms into the weights.
+
+    This saves a pass over the result, which then need not be kept for the backward pass either. All are folded at once,
+    in few operators. Other norms stay apart.
     """
-    assert isinstance(convolution, nn.Conv2d)
-    if not isinstance(norm, FrozenBatchNorm):
-        out: Tensor = norm(convolution(x))
-        return out
-    scale, shift = norm.affine()
-    weight = convolution.weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(x, weight, shift, convolution.stride, convolution.padding)
+    layers = list(part.modules())
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in layers if isinstance(layer, FrozenBatchNorm | nn.GroupNorm)]
+    weights = [layer.weight for layer in convolutions]
+    shifts: Sequence[Tensor | None] = [None] * len(norms)
+    if frozen := [norm for norm in norms if isinstance(norm, FrozenBatchNorm)]:
+        variances = torch._foreach_add([norm.running_var for norm in frozen], 1e-5)
+        scales = torch._foreach_mul([norm.weight for norm in frozen], torch._foreach_rsqrt(variances))
+        moved = torch._foreach_mul([norm.running_mean for norm in frozen], scales)
+        shifts = cast_together(torch._foreach_sub([norm.bias for norm in frozen], moved))
+        weights = [weight * scale.view(-1, 1, 1, 1) for weight, scale in zip(weights, scales, strict=True)]
+    return [ConvNorm(*layer) for layer in zip(convolutions, norms, cast_together(weights), shifts, strict=True)]
+
+
+def conv_norm(layer: ConvNorm, x: Tensor) -> Tensor:
+    """Convolve and normalise maps (B, inputs, h, w)."""
+    out = F.conv2d(x, layer.weight, layer.shift, layer.convolution.stride, layer.convolution.padding)
+    return layer.norm(out) if layer.shift is None else out
 
 
 class Block(nn.Module):
@@ -71,25 +90,25 @@ class Block(nn.Module):
         sizes = [(inputs, width, 3, stride), (width, width, 3, 1)]
         if bottleneck:
             sizes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, self.outputs, 1, 1)]
-        self.layers = range(1, len(sizes) + 1)
-        for index, (source, target, kernel, step) in zip(self.layers, sizes, strict=True):
+        for index, (source, target, kernel, step) in enumerate(sizes, start=1):
             self.add_module(f"conv{index}", _convolution(source, target, kernel, step))
             self.add_module(f"bn{index}", norm(target))
         changed = stride != 1 or inputs != self.outputs
+        self.convolutions = len(sizes) + changed
         self.downsample = nn.Sequential(
             *(_convolution(inputs, self.outputs, 1, stride), norm(self.outputs)) if changed else ()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn maps (B, inputs, h, w) into (B, outputs, h / stride, w / stride)."""
-        y = x
-        for index in self.layers:
-            y = conv_norm(self.get_submodule(f"conv{index}"), self.get_submodule(f"bn{index}"), y)
-            if index < len(self.layers):
-                y = F.relu(y, inplace=True)
+    def forward(self, x: Tensor, layers: Sequence[ConvNorm]) -> Tensor:
+        """Turn maps (B, inputs, h, w) into (B, outputs, h / stride, w / stride).
+
+        The layers are its own, see `fold`; that of the shortcut, if it has one, is the last.
+        """
+        y = conv_norm(layers[0], x)
+        for layer in layers[1 : -1 if len(self.downsample) else None]:
+            y = conv_norm(layer, F.relu(y, inplace=True))
         if len(self.downsample):
-            convolution, norm = self.downsample
-            x = conv_norm(convolution, norm, x)
+            x = conv_norm(layers[-1], x)
         return F.relu(y + x, inplace=True)
 
 
@@ -119,12 +138,14 @@ class Backbone(CheckpointedLayers):
 
         Sizes are rounded up.
         """
-        x = F.relu(conv_norm(self.conv1, self.bn1, images), inplace=True)
+        layers = iter(fold(self))
+        x = F.relu(conv_norm(next(layers), images), inplace=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         maps = []
         for stage in range(1, max(self.stages) + 1):
             for block in self.get_submodule(f"layer{stage}").children():
-                x = self.run(block, x)
+                assert isinstance(block, Block)
+                x = self.run(block, x, list(islice(layers, block.convolutions)))
             if stage in self.stages:
                 maps.append(x)
         return maps

@@ -18,7 +18,7 @@ _LEAST_SIDE = 1e-6
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert boxes (..., 4) from centre and size to corners."""
     centre, size = _at_least_float32(boxes).split(2, dim=-1)
-    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
+    return torch.cat((torch.sub(centre, size, alpha=0.5), torch.add(centre, size, alpha=0.5)), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from celldetr.config.experiment import ModelSettings
 from celldetr.model.backbone import Backbone
 from celldetr.model.boxes import cxcywh_to_xyxy
 from celldetr.model.deformable_attention import SamplingPoints
-from celldetr.model.device import cached_tensor, evaluating, full_precision, padded_size
+from celldetr.model.device import ExactLinear, cached_tensor, call_cast, cast_together, evaluating, padded_size
 from celldetr.model.representation import RepresentationDecoder
 from celldetr.model.sampling import Shapes
 from celldetr.model.transformer import DetectionDecoder, Encoder, class_head, sine_code
@@ -141,7 +141,7 @@ class CellDETR(nn.Module):
         if settings.projection:
             wide = 2 * settings.d_model  # two layers with a ReLU (paper, 3.3)
             self.projection = nn.Sequential(
-                nn.Linear(settings.d_model, wide), nn.ReLU(), nn.Linear(wide, settings.projection)
+                ExactLinear(settings.d_model, wide), nn.ReLU(), ExactLinear(wide, settings.projection)
             )
         fast = settings.kernel == "auto" and settings.backbone.width >= _CHANNELS_LAST
         self.layout = torch.channels_last if fast else torch.contiguous_format
@@ -160,21 +160,18 @@ class CellDETR(nn.Module):
     def encode(self, images: Tensor) -> Features:
         """Encode images (B, 3, h, w), RGB in [0, 1]."""
         normed = ((images - self.image_mean) / self.image_std).contiguous(memory_format=self.layout)
-        maps = self.input_projection(self.backbone(normed))
+        maps = call_cast(self.input_projection, self.backbone(normed))
         shapes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
         exact, channels, offset = self.level_embed.dtype, self.settings.d_model, self.settings.position_offset
         codes = [sine_code(shape, channels, offset, images.device).to(exact) for shape in shapes]
         position = torch.cat([code + level for code, level in zip(codes, self.level_embed, strict=True)])
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1).to(exact)
-        memory = self.encoder(tokens, position, shapes)
-        kind = memory.device.type
-        if torch.is_autocast_enabled(kind):  # cast once, instead of in each layer of the decoders
-            memory = memory.to(torch.get_autocast_dtype(kind))
-        return Features(memory, shapes)
+        memory = call_cast(self.encoder, tokens, position, shapes)
+        return Features(cast_together([memory])[0], shapes)  # once, instead of in each layer of the decoders
 
     def detect(self, features: Features) -> Detections:
         """Find nuclei; returns the result of every layer, for the auxiliary losses."""
-        logits, boxes, _ = self.decoder(*features)
+        logits, boxes, _ = call_cast(self.decoder, *features)
         return Detections(logits, boxes)
 
     def represent(
@@ -185,20 +182,19 @@ class CellDETR(nn.Module):
         Training, prediction and every evaluation of embeddings have the same self-attention: whether it sees positions
         and global tokens is part of the model's settings. For arguments see `RepresentationDecoder.forward`.
         """
-        return self.representation(*features, boxes, valid, mask)[0]
+        embeddings: Tensor = call_cast(self.representation, *features, boxes, valid, mask)[0]
+        return embeddings
 
     def classify(self, embeddings: Tensor) -> Tensor:
         """Turn embeddings (..., C) into class logits (..., K), K = 0 without classes; not in mode ``baseline``."""
         if not self.settings.classes:
             return embeddings.new_zeros((*embeddings.shape[:-1], 0))
-        with full_precision(embeddings):
-            logits: Tensor = self.class_head(embeddings.to(self.class_head.weight.dtype))
+        logits: Tensor = self.class_head(embeddings)
         return logits
 
     def project(self, embeddings: Tensor) -> Tensor:
         """Turn embeddings (..., C) into vectors (..., P) for the contrastive loss; needs a projection head."""
-        with full_precision(embeddings):
-            projected: Tensor = self.projection(embeddings.to(self.level_embed.dtype))
+        projected: Tensor = self.projection(embeddings)
         return projected
 
     def predict(self, images: Tensor, nucleus_threshold: float) -> list[ImagePredictions]:

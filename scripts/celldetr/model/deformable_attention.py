@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from celldetr.config.experiment import Kernel, ModelSettings
 from celldetr.model.compiled import Compile
-from celldetr.model.device import cached_tensor, full_precision
+from celldetr.model.device import ExactLinear, cached_tensor, full_precision
 from celldetr.model.sampling import Shapes, choose_sampler
 
 
@@ -45,8 +45,8 @@ class DeformableAttention(nn.Module):
         self.constrained = constrained
         self.kernel: Kernel = settings.kernel
         self.sample = choose_sampler("cpu", kernel=self.kernel, compiled=False).function
-        self.sampling_offsets = nn.Linear(d_model, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(d_model, heads * levels * points)
+        self.sampling_offsets = ExactLinear(d_model, heads * levels * points * 2)
+        self.attention_weights = ExactLinear(d_model, heads * levels * points)
         self.value_proj = nn.Linear(d_model, d_model)
         self.output_proj = nn.Linear(d_model, d_model)
         self._initialise(spread=constrained and settings.representation.offset_init == "spread")
@@ -93,7 +93,7 @@ class DeformableAttention(nn.Module):
             weight = torch.cat([self.sampling_offsets.weight, self.attention_weights.weight])
             bias = torch.cat([self.sampling_offsets.bias, self.attention_weights.bias])
             joint = F.linear(query.to(weight.dtype), weight, bias)
-        offsets, logits = joint.tensor_split([len(self.sampling_offsets.bias)], dim=-1)
+        offsets, logits = joint.split([len(self.sampling_offsets.bias), len(self.attention_weights.bias)], dim=-1)
         return offsets, logits
 
     def _locations(self, reference: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:

@@ -1,12 +1,14 @@
-"""How the model runs on a device: precision, constants cached there, evaluation mode, activation checkpointing."""
+"""How the model runs on a device: precision, casts, constants kept there, evaluation mode, activation checkpointing."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from celldetr.config.base import Precision
@@ -62,6 +64,62 @@ def computing_in(precision: Precision, device: torch.device | str) -> Iterator[N
 def full_precision(x: Tensor) -> torch.autocast:
     """Context in which nothing is computed in half precision, even under autocast."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+class ExactLinear(nn.Linear):
+    """Linear layer that is never computed in half precision, even under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., inputs) of any type into (..., outputs) of the type of the weights."""
+        with full_precision(x):
+            return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class _Cast(torch.autograd.Function):
+    """Casts tensors, and their gradients back, in one operator each, which is few kernels on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _copies(dtype, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copies(ctx.dtype, gradients)
+
+
+def _copies(dtype: torch.dtype, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
+
+
+def cast_together(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Cast tensors of one type to that of autocast, all at once; without autocast they stay as they are."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    cast: tuple[Tensor, ...] = _Cast.apply(torch.get_autocast_dtype(kind), *tensors)
+    return cast
+
+
+def call_cast(module: nn.Module, *args: Any) -> Any:
+    """Call a module; under autocast, the weights of all its layers are cast at once, not each where it is used.
+
+    They are its linear layers and convolutions, but for those that are `ExactLinear`. Layers that are computed again in
+    the backward pass cast their own: the weights would be those of the module again.
+    """
+    again = isinstance(module, CheckpointedLayers) and module.activation_checkpointing and torch.is_grad_enabled()
+    if again or not torch.is_autocast_enabled(next(module.parameters()).device.type):
+        return module(*args)
+    weights = {
+        f"{path}.{name}": weight
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, ExactLinear)
+        for name, weight in layer.named_parameters(recurse=False)
+    }
+    cast = cast_together(list(weights.values()))
+    return functional_call(module, dict(zip(weights, cast, strict=True)), args, tie_weights=False)
 
 
 @contextlib.contextmanager

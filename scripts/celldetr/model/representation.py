@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
 from celldetr.model.deformable_attention import SamplingPoints
-from celldetr.model.device import CheckpointedLayers, cached_tensor, full_precision
+from celldetr.model.device import CheckpointedLayers, ExactLinear, cached_tensor
 from celldetr.model.sampling import Shapes
 from celldetr.model.transformer import DecoderLayer
 
@@ -30,8 +30,8 @@ class RepresentationDecoder(CheckpointedLayers):
         super().__init__()
         options, channels = settings.representation, settings.d_model
         attends = [options.self_attention == "after_first" and index > 0 for index in range(options.layers)]
-        self.size_project = nn.Linear(2, channels)
-        self.location_project = nn.Linear(2, channels)
+        self.size_project = ExactLinear(2, channels)
+        self.location_project = ExactLinear(2, channels)
         reached = any(attends) and options.positions and settings.mode == "parallel"
         self.global_tokens = options.global_tokens if reached else 0
         self.layers = nn.ModuleList(
@@ -63,10 +63,7 @@ class RepresentationDecoder(CheckpointedLayers):
         count = boxes.shape[1]
         slots, real = self._slots(boxes.detach(), valid)
         allowed = self._allowed(slots, real, mask)
-        with full_precision(memory):
-            slots = slots.to(self.size_project.weight.dtype)
-            x = self.size_project(slots[..., 2:])
-            location = self.location_project(slots[..., :2])
+        x, location = self.size_project(slots[..., 2:]), self.location_project(slots[..., :2])
         for layer in self.layers:
             x, points = self.run(layer, x, location, slots, memory, shapes, allowed)
         x = x[:, :count]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from celldetr.config.experiment import ModelSettings
 from celldetr.model.deformable_attention import DeformableAttention, SamplingPoints
-from celldetr.model.device import CheckpointedLayers, constant_table, full_precision
+from celldetr.model.device import CheckpointedLayers, ExactLinear, constant_table
 from celldetr.model.sampling import Shapes
 
 PRIOR = 0.01
@@ -61,12 +61,6 @@ def reference_grid(shapes: Shapes, device: torch.device) -> Tensor:
     return torch.cat(levels)
 
 
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Logit of values in [0, 1], clamped to 1e-5 from both ends."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=_LOGIT_EPS) / (1 - x).clamp(min=_LOGIT_EPS))
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention among queries; positions are added to queries and keys, not to values."""
 
@@ -87,9 +81,9 @@ class SelfAttention(nn.Module):
         """
         channels = x.shape[-1]
         moved = x if position is None else x + position
-        weight, bias = self.in_proj.weight, self.in_proj.bias
-        query, key = F.linear(moved, weight[: 2 * channels], bias[: 2 * channels]).chunk(2, dim=-1)
-        value = F.linear(x, weight[2 * channels :], bias[2 * channels :])
+        weights, biases = (part.split([2 * channels, channels]) for part in (self.in_proj.weight, self.in_proj.bias))
+        query, key = F.linear(moved, weights[0], biases[0]).chunk(2, dim=-1)
+        value = F.linear(x, weights[1], biases[1])
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -100,7 +94,7 @@ class SelfAttention(nn.Module):
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        result = F.dropout(F.relu(x), p, training=True, inplace=True)
+        result = F.dropout(F.relu(x), p, training=True)  # not in place: that takes a GPU three kernels
         ctx.p = p
         ctx.save_for_backward(result)
         return result
@@ -108,7 +102,8 @@ class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (result,) = ctx.saved_tensors
-        return torch.where(result > 0, gradient / (1 - ctx.p), 0), None
+        passed = torch.ops.aten.threshold_backward(gradient / (1 - ctx.p), result, 0)  # that of ReLU
+        return passed, None
 
 
 def relu_dropout(x: Tensor, p: float) -> Tensor:
@@ -219,17 +214,17 @@ class BoxHead(nn.Module):
 
     def __init__(self, channels: int, first: bool) -> None:
         super().__init__()
-        last = nn.Linear(channels, 4)
+        last = ExactLinear(channels, 4)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         if first:  # its reference is a point without a size
             nn.init.constant_(last.bias[2:], _FIRST_SIZE)
-        self.layers = nn.ModuleList([nn.Linear(channels, channels), nn.Linear(channels, channels), last])
+        self.layers = nn.ModuleList([*(ExactLinear(channels, channels) for _ in range(2)), last])
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., C) into (..., 4)."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
+            x = F.relu(layer(x))
         out: Tensor = self.layers[-1](x)
         return out
 
@@ -244,7 +239,7 @@ class DetectionDecoder(CheckpointedLayers):
         super().__init__()
         channels, layers = settings.d_model, range(settings.decoder_layers)
         self.query_embed = nn.Embedding(settings.queries, 2 * channels)
-        self.reference_points = nn.Linear(channels, 2)
+        self.reference_points = ExactLinear(channels, 2)
         self.layers = nn.ModuleList(DecoderLayer(settings, levels) for _ in layers)
         self.class_embed = nn.ModuleList(class_head(channels, classes) for _ in layers)
         self.bbox_embed = nn.ModuleList(BoxHead(channels, first=index == 0) for index in layers)
@@ -257,25 +252,23 @@ class DetectionDecoder(CheckpointedLayers):
         Returns logits (L, B, Q, classes), boxes (L, B, Q, 4) cxcywh in [0, 1], and the points of the last layer.
         """
         position, content = self.query_embed.weight.chunk(2, dim=-1)
-        with full_precision(memory):
-            reference = self.reference_points(position).sigmoid().expand(len(memory), -1, -1)
+        reference = self.reference_points(position).sigmoid().expand(len(memory), -1, -1)
         x = content.expand(len(memory), -1, -1)
         logits, boxes = [], []
         for layer, classify, move in zip(self.layers, self.class_embed, self.bbox_embed, strict=True):
             x, points = self.run(layer, x, position, reference, memory, shapes)
-            with full_precision(memory):
-                exact = x.to(self.query_embed.weight.dtype)
-                moved, before = move(exact), inverse_sigmoid(reference)
-                before = F.pad(before, (0, 4 - before.shape[-1]))
-                boxes.append((moved + before).sigmoid())
-                logits.append(classify(exact))
+            before = torch.logit(reference, eps=_LOGIT_EPS)
+            if before.shape[-1] == 2:
+                before = F.pad(before, (0, 2))
+            boxes.append((move(x) + before).sigmoid())
+            logits.append(classify(x))
             reference = boxes[-1].detach()
         return torch.stack(logits), torch.stack(boxes), points
 
 
-def class_head(channels: int, classes: int) -> nn.Linear:
+def class_head(channels: int, classes: int) -> ExactLinear:
     """Linear layer to sigmoid logits; initially every score is about the prior."""
-    layer = nn.Linear(channels, classes)
+    layer = ExactLinear(channels, classes)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.constant_(layer.bias, -math.log(1 / PRIOR - 1))
     return layer

@@ -22,7 +22,7 @@ def focal(logits: Tensor, positive: Tensor) -> Tensor:
     logits = logits.float()
     probability = logits.sigmoid()
     entropy = functional.binary_cross_entropy_with_logits(logits, positive, reduction="none")
-    missed = probability + positive - 2 * probability * positive
+    missed = (probability - positive).abs()
     alpha = (1 - FOCAL_ALPHA) + (2 * FOCAL_ALPHA - 1) * positive
     return alpha * missed**FOCAL_GAMMA * entropy
 
@@ -90,7 +90,7 @@ def class_loss(logits: Tensor, labels: Tensor, n_boxes: Tensor | float, weights:
 
     `labels` (...) are -1 where there is no label or no nucleus. `weights` (K,) are those of the classes; None: 1.
     """
-    positive = functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()
+    positive = (labels[..., None] == torch.arange(logits.shape[-1], device=labels.device)).float()
     by_nucleus = focal(logits, positive).mean(dim=-1)
     if weights is not None:
         by_nucleus = by_nucleus * weights[labels.clamp(min=0)]

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from golden_weights import authors_shapes
 from torch import nn
 
 from celldetr.config.experiment import BackboneSettings
-from celldetr.model.backbone import Backbone, FrozenBatchNorm, conv_norm
+from celldetr.model.backbone import Backbone, FrozenBatchNorm, conv_norm, fold
 
 
 def test_names_and_shapes_are_those_of_a_torchvision_resnet50():
@@ -32,6 +34,38 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation_and_is_never_trained():
     frozen.load_state_dict(state)
     convolution = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
     x = torch.randn(2, 3, 9, 9, generator=generator)
-    torch.testing.assert_close(conv_norm(convolution, frozen.train(), x), plain(convolution(x)))
+    (layer,) = fold(nn.Sequential(convolution, frozen.train()))
+    results = conv_norm(layer, x), plain(convolution(x))
+    torch.testing.assert_close(*results)
+    slopes = [torch.autograd.grad(result.square().sum(), convolution.weight)[0] for result in results]
+    torch.testing.assert_close(*slopes)
     assert not list(frozen.parameters())
     assert torch.equal(frozen.running_mean, state["running_mean"])
+
+
+@pytest.mark.parametrize("norm", ["frozen_batch", "group"])
+def test_every_convolution_has_the_norm_behind_it(norm):
+    backbone = Backbone(BackboneSettings(layers=(2, 1, 1, 1), width=8, stages=(1, 2), norm=norm))
+    names = {module: name for name, module in backbone.named_modules()}
+    pairs = [(names[layer.convolution], names[layer.norm]) for layer in fold(backbone)]
+    assert len(pairs) == 12
+    for convolution, behind in pairs:
+        assert behind == convolution.replace("conv", "bn").replace("downsample.0", "downsample.1")
+
+
+def test_folded_norms_follow_new_values_types_and_copies():
+    """Nothing that was computed from them may be kept."""
+    torch.manual_seed(0)
+    settings = BackboneSettings(block="basic", layers=(1, 1, 1, 1), width=8, stages=(1, 2))
+    first, second, images = Backbone(settings), Backbone(settings), torch.rand(1, 3, 32, 32)
+    for buffer in second.buffers():
+        buffer.uniform_(0.5, 2)
+    before, expected = first(images), second(images)
+    copied = copy.deepcopy(first)
+    first.load_state_dict(second.state_dict())
+    assert all(map(torch.equal, first(images), expected))
+    assert all(map(torch.equal, copied(images), before))
+    doubled = first.double()(images.double())
+    assert all(maps.dtype == torch.float64 for maps in doubled)
+    for maps, single in zip(doubled, expected, strict=True):
+        torch.testing.assert_close(maps.float(), single, rtol=1e-3, atol=1e-4)

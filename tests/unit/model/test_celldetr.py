@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from small_model import small_model, small_settings
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from celldetr.model.celldetr import CellDETR
 from celldetr.model.device import use_activation_checkpointing
@@ -235,10 +236,11 @@ def test_both_kernels_give_the_same_model():
         same(found, expected)
 
 
-def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
+@pytest.mark.parametrize("half", [False, True])
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(half):
     kept, gradients = {}, {}
     for again in (True, False):
-        model = build("parallel", encoder_layers=4).train()
+        model = build("parallel", encoder_layers=4).float().train()
         use_activation_checkpointing(model, again)
         sizes = {}
 
@@ -246,9 +248,10 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients():
             sizes[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        precision = torch.autocast("cpu", torch.bfloat16, enabled=half)
+        with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             torch.manual_seed(1)
-            features = model.encode(images())
+            features = model.encode(images().float())
             logits, boxes = model.detect(features)
             embeddings = model.represent(features, boxes[-1])
         kept[again] = sum(sizes.values())
@@ -273,3 +276,28 @@ def test_a_narrow_backbone_trains_on_several_threads_of_a_cpu():
     """In a process of its own: the memory was damaged where channels were last."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", NARROW], env=environment, check=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_in_half_precision_is_one_graph_with_the_same_gradients():
+    backbone = small_settings("sequential").backbone.model_copy(update={"norm": "frozen_batch"})
+    model = build("sequential", backbone=backbone).float()
+    batch, given = images(2).float(), boxes(2, 3).float()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            return training_loss(model, batch, given, torch.ones(2, 3, dtype=torch.bool))
+
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled, losses, gradients = torch.compile(step, fullgraph=True, backend=counted), [], []
+    for run in (step, compiled, compiled):  # the first makes the tables
+        model.zero_grad()
+        losses.append(run())
+        losses[-1].backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    torch._dynamo.reset()
+    assert counted.frame_count == 1
+    assert losses[0] == losses[1] == losses[2]
+    for expected, *found in zip(*gradients, strict=True):
+        for gradient in found:
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)

@@ -96,18 +96,22 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["baseline", "sequential", "parallel", "ssl"])
-def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, graphs, caplog):
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("baseline", "fp32"), ("sequential", "fp32"), ("sequential", "bf16"), ("parallel", "fp32"), ("ssl", "bf16")],
+)
+def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, precision, graphs, caplog):
     if kind == "ssl":
         store = make_crowded_store(tmp_path / "crowded.zarr", 6)
+    recipe = {"precision": precision, "epochs": 3}
     for name, compiled in (("compiled", True), ("plain", False)):
-        losses(store, experiment_of(kind, training={"compile": compiled, "epochs": 3}), tmp_path / name)
+        losses(store, experiment_of(kind, training={**recipe, "compile": compiled}), tmp_path / name)
     assert_same_result(tmp_path / "compiled", tmp_path / "plain")
     assert "ran uncompiled" not in caplog.text
     functions = 4 if kind in ("parallel", "ssl") else 3
     assert functions <= len(graphs) <= 2 * functions + 1  # those of validation have no gradients
     graphs.clear()
-    losses(store, experiment_of(kind, training={"compile": True, "epochs": 3}), tmp_path / "compiled")
+    losses(store, experiment_of(kind, training={**recipe, "compile": True}), tmp_path / "compiled")
     assert not graphs, "a finished run compiles nothing"
 
 

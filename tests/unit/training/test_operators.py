@@ -1,7 +1,8 @@
 """How many operators a training step launches when nothing is compiled: a bound, so that none comes unnoticed.
 
-Measured, in bf16 with the layers of the paper: 2,170 (baseline), 2,541 (sequential), 2,580 (parallel), 2,598 (ssl). Of
-those of sequential, 521 are casts, 182 matrix products of the backward pass and 265 fold the norms of the backbone.
+Measured, in bf16 with the layers of the paper: 1,451 (baseline), 1,729 (sequential), 1,766 (parallel), 1,790 (ssl). Of
+those of sequential, 360 are the linear layers and 241 the backbone, 106 fold its frozen norms into weights, and 92 are
+casts of what flows between the layers.
 """
 
 import pytest
@@ -30,7 +31,7 @@ def paper_experiment(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "most"), [("baseline", 2190), ("sequential", 2560), ("parallel", 2600), ("ssl", 2620)]
+    ("mode", "most"), [("baseline", 1470), ("sequential", 1750), ("parallel", 1790), ("ssl", 1810)]
 )
 def test_a_step_launches_no_more_operators_than_before(store, slide, mode, most):
     stage = make_stage(slide if mode == "ssl" else store, paper_experiment(mode))
