@@ -47,8 +47,8 @@ def cell_type_notes(figures: Mapping[str, Any]) -> list[str]:
     for found in figures["unknown_types"]:
         share = found["cells"] / max(1, figures["cells"])
         notes.append(
-            f"{share:.1%} of the cells are of a type that the reference lacks (most similar: "
-            f"{found['near']}; genes: {', '.join(found['genes'])})"
+            f"{share:.1%} of the cells, those with few transcripts included, are of a type that the reference lacks "
+            f"(most similar: {found['near']}; genes: {', '.join(found['genes'])})"
         )
     for name, share in figures["unlike"].items():
         if share is not None and share > _MANY_UNLIKE:
