@@ -4,10 +4,11 @@ Usage: python tests/benchmarks/compiled_kernels.py [--mode MODE ...] [--batch N]
 [--combine] [--tiny] [--json]. The paper's model at full width, compiled as `celldetr.model.compiled` does it, for an
 H100 that is pretended: see `tests/helpers/pretended_gpu.py`. `--batch` is that of a training step, `--patches` that of
 prediction (mode ``predict``). Prints for each graph the kernels that the compiler wrote, the operators of libraries and
-of our own that are called between them, the GB that all of them read and write at least, and the GB of results that are
-held at once, without weights, gradients and optimiser. None of it is measured; the last column divides the first GB by
-the memory bandwidth of an H100, 3.35 TB/s: no real step can be faster. Needs Triton and a C++ compiler; takes one or
-two minutes for a mode.
+of our own that are called between them, the GB of the tensors that all of them read and write, and the GB of results
+that are held at once, without weights, gradients and optimiser. The last column divides the first GB by the memory
+bandwidth of an H100, 3.35 TB/s. Nothing of it is measured: a tensor of which a part is read counts as a whole, and
+no real kernel reaches that bandwidth. Needs Triton, a C++ compiler and PyTorch's build for CPUs; takes one or two
+minutes for a mode.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(counted))
         return
-    print(f"{'':12}{'kernels':>9}{'operators':>11}{'GB moved':>10}{'GB held':>9}{'ms at least':>13}")
+    print(f"{'':12}{'kernels':>9}{'operators':>11}{'GB moved':>10}{'GB held':>9}{'ms of it':>13}")
     for mode, found in counted.items():
         for name, row in {mode: found, **found["graphs"]}.items():
             least = f"{row['moved'] / BANDWIDTH * 1e12:13.1f}"

@@ -105,7 +105,7 @@ class Written:
     operators: Sequence[str]
     """Operators of libraries, such as matrix products, and ours; each may launch several kernels."""
     moved: int
-    """Bytes that they read and write at least."""
+    """Bytes of the tensors that they read and write; one of which a part is read counts as a whole."""
     held: int
     """Bytes of results at the most at one time, without the weights."""
 

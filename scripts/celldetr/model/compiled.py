@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import _dynamo as dynamo
+from torch import _functorch as functorch
 
 from celldetr.runtime.errors import ConfigError
 
@@ -44,6 +45,7 @@ def compiles(setting: Compile, device: torch.device | str, key: str, *, pays: bo
 def compiled(function: Function, device: torch.device | str, missed: Callable[[], None] | None = None) -> Function:
     """Compile a function as one graph; see the top of this module. `missed` is called whenever it runs uncompiled."""
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_SHAPES)
+    functorch.config.backward_pass_autocast = "off"  # else layers that are exact under autocast get coarse gradients
     mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
 
     def noticed(*args: Any) -> Any:

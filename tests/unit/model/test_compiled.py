@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 from celldetr.model.compiled import compiled, compiles, graph_use, no_more_compiling, uncompiled
+from celldetr.model.device import ExactLinear
 from celldetr.runtime.errors import ConfigError
 
 
@@ -33,6 +34,26 @@ def test_a_function_is_compiled_for_each_shape_until_no_more_compiling(monkeypat
         assert calls(3, 6, 7, 5) == 3
         assert len(missed) == 2
     assert calls(*range(8, 40)) == 35  # beyond the compiler's own limit
+
+
+def test_compiled_gradients_are_as_exact_as_others(monkeypatch):
+    """In half precision, too: the compiler would trace the backward pass under autocast."""
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode, **options: real(function, **options, backend="aot_eager")
+    )
+    torch.manual_seed(0)
+    layer, x = ExactLinear(64, 32), torch.randn(128, 64)
+    functions = [lambda x: layer(x).square().sum()] * 2
+    functions[1] = compiled(functions[1], "cpu")
+    gradients = []
+    for function in functions:
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(x)
+        loss.backward()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
 
 
 def test_what_a_setting_means_depends_on_the_device_and_its_compilers(monkeypatch):

@@ -14,6 +14,7 @@ from tiny_training import (
     read_log,
     train,
 )
+from torch._dynamo.backends.registry import lookup_backend
 
 from celldetr.config.experiment import Experiment
 from celldetr.training import detection, loop
@@ -82,12 +83,12 @@ def test_training_on_a_cpu_never_allows_tf32(store, tmp_path, precision):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Compile to graphs, without kernels; the graphs."""
-    made, real = [], torch.compile
+    """Compile to graphs, forward and backward, without kernels; the graphs."""
+    made, real, trace = [], torch.compile, lookup_backend("aot_eager")
 
     def backend(graph, inputs):
         made.append(graph)
-        return graph.forward
+        return trace(graph, inputs)
 
     whole = {"fullgraph": True, "dynamic": False, "backend": backend}
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **whole))
@@ -103,15 +104,17 @@ def graphs(monkeypatch):
 def test_a_step_is_few_graphs_with_the_same_result(store, tmp_path, kind, precision, graphs, caplog):
     if kind == "ssl":
         store = make_crowded_store(tmp_path / "crowded.zarr", 6)
-    recipe = {"precision": precision, "epochs": 3}
+    recipe, model = {"precision": precision, "epochs": 3}, {}
+    if precision == "bf16":  # PyTorch's attention with dropout rounds otherwise in half precision where it is traced
+        model = {"dropout": 0.0}
     for name, compiled in (("compiled", True), ("plain", False)):
-        losses(store, experiment_of(kind, training={**recipe, "compile": compiled}), tmp_path / name)
+        losses(store, experiment_of(kind, training={**recipe, "compile": compiled}, model=model), tmp_path / name)
     assert_same_result(tmp_path / "compiled", tmp_path / "plain")
     assert "ran uncompiled" not in caplog.text
     functions = 4 if kind in ("parallel", "ssl") else 3
     assert functions <= len(graphs) <= 2 * functions + 1  # those of validation have no gradients
     graphs.clear()
-    losses(store, experiment_of(kind, training={**recipe, "compile": True}), tmp_path / "compiled")
+    losses(store, experiment_of(kind, training={**recipe, "compile": True}, model=model), tmp_path / "compiled")
     assert not graphs, "a finished run compiles nothing"
 
 
