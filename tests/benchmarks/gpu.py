@@ -18,17 +18,20 @@ SHOWN = 14
 """Last lines of a log that are printed."""
 MODES = ("parallel", "ssl", "st", "baseline")
 PARTS = {
-    "training": (240, ["training_throughput.py", "--rounds", "4"]),
-    "profile": (60, ["step_profile.py", "--rounds", "10"]),
-    "prediction": (90, ["inference_throughput.py", "--rounds", "3"]),
+    "training": (150, ["training_throughput.py", "--rounds", "4", "--compile", "no"]),
+    "profile": (240, ["step_profile.py", "--rounds", "10"]),
+    "prediction": (200, ["inference_throughput.py", "--rounds", "3"]),
     "sampling": (60, ["sampling_kernels.py", "--rounds", "5"]),
-    "epochs": (80, ["epoch_rates.py"]),
-    "control": (80, ["epoch_rates.py", "--control"]),
-    **{f"training_{mode}": (60, ["step_profile.py", "--rounds", "10", "--mode", mode]) for mode in MODES},
-    "plain_step": (40, ["step_profile.py", "--rounds", "10", "--compile", "no"]),
     "tests": (30, []),
+    "epochs": (240, ["epoch_rates.py"]),
+    "control": (240, ["epoch_rates.py", "--control"]),
+    "combined": (240, ["step_profile.py", "--rounds", "10", "--compile", "combined"]),
+    **{f"training_{mode}": (240, ["step_profile.py", "--rounds", "10", "--mode", mode]) for mode in MODES},
+    "plain_step": (40, ["step_profile.py", "--rounds", "10", "--compile", "no"]),
+    "ladder": (480, ["training_throughput.py", "--rounds", "4"]),
 }
-"""Seconds at most, and the program. The tests that need a GPU are parts of their own, with that limit each."""
+"""Seconds at most, and the program: the kernels of a step take a minute to write, and more to compile. The tests that
+need a GPU are parts of their own, with that limit each."""
 
 
 def run(name: str, limit: float, command: list[str], out: Path) -> int | None:

@@ -1,8 +1,8 @@
 """Where a training step of the fastest form goes on a GPU: its rate and memory, kernels, launches.
 
-Usage: python tests/benchmarks/step_profile.py [--mode MODE] [--compile graphs|yes|no] [--device D] [--size PX]
-[--batch N] [--tiny]. Steps of the training loop in bf16, compiled into captured graphs by default. On a CPU, operators
-take the place of kernels.
+Usage: python tests/benchmarks/step_profile.py [--mode MODE] [--compile graphs|combined|yes|no] [--device D]
+[--size PX] [--batch N] [--tiny]. Steps of the training loop in bf16, compiled into captured graphs by default;
+combined: with small kernels in one. On a CPU, operators take the place of kernels.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ def main() -> None:
     """Profile."""
     parser = options(__doc__)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--compile", choices=["graphs", "yes", "no"], default="graphs" if on_gpu else "no")
+    parser.add_argument("--compile", choices=["graphs", "combined", "yes", "no"], default="graphs" if on_gpu else "no")
     args = parser.parse_args()
     prepare(args)
     with tempfile.TemporaryDirectory() as name:

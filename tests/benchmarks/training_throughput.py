@@ -207,7 +207,6 @@ def rungs_of(args) -> list[tuple[str, dict[str, object]]]:
         rungs += [("compiled step, not in bf16", {"compiling": "yes", "bf16": False}), ("+ bf16", {"bf16": True})]
         if not on_cpu:
             rungs.append(("+ CUDA graphs", {"compiling": "graphs"}))
-            rungs.append(("+ small kernels in one", {"compiling": "combined"}))
     return rungs
 
 
