@@ -76,14 +76,18 @@ class Copies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def like(tensor, device):
+    """Make a fake tensor of the same form on a device; inside of a `FakeTensorMode`."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
 def moved(module, device):
     """Give a module fake parameters and buffers on a device; inside of a `FakeTensorMode`."""
     for part in module.modules():
         for name, tensor in part._parameters.items():
             if tensor is not None:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                part._parameters[name] = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                part._parameters[name] = torch.nn.Parameter(like(tensor, device), tensor.requires_grad)
         for name, tensor in part._buffers.items():
             if tensor is not None:
-                part._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                part._buffers[name] = like(tensor, device)
     return module
