@@ -2,12 +2,11 @@
 
 import json
 import re
-from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import pytest
-import yaml
+from programs import ROOT
+from shipped_config import FILES, read, with_value
 
 from celldetr.config.base import REMOVED, merge
 from celldetr.config.classes import PANNUKE_CLASSES, ST_TYPES
@@ -15,20 +14,6 @@ from celldetr.config.experiment import Experiment
 from celldetr.config.load import load_config
 from celldetr.config.workflow import Config, schemas
 from celldetr.runtime.errors import ConfigError
-
-ROOT = Path(__file__).parents[3]
-FILES = sorted([ROOT / "config" / "config.yaml", *ROOT.glob("config/*/config.yaml")])
-
-
-def read(path=FILES[0]):
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def with_value(path, value):
-    """Lay a value over the shipped configuration at a dotted path."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return merge(read(), value)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
@@ -241,66 +226,6 @@ def test_mistakes_are_named_with_their_key(path, value, message):
         Config.from_dict(with_value(path, value))
 
 
-SEGMENTS = {"title": "T", "stage": "segmentation", "initial": "none", "segmentation": {"system": "hover_net"}}
-
-
-@pytest.mark.parametrize(
-    ("block", "others", "message"),
-    [
-        ({"mode": "parallel"}, {}, "experiments.other.mode: got a value, but stage segmentation with hover_net does"),
-        ({"model": {"d_model": 64}}, {}, "experiments.other.model: got a value"),
-        ({"training": {"losses": {"l1": 1.0}}}, {}, "experiments.other.training.losses: got a value"),
-        ({"training": {"compile": True}}, {}, "experiments.other.training.compile: got a value"),
-        ({"segmentation": None}, {}, "segmentation: got no block with stage segmentation"),
-        ({"stage": "supervised", "mode": "parallel"}, {}, "segmentation: got a block with stage supervised"),
-        ({"segmentation": {"schedule": "steps"}}, {}, "steps: got {} with schedule steps"),
-        ({"segmentation": {"system": "hovernet"}}, {}, "segmentation.system: got 'hovernet', expected 'mask_rcnn'"),
-        ({"initial": "celldetr_s"}, {}, "initial: got 'celldetr_s', expected one of"),
-        ({"initial": "imagenet", "segmentation": {"size": "small"}}, {}, r"\['none'\] for hover_net of size small"),
-        ({"initial": "imagenet", "segmentation": {"system": "micro_net"}}, {}, r"\['none'\] for micro_net"),
-        ({"initial": "imagenet", "segmentation": {"system": "cellvit_256"}}, {}, "for cellvit_256 of size paper"),
-        ({"segmentation": {"score_threshold": 0.3}}, {}, "score_threshold: got a value, but"),
-        ({"segmentation": {"decay": 0.9}}, {}, "segmentation.decay: got a value"),
-        ({"segmentation": {"optimizer": "sgd", "betas": [0.9, 0.9]}}, {}, "segmentation.betas: got a value"),
-        ({"segmentation": {"frozen_epochs": 101}}, {}, "frozen_epochs: got 101, expected at most 100"),
-        ({"segmentation": {"schedule": "steps", "steps": {100: 0.1}}}, {}, r"epochs \[100\], expected 0 to 99"),
-        ({}, {"experiments.mine": {"title": "M", "mode": "baseline", "initial": "other"}}, "trains another system"),
-        ({}, {"tables.table1.experiments": ["other"]}, "that are tested on PanNuke"),
-        ({}, {"tables.table1.others": ["celldetr_s"]}, "expected experiments of stage segmentation"),
-        ({}, {"figure3.experiments": ["other"]}, "figure3.experiments: got .*other"),
-        ({}, {"slides.detection.model": "other"}, "slides.detection.model: got .*other"),
-        ({}, {"cells": {"model": "other", "split": 1}}, "cells.model: got .*other"),
-        ({}, {"weights.other": {"urls": ["https://x.org/y"]}}, "weights: got .*other.*names of experiments"),
-        ({}, {"weights.resnet50": {"urls": ["https://x.org/y"]}}, "weights: got .*resnet50.*of `imagenet`"),
-    ],
-)
-def test_segmentation_is_refused_where_it_does_not_fit(block, others, message):
-    values = merge(read(), {"experiments": {"other": merge(SEGMENTS, block)}})
-    for path, value in others.items():
-        for key in reversed(path.split(".")):
-            value = {key: value}
-        values = merge(values, value)
-    with pytest.raises(ConfigError, match=message):
-        Config.from_dict(values)
-
-
-def test_segmentation_shares_the_recipe():
-    block = merge(SEGMENTS, {"training": {"epochs": 7}})
-    config = Config.from_dict(
-        merge(read(), {"experiments": {"other": block}, "tables": {"table1": {"others": ["other"]}}})
-    )
-    made = config.experiment("other")
-    assert (made.training.epochs, made.training.batch_size, made.classes) == (
-        7,
-        config.training.batch_size,
-        PANNUKE_CLASSES,
-    )
-    unread = {"training": {"losses": {"l1": 1.0}, "matching": {"l1": 1.0}, "compile": True}}
-    assert Config.from_dict(merge(read(), unread | {"experiments": {"other": block}})).experiment("other") == made
-    assert config.splits("other") == config.pannuke.splits
-    assert config.tables["table1"].systems[0] == "other"
-
-
 def test_cells_need_a_split_of_their_model_and_slides():
     for model, split in (("celldetr_p", 3), ("ssl_finetune", 2), ("st_pretrain", 1), ("mine.pt", 1)):
         Config.from_dict(with_value("cells", {"model": model, "split": split}))
@@ -311,75 +236,6 @@ def test_cells_need_a_split_of_their_model_and_slides():
     with pytest.raises(ConfigError, match=r"cells\.sheet: got null, but there are no slides and no Xenium samples"):
         Config.from_dict(alone)
     Config.from_dict(merge(alone, {"cells": {"sheet": "mine.tsv"}}))
-
-
-def test_initial_models_need_what_an_experiment_takes_from_them():
-    probe = {"title": "Probe", "mode": "parallel", "training": {"probe": "representation"}}
-    mine = {"initial": "mine.pt", "trained_on": []}
-    for start in ({"initial": "ssl_pretrain"}, {"initial": "celldetr_s"}, mine):
-        Config.from_dict(with_value("experiments.probe", {**probe, **start}))
-    for initial in ("imagenet", "none", "deformable_detr"):
-        with pytest.raises(
-            ConfigError, match=r"experiments\.probe\.training\.probe: got 'representation' with initial"
-        ):
-            Config.from_dict(with_value("experiments.probe", {**probe, "initial": initial}))
-    for start in ({"initial": "celldetr_p"}, mine):
-        Config.from_dict(with_value("experiments.st_zero_shot", start))
-
-
-@pytest.mark.parametrize(
-    ("name", "block", "message"),
-    [
-        (
-            "ssl_pretrain",
-            {"initial": "celldetr_p"},
-            "split 2 tests on fold1, on which celldetr_p was",
-        ),
-        ("ssl_probe", {"initial": "mine.pt", "trained_on": ["fold3"]}, "split 3 tests on fold3, on which mine.pt"),
-        (
-            "ssl_pretrain",
-            {"initial": "mine.pt", "trained_on": ["fold2"]},
-            "split 1 tests on fold2, on which mine.pt",
-        ),
-        (
-            "st_zero_shot",
-            {"initial": "mine.pt", "trained_on": ["fold1"]},
-            "split 2 tests on fold1, on which mine.pt",
-        ),
-        (
-            "ssl_finetune",
-            {"initial": "mine.pt"},
-            "experiments.ssl_finetune: trained_on: missing; list what mine.pt",
-        ),
-        ("ssl_finetune", {"initial": "mine.pt", "trained_on": ["fold_1"]}, "trained_on: got ['fold_1'], expected"),
-        ("ssl_finetune", {"initial": "mine.pt", "trained_on": ["PanNuke"]}, "trained_on: got ['PanNuke'], expected"),
-        ("ssl_finetune", {"trained_on": []}, "trained_on: got initial 'ssl_pretrain', expected a model file"),
-    ],
-)
-def test_no_model_is_tested_on_what_it_or_its_ancestors_have_seen(name, block, message):
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        Config.from_dict(with_value(f"experiments.{name}", block))
-
-
-def test_models_of_the_same_split_and_of_other_data_may_be_started_from():
-    Config.from_dict(with_value("experiments.celldetr_s", {"initial": "celldetr_p", "mode": "parallel"}))
-    Config.from_dict(
-        with_value("experiments.ssl_pretrain", {"initial": "mine.pt", "trained_on": ["slide 3", "scaffold 1"]})
-    )
-    for split in (1, 2):
-        one_split = {"pannuke": {"splits": [split]}, "figure3": {"split": split}}
-        Config.from_dict(merge(with_value("experiments.ssl_pretrain.initial", "celldetr_p"), one_split))
-
-
-def test_donors_of_pretraining_slides_are_not_tested():
-    samples, slides = ({"a": SimpleNamespace(group=group)} for group in ("donor1", "donor1"))
-    Config.from_dict(read()).check_groups(samples, slides)  # its st_pretrain does not start from ssl_pretrain
-    model = {"queries": read()["model"]["queries"]}
-    start = {"st_pretrain": {"initial": "ssl_pretrain", "model": model}, "st_finetune": {"model": model}}
-    config = Config.from_dict(with_value("experiments", start))
-    with pytest.raises(ConfigError, match=r"st_pretrain\.initial: .* trains on slides of groups \['donor1'\]"):
-        config.check_groups(samples, slides)
-    config.check_groups(samples, {"a": SimpleNamespace(group="donor2")})
 
 
 def test_the_example_writes_its_archives():
