@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import zipfile
 
+import anndata
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -225,18 +226,58 @@ def cut(pattern):
     return damage
 
 
+def edited(name, change):
+    """Return a damage: an .h5ad below results that was changed."""
+
+    def damage(folder):
+        path = folder / "results" / name
+        table = anndata.read_h5ad(path)
+        change(table)
+        path.unlink()
+        table.write_h5ad(path)
+
+    damage.__name__ = change.__name__
+    return damage
+
+
+def other_genes(table):
+    table.var_names = table.var["gene_ids"] = [f"mouse_{number}" for number in range(table.n_vars)]
+
+
+def other_labels(table):
+    table.obs = table.obs.rename(columns={"cell_type": "kind"})
+
+
+REFERENCE = "example-input/xenium/reference.h5ad: row drawn, column file of config/example/references.tsv"
+SLIDE = "(example-input/slides/drawn_slide_2.tif: row drawn_slide_2, column file of config/example/"
 DAMAGES = [  # files that users bring or that are downloaded
     ("download_xenium", damage_archive, "cell_feature_matrix.h5"),
-    ("register_xenium", cut("he_image.tif"), "drawn_2_he_image"),
-    ("prepare_reference", cut("drawn.h5ad"), "reference.h5ad"),
+    ("register_xenium", cut("he_image.tif"), "drawn_2_he_image", "row drawn_2, column he of config/example/xenium.tsv"),
+    ("prepare_reference", cut("drawn.h5ad"), REFERENCE),
+    ("prepare_reference", edited("raw/references/drawn.h5ad", other_labels), "correct column label_column", REFERENCE),
+    (
+        "annotate_xenium",
+        edited("references/drawn.h5ad", other_genes),
+        "0 genes in common",
+        ", column reference of config/example/xenium.tsv, and row drawn of config/example/re",
+    ),
+    *((rule, cut("drawn_slide_2.tif"), SLIDE + "slides.tsv)") for rule in ("detect_slide", "extract_slide")),
+    ("find_cells", cut("drawn_slide_2.tif"), SLIDE + "cells.tsv)"),
     ("predict", cut("model.pt"), "model.pt"),
     ("attention", hostile_model, "could run code"),
 ]
 
 
-@pytest.mark.parametrize(("rule", "damage", "word"), DAMAGES, ids=lambda value: getattr(value, "__name__", value))
-def test_a_damaged_input_is_refused_by_name(work, rule, damage, word):
+@pytest.mark.parametrize(
+    ("rule", "damage", "words"),
+    [(rule, damage, words) for rule, damage, *words in DAMAGES],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
+)
+def test_a_damaged_input_is_refused_by_name(work, rule, damage, words):
+    """A file of the user is called as in the sheet, and the row and the column are named."""
     damage(work.work)
     (attempt,) = work.run_job(rule, "none")
-    fails(attempt, word)
+    fails(attempt, *words)
+    assert "results/raw" not in attempt["text"]
+    assert str(work.work) not in attempt["text"]
     assert not (work.work / "it-ran").exists()

@@ -170,6 +170,18 @@ def test_a_row_of_cells_repeats_its_slide_alone(planner):
         assert planner.planned() == {}
 
 
+def test_a_sheet_of_another_name_repeats_nothing(planner):
+    """Messages name it, results do not depend on that."""
+    changes = {"xenium": {}, "slides": {}, "cells": {}}
+    for block, key, name in (
+        *(("xenium", "samples", "xenium"), ("xenium", "references", "references")),
+        *(("slides", "sheet", "slides"), ("cells", "sheet", "cells")),
+    ):
+        shutil.copy(planner.source / "config" / "example" / f"{name}.tsv", planner.work / f"my_{name}.tsv")
+        changes[block][key] = f"my_{name}.tsv"
+    assert planner.planned(changes=changes) == {}
+
+
 def test_another_experiment_runs_alone(planner):
     added = {"title": "Mine", "mode": "sequential", "initial": "none"}
     tables = {"table1": {"experiments": ["deformable_detr", "celldetr_p", "mine"]}}

@@ -8,7 +8,7 @@ if CONFIG.cells.sheet is not None:
         input:
             lambda wildcards: local_files(CELLS[wildcards.slide].file),
         output:
-            "results/raw/cells/{slide}.tif",
+            slide="results/raw/cells/{slide}.tif",
         log:
             "results/logs/download_cell_slide/{slide}.log",
         benchmark:
@@ -26,6 +26,7 @@ if CONFIG.cells.sheet is not None:
                 "bytes": CELLS[wildcards.slide].bytes,
                 "sha256": CELLS[wildcards.slide].sha256,
             },
+            given=lambda wildcards, input: cell_names(wildcards.slide),
         message:
             "Downloading the slide {wildcards.slide}"
         script:
@@ -35,7 +36,7 @@ if CONFIG.cells.sheet is not None:
         input:
             lambda wildcards: local_files(CELLS[wildcards.slide].nuclei),
         output:
-            "results/raw/cells/{slide}_nuclei",
+            nuclei="results/raw/cells/{slide}_nuclei",
         log:
             "results/logs/download_cell_outlines/{slide}.log",
         benchmark:
@@ -53,6 +54,7 @@ if CONFIG.cells.sheet is not None:
                 "bytes": None,
                 "sha256": CELLS[wildcards.slide].nuclei_sha256,
             },
+            given=lambda wildcards, input: cell_names(wildcards.slide),
         message:
             "Downloading the given cells of {wildcards.slide}"
         script:
@@ -91,6 +93,7 @@ rule find_cells:
         precision=CONFIG.inference.precision,
         compile=CONFIG.inference.compile,
         row=lambda wildcards: cell_settings(wildcards.slide),
+        given=lambda wildcards, input: cell_names(wildcards.slide),
         code=code("find_cells"),
     message:
         "Finding the cells of {wildcards.slide} (job {wildcards.job})"
@@ -220,6 +223,7 @@ rule cells_spatialdata:
     params:
         embeddings=CONFIG.cells.embeddings,
         image=CONFIG.cells.image,
+        given=lambda wildcards, input: cell_names(wildcards.slide),
         code=code("cells_spatialdata"),
     message:
         "Writing the cells of {wildcards.slide} as SpatialData"
@@ -252,6 +256,7 @@ rule cells_page:
         runtime=60,
     params:
         synthetic=CONFIG.example is not None,
+        given=lambda wildcards, input: cell_names(wildcards.slide),
         code=code("cells_page"),
     message:
         "Drawing the cells of {wildcards.slide}"

@@ -199,17 +199,76 @@ def sample_source(wildcards, what: str) -> dict:
     }
 
 
-def given_files(name: str, row, **columns: str) -> dict:
-    """What the user calls raw files, for messages: input of the rule (and its column of the sheet) -> path, place."""
-    found = {}
-    for file, column in columns.items():
-        sources = getattr(row, column)
-        own = sources[0] if len(sources) == 1 and local_files(sources) else None
-        found[file] = {
-            "path": own,
-            "place": f"row {name} of the sheet, column {column}",
-        }
+def named(sheet: str, row: str, column: str, sources=()) -> dict:
+    """What the user calls a raw file, for messages: its path, if it is one local file, and the place of that.
+
+    Rules have it as a parameter that is a function of `input`: a change of such a parameter reruns nothing.
+    """
+    own = sources[0] if len(sources) == 1 and local_files(sources) else None
+    return {"path": own, "place": f"row {row}, column {column} of {sheet}"}
+
+
+def sample_names(sample: str, *columns: str) -> dict:
+    """What the user calls raw files of a Xenium sample: column of the sheet and input of a rule -> name."""
+    row = SAMPLES[sample]
+    return {
+        column: named(CONFIG.xenium.samples, sample, column, getattr(row, column))
+        for column in columns
+    }
+
+
+def annotation_names(sample: str) -> dict:
+    """What the user calls what the cell types of a Xenium sample come from."""
+    samples, references = CONFIG.xenium.samples, CONFIG.xenium.references
+    name = SAMPLES[sample].reference
+    place = (
+        f"row {sample}, column reference of {samples}, and row {name} of {references}"
+    )
+    return {
+        **sample_names(sample, "outs"),
+        "reference": {"path": None, "place": place},
+    }
+
+
+def reference_names(reference: str) -> dict:
+    """What the user calls the files of an scRNA-seq reference."""
+    row, sheet = REFERENCES[reference], CONFIG.xenium.references
+    column = "file" if row.file else "cellxgene_dataset"
+    return {
+        "h5ad": named(sheet, reference, column, row.file),
+        "mapping": named(sheet, reference, "mapping", [row.mapping]),
+    }
+
+
+def section_names(sample: str) -> dict:
+    """Where the user named a section of STHELAR."""
+    return {"section": named(CONFIG.xenium.sthelar.samples, sample, "sample")}
+
+
+def slide_names(slide: str) -> dict:
+    """What the user calls a slide and the outlines of its nuclei."""
+    row, sheet = SLIDES[slide], CONFIG.slides.sheet
+    found = {"file": named(sheet, slide, "hest" if row.hest else "file", row.file)}
+    if not row.detect:
+        own = () if row.nuclei == ("hest",) else row.nuclei
+        found["nuclei"] = named(sheet, slide, "nuclei", own)
     return found
+
+
+def cell_names(slide: str) -> dict:
+    """What the user calls a slide whose cells are found, its region and its given cells."""
+    row, sheet = CELLS[slide], CONFIG.cells.sheet
+    if sheet is not None:
+        image = named(sheet, slide, "file", row.file)
+    elif slide in SAMPLES:
+        image = sample_names(slide, "he")["he"]
+    else:
+        image = slide_names(slide)["file"]
+    return {
+        **dict.fromkeys(("slide", "image", "file"), image),  # inputs of several rules
+        "region": named(sheet, slide, "region", [row.region]),
+        "nuclei": named(sheet, slide, "nuclei", row.nuclei),
+    }
 
 
 def alignment_file(wildcards) -> list[str]:

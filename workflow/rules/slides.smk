@@ -32,7 +32,7 @@ rule download_slide:
     input:
         lambda wildcards: local_files(SLIDES[wildcards.slide].file),
     output:
-        "results/raw/slides/{slide}.tif",
+        file="results/raw/slides/{slide}.tif",
     log:
         "results/logs/download_slide/{slide}.log",
     benchmark:
@@ -44,6 +44,7 @@ rule download_slide:
         runtime=480,
     params:
         source=lambda wildcards: slide_source(wildcards),
+        given=lambda wildcards, input: slide_names(wildcards.slide),
     message:
         "Downloading the slide {wildcards.slide}"
     script:
@@ -54,7 +55,7 @@ rule download_slide_nuclei:
     input:
         lambda wildcards: local_files(outline_sources(wildcards)),
     output:
-        "results/raw/slides/{slide}_nuclei",
+        nuclei="results/raw/slides/{slide}_nuclei",
     log:
         "results/logs/download_slide_nuclei/{slide}.log",
     benchmark:
@@ -70,6 +71,7 @@ rule download_slide_nuclei:
             "hest": "" if outline_sources(wildcards) else SLIDES[wildcards.slide].hest,
             "sha256": SLIDES[wildcards.slide].nuclei_sha256,
         },
+        given=lambda wildcards, input: slide_names(wildcards.slide),
     message:
         "Downloading the outlines of the nuclei of {wildcards.slide}"
     script:
@@ -104,6 +106,7 @@ rule detect_slide:
         nucleus_threshold=CONFIG.inference.nucleus_threshold,
         precision=CONFIG.inference.precision,
         compile=CONFIG.inference.compile,
+        given=lambda wildcards, input: slide_names(wildcards.slide),
         code=code("detect_slide"),
     message:
         "Detecting the nuclei of {wildcards.slide}"
@@ -151,6 +154,7 @@ rule extract_slide:
         tissue=lambda wildcards: SLIDES[wildcards.slide].tissue,
         group=lambda wildcards: SLIDES[wildcards.slide].group,
         seed=CONFIG.seed,
+        given=lambda wildcards, input: slide_names(wildcards.slide),
         code=code("extract_slide"),
     message:
         "Cutting {wildcards.slide} into patches"

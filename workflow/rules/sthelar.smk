@@ -30,7 +30,7 @@ rule download_sthelar:
             [CONFIG.xenium.sthelar.folder] if CONFIG.xenium.sthelar.folder else []
         ),
     output:
-        directory("results/raw/sthelar/{sample}"),
+        section=directory("results/raw/sthelar/{sample}"),
     log:
         "results/logs/download_sthelar/{sample}.log",
     benchmark:
@@ -49,6 +49,7 @@ rule download_sthelar:
                 for key in ("repository", "revision", "folder")
             }
         ),
+        given=lambda wildcards, input: section_names(wildcards.sample),
     message:
         "Downloading the patches of {wildcards.sample} of STHELAR"
     script:
@@ -94,6 +95,7 @@ rule extract_sthelar:
         tissue=lambda wildcards: STHELAR[wildcards.sample].tissue,
         group=lambda wildcards: STHELAR[wildcards.sample].group,
         seed=CONFIG.seed,
+        given=lambda wildcards, input: section_names(wildcards.sample),
         code=code("extract_sthelar"),
     message:
         "Making patches of {wildcards.sample} of STHELAR"

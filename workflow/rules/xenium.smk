@@ -53,7 +53,7 @@ rule download_xenium:
     input:
         lambda wildcards: local_files(SAMPLES[wildcards.sample].outs),
     output:
-        directory("results/raw/xenium/{sample}/outs"),
+        outs=directory("results/raw/xenium/{sample}/outs"),
     log:
         "results/logs/download_xenium/{sample}.log",
     benchmark:
@@ -65,6 +65,7 @@ rule download_xenium:
         runtime=480,
     params:
         source=lambda wildcards: sample_source(wildcards, "outs"),
+        given=lambda wildcards, input: sample_names(wildcards.sample, "outs"),
     message:
         "Downloading the Xenium output of {wildcards.sample}"
     script:
@@ -75,7 +76,7 @@ rule download_he:
     input:
         lambda wildcards: local_files(SAMPLES[wildcards.sample].he),
     output:
-        "results/raw/xenium/{sample}/he_image.tif",
+        he="results/raw/xenium/{sample}/he_image.tif",
     log:
         "results/logs/download_he/{sample}.log",
     benchmark:
@@ -87,6 +88,7 @@ rule download_he:
         runtime=240,
     params:
         source=lambda wildcards: sample_source(wildcards, "he"),
+        given=lambda wildcards, input: sample_names(wildcards.sample, "he"),
     message:
         "Downloading the H&E image of {wildcards.sample}"
     script:
@@ -97,7 +99,7 @@ rule download_alignment:
     input:
         lambda wildcards: local_files(SAMPLES[wildcards.sample].alignment),
     output:
-        "results/raw/xenium/{sample}/alignment.csv",
+        alignment="results/raw/xenium/{sample}/alignment.csv",
     log:
         "results/logs/download_alignment/{sample}.log",
     benchmark:
@@ -109,6 +111,7 @@ rule download_alignment:
         runtime=30,
     params:
         source=lambda wildcards: sample_source(wildcards, "alignment"),
+        given=lambda wildcards, input: sample_names(wildcards.sample, "alignment"),
     message:
         "Downloading the alignment of {wildcards.sample}"
     script:
@@ -119,7 +122,7 @@ rule download_reference:
     input:
         lambda wildcards: local_files(REFERENCES[wildcards.reference].file),
     output:
-        "results/raw/references/{reference}.h5ad",
+        h5ad="results/raw/references/{reference}.h5ad",
     log:
         "results/logs/download_reference/{reference}.log",
     benchmark:
@@ -131,6 +134,7 @@ rule download_reference:
         runtime=480,
     params:
         row=lambda wildcards: REFERENCES[wildcards.reference].source(),
+        given=lambda wildcards, input: reference_names(wildcards.reference),
     message:
         "Downloading the scRNA-seq reference {wildcards.reference}"
     script:
@@ -167,12 +171,8 @@ rule register_xenium:
         he_mpp=lambda wildcards: SAMPLES[wildcards.sample].he_mpp,
         sample=lambda wildcards: wildcards.sample,
         seed=CONFIG.seed,
-        given=lambda wildcards: given_files(
-            wildcards.sample,
-            SAMPLES[wildcards.sample],
-            outs="outs",
-            he="he",
-            alignment="alignment",
+        given=lambda wildcards, input: sample_names(
+            wildcards.sample, "outs", "he", "alignment"
         ),
         code=code("register_xenium"),
     message:
@@ -202,9 +202,7 @@ rule prepare_reference:
         cells=lambda wildcards: REFERENCES[wildcards.reference].cells,
         cells_per_type=CONFIG.xenium.cells_per_type,
         seed=CONFIG.seed,
-        given=lambda wildcards: given_files(
-            wildcards.reference, REFERENCES[wildcards.reference], h5ad="file"
-        ),
+        given=lambda wildcards, input: reference_names(wildcards.reference),
         code=code("prepare_reference"),
     message:
         "Preparing the scRNA-seq reference {wildcards.reference}"
@@ -239,9 +237,7 @@ rule annotate_xenium:
     params:
         settings=CONFIG.xenium.cell_types.to_dict(),
         seed=CONFIG.seed,
-        given=lambda wildcards: given_files(
-            wildcards.sample, SAMPLES[wildcards.sample], outs="outs"
-        ),
+        given=lambda wildcards, input: annotation_names(wildcards.sample),
         code=code("annotate_xenium"),
     message:
         "Assigning cell types to the cells of {wildcards.sample}"
@@ -281,9 +277,7 @@ rule extract_xenium:
         tissue=lambda wildcards: SAMPLES[wildcards.sample].tissue,
         group=lambda wildcards: SAMPLES[wildcards.sample].group,
         seed=CONFIG.seed,
-        given=lambda wildcards: given_files(
-            wildcards.sample, SAMPLES[wildcards.sample], outs="outs", he="he"
-        ),
+        given=lambda wildcards, input: sample_names(wildcards.sample, "outs", "he"),
         code=code("extract_xenium"),
     message:
         "Cutting {wildcards.sample} into patches"
@@ -342,9 +336,7 @@ rule save_spatialdata:
         mem_mb=16000,
         runtime=240,
     params:
-        given=lambda wildcards: given_files(
-            wildcards.sample, SAMPLES[wildcards.sample], outs="outs", he="he"
-        ),
+        given=lambda wildcards, input: sample_names(wildcards.sample, "outs", "he"),
         code=code("save_spatialdata"),
     message:
         "Writing {wildcards.sample} as one SpatialData object"

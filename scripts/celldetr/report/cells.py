@@ -24,6 +24,7 @@ from celldetr.report.pages import embed_figure, write_page
 from celldetr.report.slide_pictures import length_text
 from celldetr.report.style import BANNER, DASH
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.rule import user_named
 from celldetr.slides.damage import TolerantPyramid, log_damage, open_slide
 from celldetr.slides.pyramid import Pyramid
 from celldetr.slides.tiff import DamagedSlide
@@ -130,7 +131,7 @@ def write_cells_page(
     values: dict[str, Any] = {
         "title": title,
         "banner": BANNER if synthetic else "",
-        "file": info.file,
+        "file": user_named(info.file),
         "given": info.given,
         "read": f"{len(drawn):,}" + (f" of {len(cells):,}" if info.given else ""),
         "size": _size(extent),
@@ -143,7 +144,7 @@ def write_cells_page(
     except DamagedSlide as error:
         if len(drawn):
             raise
-        values["unreadable"] = str(error)
+        values["unreadable"] = user_named(str(error))
     else:
         with image:
             values |= _pictures(image, cells, drawn, extent)

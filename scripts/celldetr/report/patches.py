@@ -16,6 +16,7 @@ from celldetr.report.pages import SIDE, embed, patch_pictures, write_page
 from celldetr.report.slide_pictures import thumbnail
 from celldetr.report.style import INCOMPLETE_COLOUR, PATCH_COLOUR, TISSUE_COLOUR
 from celldetr.runtime.files import atomic, write_tsv
+from celldetr.runtime.rule import user_named
 from celldetr.slides.boxes import SlideNuclei
 from celldetr.slides.cutting import read_patch
 from celldetr.slides.grid import PatchGrid
@@ -70,7 +71,7 @@ def write_report(
         "patches": f"{len(store):,}",
         "size": store.patch_size,
         "mpp": store.mpp,
-        "source": source,
+        "source": user_named(source),
         "rows": [(kind, name, f"{count:,}") for kind, name, count in rows],
         "overview": embed(picture),
         "outlines": outlines,
@@ -84,6 +85,7 @@ def write_report(
 
 def write_unreadable(path: str | os.PathLike[str], picture: str | os.PathLike[str], *, title: str, source: str) -> None:
     """Write the page and the picture (PNG) of a slide whose file `source` cannot be opened."""
+    source = user_named(source)
     write_page(path, _UNREADABLE, {"title": title, "file": source})
     blank = Image.new("RGB", (640, 120), "white")
     ImageDraw.Draw(blank).text((20, 50), f"{source} cannot be opened", fill="black")

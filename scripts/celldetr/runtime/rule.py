@@ -9,11 +9,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from celldetr.runtime.errors import CellDETRError, InputError, masked
 
@@ -48,17 +48,21 @@ class _Name:
     place: str
 
 
+_NAMES = dict[str, _Name]()
+"""Paths of inputs of the running rule -> names."""
+
+
 class _Tee(io.TextIOBase):
     """A text stream that writes to the terminal and to the log, without the credentials of URLs.
 
-    Files are called what the user calls them (`names`). A log on a full disk does not stop the rule.
+    Files are called what the user calls them. A log on a full disk does not stop the rule.
     """
 
-    def __init__(self, terminal: TextIO, log: TextIO, names: Mapping[str, _Name]) -> None:
-        self.terminal, self.log, self.names = terminal, log, names
+    def __init__(self, terminal: TextIO, log: TextIO) -> None:
+        self.terminal, self.log = terminal, log
 
     def write(self, text: str) -> int:
-        shown = masked(_renamed(text, self.names))
+        shown = masked(user_named(text))
         self.terminal.write(shown)
         self.terminal.flush()
         with contextlib.suppress(OSError):
@@ -82,8 +86,9 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         The work of the script.
     snakemake
         The object that Snakemake gives to a script (`input`, `output`, `params`, `log`, `threads`, `resources`). With
-        params.given (name of an input -> ``path``, as the user wrote it, or null if it is no local file, and ``place``,
-        where they wrote it) the log and the message have that path, and a message says where it is from.
+        params.given (name of an input, or of an output that is a copy -> ``path``, as the user wrote it, or null if it
+        is no local file, and ``place``, where they wrote it) the log and the message have that path, and a message says
+        where it is from: the places of the files that it names, or of all if it names no input.
     """
     path = Path(snakemake.log[0])
     try:
@@ -91,27 +96,26 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
         path.write_text("")
         log = path.open("a", encoding="utf-8")  # the processes of a training run append to it, too
     except OSError as error:
-        _fail(error, {})
+        _tell(error)
+        sys.exit(1)
     os.environ[LOG_VARIABLE] = str(path.absolute())
     watched = faulthandler.is_enabled()
     if not watched:
         faulthandler.enable(log)
-    names = dict[str, _Name]()
     try:
-        with (
-            contextlib.redirect_stdout(_Tee(sys.stdout, log, names)),
-            contextlib.redirect_stderr(_Tee(sys.stderr, log, names)),
-        ):
+        with contextlib.redirect_stdout(_Tee(sys.stdout, log)), contextlib.redirect_stderr(_Tee(sys.stderr, log)):
             logging.basicConfig(
                 stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
             )
             try:
                 _check_times(getattr(snakemake, "input", ()), path.stat().st_mtime)
-                names |= _given_names(snakemake)
+                _NAMES.update(_given_names(snakemake))
                 main(snakemake)
             except Exception as error:
-                _fail(error, names)
+                _tell(error, getattr(snakemake, "input", ()))
+                sys.exit(1)
     finally:
+        _NAMES.clear()
         del os.environ[LOG_VARIABLE]
         if not watched:
             faulthandler.disable()
@@ -119,37 +123,51 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
             log.close()
 
 
+def user_named(text: str) -> str:
+    """Return a text with the user's names of the running rule's inputs for their paths, or for the last part of one."""
+    for path, name in _NAMES.items():
+        if path != name.path:
+            whole = str(Path(path).absolute())  # readers may name it so
+            text = name.path if text == Path(path).name else text.replace(whole, name.path).replace(path, name.path)
+    return text
+
+
 def _given_names(snakemake: Any) -> dict[str, _Name]:
-    """Return the paths of inputs that are the user's files -> names."""
+    """Return the paths of inputs and outputs that are the user's files -> names."""
     found = {}
     for key, given in getattr(getattr(snakemake, "params", None), "given", {}).items():
-        paths = snakemake.input.get(key, ())
+        paths: Any = snakemake.input.get(key) or getattr(snakemake, "output", {}).get(key) or ()
         for path in [paths] if isinstance(paths, str) else paths:
             found[path] = _Name(given["path"] or path, given["place"])
     return found
 
 
-def _renamed(text: str, names: Mapping[str, _Name]) -> str:
-    for path, name in names.items():
-        text = text.replace(path, name.path)
-    return text
+def _tell(error: Exception, inputs: Iterable[str] = ()) -> str:
+    """Print the message for the user, with where they named the files (all if it names no input), or the traceback.
 
-
-def _fail(error: Exception, names: Mapping[str, _Name]) -> NoReturn:
+    Returns the message, or an empty text.
+    """
     message = explain(error)
     if message is None:
         traceback.print_exception(error)
-    else:
-        places = [f"{name.path}: {name.place}" for path, name in names.items() if path in message]
-        origin = f" ({'; '.join(places)})" if places else ""
-        print(f"error: {message}{origin}", file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
-    sys.exit(1)
+        return ""
+    unnamed = isinstance(error, InputError) and not any(path in message for path in (*inputs, *_NAMES))
+    origin = "; ".join(f"{name.path}: {name.place}" for path, name in _NAMES.items() if unnamed or path in message)
+    shown = f"error: {message} ({origin})" if origin else f"error: {message}"
+    print(shown, file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
+    return shown
+
+
+def _timed(path: str) -> Path:
+    """Return the file that carries the time of an input."""
+    stamp = Path(path) / _STAMP
+    return stamp if stamp.exists() else Path(path)
 
 
 def _check_times(inputs: Iterable[str], now: float) -> None:
     """Refuse inputs from the future: Snakemake would remove the results, because they are older than the inputs."""
-    for path in map(Path, inputs):
-        timed = path / _STAMP if (path / _STAMP).exists() else path
+    for path in inputs:
+        timed = _timed(path)
         if timed.exists() and timed.stat().st_mtime > now + AHEAD_SECONDS:
             changed, at = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(t)) for t in (timed.stat().st_mtime, now))
             raise InputError(
@@ -177,18 +195,24 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def _lack_of_memory(error: BaseException | None) -> str | None:
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised for."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _lack_of_memory(error: BaseException) -> str | None:
     """First line of the out-of-memory error behind `error`, or None.
 
-    Readers report a failed allocation as a damaged file; therefore the causes of an error are searched too.
+    Readers report a failed allocation as a damaged file; therefore the errors behind an error are searched too.
     """
-    while error is not None:
-        text = str(error)
+    for cause in _behind(error):
+        text = str(cause)
         if (
-            isinstance(error, MemoryError)
-            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-            or (isinstance(error, RuntimeError) and any(words in text for words in _LACKING))
+            isinstance(cause, MemoryError)
+            or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
+            or (isinstance(cause, RuntimeError) and any(words in text for words in _LACKING))
         ):
             return text.partition("\n")[0]
-        error = error.__cause__
     return None

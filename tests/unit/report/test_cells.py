@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cell_files import cell_table, write_cells
+from named_inputs import files, job_with
 from PIL import Image
 from slide_files import damage_tiles, write_image
 
@@ -17,6 +18,7 @@ from celldetr.report.cell_maps import DrawnCells, choose_fields, view_of
 from celldetr.report.cells import write_cells_page
 from celldetr.report.style import BANNER
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.rule import run_rule
 from celldetr.slides.pyramid import open_pyramid
 
 CLASSES = ("red one", "blue one")
@@ -216,6 +218,12 @@ def test_a_slide_that_cannot_be_opened(tmp_path):
     (tmp_path / "s.tif").write_bytes(b"not a slide")
     cells = planted_file(tmp_path / "c.parquet", [], [], mpp=0.25, size=(512, 512))
     assert "cannot be opened, so there are no pictures" in written(tmp_path, cells, tmp_path / "s.tif")
+    job = job_with(tmp_path, "file", input=files(file=tmp_path / "s.tif"))
+    run_rule(lambda _: written(tmp_path, cells, tmp_path / "s.tif"), job)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "found on my/file (" in page
+    assert "my/file: " in page
+    assert "s.tif" not in page
     cells = planted_file(tmp_path / "d.parquet", [(20, 20)], [(0.9, 0)], mpp=0.25, size=(512, 512))
     with pytest.raises(InputError, match="cannot be read as TIFF"):
         written(tmp_path, cells, tmp_path / "s.tif")

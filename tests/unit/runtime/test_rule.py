@@ -13,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from named_inputs import files, job_with
 
 from celldetr.runtime.errors import InputError, masked
-from celldetr.runtime.rule import AHEAD_SECONDS, run_rule
+from celldetr.runtime.rule import AHEAD_SECONDS, run_rule, user_named
 
 
 def caused(error, cause):
@@ -79,6 +80,57 @@ def test_messages_and_the_log_call_files_what_the_user_calls_them(tmp_path, caps
             "error: my/{a}.svs and results/raw/s/outs/dapi.tif do not fit (my/{a}.svs: row s of the sheet, column he; "
             "results/raw/s/outs: row s of the sheet, column outs)\n"
         ) in shown
+
+
+HE, OUTS = ("my/he: row s, column he of sheet.tsv", "my/outs: row s, column outs of sheet.tsv")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("results/raw/s/he.tif: damaged", f"my/he: damaged ({HE})"),
+        (f"{Path('results/raw/s/he.tif').absolute()}: damaged", f"my/he: damaged ({HE})"),
+        ("panel and reference: got 0 genes", f"panel and reference: got 0 genes ({HE}; {OUTS})"),
+        ("results/c.parquet: damaged", "results/c.parquet: damaged"),
+    ],
+)
+def test_a_message_says_where_its_files_are_named(tmp_path, capsys, message, shown):
+    """Also one that names no input; one about a file of the workflow does not send the user to the sheet."""
+    named = files(he="results/raw/s/he.tif", outs="results/raw/s/outs", cells="results/c.parquet")
+    with pytest.raises(SystemExit):
+        run_rule(failing(InputError(message), []), job_with(tmp_path, "he", "outs", input=named))
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+def test_a_download_that_fails_says_where_its_file_is_named(tmp_path, capsys):
+    job = job_with(tmp_path, "he", input=files(), output=files(he="results/raw/s/he.tif"))
+    with pytest.raises(SystemExit):
+        run_rule(failing(InputError("results/raw/s/he.tif: no source delivered the file"), []), job)
+    assert capsys.readouterr().err == f"error: my/he: no source delivered the file ({HE})\n"
+
+
+def test_pages_and_pictures_have_the_names_of_the_user(tmp_path):
+    """Only while the rule runs, which reads these files."""
+    found = []
+
+    def main(snakemake):
+        found.extend(map(user_named, texts))
+
+    texts = ["he.tif", "results/raw/s/he.tif cannot be opened", "not he.tif"]
+    run_rule(main, job_with(tmp_path, "he", input=files(he="results/raw/s/he.tif")))
+    assert found == ["my/he", "my/he cannot be opened", "not he.tif"]
+    assert list(map(user_named, texts)) == texts
+
+
+def failing(error, calls):
+    """Return the work of a rule, which counts its calls and raises an error unless that is None."""
+
+    def main(snakemake):
+        calls.append(error)
+        if error is not None:
+            raise error
+
+    return main
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

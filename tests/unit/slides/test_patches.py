@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 import shapely
 import tifffile
+from named_inputs import files, job_with
 from PIL import Image
 from slide_files import damage_tiles
 
 import choose_slide_patches
 import extract_slide
 from celldetr.runtime.errors import InputError
+from celldetr.runtime.rule import run_rule
 from celldetr.slides import pyramid
 from celldetr.slides.damage import open_slide
 from celldetr.slides.tiff import DamagedSlide
@@ -105,6 +107,8 @@ def test_a_slide_becomes_patches_with_the_boxes_of_its_nuclei(tmp_path, cut):
     pixels = tifffile.imread(file, key=0)
     x, y = store.patches.loc[5, ["x", "y"]].astype(int)
     np.testing.assert_array_equal(store.read(5).image, pixels[y : y + 64, x : x + 64])
+    run_rule(lambda _: cut(file), job_with(tmp_path, "file", input=files(file=file)))
+    assert "64 patches of 64 px at 0.5 um per px, from my/file." in (tmp_path / "s1.html").read_text()
     assert rows["total", "patches"] == 64
     assert rows["total", "nuclei on the slide"] == 400
     assert rows["total", "nuclei in patches"] == len(store.labels) > 400
@@ -212,6 +216,10 @@ def test_a_slide_that_cannot_be_opened_stops_or_gives_an_empty_store(tmp_path, c
     assert rows["damaged", "slides that cannot be opened"] == 1
     assert "cannot be opened" in (tmp_path / "s1.html").read_text()
     assert (tmp_path / "s1.png").exists()
+    job = job_with(tmp_path, "file", input=files(file=tmp_path / "broken"))
+    run_rule(lambda _: cut(tmp_path / "broken", on_damage="skip"), job)
+    assert "my/file cannot be opened" in (tmp_path / "s1.html").read_text()
+    assert "my/file: " in (tmp_path / "rule.log").read_text()
     with pytest.raises(InputError, match="no such file"):
         cut(tmp_path / "missing", on_damage="skip")
 

@@ -162,7 +162,7 @@ def without(*names):
     [
         ({"mapping": without("CD8", "fibro")}, r"'fibro' \(15 cells\), 'CD8' \(6 cells\)"),
         ({"mapping": dict.fromkeys(MAPPING, "-") | {"CD4": "T"}}, "1 types"),
-        ({"label_column": "cell"}, "expected one of kind"),
+        ({"label_column": "cell"}, "expected one of kind: correct column label_column of the references sheet"),
         ({"cells": 1}, "cells_per_type: got 1, expected at least 2"),
     ],
 )

@@ -177,7 +177,10 @@ def _labels(file: h5py.File, where: Path, column: str) -> NDArray[Any]:
         )
     if column not in obs:
         found = sorted(name for name in obs if not name.startswith("_"))
-        raise InputError(f"{where}: got no column {column!r} in obs, expected one of {', '.join(found)} (label_column)")
+        raise InputError(
+            f"{where}: got no column {column!r} in obs, expected one of {', '.join(found)}: correct column "
+            "label_column of the references sheet"
+        )
     labels = pd.Series(read_elem(obs[column])).astype(object)
     missing = labels.isna() | labels.isin(("", "nan", "NaN"))
     if missing.any():
@@ -196,14 +199,15 @@ def _count(labels: NDArray[Any], mapping: Mapping[str, str], where: str) -> tupl
     if unmapped:
         raise InputError(
             f"{where}: {len(unmapped)} of {len(numbers)} labels are not in the mapping: {', '.join(unmapped)}; "
-            f"expected a type for each: add them to the table, with {LEFT_OUT!r} where cells are to be left out"
+            "expected a type for each: add them to the table in column mapping of the references sheet, with "
+            f"{LEFT_OUT!r} where cells are to be left out"
         )
     types = {kind: sum(numbers[name] for name in numbers if mapping[name] == kind) for kind in ST_TYPES}
     found = [kind for kind, count in types.items() if count]
     if len(found) < 2:
         raise InputError(
             f"{where}: got cells of {len(found)} types ({', '.join(found) or 'none'}), expected at least 2 of the ten: "
-            "check the mapping and label_column"
+            "check columns mapping and label_column of the references sheet"
         )
     return numbers, types
 
