@@ -228,6 +228,22 @@ def test_many_slides_and_samples_are_planned_quickly(tmp_path):
     assert (jobs["extract_slide"], jobs["annotate_xenium"]) == (SLIDES, SAMPLES)
 
 
+def test_a_refused_file_is_named_by_its_row_and_not_tried_again_before_the_next_start(tmp_path):
+    """The attempts after the first end at once; those of the next start look at the file again."""
+    sheet = (ROOT / "config" / "example" / "references.tsv").read_text(encoding="utf-8")
+    (tmp_path / "mine.tsv").write_text(sheet.replace("example-input/xenium/reference.h5ad", "my.h5ad"))
+    (tmp_path / "my.h5ad").write_bytes(b"\x89HDF\r\n\x1a\n and no more")
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(merge(small_config(), {"xenium": {"references": "mine.tsv"}})), encoding="utf-8")
+    command = ["snakemake", "--configfile", path, "--directory", tmp_path, "--cores", 1, "--retries", 2]
+    for _ in range(2):
+        done = run(*command, "results/references/drawn.h5ad")
+        assert done.returncode != 0
+        assert "error: my.h5ad: cannot be read" in done.stdout
+        assert "(my.h5ad: row drawn, column file of mine.tsv)" in done.stdout
+        assert done.stdout.count("Refused by an earlier attempt in this run of Snakemake") == 2
+
+
 def test_slurm_without_accounting_stops_before_a_job_is_sent(tmp_path):
     """Snakemake asks sacct for the state of its jobs; if that fails, it would wait for ever."""
     programs = {"sbatch": f"touch {tmp_path}/sent; echo 1", "squeue": "exit 0", "scontrol": "exit 0", "sinfo": "exit 0"}

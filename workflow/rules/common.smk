@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -59,11 +60,15 @@ try:
     from celldetr.config.sthelar import PATCH_KEYS, used_sthelar
     from celldetr.runtime.errors import ConfigError, masked
     from celldetr.runtime.provenance import source_hash
+    from celldetr.runtime.rule import RUN_VARIABLE
 except ImportError as error:
     raise WorkflowError(
         f"{error}: the environment that runs Snakemake needs pydantic to check the configuration; "
         "install it there: pip install 'pydantic>=2.10'"
     ) from error
+
+if workflow.is_main_process:  # its jobs, also those on a cluster, have its environment
+    os.environ.update({RUN_VARIABLE: uuid.uuid4().hex})
 
 try:
     CONFIG = load_config(config, ROOT, workflow.configfiles)

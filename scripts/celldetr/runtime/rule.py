@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import faulthandler
+import hashlib
 import io
 import logging
 import os
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from celldetr.runtime.errors import CellDETRError, InputError, masked
+from celldetr.runtime.errors import CellDETRError, ConfigError, InputError, masked
 
 AHEAD_SECONDS = 600.0
 """How far in the future an input may be dated: Snakemake deletes results that are older than their inputs."""
 LOG_VARIABLE = "CELLDETR_LOG"
 """Environment variable that tells further processes of a rule where its log is."""
+RUN_VARIABLE = "CELLDETR_RUN"
+"""Environment variable that tells the jobs of one start of Snakemake from those of others."""
 _STAMP = ".snakemake_timestamp"  # its modification time is that of the store it lies in
 
 _WRITING = {
@@ -79,6 +82,8 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
 
     A `CellDETRError`, a full or read-only disk, a lack of memory and a killed worker process end the process with
     status 1 and a message; any other error also prints its traceback. The crash of a library leaves one in the log.
+    What was refused for its inputs or settings is refused again at once by the next attempts in the same run of
+    Snakemake (`RUN_VARIABLE`), unless an input or a parameter has changed.
 
     Parameters
     ----------
@@ -110,9 +115,12 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
             try:
                 _check_times(getattr(snakemake, "input", ()), path.stat().st_mtime)
                 _NAMES.update(_given_names(snakemake))
+                _repeat_refusal(snakemake)
                 main(snakemake)
             except Exception as error:
-                _tell(error, getattr(snakemake, "input", ()))
+                text = _tell(error, getattr(snakemake, "input", ()))
+                if _is_refusal(error):
+                    _keep_refusal(snakemake, text)
                 sys.exit(1)
     finally:
         _NAMES.clear()
@@ -156,6 +164,46 @@ def _tell(error: Exception, inputs: Iterable[str] = ()) -> str:
     shown = f"error: {message} ({origin})" if origin else f"error: {message}"
     print(shown, file=sys.stderr)  # noqa: T201 - the message is for the user's terminal
     return shown
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether another attempt would end in the same way: inputs or settings are wrong, and nothing failed around them.
+
+    Libraries report damaged files by an OSError, too, but without the number that those of the system have.
+    """
+    failed = any(
+        isinstance(cause, BrokenProcessPool) or getattr(cause, "errno", None) is not None for cause in _behind(error)
+    )
+    return isinstance(error, InputError | ConfigError) and not failed and _lack_of_memory(error) is None
+
+
+def _refusal(snakemake: Any) -> tuple[Path, str]:
+    """Return the file beside the log that keeps a refusal, and the line with which it begins in this run.
+
+    The line is empty outside a run of Snakemake, and for a job without input files: what a server does not send now, it
+    may send later.
+    """
+    log, run = Path(snakemake.log[0]), os.environ.get(RUN_VARIABLE)
+    of = f"{run} {snakemake.params!r}".encode() if run and getattr(snakemake, "input", None) else b""
+    return log.with_name(f".{log.name}.refused"), f"{hashlib.sha256(of).hexdigest()}\n" if of else ""
+
+
+def _keep_refusal(snakemake: Any, text: str) -> None:
+    path, line = _refusal(snakemake)
+    with contextlib.suppress(OSError):  # a full disk
+        if line:
+            path.write_text(line + masked(user_named(text)), encoding="utf-8")
+
+
+def _repeat_refusal(snakemake: Any) -> None:
+    """End with what an earlier attempt was refused for if no input has changed since, and forget other refusals."""
+    path, line = _refusal(snakemake)
+    with contextlib.suppress(OSError):
+        text, refused = path.read_text(encoding="utf-8"), path.stat().st_mtime
+        if line and text.startswith(line) and all(_timed(name).stat().st_mtime < refused for name in snakemake.input):
+            print(text.removeprefix(line), file=sys.stderr)  # noqa: T201 - as `_tell`
+            sys.exit("Refused by an earlier attempt in this run of Snakemake; no input has changed since.")
+        path.unlink()
 
 
 def _timed(path: str) -> Path:

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from named_inputs import files, job_with
 
-from celldetr.runtime.errors import InputError, masked
-from celldetr.runtime.rule import AHEAD_SECONDS, run_rule, user_named
+from celldetr.runtime.errors import ConfigError, InputError, ProcessFailed, masked
+from celldetr.runtime.rule import AHEAD_SECONDS, RUN_VARIABLE, run_rule, user_named
 
 
 def caused(error, cause):
@@ -131,6 +131,95 @@ def failing(error, calls):
             raise error
 
     return main
+
+
+REFUSED = InputError("results/x: wrong species")
+
+
+def attempts(job, *errors):
+    """Run a job, whose attempts would end in these errors; return which attempts did any work."""
+    work = []
+    for number, error in enumerate(errors):
+        calls = []
+        try:
+            run_rule(failing(error, calls), job)
+        except SystemExit as stop:
+            assert stop.code  # noqa: PT017 - also of an attempt that ends at once
+        work += [number] * len(calls)
+    return work
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch):
+    """Return a job of a run of Snakemake, with an input that is older than its log."""
+    monkeypatch.setenv(RUN_VARIABLE, "first")
+    path = tmp_path / "input.csv"
+    path.touch()
+    os.utime(path, (time.time() - 100,) * 2)
+    return job_with(tmp_path, "he", input=files(he=path))
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [(REFUSED, f"error: {REFUSED} ({HE})\n"), (ConfigError("seed: wrong"), "error: seed: wrong\n")],
+    ids=["input", "setting"],
+)
+def test_what_is_refused_is_not_tried_again_in_a_run(tried, error, shown):
+    """The next attempts say the same. Snakemake removes the log before each."""
+    assert attempts(tried, error) == [0]
+    log = Path(tried.log[0])
+    for _ in range(2):
+        assert log.read_text() == shown
+        log.unlink()
+        assert attempts(tried, None) == []
+    assert log.read_text() == shown
+
+
+def test_a_damaged_file_is_not_tried_again(tried):
+    """Libraries say so by an error of the system without a number."""
+    assert attempts(tried, caused(InputError("a.h5: cannot be read"), OSError("truncated file")), None) == [0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("2 GiB"),
+        caused(InputError("a.h5: damaged"), MemoryError()),
+        caused(InputError("a.h5: cannot be read"), OSError(errno.EIO, "Input/output error")),
+        caused(InputError("a.h5: cannot be read"), BrokenProcessPool("gone")),
+        FULL,
+        ProcessFailed("killed"),
+        KeyError("k"),
+    ],
+    ids=str,
+)
+def test_what_may_pass_is_tried_again(tried, error):
+    assert attempts(tried, error, error, None) == [0, 1, 2]
+
+
+def test_an_error_of_the_system_that_a_message_hides_is_tried_again(tried):
+    """`raise ... from None` leaves it in the context."""
+    hidden = InputError("a.h5: damaged")
+    hidden.__context__, hidden.__suppress_context__ = OSError(errno.EIO, "Input/output error"), True
+    assert attempts(tried, hidden, None) == [0, 1]
+
+
+@pytest.mark.parametrize("changed", ["run", "input", "parameter", "no run", "no input"])
+def test_a_refusal_holds_for_its_run_inputs_and_parameters(tried, tmp_path, monkeypatch, changed):
+    """A job without inputs gets something from a server, and outside a run there are no attempts."""
+    if changed == "no run":
+        monkeypatch.delenv(RUN_VARIABLE)
+    if changed == "no input":
+        tried.input = files()
+    assert attempts(tried, REFUSED) == [0]
+    if changed == "run":
+        monkeypatch.setenv(RUN_VARIABLE, "second")
+    if changed == "input":
+        os.utime(tried.input[0], (time.time() + 10,) * 2)
+    if changed == "parameter":
+        tried.params.label_column = "cell_type"
+    assert attempts(tried, None, None) == [0, 1]
+    assert changed.startswith("no ") or list(tmp_path.glob(".*")) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
