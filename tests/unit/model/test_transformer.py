@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from celldetr.model.transformer import reference_grid, relu_dropout, sine_code
+from celldetr.model.device import call_cast
+from celldetr.model.transformer import FeedForward, reference_grid, relu_dropout, sine_code
 
 
 def test_position_code_follows_its_formula():
@@ -40,3 +41,15 @@ def test_relu_and_dropout_together_are_relu_then_dropout(p):
     (together * weights).sum().backward()
     (apart * weights).sum().backward()
     torch.testing.assert_close(first.grad, second.grad)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_feed_forward_layer_predicts_what_it_computes_in_training(half):
+    layer, x = FeedForward(8, 16, dropout=0.3).eval(), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        expected = call_cast(layer, x)
+        with torch.no_grad():
+            predicted = call_cast(layer, x)
+    assert expected.requires_grad
+    torch.testing.assert_close(predicted, expected.detach(), rtol=0, atol=0)
+    assert (layer.linear1(x) < 0).any()
