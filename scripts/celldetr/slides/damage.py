@@ -1,6 +1,7 @@
 """Slides with damaged regions: what cannot be decoded is named, and either stops the work or is left out."""
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -15,6 +16,8 @@ log = logging.getLogger(__name__)
 
 _PIECE_UM, _PIECE_PX = 64.0, 16  # a damaged region as small as either is given up as a whole
 _OTHER = 0.03  # relative difference of pixel sizes that is no rounding
+_UM_OF_1X = 10.0  # um per px times magnification: 0.25 um at 40x, 0.5 um at 20x; scanners differ by 10 %
+_NOT_OF_OBJECTIVE = 1.5  # factor between a pixel size and that of its objective which no scanner explains
 _NAMED = 10  # damaged places that are named in the log and in the store
 
 
@@ -40,8 +43,9 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, s
     elif image.mpp is None:
         problem = (
             "the file does not state its pixel size, and no value is guessed; give um per px in column mpp of its "
-            "sheet (command line: --mpp): about 0.25 for a 40x objective, 0.5 for 20x; whoever provides the "
-            "slide has the exact value"
+            "sheet (command line: --mpp): about 0.25 for a 40x objective, 0.5 for 20x"
+            f"{f' (the file names {image.objective:g}x)' if image.objective else ''}; whoever provides the slide has "
+            "the exact value"
         )
     if problem:
         image.close()
@@ -54,7 +58,25 @@ def open_slide(path: str | os.PathLike[str], mpp: float | None, slide: str, *, s
             mpp,
             image.stated_mpp,
         )
+    elif mpp and not image.stated_mpp and image.objective:
+        _warn_of_objective(slide, image, mpp)
     return TolerantPyramid(image) if skip else image
+
+
+def _warn_of_objective(slide: str, image: Pyramid, mpp: float) -> None:
+    """Warn of a given pixel size that is not that of the objective, of a file that states no pixel size."""
+    expected = _UM_OF_1X / (image.objective or math.inf)
+    if not 1 / _NOT_OF_OBJECTIVE < mpp / expected < _NOT_OF_OBJECTIVE:
+        log.warning(
+            "%s: %s: its pixels are taken to be %g um, as given (column mpp or --mpp), but the file names an objective "
+            "of %gx, whose pixels are about %.2g um; a wrong value gives wrong cells and types: ask whoever provides "
+            "the slide",
+            slide,
+            image.path,
+            mpp,
+            image.objective,
+            expected,
+        )
 
 
 class TolerantPyramid(Pyramid):

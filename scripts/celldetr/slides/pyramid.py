@@ -29,6 +29,7 @@ from celldetr.slides.tiff import (
     check_tile_bytes,
     level_pages,
     number,
+    stated_objective,
     stated_pixel_size,
     tile_planes,
 )
@@ -58,6 +59,8 @@ class Pyramid(ABC):
     """Size of a level-0 pixel in um; None if unknown."""
     stated_mpp: float | None = None
     """The same as the file says, whatever the caller does; None if it says nothing."""
+    objective: float | None = None
+    """Magnification of the objective (20, 40) as the file says; None if it says nothing."""
     channels: int
     """3 for colour, 1 for a single plane."""
     dtype: np.dtype[Any]
@@ -174,6 +177,7 @@ class _Slide(Pyramid):
         self.mpp, self.stated_mpp = _pixel_sizes(
             path, mpp, stated.get(openslide.PROPERTY_NAME_MPP_X), stated.get(openslide.PROPERTY_NAME_MPP_Y)
         )
+        self.objective = number(stated.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         x, y = (stated.get(name, 0) for name in (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y))
         self.origin = int(x), int(y)
         self.channels, self.dtype, self.background = 3, np.dtype(np.uint8), 255
@@ -239,6 +243,7 @@ class _Tiff(Pyramid):
         self.complete = all(all(page.databytecounts) for pages in levels for page in pages)
         self.levels = _levels([(pages[0].imagewidth, pages[0].imagelength) for pages in levels])
         self.mpp, self.stated_mpp = _pixel_sizes(self.path, mpp, *stated_pixel_size(self._file, first))
+        self.objective = stated_objective(self._file)
 
     def _fill(self, level: int, box: tuple[int, int, int, int], out: NDArray[Any]) -> None:
         out = out.reshape(*out.shape[:2], self.channels)

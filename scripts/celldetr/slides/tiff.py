@@ -250,6 +250,13 @@ def stated_pixel_size(file: TiffFile, page: TiffPage) -> tuple[float | None, flo
     return (unit * x[1] / x[0], unit * y[1] / y[0]) if unit and x[0] and y[0] else (None, None)
 
 
+def stated_objective(file: TiffFile) -> float | None:
+    """Magnification of the objective as the metadata of Aperio state it; None if they do not."""
+    text = file.pages.first.description or ""
+    found = re.search(r"\|\s*AppMag\s*=\s*([^|]*)", text) if text.startswith("Aperio") else None
+    return number(found[1]) if found else None
+
+
 def _ome_size(text: str, page: TiffPage) -> tuple[float | None, float | None]:
     """Width and height of a pixel in um from the OME metadata of the image that has the size of a page."""
     try:

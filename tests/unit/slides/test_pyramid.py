@@ -422,3 +422,23 @@ def test_a_pixel_size_that_contradicts_the_file_is_named(tmp_path, caplog):
         open_slide(tmp_path / "a.tif", mpp, "s").close()
         assert ("taken to be 0.5 um, as given, but the file says 0.25 um" in caplog.text) == said
         assert bool(caplog.text) == said
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["by tifffile", "by OpenSlide"])  # which draws missing tiles
+def test_a_given_pixel_size_is_compared_with_the_objective_if_the_file_states_none(tmp_path, caplog, missing):
+    path, pixels = tmp_path / "slide.svs", np.full((512, 512, 3), 90, np.uint8)
+    how = {"photometric": "rgb", "compression": "jpeg", "tile": (256, 256), "metadata": None}
+    for stated, told in (("", (0.25, 1.0)), ("|MPP = 0.25", ())):  # a file's own um per px goes before the objective
+        tifffile.imwrite(path, pixels, description=f"Aperio Image Library v11.2.1|AppMag = 20{stated}", **how)
+        if missing:
+            with tifffile.TiffFile(path, mode="r+b") as file:
+                counts = file.pages[0].tags["TileByteCounts"]
+                counts.overwrite((*counts.value[:3], 0))
+        for mpp in (0.25, 0.45, 0.5, 0.55, 1.0):
+            caplog.clear()
+            open_slide(path, mpp, "s").close()
+            said = f"taken to be {mpp:g} um, as given (column mpp or --mpp), but the file names an objective of 20x"
+            assert (said in caplog.text and "about 0.5 um" in caplog.text) == (mpp in told)
+    tifffile.imwrite(path, pixels, description="Aperio Image Library v11.2.1|AppMag = 20", **how)
+    with pytest.raises(InputError, match=r"0\.5 for 20x \(the file names 20x\)"):
+        open_slide(path, None, "s")
