@@ -145,6 +145,25 @@ def test_logs_lie_where_they_should(complete):
         assert os.path.getsize(job["StdOut"]) > 0
 
 
+def test_a_job_that_refused_its_input_is_submitted_again_but_does_not_work_again(complete, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(complete.folder, folder, symlinks=True)
+    archive = folder / "results" / "raw" / "pannuke" / "fold_1.zip"
+    content = archive.read_bytes()
+    archive.unlink()
+    archive.write_bytes(content[: len(content) // 2])
+    workflow = Workflow(folder, tmp_path / "tools")
+    driver = workflow.start("results/pannuke/fold1_summary.tsv")
+    try:
+        assert driver.wait(timeout=300)
+    finally:
+        end(driver)
+    paths = sorted((folder / ".snakemake" / "slurm_logs").rglob("*.log"), key=lambda path: int(path.stem))
+    refusals = [text for text in (path.read_text(encoding="utf-8") for path in paths) if "error: " in text]
+    assert all("fold_1.zip: " in text for text in refusals)
+    assert ["Refused by an earlier attempt" in text for text in refusals] == [False, True, True]
+
+
 def test_a_training_run_survives_requeue_cancel_and_a_killed_driver(complete, unfinished):
     epochs = 120  # of about 0.2 s
     unfinished.configure(epochs=epochs)

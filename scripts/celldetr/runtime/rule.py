@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from celldetr.runtime.errors import CellDETRError, ConfigError, InputError, masked
+from celldetr.runtime.errors import CellDETRError, InputError, masked
 
 AHEAD_SECONDS = 600.0
 """How far in the future an input may be dated: Snakemake deletes results that are older than their inputs."""
@@ -82,8 +82,8 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
 
     A `CellDETRError`, a full or read-only disk, a lack of memory and a killed worker process end the process with
     status 1 and a message; any other error also prints its traceback. The crash of a library leaves one in the log.
-    What was refused for its inputs or settings is refused again at once by the next attempts in the same run of
-    Snakemake (`RUN_VARIABLE`), unless an input or a parameter has changed.
+    What was refused for its inputs is refused again at once by the next attempts in the same run of Snakemake
+    (`RUN_VARIABLE`), unless an input or a parameter has changed.
 
     Parameters
     ----------
@@ -167,14 +167,15 @@ def _tell(error: Exception, inputs: Iterable[str] = ()) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether another attempt would end in the same way: inputs or settings are wrong, and nothing failed around them.
+    """Whether another attempt would end in the same way: inputs are wrong, and nothing failed around them.
 
-    Libraries report damaged files by an OSError, too, but without the number that those of the system have.
+    Libraries report damaged files by an OSError, too, but without the number that those of the system have. A
+    `ConfigError` of a job may be one of the machine alone, which has fewer GPUs.
     """
     failed = any(
         isinstance(cause, BrokenProcessPool) or getattr(cause, "errno", None) is not None for cause in _behind(error)
     )
-    return isinstance(error, InputError | ConfigError) and not failed and _lack_of_memory(error) is None
+    return isinstance(error, InputError) and not failed and _lack_of_memory(error) is None
 
 
 def _refusal(snakemake: Any) -> tuple[Path, str]:
