@@ -6,7 +6,8 @@ type, label, held_out), ``summary`` (JSON). Params: label_column, cells (of the 
 
 from celldetr.runtime.files import write_json
 from celldetr.runtime.rule import run_rule
-from celldetr.xenium.celltypes.reference import prepare_reference, read_mapping, write_reference
+from celldetr.xenium.celltypes.mapping import read_mapping
+from celldetr.xenium.celltypes.reference import prepare_reference, write_reference
 
 
 def main(snakemake):
@@ -18,6 +19,7 @@ def main(snakemake):
         cells=params.cells,
         cells_per_type=params.cells_per_type,
         seed=params.seed,
+        mapping_file=snakemake.input.mapping,
     )
     write_reference(output.reference, reference)
     write_json(output.summary, summary)

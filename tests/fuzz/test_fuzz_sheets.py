@@ -11,7 +11,7 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.config.sheets import ReferenceRow, SlideRow, XeniumRow, read_sheet
 from celldetr.config.sthelar import SthelarRow
 from celldetr.runtime.errors import ConfigError
-from celldetr.xenium.celltypes.reference import LEFT_OUT, read_mapping
+from celldetr.xenium.celltypes.mapping import LEFT_OUT, read_mapping
 
 ROOT = Path(__file__).parents[2]
 SHEETS = {

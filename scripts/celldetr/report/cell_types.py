@@ -40,8 +40,8 @@ def cell_types_figure(figures: Mapping[str, Any], title: str) -> Figure:
 
 
 def cell_type_notes(figures: Mapping[str, Any]) -> list[str]:
-    """Lines on what the reference lacks, types that it knows otherwise, and types that are not used for training."""
-    notes = []
+    """Lines on what the reference lacks, labels that may have the wrong type, and types that are not used."""
+    notes = list(figures["reference_warnings"])
     if figures["missing_types"]:
         notes.append(f"Not in the reference: {', '.join(figures['missing_types'])}: no cell can get these types")
     for found in figures["unknown_types"]:

@@ -12,7 +12,7 @@ from snakemake.cli import get_argument_parser
 from celldetr.config.classes import ST_TYPES
 from celldetr.config.load import load_config
 from celldetr.config.sheets import ReferenceRow, XeniumRow, read_sheet
-from celldetr.xenium.celltypes.reference import read_mapping
+from celldetr.xenium.celltypes.mapping import read_mapping
 
 ROOT = Path(__file__).parents[3]
 SNIPPETS = [

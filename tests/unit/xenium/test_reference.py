@@ -1,7 +1,6 @@
 """References: drawn cells and genes are those of the file; values that are no raw counts are refused."""
 
 import json
-from pathlib import Path
 
 import anndata
 import h5py
@@ -11,11 +10,11 @@ import pytest
 from scipy import sparse
 
 from celldetr.config.classes import ST_TYPES
-from celldetr.runtime.errors import CellDETRError, ConfigError, InputError
+from celldetr.runtime.errors import CellDETRError, InputError
 from celldetr.runtime.provenance import sha256
 from celldetr.xenium.celltypes.counts import read_rows, why_not_raw
 from celldetr.xenium.celltypes.genes import shared_genes, symbols_and_ids
-from celldetr.xenium.celltypes.reference import prepare_reference, read_mapping, read_reference, write_reference
+from celldetr.xenium.celltypes.reference import prepare_reference, read_reference, write_reference
 
 MAPPING = {"CD4": "T", "CD8": "T", "tumour": "Malignant", "fibro": "Fibroblast", "doublet": "-"}
 SIZES = {"CD4": 60, "CD8": 6, "tumour": 40, "fibro": 15, "doublet": 5}
@@ -244,27 +243,3 @@ def test_too_few_shared_genes_show_examples():
     with pytest.raises(InputError, match=r"got 1 genes in common of 3 .*Cd3e.* and 3 .*CD3E.*at least 50") as error:
         shared_genes(cells, other, 50)
     assert "min_shared_genes" in str(error.value)
-
-
-def test_mapping_table(tmp_path):
-    path = tmp_path / "m.tsv"
-    path.write_text("# comment\nlabel\ttype\nT cell CD4\tT\n\ndoublet\t-\n")
-    assert read_mapping(path) == {"T cell CD4": "T", "doublet": "-"}
-    shipped = read_mapping(Path(__file__).parents[3] / "config" / "references" / "luca.tsv")
-    assert set(shipped.values()) == {*ST_TYPES, "-"}
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("name\ttype\n", "expected label and type"),
-        ("label\ttype\nA\tTcell\n", "line 2: got the type 'Tcell'"),
-        ("label\ttype\nA\tT\n# x\nA\tB\n", "line 4: got the label 'A' a second time"),
-        ("label\ttype\nA T\n", "line 2"),
-    ],
-)
-def test_wrong_mapping_tables(tmp_path, text, words):
-    path = tmp_path / "m.tsv"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        read_mapping(path)

@@ -19,18 +19,12 @@ from celldetr.config.classes import ST_TYPES
 from celldetr.example.styles import Array
 from celldetr.runtime.errors import ConfigError
 from celldetr.runtime.files import atomic
+from celldetr.xenium.celltypes.mapping import CANONICAL_MARKERS
 
 MARKERS: Mapping[str, tuple[str, ...]] = {
-    "T": ("CD3D", "CD3E", "CD3G", "TRAC", "CD2", "CD5", "IL7R", "BCL11B", "CD6", "LCK"),
-    "Myeloid": ("CD68", "CD163", "LYZ", "CD14", "FCGR3A", "MARCO", "C1QA", "C1QB", "CSF1R", "ITGAX", "MRC1", "FCER1G"),
+    **CANONICAL_MARKERS,
     "Malignant": ("MKI67", "TOP2A", "CEACAM6", "CEACAM5", "TACSTD2", "SOX4", "CLDN4", "ERBB2", "CCND1", "MUC1", "TP63"),
-    "NK": ("NKG7", "GNLY", "KLRD1", "KLRF1", "NCAM1", "PRF1", "KLRC1", "XCL1"),
-    "Mast": ("KIT", "TPSAB1", "TPSB2", "CPA3", "MS4A2", "HPGDS", "GATA2", "HDC"),
-    "Fibroblast": ("COL1A1", "COL1A2", "DCN", "LUM", "PDGFRA", "PDGFRB", "FBLN1", "COL3A1", "ACTA2", "MFAP5", "FAP"),
     "Epithelial": ("SFTPC", "SFTPB", "NAPSA", "AGER", "FOXJ1", "SCGB1A1", "SCGB3A1", "LAMP3", "NKX2-1", "CAPS"),
-    "Endothelial": ("PECAM1", "VWF", "CDH5", "CLDN5", "KDR", "ENG", "CLEC14A", "EMCN", "RAMP2", "PLVAP"),
-    "B": ("MS4A1", "CD19", "BANK1", "CD79A", "CD22", "PAX5", "TCL1A", "FCRL1"),
-    "Plasma": ("MZB1", "JCHAIN", "IGHG1", "XBP1", "DERL3", "TNFRSF17", "PRDM1", "SDC1", "IGKC"),
 }
 """Genes that one type expresses far above the others."""
 

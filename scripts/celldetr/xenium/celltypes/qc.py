@@ -27,8 +27,8 @@ def quality(
 
     ``reasons`` are reason -> cells, ``labels`` type -> cells, ``composition`` shares of the cells, ``prior`` shares of
     the transcripts, ``unlike`` type -> share of its certain cells that are unlike it; ``missing_types``,
-    ``unknown_types``, ``precision`` and ``unused_types`` are those of `Annotation`, the others those of `agreement`,
-    `marker_figures` and `reannotate`.
+    ``unknown_types``, ``precision`` and ``unused_types`` are those of `Annotation`, ``reference_warnings`` those on the
+    reference's mapping, the others those of `agreement`, `marker_figures` and `reannotate`.
     """
     table, genes = annotation.table, annotation.genes
     reasons = reason_counts(table)
@@ -47,6 +47,7 @@ def quality(
         "composition": {"sample": _by_type(numbers / numbers.sum()), "reference": _by_type(whole / whole.sum())},
         "prior": _by_type(annotation.prior.to_numpy()),
         "unlike": _unlike(table),
+        "reference_warnings": str(reference.uns.get("warnings", "")).splitlines(),
         "missing_types": list(annotation.missing),
         "unknown_types": annotation.unknown,
         "precision": annotation.precision,

@@ -1,7 +1,6 @@
-"""Annotated single-cell references: map labels to the ten types, draw a balanced sample of the cells."""
+"""Annotated single-cell references: draw a balanced sample of the cells of the ten types."""
 
 import contextlib
-import csv
 import logging
 import os
 from collections import Counter
@@ -23,41 +22,12 @@ from celldetr.runtime.files import atomic
 from celldetr.runtime.provenance import sha256
 from celldetr.xenium.celltypes.counts import read_raw_counts
 from celldetr.xenium.celltypes.genes import sum_duplicates, symbols_and_ids
+from celldetr.xenium.celltypes.mapping import LEFT_OUT, check_mapping
 
 log = logging.getLogger(__name__)
 
-LEFT_OUT = "-"
-"""In a mapping, instead of a type: leave the cells of this label out."""
 HELD_OUT_SHARE = 0.2
 """Share of the sampled cells of each type that are held out and annotated as a test."""
-
-
-def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read a mapping: TSV with the columns ``label`` and ``type`` (one of the ten, or "-" to leave the cells out).
-
-    Lines that begin with # are comments. Raises ConfigError if there is no such file, other columns, duplicate labels
-    or unknown types; it names the line.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and line[0] != "#"]
-        rows = list(csv.reader([line for _, line in numbered], delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); expected a table (TSV) of labels and types") from error
-    if not rows or rows[0] != ["label", "type"]:
-        raise ConfigError(f"{path}: got the columns {rows[0] if rows else []}, expected label and type, tab-separated")
-    mapping: dict[str, str] = {}
-    for (number, _), row in zip(numbered[1:], rows[1:], strict=True):
-        where = f"{path}, line {number}"
-        if len(row) != 2 or not row[0]:
-            raise ConfigError(f"{where}: got {row}, expected a label and a type, tab-separated")
-        label, kind = row[0], row[1].strip()
-        if label in mapping:
-            raise ConfigError(f"{where}: got the label {label!r} a second time, expected each once")
-        if kind not in (*ST_TYPES, LEFT_OUT):
-            raise ConfigError(f"{where}: got the type {kind!r}, expected one of {', '.join(ST_TYPES)}, or {LEFT_OUT}")
-        mapping[label] = kind
-    return mapping
 
 
 def prepare_reference(
@@ -68,15 +38,17 @@ def prepare_reference(
     cells_per_type: int,
     seed: int,
     cells: int | None = None,
+    mapping_file: str | os.PathLike[str] = "mapping",
 ) -> tuple[AnnData, dict[str, Any]]:
     """Draw a balanced reference from an annotated .h5ad; only the drawn cells are loaded.
 
     Of each type at most `cells_per_type` cells are drawn; its labels share half of them evenly, half by their numbers
     of cells. Returns the reference (X raw counts, csr_matrix, float32; obs type, label, held_out; var index symbols,
-    gene_ids; uns["composition"] type -> cells of the whole file), and its summary for people (JSON values).
+    gene_ids; uns["composition"] type -> cells of the whole file, uns["warnings"] lines on the mapping), and its summary
+    for people (JSON values). `mapping_file` names the mapping in messages.
 
     Raises InputError if the file lacks labels or raw counts, has labels that the mapping lacks, or not as many `cells`
-    as expected; ConfigError if a type has more labels than cells to draw.
+    as expected; ConfigError if a type has more labels than cells to draw, or the mapping swaps types.
     """
     where = Path(path)
     generator = np.random.default_rng(seed)
@@ -105,6 +77,8 @@ def prepare_reference(
         var=pd.DataFrame({"gene_ids": ids}, index=pd.Index(symbols)),
         uns={"composition": types},
     )
+    warnings = check_mapping(reference, mapping, mapping_file)
+    reference.uns["warnings"] = "\n".join(warnings)
     summary = {
         "file": where.name,
         "sha256": sha256(where),
@@ -114,6 +88,7 @@ def prepare_reference(
         "genes": reference.n_vars,
         "summed_symbols": summed,
         **_summary(reference, numbers, mapping),
+        "warnings": warnings,
     }
     if summed:
         log.info("summed the counts of genes with the same symbol: %s", ", ".join(summed))
