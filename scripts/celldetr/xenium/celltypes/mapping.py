@@ -178,7 +178,8 @@ def _meant(words: str, patterns: Sequence[tuple[str, tuple[str, ...]]]) -> set[s
 def _folds(reference: AnnData) -> tuple[list[str], list[int], dict[str, tuple[list[str], NDArray[np.float64]]]]:
     """Labels (L), their cells, and of each type with enough of its markers: these (G), and log2 folds (L, G).
 
-    Folds are those against most labels. Symbols are compared without case: those of mouse genes differ by it.
+    Folds are those against most labels; where these have no transcripts of a gene, against one, as more may be chance.
+    Symbols are compared without case: those of mouse genes differ by it.
     """
     labels, code, numbers = np.unique(reference.obs["label"].astype(str), return_inverse=True, return_counts=True)
     groups = sparse.csr_matrix((np.ones(len(code)), (code, np.arange(len(code)))))
@@ -189,8 +190,8 @@ def _folds(reference: AnnData) -> tuple[list[str], list[int], dict[str, tuple[li
         genes = [gene for gene in markers if gene in place]
         if len(genes) >= _FEWEST_GENES:
             counts = (groups @ reference.X[:, [place[gene] for gene in genes]]).toarray()
-            level = np.log2(counts / np.maximum(total, 1) + _FLOOR)
-            folds[kind] = genes, np.clip(level - np.quantile(level, _BASE, axis=0), -_MOST, _MOST)
+            level, base = (np.log2((counts + one) / np.maximum(total, 1) + _FLOOR) for one in (0, 1))
+            folds[kind] = genes, np.clip(level - np.quantile(base, _BASE, axis=0), -_MOST, _MOST)
     return labels.tolist(), numbers.tolist(), folds
 
 
