@@ -91,10 +91,14 @@ def refusal(
     dapi: Pyramid,
     pixel_size: float,
     settings: RegistrationSettings,
+    notes: Sequence[str],
 ) -> str:
-    """Three lines on a sample without a registration that passes: the best attempt, why it fails, what to do."""
+    """Three lines on a sample without a registration that passes: the best attempt, why it fails, what to do.
+
+    `notes` are those of `check_outlines`.
+    """
     best = best_attempt(attempts)
-    reasons = list(best.quality.failures)
+    reasons = [*notes, *best.quality.failures]
     remedy = "correct its he_mpp in the sheet, or set keypoints by hand in Xenium Explorer and give them as alignment"
     if alignment:
         plausible = check_plausible(alignment.matrix, he.mpp, pixel_size, settings, he.size, dapi.size)

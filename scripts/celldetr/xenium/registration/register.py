@@ -21,6 +21,7 @@ from celldetr.xenium.registration.maps import inside
 from celldetr.xenium.registration.measure import he_nuclei, window_shifts
 from celldetr.xenium.registration.messages import Refused, best_attempt, origin_of, refusal, warnings_of
 from celldetr.xenium.registration.nuclei import DapiNuclei, Region
+from celldetr.xenium.registration.own_image import check_outlines
 from celldetr.xenium.registration.refine import refine_nuclei, refine_windows
 from celldetr.xenium.registration.result import Attempt, Keypoints, Quality, Registration
 
@@ -52,7 +53,8 @@ def register(
 
     `outlines` are the DAPI nuclei (n,), polygons in um of the Xenium frame; `pixel_size` is um per Xenium px; `name` is
     the sample's, for messages; `seed` that of the robust fits; `workers` are threads. Raises Refused if no matrix
-    passes (the log has all attempts), InputError if the nuclei are not those of the image, or the H&E is not in colour.
+    passes (the log has all attempts), InputError if the nuclei are not those of the image or mirrored against it, or
+    the H&E is not in colour.
     """
     if he.channels != 3:
         raise InputError(
@@ -61,6 +63,7 @@ def register(
     try:
         nuclei = DapiNuclei(outlines)
         regions = nuclei.regions(settings)
+        notes = check_outlines(dapi, nuclei, regions, pixel_size, settings)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     share = inside(dapi, scaling(1 / pixel_size), nuclei.centroids).mean()
@@ -77,9 +80,9 @@ def register(
         found = run.bend(found) if found else run.rescue()
     if found is None:
         best = best_attempt(run.attempts)
-        text = refusal(name, run.attempts, alignment, he, dapi, pixel_size, settings)
+        text = refusal(name, run.attempts, alignment, he, dapi, pixel_size, settings, notes)
         raise Refused(text, run.result(best))
-    warnings = warnings_of(found, alignment, run.mistake, he, dapi, settings)
+    warnings = notes + warnings_of(found, alignment, run.mistake, he, dapi, settings)
     for text in warnings:
         log.warning("warning: %s", text)
     return found.model_copy(update={"warnings": tuple(warnings)})
