@@ -122,6 +122,13 @@ def test_labels_of_few_cells_and_genes_that_are_missing_are_not_judged(reference
     assert told(found[:, found.var_names.str.startswith("RP")].copy(), wrong) == []
 
 
+@pytest.mark.parametrize(("label", "warnings"), [("cluster 8", 1), ("MEP", 0), ("Haematopoietic stem cell", 0)])
+def test_progenitors_which_have_the_markers_of_mast_cells_are_not_judged_by_genes(reference, label, warnings):
+    found = reference.copy()
+    found.obs["label"] = found.obs["label"].astype(str).replace("mast cell", label)
+    assert len(told(found, {**REFERENCE_LABELS, label: "Myeloid"})) == warnings
+
+
 @pytest.mark.parametrize(
     ("label", "types"),
     [
