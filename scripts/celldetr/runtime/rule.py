@@ -113,14 +113,15 @@ def run_rule(main: Callable[[Any], None], snakemake: Any) -> None:
                 stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
             )
             try:
+                kept = _refusal(snakemake)  # of the inputs as they are now: they may change while this works
                 _check_times(getattr(snakemake, "input", ()), path.stat().st_mtime)
                 _NAMES.update(_given_names(snakemake))
-                _repeat_refusal(snakemake)
+                _repeat_refusal(*kept)
                 main(snakemake)
             except Exception as error:
                 text = _tell(error, getattr(snakemake, "input", ()))
                 if _is_refusal(error):
-                    _keep_refusal(snakemake, text)
+                    _keep_refusal(*kept, text)
                 sys.exit(1)
     finally:
         _NAMES.clear()
@@ -179,29 +180,32 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _refusal(snakemake: Any) -> tuple[Path, str]:
-    """Return the file beside the log that keeps a refusal, and the line with which it begins in this run.
+    """Return the file beside the log that keeps a refusal, and the line with which one of these inputs begins.
 
-    The line is empty outside a run of Snakemake, and for a job without input files: what a server does not send now, it
-    may send later.
+    The line is of the run of Snakemake, the parameters and the state of the inputs. It is empty outside a run, and for
+    a job without input files: what a server does not send now, it may send later.
     """
-    log, run = Path(snakemake.log[0]), os.environ.get(RUN_VARIABLE)
-    of = f"{run} {snakemake.params!r}".encode() if run and getattr(snakemake, "input", None) else b""
-    return log.with_name(f".{log.name}.refused"), f"{hashlib.sha256(of).hexdigest()}\n" if of else ""
+    path = Path(snakemake.log[0])
+    path, run = path.with_name(f".{path.name}.refused"), os.environ.get(RUN_VARIABLE)
+    found = [_timed(name) for name in getattr(snakemake, "input", ())]
+    if not run or not found or not all(file.exists() for file in found):
+        return path, ""
+    stats = [file.stat() for file in found]
+    states = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for stat in stats]
+    return path, hashlib.sha256(f"{run} {snakemake.params!r} {states}".encode()).hexdigest() + "\n"
 
 
-def _keep_refusal(snakemake: Any, text: str) -> None:
-    path, line = _refusal(snakemake)
+def _keep_refusal(path: Path, line: str, text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk
         if line:
             path.write_text(line + masked(user_named(text)), encoding="utf-8")
 
 
-def _repeat_refusal(snakemake: Any) -> None:
-    """End with what an earlier attempt was refused for if no input has changed since, and forget other refusals."""
-    path, line = _refusal(snakemake)
+def _repeat_refusal(path: Path, line: str) -> None:
+    """End with what an earlier attempt was refused for with the same inputs, and forget other refusals."""
     with contextlib.suppress(OSError):
-        text, refused = path.read_text(encoding="utf-8"), path.stat().st_mtime
-        if line and text.startswith(line) and all(_timed(name).stat().st_mtime < refused for name in snakemake.input):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if line and text.startswith(line):
             print(text.removeprefix(line), file=sys.stderr)  # noqa: T201 - as `_tell`
             sys.exit("Refused by an earlier attempt in this run of Snakemake; no input has changed since.")
         path.unlink()

@@ -200,7 +200,7 @@ def test_an_error_of_the_system_that_a_message_hides_is_tried_again(tried):
     assert attempts(tried, hidden, None) == [0, 1]
 
 
-@pytest.mark.parametrize("changed", ["run", "input", "parameter", "no run", "no input"])
+@pytest.mark.parametrize("changed", ["run", "newer input", "older input", "parameter", "no run", "no input"])
 def test_a_refusal_holds_for_its_run_inputs_and_parameters(tried, tmp_path, monkeypatch, changed):
     """A job without inputs gets something from a server, and outside a run there are no attempts."""
     if changed == "no run":
@@ -210,12 +210,32 @@ def test_a_refusal_holds_for_its_run_inputs_and_parameters(tried, tmp_path, monk
     assert attempts(tried, REFUSED) == [0]
     if changed == "run":
         monkeypatch.setenv(RUN_VARIABLE, "second")
-    if changed == "input":
+    if changed == "newer input":
         os.utime(tried.input[0], (time.time() + 10,) * 2)
+    if changed == "older input":  # cp -p
+        os.utime(tried.input[0], (time.time() - 200,) * 2)
     if changed == "parameter":
         tried.params.label_column = "cell_type"
     assert attempts(tried, None, None) == [0, 1]
     assert changed.startswith("no ") or list(tmp_path.glob(".*")) == []
+
+
+def test_an_input_that_is_mended_during_the_first_attempt_is_tried_again(tried):
+    def main(snakemake):
+        Path(snakemake.input[0]).write_text("mended")
+        raise REFUSED
+
+    with pytest.raises(SystemExit):
+        run_rule(main, tried)
+    assert attempts(tried, None) == [0]
+
+
+def test_a_damaged_refusal_is_forgotten(tried, tmp_path):
+    assert attempts(tried, REFUSED) == [0]
+    [kept] = tmp_path.glob(".*.refused")
+    kept.write_bytes(b"\xff" + kept.read_bytes())
+    assert attempts(tried, None) == [0]
+    assert not kept.exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

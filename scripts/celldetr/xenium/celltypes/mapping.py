@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from celldetr.config.classes import ST_TYPES
-from celldetr.runtime.errors import ConfigError
+from celldetr.runtime.errors import ConfigError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -34,32 +34,54 @@ CANONICAL_MARKERS: Mapping[str, tuple[str, ...]] = {
 """Genes that tell a type from the others in any tissue; malignant cells have none, carcinomas those of epithelium."""
 
 _NAMES: Sequence[tuple[str, tuple[str, ...]]] = (
-    (r"\bt ?(cell|lymphocyte)|^t$|\bcd[48](?!\d)|\bt ?reg|\bth\d|\bmait\b|thymocyte|\bnkt", ("T",)),
+    (
+        r"\bt ?(cell|lymphocyte|helper|follicular)|^t( naive| memory| effector| prolif|$)|\bt ?reg|\bth\d|\bmait\b",
+        ("T",),
+    ),
+    (r"\bcd[48](?!\d)( positive| alpha beta)*( ?t\b| ?t?(cm|em|emra|ex)\b| naive| memory| effector| ctl|$)", ("T",)),
+    (r"\b(naive|memory|effector|cycling) t\b|\b(tfh|gdt)\b|\bgamma delta t\b|thymocyte|\bnkt", ("T",)),
     (r"\bnk(t|s|cells?)?\b|natural killer", ("NK",)),
-    (r"\bb ?(cell|lymphocyte)|^b$", ("B",)),
+    (r"\bb ?(cell|lymphocyte)|^b( naive| memory| intermediate|$)|\b(naive|memory|gc) b\b", ("B",)),
     (r"\bplasma(s|cells?)?\b|\bplasmocyte", ("Plasma",)),
     (r"plasmablast", ("Plasma", "B")),
     (r"\bmast(s|cells?|ocytes?)?\b", ("Mast",)),
     (r"\bmyeloid|macrophage|monocyt|\bmono\b|neutrophil|microglia", ("Myeloid",)),
-    (r"(?<!follicular )\bdendritic|\bc?dcs?\d?\b", ("Myeloid",)),
+    (r"(?<!follicular )\b(dendritic|c?dcs?\d?\b)", ("Myeloid",)),
     (r"granulocyte|basophil", ("Myeloid", "Mast")),
     (r"fibroblast|\w*ca(f|fs)\b", ("Fibroblast",)),
     (r"\bendotheli", ("Endothelial",)),
-    (r"\bepitheli|keratinocyt|pneumocyt|enterocyt|hepatocyt|cholangiocyt|\bciliated", ("Epithelial", "Malignant")),
-    (r"malignan|\btumou?r|cancer|carcinoma|neoplas|lymphoma|leuka?em|melanoma|glioma|glioblast|sarcoma|myeloma",
-     ("Malignant",)),
-)  # fmt: skip
-"""Words of a label, in lower case with blanks for other signs, and the types that they may mean."""
-_ALLOWED: Sequence[tuple[str, tuple[str, ...]]] = ((r"\bt\b", ("T",)), (r"\bb\b", ("B",)))
-"""Words that allow a type beside those that others name, and name none: "T/NK", "plasma/B"."""
-_IN_TUMOURS: Sequence[tuple[str, tuple[str, ...]]] = (
-    (r"immune|leu[ck]ocyt|lymph(oid|ocyt)|hematopoietic", ("T", "Myeloid", "NK", "Mast", "B", "Plasma")),
-    (r"strom|mesenchym|mural|pericyt|smooth muscle|vascul|vessel|capillar", ("Fibroblast", "Endothelial")),
+    (
+        r"\bepitheli(al|um)|keratinocyt|pneumocyt|enterocyt|hepatocyt|cholangiocyt|\bciliated",
+        ("Epithelial", "Malignant"),
+    ),
 )
-"""What else lies in a tumour: "tumor stroma"."""
-_PROGENITORS = re.compile(r"progenitor|precursor|\bstem\b|\bhsp?cs?\b|\b(cmp|gmp|mep)s?\b|erythroblast|colony")
+"""Words of a label, in lower case with blanks for other signs, and the types that they may mean."""
+_ALLOWED: Sequence[tuple[str, tuple[str, ...]]] = (
+    (r"\bt\b|\bcd[48](?!\d)", ("T",)),
+    (r"\bb\b", ("B",)),
+    (r"\b(p|mo)dcs?\b", ("Myeloid",)),
+    (r"\bilc", ("NK",)),
+    (r"strom|mesenchym|mural|pericyt|smooth muscle|\bsmcs?\b|mesotheli", ("Fibroblast", "Endothelial")),
+    (r"mesotheli", ("Epithelial",)),
+)
+"""Words that allow a type beside those that others name, and name none: "T/NK", "plasma/B", "mural/endothelial"."""
+_TUMOUR = (
+    r"malignan(t|cy)|tumou?rs?|cancers?|\w*carcinomas?|neoplas(m|tic)|glioblast\w*"
+    r"|\w*(lymphoma|leuka?emi[ac]|melanoma|glioma|sarcoma|myeloma)s?"
+)
+_PLAIN = re.compile(rf"\b({_TUMOUR}|cells?|\w?\d+)\b")
+"""What may stand in a label of malignant cells; with any other word it may mean what else lies in a tumour."""
+_NOT = re.compile(
+    rf"\b(non|not|pre) \w+|\b(?!nk)\w+ like\b|\b(non|pre)({_TUMOUR}|cancerous)\b|\b[bt] cell zone\b"
+    rf"|\b({_TUMOUR}) (associated|adjacent|infiltrating)\b|\badjacent to ({_TUMOUR})\b"
+)
+"""Words that name what a label is not."""
+_HEALTHY = re.compile(rf"\b(normal|healthy|benign)\b|\bnon ?({_TUMOUR})\b")
+_PROGENITORS = re.compile(
+    r"progenitor|precursor|\bprog\b|\bstem\b|\bhsp?cs?\b|\bcd34\b|erythro|\beryth|\b[bc]fu\b|colony|\bpre mast"
+    r"|\b(cmp|gmp|mep|emp|mpp|lmpp|clp|mdp|memp|mkp|baeoma)s?\b"
+)
 """Words of labels that genes do not judge: progenitors have the markers of several types (of mast cells, above all)."""
-_NOT = re.compile(r"\bnon (malignant|tumou?r|cancer|neoplastic)\w*")
 
 _FLOOR = 1e-5  # of a label's transcripts; damps the folds of rare genes
 _MOST = 5.0  # largest fold of one gene that counts, log2
@@ -126,14 +148,15 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, str]:
 def check_mapping(reference: AnnData, mapping: Mapping[str, str], file: str | os.PathLike[str]) -> list[str]:
     """Tell the labels of a reference whose name or genes speak for another type; returns the warnings.
 
-    `reference` holds raw counts, obs["label"], and gene symbols; `file` is what `mapping` was read from. Raises
-    ConfigError if the names say that types are swapped: no grouping of labels by intent does that.
+    `reference` holds raw counts, obs["label"], and gene symbols; `file` is what `mapping` was read from. Labels of
+    malignant cells are judged by name alone: their genes are those of any tissue. Raises InputError if the names say
+    that types are swapped: no grouping of labels by intent does that.
     """
     doubts = list(_doubts(reference, mapping))
     circles = _in_circles(doubts)
     swapped = [doubt for doubt in doubts if doubt.type in circles and circles.intersection(doubt.named)]
     if swapped:
-        raise ConfigError(
+        raise InputError(
             f"{file}: got swapped types: {'; '.join(doubt.text() for doubt in swapped)}; expected the type that each "
             f"label means: correct these rows ({LEFT_OUT!r} leaves the cells of a label out)"
         )
@@ -152,7 +175,8 @@ def _doubts(reference: AnnData, mapping: Mapping[str, str]) -> Iterator[Doubt]:
         kind = mapping[label]
         named = types_named(label)
         doubt = Doubt(label, kind, () if kind in named else named)
-        judged = kind in means and number >= _FEWEST_CELLS and not _PROGENITORS.search(_words(label))
+        one = kind not in named or len({*named} - {"Malignant"}) <= 1  # else the name allows several types
+        judged = one and kind in means and number >= _FEWEST_CELLS and not _PROGENITORS.search(_words(label))
         own = means[kind][row] if judged else np.inf
         other = max(means, key=lambda name: means[name][row], default="")
         if other and means[other][row] >= max(_FOLD, own + _MORE):
@@ -166,12 +190,15 @@ def _doubts(reference: AnnData, mapping: Mapping[str, str]) -> Iterator[Doubt]:
 
 def types_named(label: str) -> tuple[str, ...]:
     """Types of the ten that the words of a label mean, in the order of `ST_TYPES`; empty if they mean none."""
-    words = _NOT.sub("", _words(label))
-    found = _meant(words, _NAMES)
-    if found == {"Malignant"}:
-        found |= _meant(words, _IN_TUMOURS)
+    all_words = _words(label)
+    words = _NOT.sub(" ", all_words)
+    found, tumour = _meant(words, _NAMES), bool(re.search(rf"\b({_TUMOUR})\b", words))
     if found:
-        found |= _meant(words, _ALLOWED)
+        found |= _meant(words, _ALLOWED) | ({"Malignant"} if tumour else set())
+    elif tumour and not _PLAIN.sub("", words).strip():
+        found = {"Malignant"}
+    if _HEALTHY.search(all_words):
+        found.discard("Malignant")
     return tuple(kind for kind in ST_TYPES if kind in found)
 
 

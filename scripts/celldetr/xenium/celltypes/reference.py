@@ -48,7 +48,7 @@ def prepare_reference(
     for people (JSON values). `mapping_file` names the mapping in messages.
 
     Raises InputError if the file lacks labels or raw counts, has labels that the mapping lacks, or not as many `cells`
-    as expected; ConfigError if a type has more labels than cells to draw, or the mapping swaps types.
+    as expected, or if the mapping swaps types; ConfigError if a type has more labels than cells to draw.
     """
     where = Path(path)
     generator = np.random.default_rng(seed)

@@ -22,7 +22,7 @@ _RIM = 10.0  # um around a window; half of a large nucleus
 _CLEAR = 0.06
 _MOST = 2.0  # um between outlines and image; right ones are up to 0.65 um off
 _SHARE, _FOUND = 0.75, 0.5  # of the windows, that must be no farther off, and that must be found
-_FEWEST = 4  # windows that tell a size and an angle
+_FEWEST = 4  # windows that tell a size and an angle, or a swap: one or two fit by chance
 _SIZE, _ANGLE = 0.002, 0.2  # of the outlines against the image, relative and degrees, from which on they are told
 
 
@@ -50,6 +50,11 @@ class _Offsets:
         near = np.linalg.norm(self.shifts, axis=1) <= _MOST
         return bool(near.mean() >= _SHARE or (self.enough and near[self.found].mean() >= _SHARE))
 
+    @property
+    def certain(self) -> bool:
+        """Whether the outlines lie on the image beyond doubt: windows that are found say so, and not a few."""
+        return self.fits and self.enough and int(self.found.sum()) >= _FEWEST
+
 
 def check_outlines(
     dapi: Pyramid, nuclei: DapiNuclei, regions: list[Region], pixel_size: float, settings: RegistrationSettings
@@ -57,7 +62,7 @@ def check_outlines(
     """Compare the outlines of nuclei with their DAPI image; returns warnings.
 
     `pixel_size` is um per px of the image. Raises InputError if the outlines lie on it only with x and y swapped, or
-    mirrored.
+    mirrored; in sections of less than four windows that is a warning.
     """
     side = settings.window
     near = _offsets(dapi, nuclei, [region.centre for region in regions], pixel_size, side, 0)
@@ -67,7 +72,7 @@ def check_outlines(
         for what, undo in _mistakes(np.array(dapi.size) * pixel_size).items():
             other = DapiNuclei(shapely.transform(nuclei.outlines, undo))
             centres = [undo(region.centre[None])[0] for region in regions]
-            if _offsets(dapi, other, centres, pixel_size, side, 0).fits:
+            if _offsets(dapi, other, centres, pixel_size, side, 0).certain:
                 raise InputError(
                     f"got outlines of nuclei that lie on the DAPI image {dapi.path} only if {what}; expected both from "
                     "one output folder: get nucleus_boundaries.parquet and the image again"
@@ -117,7 +122,8 @@ def _text(dapi: Pyramid, near: _Offsets) -> str:
         "nucleus_boundaries.parquet and the image from one output folder"
     )
     if not near.enough:
-        return f"{start} are found in it in {found.sum()} of {len(found)} windows{remedy}"
+        where = f"{found.sum()} of {len(found)} windows"
+        return f"{start} are found in it in {where}, unless they are far wider than nuclei or it shows none{remedy}"
     x, y = -np.median(near.shifts[found], axis=0)
     text = f"{start} lie {np.median(distance):.1f} um beside it ({x:+.1f} um in x, {y:+.1f} um in y"
     text += f", at most {distance.max():.1f} um)"
