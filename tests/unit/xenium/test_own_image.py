@@ -117,3 +117,12 @@ def test_swapped_and_mirrored_outlines_are_refused(scene, change, what):
 def test_outlines_of_another_section_are_told(scene, tmp_path):
     [text] = warnings(scene.dapi, make_scene(tmp_path, seed=9).nuclei)
     assert "are found in it in 0 of" in text
+
+
+def test_a_window_alone_does_not_prove_that_outlines_are_swapped(scene):
+    """In sections of one or two windows outlines of another section fit by chance, one way or another."""
+    one = SETTINGS.model_copy(update={"regions": 1})
+    swapped = shapely.transform(scene.nuclei, lambda points: points[:, ::-1])
+    assert len(DapiNuclei(swapped).regions(one)) < 4
+    [text] = warnings(scene.dapi, swapped, one)
+    assert "windows" in text
